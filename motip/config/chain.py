@@ -1,0 +1,229 @@
+"""YAML files, their SUPER_CONFIG_PATH chain and --set overrides, to one checked Config."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from motip.config.keys import WITHOUT_EFFECT, Config, ValConfig, describe
+from motip.errors import MotipError
+
+SAME_MEANING: tuple[tuple[str, str], ...] = (
+    ("LR_DROP", "SCHEDULER_MILESTONES"),
+    ("LR_BACKBONE", "LR_BACKBONE_SCALE"),
+    ("sampler_lengths", "SAMPLE_LENGTHS"),
+    ("sample_intervals", "SAMPLE_INTERVALS"),
+    ("OUTPUT_DIR", "OUTPUTS_DIR"),
+)
+"""Pairs of keys that say the same thing: the one nearest the leaf of the chain wins."""
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """Top-level keys of one file with their values and lines."""
+
+    path: Path
+    values: dict[str, Any]
+    lines: dict[str, int]
+
+
+def read_yaml(path: Path) -> YamlFile:
+    """Parse one YAML mapping safely, remembering the line of each top-level key.
+
+    Raises:
+        MotipError: the file is absent, no YAML, no mapping, or repeats a key.
+    """
+    if not path.is_file():
+        raise MotipError(
+            "configuration file not found", where=path, fix="check the path; shipped files are in configs/"
+        )
+    text = path.read_text(encoding="utf-8")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise MotipError(f"not valid YAML: {getattr(error, 'problem', error)}", where=place) from None
+    if node is None:
+        return YamlFile(path, {}, {})
+    if not isinstance(node, yaml.MappingNode):
+        raise MotipError("a configuration file holds `KEY: value` lines", where=path, found=type(values).__name__)
+    lines: dict[str, int] = {}
+    for key_node, _ in node.value:
+        key = str(key_node.value)
+        if key in lines:
+            raise MotipError(
+                f"{key} stands twice in one file",
+                where=f"{path}:{key_node.start_mark.line + 1}",
+                found=f"first at line {lines[key]}",
+                fix="keep one of them",
+            )
+        lines[key] = key_node.start_mark.line + 1
+    return YamlFile(path, {str(key): value for key, value in values.items()}, lines)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a stage's YAML with everything it inherits.
+
+    Args:
+        path: the leaf file.
+        overrides: `KEY=VALUE` strings, VALUE in YAML; `val_config.KEY=VALUE` reaches into the block.
+
+    Raises:
+        MotipError: naming the file, line and key.
+    """
+    leaf = Path(path).expanduser()
+    files = _chain(leaf)
+    layers = [(file.values, file) for file in files]
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer, file in layers:
+        _check_known(layer, file)
+        _check_not_both(layer, str(file.path))
+        _merge(values, origins, layer, {key: f"{file.path}:{file.lines[key]}" for key in layer})
+    extra = parse_overrides(overrides)
+    _check_known(extra, None)
+    _check_not_both(extra, "--set")
+    _merge(values, origins, extra, dict.fromkeys(extra, "--set"))
+    return _build(values, origins, leaf)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` strings to values, dots reaching into blocks.
+
+    Raises:
+        MotipError: a string without `=`, or a VALUE that is no YAML.
+    """
+    values: dict[str, Any] = {}
+    for text in overrides:
+        key, separator, raw = text.partition("=")
+        if not separator or not key.strip():
+            raise MotipError("--set takes KEY=VALUE", where="--set", found=text, expected="e.g. --set LR=1.0e-4")
+        try:
+            value = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            raise MotipError("the value is not valid YAML", where=f"--set {key}", found=raw) from None
+        block, dot, inner = key.strip().partition(".")
+        if dot:
+            values.setdefault(block, {})[inner] = value
+        else:
+            values[block] = value
+    return values
+
+
+def without_effect_message(config: Config) -> str | None:
+    """One line naming the keys that were set but change nothing here, or None."""
+    plain = config.to_dict()
+    defaults = Config().to_dict()
+    found = [key for key in WITHOUT_EFFECT if key in plain and plain[key] != defaults[key]]
+    if (plain["val_config"] or {}).get("BENCHMARK"):
+        found.append("BENCHMARK")
+    if not found:
+        return None
+    return "accepted without effect: " + "; ".join(f"{key} ({WITHOUT_EFFECT[key]})" for key in found)
+
+
+def _chain(leaf: Path) -> list[YamlFile]:
+    """The files from the root of the chain to the leaf."""
+    files: list[YamlFile] = []
+    path: Path | None = leaf
+    while path is not None:
+        if any(path.resolve() == file.path.resolve() for file in files):
+            names = " -> ".join(file.path.name for file in files)
+            raise MotipError("SUPER_CONFIG_PATH runs in a circle", where=path, found=f"{names} -> {path.name}")
+        file = read_yaml(path)
+        files.append(file)
+        parent = file.values.pop("SUPER_CONFIG_PATH", None)
+        path = None if parent is None else find_beside(str(parent), file.path, file.lines["SUPER_CONFIG_PATH"])
+    return files[::-1]
+
+
+def find_beside(named: str, file: Path, line: int | None = None) -> Path:
+    """A file named inside ``file``: relative to it, to a folder above it, or to the working directory.
+
+    The plan writes `./configs/x.yaml` inside configs/, meant from the top of the checkout; folders above make this
+    work from any working directory, also in the copy that a submitted job runs in.
+
+    Raises:
+        MotipError: nothing is there.
+    """
+    path = Path(named).expanduser()
+    folders = [Path()] if path.is_absolute() else [*file.resolve().parents, Path.cwd()]
+    for folder in folders:
+        if (folder / path).is_file():
+            return folder / path
+    raise MotipError(
+        "file not found",
+        where=f"{file}:{line}" if line else file,
+        found=named,
+        expected=f"a file relative to {file.parent}, a folder above it, or {Path.cwd()}",
+    )
+
+
+def _check_known(layer: dict[str, Any], file: YamlFile | None) -> None:
+    for key in layer:
+        if key not in Config.model_fields:
+            _unknown(key, tuple(Config.model_fields), file, file.lines[key] if file else None)
+    block = layer.get("val_config") or {}
+    if not isinstance(block, dict):
+        raise MotipError("val_config holds a block of keys", where=file.path if file else "--set", found=block)
+    for key in block:
+        if key not in ValConfig.model_fields:
+            line = file.lines["val_config"] if file else None
+            _unknown(key, tuple(ValConfig.model_fields), file, line, "val_config.")
+
+
+def _unknown(key: str, known: tuple[str, ...], file: YamlFile | None, line: int | None, prefix: str = "") -> None:
+    folded = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=0.5)
+    raise MotipError(
+        f"unknown configuration key {prefix}{key}",
+        where=f"{file.path}:{line}" if file else "--set",
+        fix=f"did you mean {prefix}{folded[near[0]]}?" if near else "see docs/configuration.md for the keys",
+    )
+
+
+def _check_not_both(layer: dict[str, Any], where: str) -> None:
+    for one, other in SAME_MEANING:
+        if layer.get(one) is not None and layer.get(other) is not None:
+            raise MotipError(f"{one} and {other} say the same thing", where=where, fix="keep one of them")
+
+
+def _merge(values: dict[str, Any], origins: dict[str, str], layer: dict[str, Any], places: dict[str, str]) -> None:
+    for one, other in SAME_MEANING:
+        for near, far in ((one, other), (other, one)):
+            if layer.get(near) is not None:
+                values[far] = None
+    for key, value in layer.items():
+        if key == "val_config":
+            values[key] = {**(values.get(key) or {}), **(value or {})}
+        else:
+            values[key] = value
+        origins[key] = places[key]
+
+
+def _build(values: dict[str, Any], origins: dict[str, str], leaf: Path) -> Config:
+    # A bare `KEY:` means "not set": the default applies, unless the key itself may be empty.
+    cleaned = {key: value for key, value in values.items() if value is not None or _may_be_none(key)}
+    try:
+        config = Config(**cleaned)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        raise MotipError(describe(error), where=origins.get(key, leaf)) from None
+    except MotipError as error:
+        key = str(error.where).split(".")[0]
+        place = f"{error.where} ({origins.get(key, 'default')}, read for {leaf})"
+        raise MotipError(error.what, where=place, found=error.found, expected=error.expected, fix=error.fix) from None
+    return config.named(leaf.stem, origins)
+
+
+def _may_be_none(key: str) -> bool:
+    annotation = Config.model_fields[key].annotation
+    return type(None) in getattr(annotation, "__args__", ())

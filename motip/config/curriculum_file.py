@@ -1,0 +1,220 @@
+"""The curriculum file: raw sources, and the stages with their data, weights and configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from motip.config.chain import find_beside, load_config, read_yaml
+from motip.config.keys import Config, describe
+from motip.errors import MotipError
+
+DEFAULT_CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
+    "bdd100k": {"pedestrian": ("pedestrian",), "car": ("car",)},
+    "visdrone": {"pedestrian": ("pedestrian", "people"), "car": ("car", "van")},
+    "motchallenge": {"pedestrian": ("pedestrian",)},
+}
+"""Raw categories that count as the plan's two classes; everything else is kept as ignore regions."""
+
+DEFAULT_SPLITS = {"train": "train", "val": "val"}
+DEFAULT_FPS = {"bdd100k": 5.0, "visdrone": 30.0}
+"""BDD100K box-track labels are at 5 frames per second; VisDrone does not say, its videos are about 30."""
+
+
+class Synthetic(BaseModel):
+    """A drawn world written in the raw format of its source (the demo's input)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    domain: Literal["dance", "ground", "aerial"]
+    seed: int = 7
+    sequences: dict[str, int] = {"train": 8, "val": 4}
+    frames: int = Field(24, ge=2)
+    size: tuple[int, int] = (128, 224)
+    "(height, width) in pixels."
+    crowd: bool = False
+
+
+class Source(BaseModel):
+    """One raw dataset on disk."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    format: Literal["bdd100k", "visdrone", "motchallenge"]
+    root: str
+    "Folder of the raw dataset, relative to the data root."
+    domain: Literal["dance", "ground", "aerial"]
+    splits: dict[str, str] = DEFAULT_SPLITS
+    "Our split (train, val, test) to the folder name on disk."
+    classes: dict[str, tuple[str, ...]] = {}
+    fps: float | None = Field(None, gt=0)
+    max_frames_per_video: int = Field(200, ge=2)
+    synthetic: Synthetic | None = None
+
+
+class Mix(BaseModel):
+    """A share of a stage's training clips."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    videos: int | None = Field(None, ge=1)
+    frame_budget: int | None = Field(None, ge=1)
+    weight: float = Field(1.0, gt=0)
+    "Clips drawn from this source relative to the others'."
+    allow_fewer: bool = False
+    "Take what there is when the source has fewer videos than asked for."
+
+
+class Stage(BaseModel):
+    """One step of the curriculum."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    config: Config
+    data: tuple[Mix, ...] = Field(min_length=1)
+    weights: str | None = None
+    "`previous`, a stage's name, a path, or null for DETR_PRETRAIN of the stage's configuration."
+    initialise: str | None = None
+    "Configuration file whose freshly initialised weights stand in for a base checkpoint."
+    best: str = "HOTA"
+    "Metric (class-averaged, on the stage's own validation videos) that chooses the best checkpoint."
+
+
+class Curriculum(BaseModel):
+    """Stages in order, over named sources."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    sources: dict[str, Source]
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def parent_of(self, stage: Stage) -> Stage | None:
+        """The stage whose best checkpoint ``stage`` starts from, or None where it starts from a file."""
+        names = [each.name for each in self.stages]
+        if stage.weights == "previous":
+            return self.stages[names.index(stage.name) - 1]
+        return self.stage(stage.weights) if stage.weights in names else None
+
+
+def load_curriculum(path: str | Path, overrides: Sequence[str] = ()) -> Curriculum:
+    """Read a curriculum file and every stage configuration it names.
+
+    Args:
+        path: the YAML file; stage configurations are found relative to it.
+        overrides: `KEY=VALUE` applied to every stage's configuration, or `STAGE:KEY=VALUE` to one stage's.
+
+    Raises:
+        MotipError: naming file, line or key.
+    """
+    file = read_yaml(Path(path).expanduser())
+    _refuse_unknown(file.values, {"name", "sources", "stages"}, file.path)
+    common, by_stage = _split_overrides(overrides)
+    sources = {
+        str(key): _source(str(key), value, file.path) for key, value in (file.values.get("sources") or {}).items()
+    }
+    stages = []
+    for number, raw in enumerate(file.values.get("stages") or []):
+        stages.append(_stage(number, raw, file.path, common, by_stage))
+    strangers = sorted(set(by_stage) - {stage.name for stage in stages})
+    if strangers:
+        raise MotipError(
+            f"--set names a stage that does not exist: {strangers[0]}",
+            where="--set",
+            expected="one of " + ", ".join(stage.name for stage in stages),
+        )
+    try:
+        curriculum = Curriculum(name=file.values.get("name", file.path.stem), sources=sources, stages=tuple(stages))
+    except ValidationError as error:
+        raise MotipError(describe(error), where=file.path) from None
+    _check(curriculum, file.path)
+    return curriculum
+
+
+def _refuse_unknown(raw: Any, known: set[str], where: object) -> None:
+    if not isinstance(raw, dict):
+        raise MotipError("a block of `key: value` lines is needed here", where=where, found=raw)
+    strangers = sorted(set(map(str, raw)) - known)
+    if strangers:
+        raise MotipError(f"unknown key {strangers[0]}", where=where, expected="some of " + ", ".join(sorted(known)))
+
+
+def _source(name: str, raw: Any, path: Path) -> Source:
+    where = f"{path}, sources.{name}"
+    _refuse_unknown(raw, set(Source.model_fields) - {"name"}, where)
+    values = dict(raw)
+    values.setdefault("classes", DEFAULT_CLASSES.get(str(values.get("format")), {}))
+    values.setdefault("fps", DEFAULT_FPS.get(str(values.get("format"))))
+    try:
+        return Source(name=name, **values)
+    except ValidationError as error:
+        raise MotipError(describe(error), where=where) from None
+
+
+def _stage(number: int, raw: Any, path: Path, common: list[str], by_stage: dict[str, list[str]]) -> Stage:
+    where = f"{path}, stage {number + 1}"
+    _refuse_unknown(raw, set(Stage.model_fields), where)
+    values = dict(raw)
+    if "config" not in values or "name" not in values:
+        raise MotipError("a stage needs a name and a config", where=where, found=sorted(values))
+    overrides = [*common, *by_stage.get(str(values["name"]), [])]
+    values["config"] = load_config(find_beside(str(values["config"]), path), overrides)
+    if values.get("initialise"):
+        values["initialise"] = str(find_beside(str(values["initialise"]), path))
+    if number > 0 and "weights" not in values and "initialise" not in values:
+        values["weights"] = "previous"
+    try:
+        return Stage(**values)
+    except ValidationError as error:
+        raise MotipError(describe(error), where=where) from None
+
+
+def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    common: list[str] = []
+    by_stage: dict[str, list[str]] = {}
+    for text in overrides:
+        key = text.partition("=")[0]
+        if ":" in key:
+            stage, _, rest = text.partition(":")
+            by_stage.setdefault(stage, []).append(rest)
+        else:
+            common.append(text)
+    return common, by_stage
+
+
+def _check(curriculum: Curriculum, path: Path) -> None:
+    names = [stage.name for stage in curriculum.stages]
+    if len(set(names)) != len(names):
+        raise MotipError("two stages have the same name", where=path, found=", ".join(names))
+    for number, stage in enumerate(curriculum.stages):
+        where = f"{path}, stage {stage.name}"
+        if stage.weights == "previous" and number == 0:
+            raise MotipError("the first stage has no previous one", where=where, fix="give `weights:` a path")
+        if stage.weights in names and names.index(stage.weights) >= number:
+            raise MotipError("a stage can only start from an earlier one", where=where, found=stage.weights)
+        for mix in stage.data:
+            if mix.source not in curriculum.sources:
+                raise MotipError(
+                    f"unknown source {mix.source}",
+                    where=where,
+                    expected="one of " + ", ".join(curriculum.sources),
+                )
+            if (mix.videos is None) == (mix.frame_budget is None):
+                raise MotipError("give either videos or frame_budget", where=f"{where}, source {mix.source}")
+        trained = {name for mix in stage.data for name in curriculum.sources[mix.source].classes}
+        missing = [name for name in stage.config.class_names if name not in trained]
+        if missing:
+            raise MotipError(
+                f"no source of this stage has labels for: {', '.join(missing)}",
+                where=where,
+                fix="map raw categories to the class under the source's `classes:`, or drop the class",
+            )

@@ -1,0 +1,125 @@
+"""Rules that tie keys together; each names the key to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from motip.errors import MotipError
+
+
+def check(values: dict[str, Any]) -> None:
+    """Raise a MotipError for the first rule that ``values`` (key to value of a whole Config) breaks."""
+    _check_lists(values)
+    _check_schedule(values)
+    _check_crop(values)
+    _check_network(values)
+    _check_classes(values)
+    _check_clip_fits_memory(values)
+
+
+def _check_lists(values: dict[str, Any]) -> None:
+    for key in ("AUG_RESIZE_SCALES", "AUG_RANDOM_RESIZE", "sampler_lengths", "sample_intervals", "SAMPLE_LENGTHS"):
+        if values[key] is not None and (not values[key] or min(values[key]) < 1):
+            raise MotipError("a list of positive numbers is needed", where=key, found=list(values[key]))
+
+
+def _check_schedule(values: dict[str, Any]) -> None:
+    steps = values["SAMPLE_STEPS"]
+    if not steps or steps[0] != 0 or list(steps) != sorted(set(steps)):
+        raise MotipError("the schedule must start at epoch 0 and rise", where="SAMPLE_STEPS", found=list(steps))
+    for key, other in (("SAMPLE_LENGTHS", "sampler_lengths"), ("SAMPLE_INTERVALS", "sample_intervals")):
+        if values[key] is None and values[other] is None:
+            raise MotipError(f"neither {key} nor {other} is set", where=key, fix=f"set {other}, e.g. [1, 2]")
+        if values[key] is not None and values[other] is None and len(values[key]) != len(steps):
+            raise MotipError(
+                f"{key} needs one entry per entry of SAMPLE_STEPS",
+                where=key,
+                found=f"{len(values[key])} entries",
+                expected=f"{len(steps)}",
+            )
+
+
+def _check_crop(values: dict[str, Any]) -> None:
+    low, high = values["AUG_RANDOM_CROP_MIN"], values["AUG_RANDOM_CROP_MAX"]
+    if low > high:
+        raise MotipError(
+            "the smallest crop is larger than the largest",
+            where="AUG_RANDOM_CROP_MIN",
+            found=f"{low} > AUG_RANDOM_CROP_MAX {high}",
+            fix="lower AUG_RANDOM_CROP_MIN",
+        )
+
+
+def _check_network(values: dict[str, Any]) -> None:
+    if values["FEATURE_DIM"] != values["DETR_HIDDEN_DIM"]:
+        raise MotipError(
+            "the ID decoder takes the detector's outputs as they are",
+            where="FEATURE_DIM",
+            found=f"{values['FEATURE_DIM']}, DETR_HIDDEN_DIM {values['DETR_HIDDEN_DIM']}",
+            expected="equal values",
+        )
+    if (values["FEATURE_DIM"] + values["ID_DIM"]) % values["HEAD_DIM"]:
+        raise MotipError(
+            "FEATURE_DIM + ID_DIM must be a multiple of HEAD_DIM",
+            where="HEAD_DIM",
+            found=f"{values['FEATURE_DIM']} + {values['ID_DIM']} with HEAD_DIM {values['HEAD_DIM']}",
+        )
+    if values["DETR_HIDDEN_DIM"] % values["DETR_NUM_HEADS"]:
+        raise MotipError(
+            "DETR_HIDDEN_DIM must be a multiple of DETR_NUM_HEADS",
+            where="DETR_NUM_HEADS",
+            found=f"{values['DETR_HIDDEN_DIM']} with {values['DETR_NUM_HEADS']} heads",
+        )
+    training_ids = values["NUM_TRAINING_IDS"]
+    if training_ids is not None and training_ids > values["NUM_ID_VOCABULARY"]:
+        raise MotipError(
+            "NUM_TRAINING_IDS cannot exceed NUM_ID_VOCABULARY",
+            where="NUM_TRAINING_IDS",
+            found=training_ids,
+            expected=f"at most {values['NUM_ID_VOCABULARY']}",
+        )
+
+
+def _check_classes(values: dict[str, Any]) -> None:
+    count = values["NUM_CLASSES"]
+    names = values["CLASSES"]
+    key = "CLASSES"
+    if names is None and values["val_config"].CLASS_NAME_TO_ID:
+        table = values["val_config"].CLASS_NAME_TO_ID
+        key = "val_config.CLASS_NAME_TO_ID"
+        if sorted(table.values()) != list(range(1, len(table) + 1)):
+            raise MotipError("class ids in result files are 1, 2, … without gaps", where=key, found=table)
+        names = tuple(table)
+    if names is None and count > 2:
+        raise MotipError(
+            f"NUM_CLASSES is {count}, but the classes have no names",
+            where="NUM_CLASSES",
+            fix="set CLASSES: [pedestrian, car, …] or val_config.CLASS_NAME_TO_ID",
+        )
+    if names is not None and (len(names) != count or len(set(names)) != len(names)):
+        raise MotipError(
+            "NUM_CLASSES and the class names disagree",
+            where=key,
+            found=f"{len(names)} names ({', '.join(names)})",
+            expected=f"{count} different names",
+            fix="change NUM_CLASSES or the names",
+        )
+    known = names or ("pedestrian", "car")[:count]
+    strangers = [name for name in values["val_config"].CLASSES_TO_EVAL or () if name not in known]
+    if strangers:
+        raise MotipError(
+            f"classes to evaluate are not trained: {', '.join(strangers)}",
+            where="val_config.CLASSES_TO_EVAL",
+            expected=f"some of {', '.join(known)}",
+        )
+
+
+def _check_clip_fits_memory(values: dict[str, Any]) -> None:
+    lengths = values["sampler_lengths"] or values["SAMPLE_LENGTHS"] or (1,)
+    if not values["ONLY_DETR"] and max(lengths) > values["REL_PE_LENGTH"]:
+        raise MotipError(
+            "clips are longer than the ID decoder's table of relative positions",
+            where="sampler_lengths" if values["sampler_lengths"] else "SAMPLE_LENGTHS",
+            found=f"{max(lengths)} frames, REL_PE_LENGTH {values['REL_PE_LENGTH']}",
+            fix="raise REL_PE_LENGTH (the table grows by repeating its last row) or shorten the clips",
+        )

@@ -1,0 +1,1 @@
+"""From raw label folders to batches of clips."""

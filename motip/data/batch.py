@@ -1,0 +1,75 @@
+"""What a training step receives: padded uint8 clips, boxes, ID slots (torch only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class IdSlots:
+    """Trajectory and unknown copies of the ID labels of a batch of clips.
+
+    A slot is one distinct object of a clip under one group's random labelling; N is padded to the batch maximum.
+    All tensors are (B, G, T, N). Masks are True where the slot is absent, hidden or padding.
+
+    Attributes:
+        trajectory_labels: int64 ID labels 0..V-1, -1 on padding.
+        trajectory_masks: bool.
+        trajectory_ann: int64 index into that frame's boxes, -1 where absent.
+        unknown_labels: int64 targets 0..V (V = newborn), -1 on padding.
+        unknown_masks: bool.
+        unknown_ann: int64.
+    """
+
+    trajectory_labels: Tensor
+    trajectory_masks: Tensor
+    trajectory_ann: Tensor
+    unknown_labels: Tensor
+    unknown_masks: Tensor
+    unknown_ann: Tensor
+
+    def to(self, device: torch.device | str) -> IdSlots:
+        return IdSlots(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+@dataclass
+class ClipBatch:
+    """B clips of T frames each.
+
+    Attributes:
+        images: (B, T, 3, H, W) uint8 RGB, padded at the bottom and right with zeros.
+        masks: (B, T, H, W) bool, True on padding.
+        boxes_cxcywh: per clip and frame, (n, 4) float32 normalised by that clip's unpadded size.
+        classes: per clip and frame, (n,) int64 class ids.
+        ignore_cxcywh: per clip and frame, (m, 4) float32 regions where predictions are not punished.
+        slots: ID slots, or None when only the detector is trained.
+        names: one readable name per clip (sequence and frame numbers), for logs.
+        weights: (B,) float32, 1 for real clips, 0 for padding that only keeps ranks in step.
+    """
+
+    images: Tensor
+    masks: Tensor
+    boxes_cxcywh: list[list[Tensor]]
+    classes: list[list[Tensor]]
+    ignore_cxcywh: list[list[Tensor]]
+    slots: IdSlots | None
+    names: list[str]
+    weights: Tensor
+
+    def to(self, device: torch.device | str) -> ClipBatch:
+        def moved(nested: list[list[Tensor]]) -> list[list[Tensor]]:
+            return [[t.to(device, non_blocking=True) for t in clip] for clip in nested]
+
+        return ClipBatch(
+            images=self.images.to(device, non_blocking=True),
+            masks=self.masks.to(device, non_blocking=True),
+            boxes_cxcywh=moved(self.boxes_cxcywh),
+            classes=moved(self.classes),
+            ignore_cxcywh=moved(self.ignore_cxcywh),
+            slots=None if self.slots is None else self.slots.to(device),
+            names=self.names,
+            weights=self.weights.to(device, non_blocking=True),
+        )

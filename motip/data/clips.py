@@ -1,0 +1,410 @@
+"""The clip plan: which frames form which clip, in which order, as a pure function of data, schedule, epoch and seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from motip.errors import MotipError
+
+PUBLISHED_SEED = 1025
+"""The published sampler seeds every epoch with this plus the epoch."""
+
+
+class Schedule(Protocol):
+    """How clips are drawn in one epoch (`Config.clip_schedule`): one of the two interval fields is set."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+    @property
+    def intervals(self) -> tuple[int, ...] | None: ...
+    @property
+    def max_interval(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlanVideo:
+    """What the plan needs to know of a video.
+
+    Attributes:
+        source: name of the data source, the key of the mix weights.
+        video: name, unique within the source.
+        shard: path of the Parquet shard, relative to the shard root or a URI.
+        frame_numbers: frame number in the source sequence of each row of the shard, ascending.
+        objects: number of objects to learn in each row.
+        fps: frames per second.
+    """
+
+    source: str
+    video: str
+    shard: str
+    frame_numbers: tuple[int, ...]
+    objects: tuple[int, ...]
+    fps: float = 30.0
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.source, self.video
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRef:
+    """T frames of one video; everything random about the clip follows from ``seed``.
+
+    Attributes:
+        positions: rows of the shard, ascending (or one row T times for a single image).
+        frame_numbers: the frame numbers of these rows.
+        interval: rows between two neighbours.
+        seed: derived from the run's seed, the epoch and the position in the plan; 0 <= seed < 2**63.
+        weight: 1, or 0 for a repeat that only keeps the ranks in step.
+    """
+
+    source: str
+    video: str
+    shard: str
+    positions: tuple[int, ...]
+    frame_numbers: tuple[int, ...]
+    interval: int
+    seed: int
+    weight: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}/{self.video} frames {','.join(map(str, self.frame_numbers))}"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> ClipRef:
+        fields = json.loads(text)
+        fields["positions"] = tuple(fields["positions"])
+        fields["frame_numbers"] = tuple(fields["frame_numbers"])
+        return ClipRef(**fields)
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """The clips of one epoch in training order.
+
+    Attributes:
+        clips: global batch b is ``clips[b * global_batch : (b + 1) * global_batch]``; its clips have one length.
+        counts: what happened to every start frame and what the clips contain, by reason.
+        global_batch: clips per step over all ranks.
+    """
+
+    clips: tuple[ClipRef, ...]
+    counts: dict[str, int]
+    global_batch: int = 1
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @property
+    def steps(self) -> int:
+        return -(-len(self.clips) // self.global_batch)
+
+    def from_step(self, step: int) -> ClipPlan:
+        """The rest of the plan after ``step`` whole steps: where an interrupted epoch goes on."""
+        if not 0 <= step <= self.steps:
+            raise MotipError(
+                "the checkpoint's position lies outside the clip plan",
+                found=f"step {step}",
+                expected=f"0..{self.steps} steps of {self.global_batch} clips",
+                fix="resume with the data, seed and batch size that the checkpoint was written with",
+            )
+        return replace(self, clips=self.clips[step * self.global_batch :])
+
+
+def plan_clips(
+    videos: Iterable[PlanVideo],
+    schedule: Schedule,
+    *,
+    epoch: int,
+    seed: int,
+    global_batch: int = 1,
+    weights: Mapping[str, float] | None = None,
+    max_clips: int | None = None,
+    length_per_iteration: int | None = None,
+    interval_seconds: Sequence[float] | None = None,
+) -> ClipPlan:
+    """Plan one epoch: one clip per start frame that fits, shuffled, batched by length.
+
+    Frames without objects are legal; the counts say how many clips the published sampler would have dropped for them.
+    The order of ``videos`` has no influence.
+
+    Args:
+        global_batch: clips per step over all ranks; all clips of a step have one length.
+        weights: per source, how often each of its clips appears (2.5 = twice, and a random half of them once more).
+        max_clips: keep this many, drawn at random.
+        length_per_iteration: published key: keep total // (length // length_per_iteration) clips, drawn at random
+            (the published sampler keeps the head of the directory listing).
+        interval_seconds: intervals in seconds, converted with each video's fps; replaces the schedule's intervals.
+
+    Raises:
+        MotipError: no clip fits, two videos have one name, or a weight is not positive.
+    """
+    ordered = sorted(videos, key=lambda video: video.key)
+    _check_names(ordered)
+    counts: Counter[str] = Counter(videos=len(ordered), frames=sum(len(video.frame_numbers) for video in ordered))
+    choices = [_intervals(video, schedule, interval_seconds) for video in ordered]
+    starts = _start_frames(ordered, choices, min(schedule.lengths), counts)
+    if not starts:
+        raise _nothing_to_train(ordered, choices, schedule)
+    starts = _apply_weights(ordered, starts, weights or {}, np.random.default_rng([seed, epoch, 0]), counts)
+    draw = np.random.default_rng([seed, epoch, 1])
+    draw.shuffle(starts)
+    limit = _limit(len(starts), schedule, max_clips, length_per_iteration)
+    if limit < len(starts):
+        counts["starts_not_drawn_limit"] = len(starts) - limit
+        starts = starts[:limit]
+
+    drafts = [_draw_clip(ordered[index], start, choices[index], schedule, draw) for index, start in starts]
+    drafts = _batch_by_length(drafts, schedule.lengths, global_batch, draw, counts)
+    clips = [replace(draft, seed=_clip_seed(seed, epoch, position)) for position, draft in enumerate(drafts)]
+    _count_contents(clips, {video.key: video for video in ordered}, counts)
+    return ClipPlan(tuple(clips), dict(counts), global_batch)
+
+
+def pad_to(plan: ClipPlan, multiple: int) -> ClipPlan:
+    """Fill the plan up to a multiple of ``multiple`` clips with weight-0 repeats of its last step, so that all ranks
+    take the same number of steps; ``counts["padding"]`` says how many."""
+    missing = -len(plan.clips) % multiple
+    if missing == 0:
+        return plan
+    tail = plan.clips[(plan.steps - 1) * plan.global_batch :]  # the same length as the step that is filled up
+    padding = tuple(replace(tail[i % len(tail)], weight=0) for i in range(missing))
+    counts = {**plan.counts, "padding": plan.counts.get("padding", 0) + missing}
+    return replace(plan, clips=plan.clips + padding, counts=counts)
+
+
+def rank_rows(plan: ClipPlan, world: int, rank: int, batch_size: int) -> list[ClipRef]:
+    """The clips of one rank in order: of every global batch the ``rank``-th run of ``batch_size`` clips.
+
+    Raises:
+        ValueError: the plan was not made for, or not padded to, ``world * batch_size`` clips per step.
+    """
+    if plan.global_batch != world * batch_size or len(plan.clips) % plan.global_batch:
+        raise ValueError(
+            f"{len(plan.clips)} clips in steps of {plan.global_batch} cannot be shared by {world} ranks "
+            f"of {batch_size} clips: plan with global_batch={world * batch_size} and pad_to() that"
+        )
+    first = range(rank * batch_size, len(plan.clips), plan.global_batch)
+    return [clip for begin in first for clip in plan.clips[begin : begin + batch_size]]
+
+
+def published_order(
+    videos: Sequence[PlanVideo],
+    *,
+    epoch: int,
+    sample_steps: Sequence[int],
+    sample_lengths: Sequence[int],
+    sample_intervals: Sequence[int],
+    length_per_iteration: int | None = None,
+    repeats: int = 1,
+) -> list[tuple[str, tuple[int, ...]]]:
+    """The published sampler's epoch, exactly: (video, rows) in training order.
+
+    Unlike ``plan_clips`` it depends on the order of ``videos``, drops every clip that touches a frame without objects
+    and, with ``length_per_iteration``, never uses the tail of the list. ``repeats`` is the integer dataset weight.
+    """
+    import torch  # only this parity path needs torch's permutation; decoding actors import the plan without it
+
+    stage = max(index for index, step in enumerate(sample_steps) if step <= epoch)
+    length, max_interval = sample_lengths[stage], sample_intervals[stage]
+    draw = random.Random(PUBLISHED_SEED + epoch)
+    entries: list[tuple[str, tuple[int, ...]]] = []
+    for video in videos:
+        frames = len(video.frame_numbers)
+        if frames == 1:
+            entries += [(video.video, (0,) * length)] * repeats
+            continue
+        for start in range(frames - length + 1):
+            interval = draw.randint(1, max_interval)
+            if length > 1:
+                interval = min(interval, (frames - 1 - start) // (length - 1))
+            rows = tuple(start + interval * step for step in range(length))
+            if all(video.objects[row] > 0 for row in rows):
+                entries += [(video.video, rows)] * repeats
+    if length_per_iteration:
+        entries = entries[: len(entries) // (length // length_per_iteration)]
+    generator = torch.Generator().manual_seed(PUBLISHED_SEED + epoch)
+    return [entries[index] for index in torch.randperm(len(entries), generator=generator).tolist()]
+
+
+def _check_names(ordered: Sequence[PlanVideo]) -> None:
+    twice = sorted({"/".join(a.key) for a, b in zip(ordered, ordered[1:], strict=False) if a.key == b.key})
+    if twice:
+        raise MotipError(
+            f"videos appear twice in the clip plan: {', '.join(twice[:5])}",
+            expected="each video of a source once",
+            fix="give the mix a weight to repeat a source; do not list its videos twice",
+        )
+
+
+def _intervals(video: PlanVideo, schedule: Schedule, seconds: Sequence[float] | None) -> tuple[int, ...] | None:
+    """The set of intervals in rows for this video, ascending, or None for the published uniform draw."""
+    if seconds:
+        return tuple(sorted({max(1, round(value * video.fps)) for value in seconds}))
+    return tuple(sorted(set(schedule.intervals))) if schedule.intervals else None
+
+
+def _start_frames(
+    ordered: Sequence[PlanVideo], choices: Sequence[tuple[int, ...] | None], shortest: int, counts: Counter[str]
+) -> list[tuple[int, int]]:
+    """(video index, row) of every row where the shortest clip at the smallest interval still fits."""
+    starts: list[tuple[int, int]] = []
+    for index, (video, intervals) in enumerate(zip(ordered, choices, strict=True)):
+        frames = len(video.frame_numbers)
+        span = (shortest - 1) * (intervals[0] if intervals else 1)
+        fitting = frames if frames == 1 else max(0, frames - span)
+        counts["starts_too_near_the_end"] += frames - fitting
+        counts["videos_too_short"] += fitting == 0
+        starts += [(index, row) for row in range(fitting)]
+    return starts
+
+
+def _apply_weights(
+    ordered: Sequence[PlanVideo],
+    starts: list[tuple[int, int]],
+    weights: Mapping[str, float],
+    draw: np.random.Generator,
+    counts: Counter[str],
+) -> list[tuple[int, int]]:
+    by_source: dict[str, list[tuple[int, int]]] = {}
+    for index, row in starts:
+        by_source.setdefault(ordered[index].source, []).append((index, row))
+    unknown = sorted(set(weights) - {video.source for video in ordered})
+    if unknown:
+        raise MotipError(
+            f"the mix gives weights to sources without videos: {', '.join(unknown)}",
+            expected=f"some of {', '.join(sorted({video.source for video in ordered}))}",
+            fix="convert these sources for this stage, or drop them from its data",
+        )
+    weighted: list[tuple[int, int]] = []
+    for source, own in sorted(by_source.items()):
+        weight = float(weights.get(source, 1.0))
+        if not 0 < weight < float("inf"):
+            raise MotipError(
+                f"the mix weight of source {source} is not positive",
+                found=weight,
+                expected="a number above 0",
+                fix="remove the source from the stage's data to leave it out",
+            )
+        total = max(1, round(weight * len(own)))
+        whole, rest = divmod(total, len(own))
+        extra = sorted(draw.permutation(len(own))[:rest].tolist())
+        weighted += own * whole + [own[index] for index in extra]
+        if whole == 0:
+            counts["starts_not_drawn_weight"] += len(own) - rest
+        else:
+            counts["starts_repeated_weight"] += total - len(own)
+    return weighted
+
+
+def _limit(total: int, schedule: Schedule, max_clips: int | None, length_per_iteration: int | None) -> int:
+    limit = total
+    if length_per_iteration:
+        longest = max(schedule.lengths)
+        if longest % length_per_iteration:
+            raise MotipError(
+                "clips cannot be counted in iterations of this length",
+                where="LENGTH_PER_ITERATION",
+                found=f"{length_per_iteration}, with clips of {longest} frames",
+                expected="a divisor of the clip length",
+            )
+        limit = max(1, total // (longest // length_per_iteration))
+    return limit if max_clips is None else min(limit, max(1, max_clips))
+
+
+def _draw_clip(
+    video: PlanVideo, start: int, intervals: tuple[int, ...] | None, schedule: Schedule, draw: np.random.Generator
+) -> ClipRef:
+    room = len(video.frame_numbers) - 1 - start
+    if len(video.frame_numbers) == 1:
+        return _clip(video, (0,) * int(draw.choice(schedule.lengths)), 1)
+    smallest = intervals[0] if intervals else 1
+    length = int(draw.choice([length for length in schedule.lengths if (length - 1) * smallest <= room]))
+    if intervals:
+        interval = int(draw.choice([value for value in intervals if (length - 1) * value <= room]))
+    else:
+        if schedule.max_interval is None:
+            raise ValueError("a clip schedule needs intervals or max_interval")
+        interval = int(draw.integers(1, schedule.max_interval + 1))
+        if length > 1:  # the published rule: a draw that is too wide is cut, not redrawn
+            interval = min(interval, room // (length - 1))
+    return _clip(video, tuple(range(start, start + (length - 1) * interval + 1, interval)), interval)
+
+
+def _clip(video: PlanVideo, positions: tuple[int, ...], interval: int) -> ClipRef:
+    numbers = tuple(int(video.frame_numbers[row]) for row in positions)
+    return ClipRef(video.source, video.video, video.shard, positions, numbers, interval, seed=0)
+
+
+def _batch_by_length(
+    drafts: Sequence[ClipRef],
+    lengths: Sequence[int],
+    global_batch: int,
+    draw: np.random.Generator,
+    counts: Counter[str],
+) -> list[ClipRef]:
+    """Reorder so that every step holds clips of one length; an incomplete step, if any, comes last.
+
+    What does not fill a step of its length is shortened to the next length, which always fits.
+    """
+    batches: list[list[ClipRef]] = []
+    carried: list[ClipRef] = []
+    for length in sorted(set(lengths), reverse=True):
+        counts["clips_shortened_to_fill_a_step"] += len(carried)
+        pool = [_shortened(clip, length) for clip in carried]
+        pool += [clip for clip in drafts if len(clip.positions) == length]
+        whole = len(pool) // global_batch * global_batch
+        batches += [pool[begin : begin + global_batch] for begin in range(0, whole, global_batch)]
+        carried = pool[whole:]
+    order = draw.permutation(len(batches)) if len(set(lengths)) > 1 else range(len(batches))
+    return [clip for index in order for clip in batches[index]] + carried
+
+
+def _shortened(clip: ClipRef, length: int) -> ClipRef:
+    return replace(clip, positions=clip.positions[:length], frame_numbers=clip.frame_numbers[:length])
+
+
+def _clip_seed(seed: int, epoch: int, position: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch, position]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _count_contents(
+    clips: Sequence[ClipRef], videos: Mapping[tuple[str, str], PlanVideo], counts: Counter[str]
+) -> None:
+    counts["clips"] = len(clips)
+    for clip in clips:
+        video = videos[clip.source, clip.video]
+        empty = sum(video.objects[row] == 0 for row in clip.positions)
+        counts["clip_frames"] += len(clip.positions)
+        counts["clip_frames_without_objects"] += empty
+        counts["clips_without_objects"] += empty == len(clip.positions)
+        counts["clips_the_published_sampler_drops"] += empty > 0
+        numbers = clip.frame_numbers
+        steps = {after - before for before, after in zip(numbers, numbers[1:], strict=False)}
+        counts["clips_over_frame_gaps"] += len(steps) > 1
+
+
+def _nothing_to_train(
+    ordered: Sequence[PlanVideo], choices: Sequence[tuple[int, ...] | None], schedule: Schedule
+) -> MotipError:
+    shortest = min(schedule.lengths)
+    smallest = min((intervals[0] if intervals else 1 for intervals in choices), default=1)
+    longest = max((len(video.frame_numbers) for video in ordered), default=0)
+    return MotipError(
+        "there is not a single clip to train on",
+        where=f"{len(ordered)} videos of {', '.join(sorted({video.source for video in ordered})) or 'no source'}",
+        found=f"the longest video has {longest} frames",
+        expected=f"{(shortest - 1) * smallest + 1} frames for a clip of {shortest} at interval {smallest}",
+        fix="use shorter clips (sampler_lengths), smaller intervals (sample_intervals) or longer videos",
+    )

@@ -1,0 +1,107 @@
+"""Encoded frames to RGB pixels, at the smallest scale that still holds the pixels that are needed."""
+
+from __future__ import annotations
+
+import struct
+
+import cv2
+import numpy as np
+
+from motip.errors import MotipError
+
+REDUCED_FLAGS = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+"""JPEG can skip the finest DCT coefficients: 1/k of the size for much less than the full work."""
+
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})
+_START_OF_SCAN = 0xDA
+
+
+def image_size(encoded: bytes, where: object = None) -> tuple[int, int]:
+    """(height, width) of an encoded image, from the header alone for JPEG and PNG.
+
+    The orientation tag is not applied: labels are drawn on the stored pixels.
+
+    Raises:
+        MotipError: no image, or a JPEG or PNG that ends before its data does.
+    """
+    if encoded[:2] == b"\xff\xd8":
+        return _jpeg_size(encoded, where)
+    if encoded[:8] == b"\x89PNG\r\n\x1a\n" and len(encoded) >= 24:
+        if b"IEND" not in encoded[-64:]:
+            raise _broken(where, f"a PNG cut off after {len(encoded)} bytes")
+        width, height = struct.unpack(">II", encoded[16:24])
+        return height, width
+    height, width = decode_rgb(encoded, where=where).shape[:2]
+    return height, width
+
+
+def reduction_for(window_hw: tuple[int, int], target_hw: tuple[int, int]) -> int:
+    """The largest of 1, 2, 4, 8 by which a window can be decoded smaller and still hold the target's pixels."""
+    fitting = [k for k in REDUCED_FLAGS if all(w // k >= t for w, t in zip(window_hw, target_hw, strict=True))]
+    return max(fitting, default=1)
+
+
+def decode_rgb(encoded: bytes, reduction: int = 1, where: object = None) -> np.ndarray:
+    """Decode an image.
+
+    Args:
+        encoded: JPEG, PNG or whatever else OpenCV reads; grey and transparent images become RGB.
+        reduction: 1, 2, 4 or 8; the result has ceil(size / reduction) pixels per side.
+        where: sequence and frame, for the error.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        MotipError: the bytes are no image or end too early.
+    """
+    if encoded[:2] == b"\xff\xd8":
+        _jpeg_size(encoded, where)  # OpenCV fills what is missing with grey and only prints a warning
+    try:
+        image = cv2.imdecode(
+            np.frombuffer(encoded, np.uint8), REDUCED_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+        )
+    except cv2.error:  # an empty buffer raises instead of returning None
+        image = None
+    if image is None:
+        raise _broken(where, f"{len(encoded)} bytes that start with {encoded[:4]!r}")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _jpeg_size(encoded: bytes, where: object) -> tuple[int, int]:
+    """Walk the segments to the frame header, then make sure that the scan is closed.
+
+    Inside a scan 0xFF is always followed by 0x00 or a restart marker, so an end marker behind the scan's start is
+    the image's own; thumbnails, which have end markers too, lie in segments that the walk steps over.
+    """
+    size: tuple[int, int] | None = None
+    at = 2
+    while at + 4 <= len(encoded) and encoded[at] == 0xFF:
+        marker = encoded[at + 1]
+        if marker == 0xFF or marker in _WITHOUT_LENGTH:  # fill bytes and bare markers
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker in _START_OF_FRAME and at + 9 <= len(encoded):
+            size = struct.unpack(">HH", encoded[at + 5 : at + 9])
+        if marker == _START_OF_SCAN:
+            if size is None or encoded.rfind(b"\xff\xd9", at) < 0:
+                break
+            return size
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    raise _broken(where, f"a JPEG cut off after {len(encoded)} bytes")
+
+
+def _broken(where: object, found: str) -> MotipError:
+    return MotipError(
+        "a frame cannot be decoded",
+        where=where,
+        found=found,
+        expected="a whole JPEG or PNG image",
+        fix="fetch the frame again and convert its sequence anew, or leave the sequence out",
+    )

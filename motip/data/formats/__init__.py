@@ -1,0 +1,1 @@
+"""One reader per raw dataset format, and the writers of result files."""

@@ -1,0 +1,87 @@
+"""The one error users see: what is wrong, where, what was expected, how to fix it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class MotipError(Exception):
+    """A problem with the user's input or surroundings that the user can act on.
+
+    Args:
+        what: one sentence, no trailing full stop needed.
+        where: file, line, key or command that holds the problem.
+        found: what was there.
+        expected: what should have been there.
+        fix: what to do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        found: object = None,
+        expected: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        lines = [self.what]
+        for label, value in (
+            ("where", self.where),
+            ("found", self.found),
+            ("expected", self.expected),
+            ("fix", self.fix),
+        ):
+            if value is not None:
+                lines.append(f"  {label + ':':<10}{value}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        # Keyword-only arguments do not survive default pickling, and errors cross process borders on a cluster.
+        return _rebuild, (self.what, self.where, self.found, self.expected, self.fix)
+
+
+def _rebuild(what: str, where: object, found: object, expected: object, fix: str | None) -> MotipError:
+    return MotipError(what, where=where, found=found, expected=expected, fix=fix)
+
+
+def find_motip_error(error: BaseException | None) -> MotipError | None:
+    """The MotipError inside ``error`` or its chain of causes, however many layers a cluster wrapped round it."""
+    seen: set[int] = set()
+    queue: list[object] = [error]
+    while queue:
+        current = queue.pop(0)
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, MotipError):
+            return current
+        queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        queue += list(getattr(current, "worker_failures", {}).values())
+    return None
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Turn a MotipError into one message on stderr and exit status 2; anything else keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        problem = find_motip_error(error)
+        if problem is None:
+            raise
+        print(f"error: {problem.render()}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,1 @@
+"""Scores that can be believed: protocols, metrics, stage × domain."""

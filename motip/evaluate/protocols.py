@@ -1,0 +1,198 @@
+"""The named rules under which scores are taken, and how a labelled sequence is prepared for them.
+
+A number is only comparable to one of the same protocol, classes and sequences; each rule here has its source.
+
+``plain``
+    Any classes. Unmatched predictions with at least half of their area in the union of the regions to ignore (all that
+    no class claims, and what the format itself marks) are removed after matching.
+``bdd100k``
+    BDD100K MOT: unmatched predictions with more than half of their own area inside one crowd box or one distractor
+    (other person, trailer, other vehicle) are removed after matching (bdd100k docs, "Evaluation"; TrackEval BDD100K).
+``visdrone``
+    VisDrone MOT toolkit: ground truth and predictions with at least half of their area in the union of the ignored
+    regions (categories 0 and 11) are removed before matching; a ground-truth track that changes class becomes a new
+    track; predictions after the last labelled frame are cut; a class absent from a sequence is not scored in it.
+``motchallenge``
+    MOTChallenge / DanceTrack: predictions matched one-to-one to a distractor box are removed (TrackEval, MOT17 rules).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence, TrackRows
+from motip.errors import MotipError
+
+PLAN_CLASSES = ("pedestrian", "car")
+BDD100K_CLASSES = ("pedestrian", "rider", "car", "bus", "truck", "train", "motorcycle", "bicycle")
+BDD100K_DISTRACTORS = frozenset({"other person", "trailer", "other vehicle"})
+VISDRONE_CLASSES = ("car", "bus", "truck", "pedestrian", "van")
+
+RegionRule = Literal["unmatched in one", "unmatched in union", "before matching", "matched one-to-one"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One set of rules.
+
+    Attributes:
+        name: as it appears in tables.
+        class_lists: the class lists it may be used with (order free); empty: any.
+        region_rule: what removes a box that lies in a region to ignore.
+        region_overlap: share of the box's own area that must lie inside (unused for one-to-one matching).
+        strict: True where the share must exceed ``region_overlap``, False where reaching it is enough.
+        split_class_flips: a ground-truth track that changes class becomes another track.
+        cut_after_labels: predictions after the last frame with ground truth are cut.
+        score_absent_classes: False positives count in a sequence that has no ground truth of the class.
+    """
+
+    name: str
+    class_lists: tuple[tuple[str, ...], ...] = ()
+    region_rule: RegionRule = "unmatched in union"
+    region_overlap: float = 0.5
+    strict: bool = False
+    split_class_flips: bool = False
+    cut_after_labels: bool = False
+    score_absent_classes: bool = True
+
+    def check_classes(self, classes: tuple[str, ...]) -> None:
+        """Raise MotipError where the protocol does not define scores for this class list."""
+        if not classes or len(set(classes)) != len(classes):
+            raise MotipError("scores need a list of distinct classes", where="classes", found=", ".join(classes) or "none")
+        if self.class_lists and not any(set(classes) == set(allowed) for allowed in self.class_lists):
+            raise MotipError(
+                f"the {self.name} protocol is not defined for these classes",
+                where="classes",
+                found=", ".join(classes),
+                expected=" or ".join("[" + ", ".join(allowed) + "]" for allowed in self.class_lists),
+                fix="use the protocol `plain` for other class lists; its numbers are kept apart",
+            )
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("plain"),
+        Protocol("bdd100k", (BDD100K_CLASSES, PLAN_CLASSES), "unmatched in one", strict=True),
+        Protocol(
+            "visdrone",
+            (VISDRONE_CLASSES, PLAN_CLASSES),
+            "before matching",
+            split_class_flips=True,
+            cut_after_labels=True,
+            score_absent_classes=False,
+        ),
+        Protocol("motchallenge", (("pedestrian",), ("person",)), "matched one-to-one"),
+    )
+}
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol called `name`; MotipError listing the valid names otherwise."""
+    if name not in PROTOCOLS:
+        raise MotipError(f"there is no protocol {name}", where="protocol", found=name, expected=" | ".join(PROTOCOLS))
+    return PROTOCOLS[name]
+
+
+@dataclass(frozen=True)
+class ScoredSequence:
+    """Ground truth and predictions of one sequence, ready to be compared.
+
+    Attributes:
+        name: unique among the sequences scored together.
+        gt, pred: boxes with ids unique per frame; class ids index the class list that is scored.
+        frames: (F,) 0-based numbers of the frames that were labelled; None: those that hold a box. Predictions
+            elsewhere are an error, unless the protocol cuts them.
+        ignore_frames: (K,) frame number of each region to ignore.
+        ignore_xyxy: (K, 4) the regions.
+    """
+
+    name: str
+    gt: TrackRows
+    pred: TrackRows
+    frames: np.ndarray | None = None
+    ignore_frames: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    ignore_xyxy: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+
+
+def scored_sequence(
+    sequence: Sequence, class_map: ClassMap, pred: TrackRows, protocol: str = "plain"
+) -> ScoredSequence:
+    """Prepare a labelled sequence for `protocol`: which boxes are ground truth, which are regions to ignore.
+
+    Args:
+        pred: the tracker's rows; class ids index ``class_map.names``.
+
+    Raises:
+        MotipError: the protocol is unknown or not defined for the class list.
+    """
+    rules = find_protocol(protocol)
+    rules.check_classes(class_map.names)
+    frames, ids, boxes, classes, region_frames, regions = [], [], [], [], [], []
+    for frame in sequence.frames:
+        claimed = class_map.class_ids(frame.categories)
+        region = _region_mask(frame, claimed, rules)
+        keep = (claimed >= 0) & ~region & (frame.track_ids != UNTRACKED)
+        frames.append(np.full(int(keep.sum()), frame.number, np.int64))
+        ids.append(frame.track_ids[keep])
+        boxes.append(frame.boxes_xyxy[keep])
+        classes.append(claimed[keep])
+        region_frames.append(np.full(int(region.sum()), frame.number, np.int64))
+        regions.append(frame.boxes_xyxy[region])
+    gt = _rows(frames, ids, boxes, classes)
+    if rules.split_class_flips:
+        gt = split_class_flips(gt)
+    return ScoredSequence(
+        sequence.name,
+        gt,
+        pred,
+        np.array([frame.number for frame in sequence.frames], np.int64),
+        np.concatenate([np.zeros(0, np.int64), *region_frames]),
+        np.concatenate([np.zeros((0, 4)), *regions]),
+    )
+
+
+def split_class_flips(rows: TrackRows) -> TrackRows:
+    """Give a track a new id from each frame on where its class changes; the first stretch keeps its id."""
+    order = np.lexsort((rows.frames, rows.track_ids))
+    ids, classes = rows.track_ids[order], rows.class_ids[order]
+    same_track = np.concatenate([[False], ids[1:] == ids[:-1]])
+    flips = same_track & np.concatenate([[False], classes[1:] != classes[:-1]])
+    if not flips.any():
+        return rows
+    # `stretch` numbers the class changes seen so far; it is 0 within a track up to its first change.
+    changes = np.cumsum(flips)
+    track_starts = np.maximum.accumulate(np.where(~same_track, np.arange(len(ids)), 0))
+    stretch = changes - changes[track_starts]
+    new_ids = np.where(stretch > 0, ids.max() + changes, ids)
+    split = np.empty_like(rows.track_ids)
+    split[order] = new_ids
+    return TrackRows(rows.frames, split, rows.boxes_xyxy, rows.scores, rows.class_ids)
+
+
+def _region_mask(frame: Frame, claimed: np.ndarray, rules: Protocol) -> np.ndarray:
+    """(N,) bool: boxes of a frame that are regions to ignore under the protocol."""
+    # VisDrone categories 0 and 11, BDD100K crowds and MOTChallenge distractors are what their readers mark as ignored.
+    region = frame.ignore | (frame.track_ids == UNTRACKED)
+    if rules.name == "plain":
+        return region | (claimed < 0)
+    if rules.name == "bdd100k":
+        return region | np.array([category in BDD100K_DISTRACTORS for category in frame.categories], bool)
+    return region
+
+
+def _rows(
+    frames: list[np.ndarray], ids: list[np.ndarray], boxes: list[np.ndarray], classes: list[np.ndarray]
+) -> TrackRows:
+    empty = TrackRows.empty()
+    all_frames = np.concatenate([empty.frames, *frames])
+    return TrackRows(
+        all_frames,
+        np.concatenate([empty.track_ids, *ids]),
+        np.concatenate([empty.boxes_xyxy, *boxes]),
+        np.ones(len(all_frames), np.float32),
+        np.concatenate([empty.class_ids, *classes]),
+    )

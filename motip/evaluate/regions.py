@@ -1,0 +1,75 @@
+"""Overlaps between boxes, and how much of a box lies inside regions that are not to be judged (numpy, float64)."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+MATCH_IOU = 0.5
+"""IoU from which a prediction counts as a match when ignore regions are applied (TrackEval, BDD100K, MOTChallenge)."""
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+def areas(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """(N,) areas of (N, 4) boxes, 0 for inverted ones."""
+    sides = np.maximum(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], 0.0)
+    return sides[:, 0] * sides[:, 1]
+
+
+def intersections(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
+    """(N, M) areas shared by (N, 4) and (M, 4) xyxy boxes."""
+    low = np.maximum(boxes_a[:, None, :2], boxes_b[None, :, :2])
+    high = np.minimum(boxes_a[:, None, 2:], boxes_b[None, :, 2:])
+    sides = np.maximum(high - low, 0.0)
+    return sides[..., 0] * sides[..., 1]
+
+
+def box_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
+    """(N, M) IoU; a box without area has IoU 0 with everything."""
+    shared = intersections(boxes_a, boxes_b)
+    area_a, area_b = areas(boxes_a), areas(boxes_b)
+    union = area_a[:, None] + area_b[None, :] - shared
+    valid = (area_a[:, None] > _EPS) & (area_b[None, :] > _EPS) & (union > _EPS)
+    return np.where(valid, shared / np.where(valid, union, 1.0), 0.0)
+
+
+def share_in_one(boxes_xyxy: np.ndarray, regions_xyxy: np.ndarray) -> np.ndarray:
+    """(N,) largest share of each box's own area inside any single region."""
+    if not len(boxes_xyxy) or not len(regions_xyxy):
+        return np.zeros(len(boxes_xyxy))
+    area = areas(boxes_xyxy)
+    largest = intersections(boxes_xyxy, regions_xyxy).max(axis=1)
+    return np.where(area > _EPS, largest / np.where(area > _EPS, area, 1.0), 0.0)
+
+
+def share_in_union(boxes_xyxy: np.ndarray, regions_xyxy: np.ndarray) -> np.ndarray:
+    """(N,) share of each box's own area inside the union of the regions: an overlap of two regions counts once."""
+    if not len(boxes_xyxy) or not len(regions_xyxy):
+        return np.zeros(len(boxes_xyxy))
+    # The regions' edges cut the plane into cells that are wholly inside or outside the union.
+    x_edges = np.unique(regions_xyxy[:, [0, 2]])
+    y_edges = np.unique(regions_xyxy[:, [1, 3]])
+    x_inside = (regions_xyxy[:, None, 0] <= x_edges[:-1]) & (x_edges[1:] <= regions_xyxy[:, None, 2])
+    y_inside = (regions_xyxy[:, None, 1] <= y_edges[:-1]) & (y_edges[1:] <= regions_xyxy[:, None, 3])
+    covered = (x_inside[:, :, None] & y_inside[:, None, :]).any(axis=0).astype(np.float64)
+    x_overlap = _interval_overlaps(boxes_xyxy[:, [0, 2]], x_edges)
+    y_overlap = _interval_overlaps(boxes_xyxy[:, [1, 3]], y_edges)
+    inside = ((x_overlap @ covered) * y_overlap).sum(axis=1)
+    area = areas(boxes_xyxy)
+    return np.where(area > _EPS, inside / np.where(area > _EPS, area, 1.0), 0.0)
+
+
+def match(similarity: np.ndarray, threshold: float = MATCH_IOU) -> tuple[np.ndarray, np.ndarray]:
+    """One-to-one pairs (rows, columns) of largest total similarity among those that reach `threshold`."""
+    if not similarity.size:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    scores = np.where(similarity < threshold - _EPS, 0.0, similarity)
+    rows, columns = linear_sum_assignment(scores, maximize=True)
+    real = scores[rows, columns] > _EPS
+    return rows[real], columns[real]
+
+
+def _interval_overlaps(spans: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """(N, E-1) lengths shared by N spans (start, end) and the cells between consecutive edges."""
+    return np.maximum(np.minimum(spans[:, 1:], edges[1:]) - np.maximum(spans[:, :1], edges[:-1]), 0.0)

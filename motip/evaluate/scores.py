@@ -1,0 +1,159 @@
+"""The scores of one evaluation, always together with what makes them comparable."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from motip.errors import MotipError
+from motip.files import digest
+
+Values = dict[str, float | int | None]
+"""Metric name -> percentage (None where there is no ground truth) or count."""
+
+PERCENTAGES = (
+    "HOTA", "DetA", "AssA", "DetRe", "DetPr", "AssRe", "AssPr", "LocA", "MOTA", "MOTP", "IDF1", "IDR", "IDP",
+)  # fmt: skip
+COUNTS = ("IDSW", "FP", "FN", "TP", "Frag", "MT", "ML", "GT")
+TABLE_METRICS = ("HOTA", "DetA", "AssA", "DetRe", "DetPr", "LocA", "MOTA", "IDF1", "IDSW", "FP", "FN")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Everything one evaluation found; shares in percent.
+
+    Attributes:
+        protocol, classes, split, sequences: what the numbers are about.
+        class_averaged: mean over the classes with ground truth (counts are summed over them); the headline.
+        detection_averaged: over all boxes of all classes, each compared within its class.
+        class_agnostic: all classes taken as one.
+        per_class: class -> over all sequences.
+        per_sequence: sequence -> class -> values.
+        classes_without_gt: classes left out of the mean.
+        removed: boxes the protocol took out, by reason.
+        notes: whatever else must stand beside the numbers (e.g. long-term memory on).
+    """
+
+    protocol: str
+    classes: tuple[str, ...]
+    split: str
+    sequences: tuple[str, ...]
+    class_averaged: Values
+    detection_averaged: Values
+    class_agnostic: Values
+    per_class: dict[str, Values]
+    per_sequence: dict[str, dict[str, Values]]
+    classes_without_gt: tuple[str, ...] = ()
+    removed: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sequence_digest(self) -> str:
+        """Hex sha256 of the sorted sequence names."""
+        return digest(sorted(self.sequences))
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What two evaluations must share for their numbers to stand in one table."""
+        return {
+            "protocol": self.protocol,
+            "classes": ",".join(self.classes),
+            "split": self.split,
+            "sequences": self.sequence_digest,
+        }
+
+    @property
+    def hota(self) -> float:
+        """Class-averaged HOTA, the number by which a stage's best checkpoint is chosen."""
+        value = self.class_averaged["HOTA"]
+        assert value is not None  # `combine` refuses to score without ground truth
+        return float(value)
+
+    def to_dict(self) -> dict[str, float]:
+        """Flat metrics under names MLflow accepts.
+
+        ``HOTA`` is class-averaged, ``HOTA/car`` one class, ``det_avg/HOTA`` and ``agnostic/HOTA`` the other two means.
+        """
+        flat = _flat(self.class_averaged, "{metric}")
+        for name, values in self.per_class.items():
+            flat |= _flat(values, "{metric}/" + metric_name(name))
+        flat |= _flat(self.detection_averaged, "det_avg/{metric}")
+        return flat | _flat(self.class_agnostic, "agnostic/{metric}")
+
+    def table(self, per_sequence: bool = False) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of text: one row per class, then the three means.
+
+        The number of classes in the mean, and the classes left out of it, stand in the row's name.
+        """
+        averaged = len(self.classes) - len(self.classes_without_gt)
+        rows: list[tuple[str, Values]] = []
+        if per_sequence:
+            for sequence, cells in self.per_sequence.items():
+                rows += [(f"{sequence} / {name}", values) for name, values in cells.items()]
+        rows += list(self.per_class.items())
+        left_out = f", without {', '.join(self.classes_without_gt)}" if self.classes_without_gt else ""
+        plural = "class" if averaged == 1 else "classes"
+        rows.append((f"mean of {averaged} {plural}{left_out}", self.class_averaged))
+        rows.append(("all boxes", self.detection_averaged))
+        rows.append(("class-agnostic", self.class_agnostic))
+        return ["", *TABLE_METRICS], [[name, *(_cell(values, metric) for metric in TABLE_METRICS)] for name, values in rows]
+
+    def caption(self) -> str:
+        """One line that must stand with the table."""
+        note = "".join(f"; {note}" for note in self.notes)
+        return (
+            f"protocol {self.protocol}, split {self.split}, classes {', '.join(self.classes)}, "
+            f"{len(self.sequences)} sequences ({self.sequence_digest[:12]}){note}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return asdict(self) | {"sequence_digest": self.sequence_digest}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Scores:
+        """Inverse of ``to_json``."""
+        values = {key: value for key, value in stored.items() if key != "sequence_digest"}
+        for key in ("classes", "sequences", "classes_without_gt", "notes"):
+            values[key] = tuple(values[key])
+        scores = cls(**values)
+        if scores.sequence_digest != stored["sequence_digest"]:
+            raise MotipError(
+                "stored scores do not belong to their sequence list",
+                found=scores.sequence_digest,
+                expected=stored["sequence_digest"],
+                fix="evaluate again",
+            )
+        return scores
+
+
+def check_comparable(evaluations: Iterable[Scores]) -> None:
+    """Raise MotipError if the evaluations differ in protocol, classes, split or sequences."""
+    evaluations = list(evaluations)
+    for other in evaluations[1:]:
+        for what, value in evaluations[0].identity.items():
+            if other.identity[what] != value:
+                raise MotipError(
+                    f"scores of different {what} do not belong in one table",
+                    found=other.identity[what],
+                    expected=value,
+                    fix="evaluate both with the same protocol, classes, split and sequences",
+                )
+
+
+def metric_name(text: str) -> str:
+    """`text` with every character MLflow refuses in a metric name replaced by an underscore."""
+    return re.sub(r"[^\w\-. :]", "_", text, flags=re.ASCII)
+
+
+def _flat(values: Values, pattern: str) -> dict[str, float]:
+    return {pattern.format(metric=name): float(value) for name, value in values.items() if value is not None}
+
+
+def _cell(values: Values, metric: str) -> str:
+    value = values[metric]
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if metric in PERCENTAGES else str(value)

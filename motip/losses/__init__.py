@@ -1,0 +1,1 @@
+"""Detection and identity losses; torch, numpy and scipy only."""

@@ -1,0 +1,137 @@
+"""Image backbones: ResNet-50 with frozen batch norm (published), and a small GroupNorm network for the demo world."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from motip.model.spec import ModelSpec
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm with four fixed buffers (weight, bias, running_mean, running_var) and no step counter.
+
+    With the one or two clips per step that fit a card, running statistics would only add noise.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1).to(x.dtype) + shift.view(1, -1, 1, 1).to(x.dtype)
+
+
+class ResNet50Body(ResNet):
+    """torchvision's ResNet-50 without its classifier; returns the maps of layer2, layer3 and layer4.
+
+    conv1 and layer1 are never trained (spec of the published code); layer2-4 only if `train`.
+    """
+
+    channels = (512, 1024, 2048)
+
+    def __init__(self, dilation: bool, train: bool) -> None:
+        super().__init__(
+            Bottleneck,
+            [3, 4, 6, 3],
+            norm_layer=FrozenBatchNorm,
+            replace_stride_with_dilation=[False, False, dilation],
+        )
+        del self.avgpool, self.fc
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(train and name.startswith(("layer2", "layer3", "layer4")))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer1(x)
+        maps = []
+        for layer in (self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+
+class _GroupNormBlock(nn.Module):
+    """Two 3x3 convolutions with GroupNorm(8) and a projected shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(8, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(8, outputs)
+        self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.GroupNorm(8, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(inner)) + self.downsample(x))
+
+
+class TinyGroupNormBody(nn.Module):
+    """A 0.7 M-parameter residual network that two CPU cores can train from scratch; strides 8, 16, 32.
+
+    GroupNorm instead of frozen batch norm, because there are no ImageNet statistics to freeze.
+    """
+
+    channels = (64, 96, 128)
+
+    def __init__(self, train: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
+        self.norm1 = nn.GroupNorm(8, 16)
+        self.conv2 = nn.Conv2d(16, 16, 3, 2, 1, bias=False)
+        self.norm2 = nn.GroupNorm(8, 16)
+        self.layer1 = _GroupNormBlock(16, 32, 1)
+        self.layer2 = _GroupNormBlock(32, 64, 2)
+        self.layer3 = _GroupNormBlock(64, 96, 2)
+        self.layer4 = _GroupNormBlock(96, 128, 2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.requires_grad_(train)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = F.relu(self.norm1(self.conv1(images)))
+        x = F.relu(self.norm2(self.conv2(x)))
+        x = self.layer1(x)
+        maps = []
+        for layer in (self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+
+class Backbone(nn.Module):
+    """The chosen body; feature maps with the padding mask resized to each."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        body: ResNet50Body | TinyGroupNormBody
+        if spec.backbone == "resnet50":
+            body = ResNet50Body(spec.dilation, spec.train_backbone)
+        else:
+            body = TinyGroupNormBody(spec.train_backbone)
+        self.channels = body.channels
+        self.body = body
+
+    def forward(self, images: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(B,3,H,W), (B,H,W) -> [(map (B,C,h,w), mask (B,h,w))], finest first."""
+        return [(features, resize_mask(mask, features)) for features in self.body(images)]
+
+
+def resize_mask(mask: Tensor, features: Tensor) -> Tensor:
+    """The (B,H,W) padding mask at the size of `features` (B,C,h,w), nearest pixel."""
+    return F.interpolate(mask[:, None].float(), size=features.shape[-2:]).to(torch.bool)[:, 0]

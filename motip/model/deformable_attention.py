@@ -1,0 +1,161 @@
+"""Multi-scale deformable attention (Deformable DETR, section 4.1) behind one function.
+
+``deformable_attention`` looks its implementation up at run time. ``torch`` runs everywhere PyTorch runs, needs no
+compiler and can be exported.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from motip.errors import MotipError
+
+SpatialShapes = Sequence[tuple[int, int]]
+Implementation = Callable[[Tensor, SpatialShapes, Tensor, Tensor], Tensor]
+
+_logger = logging.getLogger(__name__)
+_implementations: dict[str, Implementation] = {}
+_chosen: str = "torch"
+_logged: set[str] = set()
+
+
+def register_implementation(name: str, implementation: Implementation) -> None:
+    """Make `implementation` selectable under `name`; it must follow ``deformable_attention``'s contract."""
+    _implementations[name] = implementation
+
+
+def use_implementation(name: str) -> None:
+    """Choose the implementation all deformable attention of this process uses from now on."""
+    global _chosen
+    if name not in _implementations:
+        raise MotipError(
+            "unknown implementation of deformable attention", found=name, expected=", ".join(sorted(_implementations))
+        )
+    _chosen = name
+    log_implementation()
+
+
+def log_implementation() -> str:
+    """Log the chosen implementation once per process and return its name."""
+    if _chosen not in _logged:
+        _logged.add(_chosen)
+        _logger.info("deformable attention: %s implementation", _chosen)
+    return _chosen
+
+
+def deformable_attention(
+    value: Tensor, spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Weighted sum of bilinear samples of `value`.
+
+    Args:
+        value: (B, S, heads, d), the levels' rows one after the other, S = sum of h*w.
+        spatial_shapes: (h, w) of each level, python integers.
+        sampling_locations: (B, Q, heads, levels, points, 2), (x, y) in 0..1 of each level's padded map; pixel i covers
+            [i/w, (i+1)/w]. Samples outside contribute zero.
+        attention_weights: (B, Q, heads, levels, points).
+
+    Returns:
+        (B, Q, heads * d), in the type of `value`. Q may be 0.
+    """
+    return _implementations[_chosen](value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def _grid_sample_attention(
+    value: Tensor, spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    batch, _, heads, channels = value.shape
+    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    # Half precision has 1/256 of the image as its step near 1: locations stay in their own type, values follow them.
+    grids = (2.0 * sampling_locations - 1.0).transpose(1, 2).flatten(0, 1)  # (B*heads, Q, levels, points, 2)
+    weights = attention_weights.transpose(1, 2).flatten(0, 1).to(grids.dtype)
+    maps = value.to(grids.dtype).permute(0, 2, 3, 1).flatten(0, 1)  # (B*heads, d, S)
+
+    total = grids.new_zeros(batch * heads, channels, queries)
+    if queries > 0:
+        start = 0
+        for level, (height, width) in enumerate(spatial_shapes):
+            level_map = maps[:, :, start : start + height * width].unflatten(2, (height, width))
+            sampled = F.grid_sample(level_map, grids[:, :, level], "bilinear", "zeros", align_corners=False)
+            # Reduced level by level: holding all levels' samples at once would be the peak of the whole detector.
+            total = total + torch.einsum("bdqp,bqp->bdq", sampled, weights[:, :, level])
+            start += height * width
+    return total.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
+
+
+register_implementation("torch", _grid_sample_attention)
+
+
+class DeformableAttention(nn.Module):
+    """Projections around ``deformable_attention``, under the published keys.
+
+    Args:
+        dim: width D. levels, heads, points: as in the paper; D is split head-major.
+    """
+
+    def __init__(self, dim: int, levels: int, heads: int, points: int) -> None:
+        super().__init__()
+        self.levels = levels
+        self.heads = heads
+        self.points = points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start from looking in a fixed direction per head, one step further per point, all points weighing the same."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = torch.arange(self.heads, dtype=torch.float32) * (2.0 * math.pi / self.heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1, dtype=torch.float32)
+        offsets = directions[:, None, None, :] * steps[None, None, :, None]
+        self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        value_in: Tensor,
+        spatial_shapes: SpatialShapes,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from `query` (B,Q,D) to `value_in` (B,S,D).
+
+        Args:
+            reference_points: (B, Q, levels, 2) points or (B, Q, levels, 4) boxes cxcywh, relative to each padded map.
+            padding_mask: (B, S) bool, True on padding; padded values count as zero.
+        """
+        value = self.value_proj(value_in)
+        if padding_mask is not None:
+            value = value.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        value = value.unflatten(-1, (self.heads, -1))
+        offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))
+        weights = self.attention_weights(query).unflatten(-1, (self.heads, self.levels * self.points)).softmax(-1)
+        weights = weights.unflatten(-1, (self.levels, self.points))
+        locations = sampling_locations(reference_points, offsets, spatial_shapes)
+        return self.output_proj(deformable_attention(value, spatial_shapes, locations, weights))
+
+
+def sampling_locations(reference_points: Tensor, offsets: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
+    """Where to sample: offsets (B,Q,heads,levels,points,2) count pixels for points, half boxes / points for boxes."""
+    if reference_points.shape[-1] == 2:
+        sizes = offsets.new_tensor([[width, height] for height, width in spatial_shapes], dtype=reference_points.dtype)
+        return reference_points[:, :, None, :, None, :] + offsets / sizes[:, None, :]
+    centres = reference_points[:, :, None, :, None, :2]
+    half_sizes = reference_points[:, :, None, :, None, 2:] * 0.5
+    return centres + offsets / offsets.shape[4] * half_sizes

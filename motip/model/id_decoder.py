@@ -1,0 +1,339 @@
+"""Identity prediction as classification over a vocabulary of ID labels (MOTIP, sections 3.2 and 3.3).
+
+A trajectory token is [object feature | embedding of its ID label]; the token of an object in question is
+[object feature | embedding of "newborn"]. The decoder lets the objects of a frame look at each other and at the past
+and reads the label off the ID half of the result.
+
+Memory: the relative position bias depends on (query time, key time) alone, and an additive mask that needs a gradient
+would turn fused attention off. So queries are handled in blocks of a few frames; the bias (and the mask) of a block's
+i-th frame is channel i of the keys, switched on by a one in channel i of that frame's queries. Attention stays fused,
+frames that lie in the future of the whole block are never touched, and nothing of size (T*N)^2 exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from motip.errors import MotipError
+from motip.model.attention import MultiHeadAttention, with_zero_token
+from motip.model.spec import ModelSpec
+
+# Score of a hidden token. exp() of it is exactly 0 in every type, and it is finite in half precision: an infinity
+# would give NaN gradients through the product it is folded into.
+_HIDDEN = -3.0e4
+# Frames per block. Measured on 2 CPU cores (tests/benchmarks/bench_id_decoder.py); 8 extra channels also keep the
+# head width a multiple of 8, which the CUDA kernels want.
+_BLOCK_FRAMES = 8
+
+
+class HistoryTokens(NamedTuple):
+    """Trajectory tokens as each layer's cross-attention sees them: keys and values, each (layers, S, heads, head_dim).
+
+    They depend on feature and label only, so a tracker computes them once when a frame is appended.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __len__(self) -> int:  # type: ignore[override]
+        return self.keys.shape[1]
+
+    def append(self, newer: HistoryTokens) -> HistoryTokens:
+        """These tokens followed by `newer`."""
+        return HistoryTokens(torch.cat([self.keys, newer.keys], 1), torch.cat([self.values, newer.values], 1))
+
+    def select(self, index: Tensor) -> HistoryTokens:
+        """Tokens `index`, a (S,) bool mask or a vector of positions."""
+        return HistoryTokens(self.keys[:, index], self.values[:, index])
+
+
+class FFN(nn.Module):
+    """linear1 -> exact GELU -> linear2."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(dim, inner)
+        self.linear2 = nn.Linear(inner, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(F.gelu(self.linear1(x)))
+
+
+class TrajectoryModeling(nn.Module):
+    """Adapts detector outputs that become history; applied to trajectory features only, token by token."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        dim, inner = spec.feature_dim, spec.feature_dim * spec.ffn_dim_ratio
+        self.adapter = FFN(dim, inner)
+        self.norm = nn.LayerNorm(dim)
+        self.ffn = FFN(dim, inner)
+        self.ffn_norm = nn.LayerNorm(dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        features = self.norm(features + self.adapter(features))
+        return self.ffn_norm(features + self.ffn(features))
+
+
+class IdDecoder(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        dim, heads, depth = spec.embed_dim, spec.embed_dim // spec.head_dim, spec.num_id_decoder_layers
+        self.spec = spec
+        self.heads = heads
+        self.rel_pos_embeds = nn.Parameter(torch.zeros(depth, spec.rel_pe_length, heads))
+        self.word_to_embed = nn.Linear(spec.num_id_vocabulary + 1, spec.id_dim, bias=False)
+        self.embed_to_word_layers = nn.ModuleList(self._heads_of_layers(depth))
+        self.self_attn_layers = nn.ModuleList(MultiHeadAttention(dim, heads) for _ in range(depth - 1))
+        self.self_attn_norm_layers = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth - 1))
+        self.cross_attn_layers = nn.ModuleList(MultiHeadAttention(dim, heads) for _ in range(depth))
+        self.cross_attn_norm_layers = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth))
+        self.ffn_layers = nn.ModuleList(FFN(dim, dim * spec.ffn_dim_ratio) for _ in range(depth))
+        self.ffn_norm_layers = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth))
+
+    def _heads_of_layers(self, depth: int) -> list[nn.Module]:
+        distinct = self.spec.use_aux_loss and not self.spec.use_shared_aux_head
+        words, width = self.spec.num_id_vocabulary + 1, self.spec.id_dim
+        heads = [nn.Linear(width, words, bias=False) for _ in range(depth if distinct else 1)]
+        return heads if distinct else heads * depth
+
+    @property
+    def newborn_label(self) -> int:
+        return self.spec.num_id_vocabulary
+
+    def forward(
+        self,
+        trajectory_features: Tensor,
+        trajectory_labels: Tensor,
+        trajectory_masks: Tensor,
+        trajectory_times: Tensor | Sequence[int],
+        unknown_features: Tensor,
+        unknown_masks: Tensor,
+        unknown_times: Tensor | Sequence[int],
+        label_mask: Tensor | None = None,
+        all_layers: bool | None = None,
+    ) -> Tensor:
+        """Logits of every unknown over the V labels and "newborn" (label V).
+
+        Args:
+            trajectory_features: (B,G,T,N,D) after ``TrajectoryModeling``. trajectory_labels: (B,G,T,N) in 0..V, -1 =
+                padding. trajectory_masks: (B,G,T,N) bool, True = absent. trajectory_times: (T,) frame numbers within
+                the clip, 0..REL_PE_LENGTH-1; pass a list or a CPU tensor, a CUDA tensor costs a synchronisation.
+            unknown_features: (B,G,U,M,D) raw detector outputs. unknown_masks: (B,G,U,M). unknown_times: (U,).
+            label_mask: (V+1,) bool, True = label not in use; its logits become -inf.
+            all_layers: return every layer's logits; by default in training with USE_AUX_LOSS.
+
+        Returns:
+            (L', B, G, U, M, V+1); L' = number of layers if all_layers, else 1 (the last layer).
+
+        Raises:
+            MotipError: if a time does not fit REL_PE_LENGTH.
+        """
+        past, now = _as_times(trajectory_times), _as_times(unknown_times)
+        self._check_times(past, now)
+        lead = unknown_features.shape[:2]
+        features = trajectory_features.flatten(0, 1)
+        labels = self._clean_labels(trajectory_labels).flatten(0, 1)
+        hidden_past = trajectory_masks.flatten(0, 1)
+        hidden_now = unknown_masks.flatten(0, 1)
+        tokens = self._unknown_tokens(unknown_features.flatten(0, 1))
+        if all_layers is None:
+            all_layers = self.training and self.spec.use_aux_loss
+
+        logits = []
+        for layer in range(len(self.cross_attn_layers)):
+            inputs = (layer, tokens, hidden_now, now, features, labels, hidden_past, past)
+            if self.spec.use_decoder_checkpoint and torch.is_grad_enabled():
+                tokens = checkpoint(self._layer, *inputs, use_reentrant=False)
+            else:
+                tokens = self._layer(*inputs)
+            if all_layers or layer + 1 == len(self.cross_attn_layers):
+                logits.append(self._classify(layer, tokens, label_mask))
+        return torch.stack(logits).unflatten(1, lead)
+
+    @torch.no_grad()
+    def encode_history(self, features: Tensor, labels: Tensor) -> HistoryTokens:
+        """Project history tokens once, for ``decode``.
+
+        Args:
+            features: (S,D) after ``TrajectoryModeling``. labels: (S,) in 0..V-1.
+        """
+        labels = self._clean_labels(labels)
+        keys, values = zip(
+            *(self._project_history(layer, features, labels) for layer in range(len(self.cross_attn_layers))),
+            strict=True,
+        )
+        return HistoryTokens(torch.stack(keys), torch.stack(values))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        unknown_features: Tensor,
+        history: HistoryTokens,
+        ages: Tensor,
+        history_masks: Tensor | None = None,
+        label_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (M, V+1) of one frame's M objects; equals ``forward`` on the same tokens to rounding.
+
+        Args:
+            unknown_features: (M,D) raw detector outputs. history: S tokens. ages: (S,) int, frames between the token
+                and now, 1..REL_PE_LENGTH-1. history_masks: (S,) bool, True = ignore. label_mask: as in ``forward``.
+        """
+        if len(history) and not 1 <= int(ages.min()) <= int(ages.max()) < self.spec.rel_pe_length:
+            raise MotipError(
+                "a history token is too old, or not in the past",
+                where="REL_PE_LENGTH",
+                found=f"ages {int(ages.min())}..{int(ages.max())}",
+                expected=f"1..{self.spec.rel_pe_length - 1} frames",
+                fix="lower MISS_TOLERANCE or grow REL_PE_LENGTH",
+            )
+        tokens = self._unknown_tokens(unknown_features)
+        for layer in range(len(self.cross_attn_layers)):
+            if layer > 0:
+                tokens = self._look_around(layer, tokens[None], None)[0]
+            attention = self.cross_attn_layers[layer]
+            bias = self.rel_pos_embeds[layer][ages].t()  # (heads, S)
+            if history_masks is not None:
+                bias = bias.masked_fill(history_masks, _HIDDEN)
+            attended = F.scaled_dot_product_attention(
+                attention.project_query(tokens).transpose(0, 1)[None],
+                with_zero_token(history.keys[layer]).transpose(0, 1)[None],
+                with_zero_token(history.values[layer]).transpose(0, 1)[None],
+                attn_mask=F.pad(bias, (1, 0))[None, :, None].to(tokens.dtype),
+            )
+            attended = attention.merge_heads(attended[0].transpose(0, 1))
+            tokens = self._feed_forward(layer, self.cross_attn_norm_layers[layer](tokens + attended))
+        return self._classify(len(self.cross_attn_layers) - 1, tokens, label_mask)
+
+    def _layer(
+        self,
+        layer: int,
+        tokens: Tensor,
+        hidden_now: Tensor,
+        now: list[int],
+        features: Tensor,
+        labels: Tensor,
+        hidden_past: Tensor,
+        past: list[int],
+    ) -> Tensor:
+        """One decoder layer on tokens (BG,U,M,E) with history (BG,T,N,.)."""
+        if layer > 0:
+            tokens = self._look_around(layer, tokens.flatten(0, 1), hidden_now.flatten(0, 1)).view_as(tokens)
+        attended = self._look_back(layer, tokens, now, features, labels, hidden_past, past)
+        return self._feed_forward(layer, self.cross_attn_norm_layers[layer](tokens + attended))
+
+    def _look_around(self, layer: int, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        """Self-attention among the unknowns of one frame: tokens (frames,M,E), hidden (frames,M)."""
+        attention: MultiHeadAttention = self.self_attn_layers[layer - 1]  # type: ignore[assignment]
+        key, value = attention.project_key_value(tokens)
+        allowed = None if hidden is None else ~F.pad(hidden, (1, 0))[:, None, None, :]
+        attended = F.scaled_dot_product_attention(
+            attention.project_query(tokens).transpose(1, 2),
+            with_zero_token(key).transpose(1, 2),
+            with_zero_token(value).transpose(1, 2),
+            attn_mask=allowed,
+        )
+        return self.self_attn_norm_layers[layer - 1](tokens + attention.merge_heads(attended.transpose(1, 2)))
+
+    def _look_back(
+        self,
+        layer: int,
+        tokens: Tensor,
+        now: list[int],
+        features: Tensor,
+        labels: Tensor,
+        hidden: Tensor,
+        past: list[int],
+    ) -> Tensor:
+        """Cross-attention of tokens (BG,U,M,E) to the strictly earlier of the history tokens."""
+        attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
+        keys, values = self._project_history(layer, features.flatten(1, 2), labels.flatten(1))
+        keys = with_zero_token(keys)
+        # One padded copy of the values serves all blocks: fused attention wants values as wide as keys.
+        values = F.pad(with_zero_token(values), (0, min(_BLOCK_FRAMES, len(now))))
+        queries = attention.project_query(tokens)
+        objects, history_objects = tokens.shape[2], labels.shape[2]
+        blocks = []
+        for start in range(0, len(now), _BLOCK_FRAMES):
+            block = now[start : start + _BLOCK_FRAMES]
+            frames = 1 + max((t for t, time in enumerate(past) if time < max(block)), default=-1)
+            channels = self._bias_channels(layer, block, past[:frames], hidden[:, :frames]).to(keys.dtype)
+            visible = 1 + frames * history_objects
+            key = torch.cat([keys[:, :visible], with_zero_token(channels.flatten(1, 2))], -1)
+            query = _switch_channels_on(queries[:, start : start + len(block)], attention.head_dim)
+            width = attention.head_dim + len(block)
+            attended = F.scaled_dot_product_attention(
+                query.flatten(1, 2).transpose(1, 2),
+                key.transpose(1, 2),
+                values[:, :visible, :, :width].transpose(1, 2),
+                scale=1.0 / math.sqrt(attention.head_dim),
+            )
+            attended = attended[..., : attention.head_dim].transpose(1, 2)
+            blocks.append(attended.unflatten(1, (len(block), objects)))
+        return attention.merge_heads(torch.cat(blocks, 1))
+
+    def _bias_channels(self, layer: int, block: list[int], past: list[int], hidden: Tensor) -> Tensor:
+        """(BG,T,N,heads,len(block)): what to add to the score of a token for each frame of the block."""
+        ages = torch.tensor([[time - earlier for time in block] for earlier in past], dtype=torch.long)
+        ages = ages.view(len(past), len(block)).to(hidden.device)
+        bias = self.rel_pos_embeds[layer][ages.clamp(min=0)].transpose(1, 2)  # (T,heads,block)
+        bias = bias.masked_fill((ages <= 0)[:, None], _HIDDEN)
+        return torch.where(hidden[..., None, None], _HIDDEN, bias[None, :, None])
+
+    def _project_history(self, layer: int, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (...,heads,head_dim) of tokens [feature (...,D) | embedding of label (...)].
+
+        The ID half of a token takes V+1 values, so its projection is a table that is looked up.
+        """
+        attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
+        width, dim = self.spec.feature_dim, self.spec.embed_dim
+        weight, bias = attention.in_proj_weight[dim:], attention.in_proj_bias[dim:]
+        table = F.linear(self.word_to_embed.weight.t(), weight[:, width:], bias)
+        both = F.linear(features, weight[:, :width]) + F.embedding(labels, table)
+        keys, values = both.unflatten(-1, (2, self.heads, self.spec.head_dim)).unbind(-3)
+        return keys, values
+
+    def _feed_forward(self, layer: int, tokens: Tensor) -> Tensor:
+        return self.ffn_norm_layers[layer](tokens + self.ffn_layers[layer](tokens))
+
+    def _unknown_tokens(self, features: Tensor) -> Tensor:
+        newborn = self.word_to_embed.weight[:, self.newborn_label].to(features.dtype)
+        return torch.cat([features, newborn.expand(*features.shape[:-1], -1)], -1)
+
+    def _classify(self, layer: int, tokens: Tensor, label_mask: Tensor | None) -> Tensor:
+        logits = self.embed_to_word_layers[layer](tokens[..., -self.spec.id_dim :])
+        return logits if label_mask is None else logits.masked_fill(label_mask, -math.inf)
+
+    def _clean_labels(self, labels: Tensor) -> Tensor:
+        return torch.where(labels < 0, self.newborn_label, labels)
+
+    def _check_times(self, past: list[int], now: list[int]) -> None:
+        latest, earliest = max(past + now, default=0), min(past + now, default=0)
+        if latest >= self.spec.rel_pe_length or earliest < 0:
+            raise MotipError(
+                "a clip or history is longer than the relative position embedding",
+                where="REL_PE_LENGTH",
+                found=f"times {earliest}..{latest}",
+                expected=f"0..{self.spec.rel_pe_length - 1}",
+                fix=f"use clips of at most {self.spec.rel_pe_length} frames, or grow REL_PE_LENGTH",
+            )
+
+
+def _switch_channels_on(queries: Tensor, head_dim: int) -> Tensor:
+    """(BG,u,M,heads,d) -> (BG,u,M,heads,d+u): frame i carries a one, before scaling, in extra channel i."""
+    frames = queries.shape[1]
+    switch = torch.eye(frames, dtype=queries.dtype, device=queries.device) * math.sqrt(head_dim)
+    return torch.cat([queries, switch[None, :, None, None].expand(*queries.shape[:-1], frames)], -1)
+
+
+def _as_times(times: Tensor | Sequence[int]) -> list[int]:
+    return [int(time) for time in (times.tolist() if isinstance(times, Tensor) else times)]

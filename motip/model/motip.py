@@ -1,0 +1,40 @@
+"""The whole network: detector, trajectory modelling, ID decoder."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from motip.model.deformable_attention import log_implementation
+from motip.model.detector import DeformableDetr, DetectorOutput
+from motip.model.id_decoder import IdDecoder, TrajectoryModeling
+from motip.model.init import init_parameters
+from motip.model.spec import ModelSpec
+
+
+class MOTIP(nn.Module):
+    """``detr``, ``trajectory_modeling`` and ``id_decoder`` under the published names (MOTIP, figure 2).
+
+    With ONLY_DETR the last two are None and their keys do not exist.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.detr = DeformableDetr(spec)
+        self.trajectory_modeling: TrajectoryModeling | None = None
+        self.id_decoder: IdDecoder | None = None
+        if not spec.only_detr:
+            self.trajectory_modeling = TrajectoryModeling(spec)
+            self.id_decoder = IdDecoder(spec)
+
+    def forward(self, images: Tensor, mask: Tensor) -> DetectorOutput:
+        """The detector pass: images (B,3,H,W) normalised, mask (B,H,W) bool True on padding."""
+        return self.detr(images, mask)
+
+
+def build_model(spec: ModelSpec) -> MOTIP:
+    """A MOTIP initialised for training from scratch. Reads no files and downloads nothing."""
+    model = MOTIP(spec)
+    init_parameters(model)
+    log_implementation()
+    return model

@@ -1,0 +1,212 @@
+"""Deformable transformer with iterative box refinement (Deformable DETR, sections 4.1 and 4.2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from motip.model.attention import MultiHeadAttention
+from motip.model.deformable_attention import DeformableAttention, SpatialShapes
+from motip.model.spec import ModelSpec
+
+
+class FeatureLevel(NamedTuple):
+    """One scale of the encoder's input: features (B,D,h,w), mask (B,h,w) True on padding, position (B,D,h,w)."""
+
+    features: Tensor
+    mask: Tensor
+    position: Tensor
+
+
+class DecoderOutput(NamedTuple):
+    """Per decoder layer: the hidden state (B,Q,D), and the boxes before (B,Q,2 or 4) and after it (B,Q,4), all 0..1."""
+
+    hidden: list[Tensor]
+    references_in: list[Tensor]
+    references_out: list[Tensor]
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int, depth: int) -> None:
+        super().__init__()
+        sizes = [inputs] + [inner] * (depth - 1) + [outputs]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of x in 0..1, finite at both ends."""
+    x = x.clamp(0.0, 1.0)
+    return torch.log(x.clamp(min=eps) / (1.0 - x).clamp(min=eps))
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention over the pixels of all levels, then a feed-forward; post-norm."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        dim = spec.hidden_dim
+        self.self_attn = DeformableAttention(dim, spec.num_feature_levels, spec.num_heads, spec.enc_points)
+        self.norm1 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, spec.dim_feedforward)
+        self.linear2 = nn.Linear(spec.dim_feedforward, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(spec.dropout)
+
+    def forward(
+        self, src: Tensor, position: Tensor, reference_points: Tensor, shapes: SpatialShapes, padding: Tensor
+    ) -> Tensor:
+        attended = self.self_attn(src + position, reference_points, src, shapes, padding)
+        src = self.norm1(src + self.dropout(attended))
+        inner = self.linear2(self.dropout(F.relu(self.linear1(src))))
+        return self.norm2(src + self.dropout(inner))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention of the queries, deformable attention to the pixels, feed-forward; norms numbered as published."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        dim = spec.hidden_dim
+        self.cross_attn = DeformableAttention(dim, spec.num_feature_levels, spec.num_heads, spec.dec_points)
+        self.norm1 = nn.LayerNorm(dim)
+        self.self_attn = MultiHeadAttention(dim, spec.num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, spec.dim_feedforward)
+        self.linear2 = nn.Linear(spec.dim_feedforward, dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(spec.dropout)
+
+    def forward(
+        self,
+        target: Tensor,
+        position: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        shapes: SpatialShapes,
+        padding: Tensor,
+    ) -> Tensor:
+        target = self.norm2(target + self.dropout(self._attend_to_queries(target, position)))
+        attended = self.cross_attn(target + position, reference_points, memory, shapes, padding)
+        target = self.norm1(target + self.dropout(attended))
+        inner = self.linear2(self.dropout(F.relu(self.linear1(target))))
+        return self.norm3(target + self.dropout(inner))
+
+    def _attend_to_queries(self, target: Tensor, position: Tensor) -> Tensor:
+        query, key = self.self_attn.project_query_key(target + position)
+        value = self.self_attn.project_value(target)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        return self.self_attn.merge_heads(attended.transpose(1, 2))
+
+
+class Encoder(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(spec) for _ in range(spec.enc_layers))
+
+    def forward(
+        self, src: Tensor, position: Tensor, shapes: SpatialShapes, valid_ratios: Tensor, padding: Tensor
+    ) -> Tensor:
+        """src, position (B,S,D), valid_ratios (B,levels,2), padding (B,S) -> memory (B,S,D)."""
+        reference_points = encoder_reference_points(shapes, valid_ratios)
+        for layer in self.layers:
+            src = layer(src, position, reference_points, shapes, padding)
+        return src
+
+
+def encoder_reference_points(shapes: SpatialShapes, valid_ratios: Tensor) -> Tensor:
+    """Centre of every pixel of every level, in every level's padded coordinates: (B, S, levels, 2)."""
+    centres = []
+    for level, (height, width) in enumerate(shapes):
+        y = torch.arange(height, dtype=torch.float32, device=valid_ratios.device) + 0.5
+        x = torch.arange(width, dtype=torch.float32, device=valid_ratios.device) + 0.5
+        rows = y[None, :, None] / (valid_ratios[:, None, None, level, 1] * height)
+        columns = x[None, None, :] / (valid_ratios[:, None, None, level, 0] * width)
+        grid = torch.stack(torch.broadcast_tensors(columns, rows), -1)  # (B,h,w,2), 1 at the end of the unpadded part
+        centres.append(grid.flatten(1, 2))
+    return torch.cat(centres, 1)[:, :, None] * valid_ratios[:, None]
+
+
+class Decoder(nn.Module):
+    """Refines a reference per query layer by layer. The box heads live here because refinement needs them."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        dim = spec.hidden_dim
+        self.layers = nn.ModuleList(DecoderLayer(spec) for _ in range(spec.dec_layers))
+        self.bbox_embed = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(spec.dec_layers))
+
+    def forward(
+        self,
+        target: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        shapes: SpatialShapes,
+        valid_ratios: Tensor,
+        padding: Tensor,
+    ) -> DecoderOutput:
+        output = DecoderOutput([], [], [])
+        for layer, head in zip(self.layers, self.bbox_embed, strict=True):
+            scale = valid_ratios if reference.shape[-1] == 2 else valid_ratios.repeat(1, 1, 2)
+            target = layer(target, position, reference[:, :, None] * scale[:, None], memory, shapes, padding)
+            refined = refine(head(target), reference)
+            output.hidden.append(target)
+            output.references_in.append(reference)
+            output.references_out.append(refined)
+            # Detached: each layer learns to correct the box it is given, not to steer earlier layers.
+            reference = refined.detach()
+        return output
+
+
+def refine(offsets: Tensor, reference: Tensor) -> Tensor:
+    """Add head outputs (B,Q,4) to a reference point (B,Q,2) or box (B,Q,4) in logit space -> cxcywh (B,Q,4) in 0..1."""
+    base = inverse_sigmoid(reference)
+    if reference.shape[-1] == 2:
+        base = F.pad(base, (0, 2))
+    return (offsets + base).sigmoid()
+
+
+class DeformableTransformer(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.level_embed = nn.Parameter(torch.randn(spec.num_feature_levels, spec.hidden_dim))
+        self.encoder = Encoder(spec)
+        self.decoder = Decoder(spec)
+        self.reference_points = nn.Linear(spec.hidden_dim, 2)
+
+    def forward(self, levels: list[FeatureLevel], query_embed: Tensor) -> DecoderOutput:
+        """levels finest first; query_embed (Q, 2D): position half, then content half."""
+        shapes = [(level.features.shape[2], level.features.shape[3]) for level in levels]
+        src = torch.cat([level.features.flatten(2).transpose(1, 2) for level in levels], 1)
+        padding = torch.cat([level.mask.flatten(1) for level in levels], 1)
+        position = torch.cat(
+            [level.position.flatten(2).transpose(1, 2) + self.level_embed[i] for i, level in enumerate(levels)], 1
+        )
+        valid_ratios = torch.stack([valid_ratio(level.mask) for level in levels], 1)
+        memory = self.encoder(src, position, shapes, valid_ratios, padding)
+
+        query_position, target = query_embed.expand(src.shape[0], -1, -1).chunk(2, -1)
+        reference = self.reference_points(query_position).sigmoid()
+        return self.decoder(target, query_position, reference, memory, shapes, valid_ratios, padding)
+
+
+def valid_ratio(mask: Tensor) -> Tensor:
+    """(B,h,w) padding mask -> (B,2): unpadded share of the width and of the height."""
+    width = (~mask[:, 0, :]).sum(1) / mask.shape[2]
+    height = (~mask[:, :, 0]).sum(1) / mask.shape[1]
+    return torch.stack([width, height], -1)

@@ -1,0 +1,1 @@
+"""The runtime tracker: detections in, tracks out; torch, numpy and scipy only."""

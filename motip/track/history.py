@@ -1,0 +1,68 @@
+"""What the tracker remembers of past detections: their keys and values, projected once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from motip.model.id_decoder import HistoryTokens
+
+
+class TokenHistory:
+    """A queue of history tokens in order of time: appended at one end, forgotten at the other.
+
+    Only detections that were seen are stored (a hidden token has no influence). Tokens lie contiguous in a buffer with
+    spare room, so a frame costs one small copy; the buffer is compacted when its end is reached.
+    """
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._start = 0
+        self._end = 0
+        self.frames = np.zeros(0, np.int64)
+        """(S,) frame of each token."""
+        self.labels = np.zeros(0, np.int64)
+        """(S,) ID label of each token; -1 where its track was dropped."""
+
+    def __len__(self) -> int:
+        return self._end - self._start
+
+    def append(self, tokens: HistoryTokens, labels: np.ndarray, frame: int) -> None:
+        """Add the tokens of the objects of one frame."""
+        count = len(labels)
+        if self._keys is None or self._values is None or self._end + count > self._keys.shape[1]:
+            self._make_room(tokens, count)
+        assert self._keys is not None and self._values is not None
+        self._keys[:, self._end : self._end + count] = tokens.keys
+        self._values[:, self._end : self._end + count] = tokens.values
+        self._end += count
+        self.frames = np.append(self.frames, np.full(count, frame))
+        self.labels = np.append(self.labels, labels)
+
+    def forget_before(self, frame: int) -> None:
+        """Drop the tokens of frames earlier than `frame`."""
+        old = int(np.searchsorted(self.frames, frame))
+        self._start += old
+        self.frames, self.labels = self.frames[old:], self.labels[old:]
+
+    def drop_labels(self, labels: np.ndarray) -> None:
+        """Hide every token of these labels from now on."""
+        self.labels[np.isin(self.labels, labels)] = -1
+
+    def tokens(self) -> HistoryTokens:
+        """Views of all S tokens, hidden ones included (``labels == -1``)."""
+        assert self._keys is not None and self._values is not None
+        return HistoryTokens(self._keys[:, self._start : self._end], self._values[:, self._start : self._end])
+
+    def _make_room(self, like: HistoryTokens, count: int) -> None:
+        capacity = 2 * (len(self) + count) + 64
+        layers, _, heads, head_dim = like.keys.shape
+        keys = torch.empty(layers, capacity, heads, head_dim, dtype=like.keys.dtype, device=like.keys.device)
+        values = torch.empty_like(keys)
+        if len(self):
+            kept = self.tokens()
+            keys[:, : len(self)] = kept.keys
+            values[:, : len(self)] = kept.values
+        self._keys, self._values, self._start, self._end = keys, values, 0, len(self)

@@ -1,0 +1,114 @@
+"""Every choice the tracker offers, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from motip.errors import MotipError
+
+if TYPE_CHECKING:
+    from motip.config import Config
+
+ASSIGNMENT_PROTOCOLS = ("hungarian", "object-max", "id-max")
+DTYPES = ("FP32", "FP16", "BF16")
+
+_CONFIG_KEYS = {
+    "det_thresh": "DET_THRESH",
+    "newborn_thresh": "NEWBORN_THRESH",
+    "id_thresh": "ID_THRESH",
+    "area_thresh": "AREA_THRESH",
+    "miss_tolerance": "MISS_TOLERANCE",
+    "assignment_protocol": "ASSIGNMENT_PROTOCOL",
+    "memory_rule": "MEMORY_RULE",
+    "newborn_order": "NEWBORN_ORDER",
+    "use_sigmoid": "USE_FOCAL_LOSS",
+    "short_side": "INFERENCE_SHORT_SIDE",
+    "max_longer": "INFERENCE_MAX_LONGER",
+    "dtype": "INFERENCE_DTYPE",
+    "longterm_patience": "LONGTERM_PATIENCE",
+    "longterm_similarity": "LONGTERM_SIMILARITY",
+}
+
+
+@dataclass(frozen=True)
+class TrackerSettings:
+    """How detections become tracks. Defaults are the published DanceTrack values where those are sound."""
+
+    det_thresh: float = 0.3
+    """A query is a detection if its best class score exceeds this."""
+    newborn_thresh: float = 0.6
+    """A detection without identity starts a track if its score exceeds this."""
+    id_thresh: float = 0.2
+    """An ID label is believed from this score on."""
+    area_thresh: float = 0.0
+    """A detection must cover more pixels of the original image than this."""
+    miss_tolerance: int = 30
+    """Frames an object may be missing and still come back under its id."""
+    assignment_protocol: Literal["hungarian", "object-max", "id-max"] = "object-max"
+    memory_rule: Literal["ours", "published"] = "ours"
+    """``published`` keeps miss_tolerance - 1 frames, so an object may be missing two frames fewer."""
+    newborn_order: Literal["score", "query"] = "score"
+    """Who gets a label when there are fewer labels than objects."""
+    use_sigmoid: bool = False
+    """ID scores by sigmoid (models trained with focal ID loss) instead of softmax."""
+    short_side: int = 800
+    """Frames are resized to this short side ..."""
+    max_longer: int = 1440
+    """... unless the long side would exceed this."""
+    dtype: Literal["FP32", "FP16", "BF16"] = "FP32"
+    """Arithmetic of the detector. Boxes are always turned into pixels in float32."""
+    longterm_patience: int = 0
+    """Frames a lost track waits in the long-term memory; 0 = no such memory."""
+    longterm_similarity: float = 0.85
+    """Cosine similarity from which a newborn is taken for a track of the long-term memory."""
+
+    def __post_init__(self) -> None:
+        self._check_choice("assignment_protocol", ASSIGNMENT_PROTOCOLS)
+        self._check_choice("memory_rule", ("ours", "published"))
+        self._check_choice("newborn_order", ("score", "query"))
+        self._check_choice("dtype", DTYPES)
+        for name in ("det_thresh", "newborn_thresh", "id_thresh"):
+            self._check(name, 0.0 <= getattr(self, name) <= 1.0, "0..1")
+        self._check("area_thresh", self.area_thresh >= 0.0, "0 or more square pixels")
+        self._check("longterm_patience", self.longterm_patience >= 0, "0 (off) or a number of frames")
+        self._check("longterm_similarity", -1.0 <= self.longterm_similarity <= 1.0, "-1..1")
+        self._check("short_side", self.short_side >= 1, "1 or more pixels")
+        self._check("max_longer", self.max_longer >= self.short_side, f"at least short_side = {self.short_side}")
+        # With the published arithmetic 1 and 2 crash or never forget; see history_frames.
+        least = 3 if self.memory_rule == "published" else 0
+        self._check("miss_tolerance", self.miss_tolerance >= least, f"{least} or more frames")
+
+    @property
+    def history_frames(self) -> int:
+        """Frames kept: the newest is 1 frame old when it is used, the oldest ``history_frames``."""
+        return self.miss_tolerance - 1 if self.memory_rule == "published" else self.miss_tolerance + 1
+
+    @classmethod
+    def from_config(cls, config: Config) -> TrackerSettings:
+        """Settings from a configuration (any object with the upper-case keys as attributes)."""
+        return cls(**{name: _read(config, key) for name, key in _CONFIG_KEYS.items()})
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        self._check(name, getattr(self, name) in choices, " | ".join(choices))
+
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise MotipError(
+                f"the tracker does not work with {_CONFIG_KEYS[name]} {getattr(self, name)}",
+                where=_CONFIG_KEYS[name],
+                found=getattr(self, name),
+                expected=expected,
+                fix=f"set {_CONFIG_KEYS[name]} to one of the expected values",
+            )
+
+
+def _read(config: Any, key: str) -> Any:
+    try:
+        return getattr(config, key)
+    except AttributeError:
+        raise MotipError(
+            f"the configuration has no {key}, which the tracker needs",
+            where=key,
+            fix="chain the base configuration with SUPER_CONFIG_PATH",
+        ) from None

@@ -1,0 +1,1 @@
+"""One optimiser step, the epoch loop, and their run on Ray Train."""

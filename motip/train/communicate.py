@@ -1,0 +1,146 @@
+"""What the ranks of a run tell each other: sums, agreement, and the gradients of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_BUCKET_BYTES = 32 * 2**20
+
+
+class Communicator(Protocol):
+    """The few collectives that training needs; every rank must call each of them in the same order."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; returns its argument."""
+        ...
+
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Overwrite with the source rank's values; returns its argument."""
+        ...
+
+    def all_agree(self, yes: bool) -> bool:
+        """True where every rank says yes."""
+        ...
+
+    def barrier(self) -> None:
+        """Return when every rank has arrived."""
+        ...
+
+
+class SingleProcess:
+    """One rank: nothing to tell anybody."""
+
+    world_size = 1
+    rank = 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        return tensor
+
+    def all_agree(self, yes: bool) -> bool:
+        return yes
+
+    def barrier(self) -> None:
+        return
+
+
+class TorchDistributed:
+    """The default process group of torch.distributed, which must be initialised (Ray Train does that).
+
+    Tensors may live on any device: NCCL moves only CUDA tensors, so host tensors travel through the rank's own device.
+    """
+
+    def __init__(self) -> None:
+        self.world_size = dist.get_world_size()
+        self.rank = dist.get_rank()
+        nccl = "nccl" in dist.get_backend()
+        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        carried = self._carried(tensor)
+        dist.all_reduce(carried, op=dist.ReduceOp.SUM)
+        return tensor if carried is tensor else tensor.copy_(carried)
+
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        carried = self._carried(tensor)
+        dist.broadcast(carried, src=source)
+        return tensor if carried is tensor else tensor.copy_(carried)
+
+    def all_agree(self, yes: bool) -> bool:
+        against = torch.tensor(0 if yes else 1, device=self._device)
+        dist.all_reduce(against, op=dist.ReduceOp.SUM)
+        return int(against.item()) == 0
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def _carried(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == self._device.type and tensor.is_contiguous():
+            return tensor
+        return tensor.detach().to(self._device).contiguous()
+
+
+def current_communicator() -> Communicator:
+    """The process group where one is initialised, else a single process."""
+    if dist.is_available() and dist.is_initialized():
+        return TorchDistributed()
+    return SingleProcess()
+
+
+@torch.no_grad()
+def all_reduce_gradients(
+    parameters: Iterable[nn.Parameter], comm: Communicator, bucket_bytes: int = _BUCKET_BYTES
+) -> None:
+    """Sum the gradients over ranks, in place.
+
+    Losses are divided by the objects of the global batch, so the sum is the gradient of the global batch; nothing is
+    averaged. A parameter that got a gradient on some ranks only counts as zero on the others, and one that got none
+    anywhere keeps None (so that the optimiser leaves it alone): ranks whose clips use different parts of the network,
+    or that have no clip at all, stay in step.
+
+    Args:
+        parameters: the same parameters in the same order on every rank.
+        comm: the ranks.
+        bucket_bytes: gradients are flattened into messages of about this size.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    if comm.world_size == 1 or not trained:
+        return
+    present = comm.sum_(torch.tensor([float(p.grad is not None) for p in trained])).tolist()
+    shared = [p for p, ranks in zip(trained, present, strict=True) if ranks > 0]
+    for parameter in shared:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets(shared, bucket_bytes):
+        gradients = [p.grad for p in bucket if p.grad is not None]
+        flat = comm.sum_(torch.cat([g.reshape(-1) for g in gradients]))
+        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+
+def _buckets(parameters: list[nn.Parameter], bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
+    """Neighbours of one type and device, up to the given size."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        kin = not bucket or (parameter.dtype, parameter.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (not kin or size + parameter.nbytes > bucket_bytes):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.nbytes
+    if bucket:
+        yield bucket

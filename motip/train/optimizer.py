@@ -1,0 +1,150 @@
+"""Parameter groups, AdamW, and the learning rate of every step."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import Any
+
+import torch
+from torch import nn
+
+from motip.config import Config
+from motip.errors import MotipError
+
+
+def freeze_parameters(model: nn.Module, config: Config) -> list[str]:
+    """Take away the gradient of what the configuration does not train; returns the names.
+
+    The backbone is frozen where its learning rate is 0, the whole detector with DETR_NUM_TRAIN_FRAMES 0 (no frame has
+    a gradient then).
+    """
+    frozen = []
+    backbone_still = config.LR * config.backbone_lr_scale == 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        in_backbone = any(part in name for part in config.LR_BACKBONE_NAMES)
+        if (backbone_still and in_backbone) or (config.DETR_NUM_TRAIN_FRAMES == 0 and "detr" in name):
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """The four groups of the published optimiser, in its order: backbone, sampling points, ID words, the rest.
+
+    A parameter belongs to the first group one of whose names is a part of its own. The order of groups and parameters
+    is what the optimiser state of a published checkpoint is numbered by. The last group has no `lr_scale`, as published.
+    """
+    named_groups: list[tuple[tuple[str, ...], float]] = [
+        (config.LR_BACKBONE_NAMES, config.backbone_lr_scale),
+        (config.LR_LINEAR_PROJ_NAMES, config.LR_LINEAR_PROJ_SCALE),
+        (config.LR_DICTIONARY_NAMES, config.LR_DICTIONARY_SCALE),
+    ]
+    members: list[list[nn.Parameter]] = [[], [], [], []]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matches = (i for i, (parts, _) in enumerate(named_groups) if any(part in name for part in parts))
+            members[next(matches, 3)].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": params, "lr": config.LR * scale, "lr_scale": scale}
+        for params, (_, scale) in zip(members[:3], named_groups, strict=True)
+    ]
+    return [*groups, {"params": members[3], "lr": config.LR}]
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """Freeze what is not trained and build AdamW over the rest; weight decay applies to every parameter, as published.
+
+    Raises:
+        MotipError: nothing is left to train.
+    """
+    freeze_parameters(model, config)
+    groups = parameter_groups(model, config)
+    if not any(group["params"] for group in groups):
+        raise MotipError(
+            "the configuration trains nothing",
+            where="DETR_NUM_TRAIN_FRAMES and ONLY_DETR",
+            found=f"{config.DETR_NUM_TRAIN_FRAMES} and {config.ONLY_DETR}",
+            fix="set DETR_NUM_TRAIN_FRAMES to at least 1",
+        )
+    return torch.optim.AdamW(groups, lr=config.LR, weight_decay=config.WEIGHT_DECAY)
+
+
+class LearningRates:
+    """The learning rate as a function of (epoch, step): linear warm-up, then a drop at each milestone.
+
+    A pure function of the position, so a resumed run needs no replay. During warm-up the drops do not apply, as
+    published. `state_dict` has the layout of torch's MultiStepLR, so that published tools read our checkpoints.
+
+    Args:
+        optimizer: its groups' `initial_lr` (or `lr`, the first time) are the full rates.
+        config: LR_WARMUP_EPOCHS, SCHEDULER_GAMMA and the resolved milestones.
+        steps_per_epoch: batches (not optimiser steps) per epoch.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int) -> None:
+        if steps_per_epoch < 1:
+            raise MotipError(
+                "an epoch has no steps", where="steps_per_epoch", found=steps_per_epoch, expected="1 or more"
+            )
+        self.optimizer = optimizer
+        self.steps_per_epoch = steps_per_epoch
+        self.warmup_epochs = config.LR_WARMUP_EPOCHS
+        self.gamma = config.SCHEDULER_GAMMA
+        self.milestones = sorted(config.lr_milestones)
+        self.epoch = 0
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.base_rates = [float(group["initial_lr"]) for group in optimizer.param_groups]
+
+    def at(self, epoch: int, step: int) -> list[float]:
+        """Rates of the groups at a step of an epoch, both 0-based."""
+        if epoch < self.warmup_epochs:
+            ratio = (epoch * self.steps_per_epoch + step + 1) / (self.warmup_epochs * self.steps_per_epoch)
+        else:
+            ratio = self.gamma ** bisect_right(self.milestones, epoch)
+        return [rate * ratio for rate in self.base_rates]
+
+    def set(self, epoch: int, step: int) -> list[float]:
+        """Write the rates of this position into the optimiser; returns them."""
+        self.epoch = epoch
+        rates = self.at(epoch, step)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return rates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and schedule in the layout of torch's MultiStepLR; plain values."""
+        rates = [rate * self.gamma ** bisect_right(self.milestones, self.epoch) for rate in self.base_rates]
+        return {
+            "milestones": {milestone: self.milestones.count(milestone) for milestone in self.milestones},
+            "gamma": self.gamma,
+            "base_lrs": list(self.base_rates),
+            "last_epoch": self.epoch,
+            "_step_count": self.epoch + 1,
+            "_is_initial": False,
+            "_get_lr_called_within_step": False,
+            "_last_lr": rates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over schedule, full rates and position, from our checkpoint or a published one.
+
+        Raises:
+            MotipError: the state belongs to an optimiser with another number of groups.
+        """
+        if len(state["base_lrs"]) != len(self.base_rates):
+            raise MotipError(
+                "the saved learning rates do not fit this optimiser",
+                where="scheduler state",
+                found=f"{len(state['base_lrs'])} groups",
+                expected=f"{len(self.base_rates)}",
+                fix="set RESUME_SCHEDULER: False",
+            )
+        self.base_rates = [float(rate) for rate in state["base_lrs"]]
+        self.gamma = float(state["gamma"])
+        self.milestones = sorted(epoch for epoch, times in state["milestones"].items() for _ in range(times))
+        self.epoch = int(state["last_epoch"])
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["initial_lr"] = rate

@@ -1,0 +1,330 @@
+"""One training step: gather the gradients of some clips, then move the weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from motip.config import Config
+from motip.data.batch import ClipBatch, IdSlots
+from motip.errors import MotipError
+from motip.losses.detection import DetectionCriterion
+from motip.losses.identity import id_loss
+from motip.losses.matcher import DetectionTargets
+from motip.model import MOTIP
+from motip.train.communicate import Communicator, all_reduce_gradients
+from motip.train.frames import FramePlan, detect_frames, slot_features
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class StepLosses:
+    """What one batch of clips cost, over all ranks.
+
+    Attributes:
+        values: `loss`, `detr_loss`, `id_loss` and the unweighted losses and logged values of each layer by their
+            published names, before the division by the accumulation.
+        skipped: True where a loss was not finite on some rank; no rank has added a gradient then.
+        clips: real clips (weight above 0) over all ranks.
+        objects: boxes of those clips.
+        id_targets: supervised ID slots of those clips.
+    """
+
+    values: dict[str, float]
+    skipped: bool
+    clips: int
+    objects: float
+    id_targets: float
+
+
+@dataclass
+class StepCounters:
+    """What a run has left out so far; the same on every rank."""
+
+    nonfinite_losses: int = 0
+    nonfinite_gradients: int = 0
+    names: list[str] = field(default_factory=list)
+    """This rank's clips of the batches that were left out, the last hundred."""
+
+
+class TrainStep:
+    """Forward, losses and backward of clip batches; clipping and the optimiser step.
+
+    Every rank calls `accumulate` and `apply` equally often. Losses are divided by the objects of the global batch and
+    gradients are summed over ranks, so two ranks with one clip each do what one rank does with both.
+
+    Args:
+        model: in training mode, on the device to train on.
+        config: the stage's settings.
+        comm: the ranks.
+    """
+
+    def __init__(self, model: MOTIP, config: Config, comm: Communicator) -> None:
+        self.model = model
+        self.comm = comm
+        self.device = next(model.parameters()).device
+        self.criterion = DetectionCriterion.from_config(config)
+        self.published_matching = config.ID_SUPERVISION_LAYER == "published"
+        self.train_ids = not config.ONLY_DETR
+        self.id_weight = config.ID_LOSS_WEIGHT
+        self.focal_ids = config.USE_FOCAL_LOSS
+        self.accumulate_steps = config.ACCUMULATE_STEPS
+        self.max_norm = config.MAX_CLIP_NORM
+        self.separate_norms = config.SEPARATE_CLIP_NORM
+        # Recomputing one image at a time is the least memory the detector's backward pass can do with.
+        chunk = 1 if config.MEMORY_EFFICIENT else config.DETR_NUM_CHECKPOINT_FRAMES
+        self.plan = FramePlan(config.DETR_NUM_TRAIN_FRAMES, chunk)
+        self.autocast_dtype = autocast_dtype(config.MIXED_PRECISION, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
+        self.counters = StepCounters()
+        self.gathered = 0
+        self._metric_names = _metric_names(model.spec.dec_layers if model.spec.detr_aux_loss else 1)
+
+    def accumulate(
+        self,
+        batch: ClipBatch,
+        permutation: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        divisor: int | None = None,
+    ) -> StepLosses:
+        """Add the gradient of a batch of clips.
+
+        Args:
+            batch: clips of one length; on the host, where it is checked, or already on the device.
+            permutation: (T,) order of the frames, of which the first DETR_NUM_TRAIN_FRAMES get a gradient.
+            generator: draws the permutation where none is given. Ranks that shall act as one batch seed it alike.
+            divisor: batches of this optimiser step; ACCUMULATE_STEPS where not given (an epoch's last may have fewer).
+
+        Raises:
+            MotipError: the annotations and ID slots of the batch contradict each other or the model.
+        """
+        length = batch.images.shape[1]
+        order = torch.randperm(length, generator=generator) if permutation is None else permutation
+        batch = _without_padding_clips(batch)
+        if batch.images.device.type == "cpu":
+            self._check(batch)
+        clips, objects, id_targets = self.comm.sum_(self._counts(batch)).tolist()
+        loss: Tensor | None = None
+        local: dict[str, Tensor] = {}
+        if batch.names:
+            loss, local = self._losses(batch.to(self.device), order.tolist(), objects, id_targets)
+        host = self._on_host(local, share=len(batch.names) / max(clips, 1))
+        # Asked before backward: a rank that stopped alone would leave the others waiting in the next collective.
+        finite = self.comm.all_agree(math.isfinite(host[0]))
+        values = dict(zip(self._metric_names, self.comm.sum_(host).tolist(), strict=True))
+        if finite:
+            if loss is not None and loss.requires_grad:
+                self.scaler.scale(loss / (divisor or self.accumulate_steps)).backward()
+            self.gathered += 1
+        else:
+            self.counters.nonfinite_losses += 1
+            self._name_clips(batch, "a loss is not finite", values)
+        return StepLosses(values, not finite, int(clips), objects, id_targets)
+
+    def apply(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Sum the gathered gradients over ranks, clip them, step, and forget them.
+
+        Returns:
+            `detr_grad_norm` and `other_grad_norm` before clipping: of the parameters with "detr" in their name and of the
+            rest, or both the joint norm with SEPARATE_CLIP_NORM False. Empty where no batch was gathered; then, and where
+            a norm is not finite, the weights stay as they are.
+        """
+        if self.gathered == 0:
+            optimizer.zero_grad(set_to_none=True)
+            return {}
+        all_reduce_gradients(self.model.parameters(), self.comm)
+        self.scaler.unscale_(optimizer)
+        norms = self._clip()
+        # Gradients were summed over ranks, so every rank sees the same norms and decides alike.
+        finite = all(math.isfinite(norm) for norm in norms.values())
+        if not finite:
+            self.counters.nonfinite_gradients += 1
+            _log.warning("step left out: a gradient is not finite (%s)", _first_nonfinite(self.model))
+        if finite or self.scaler.is_enabled():
+            # A scaler leaves the step out by itself, and must see the overflow to lower its scale.
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        self.gathered = 0
+        return norms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Loss scale and counters, plain values; call it between `apply` and the next `accumulate`."""
+        return {"scaler": self.scaler.state_dict(), "counters": asdict(self.counters)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.counters = StepCounters(**state["counters"])
+
+    def _losses(
+        self, batch: ClipBatch, order: list[int], objects: float, id_targets: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's share of the loss of the global batch, and everything that is logged of it."""
+        targets = _targets(batch, self.device)
+        frame_weights = batch.weights.repeat_interleave(batch.images.shape[1])
+        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            output = detect_frames(self.model, batch, order, self.plan)
+            detection = self.criterion(output, targets, objects, frame_weights)
+            matching = detection.matching_published if self.published_matching else detection.matching_last
+            identity = detection.total.new_zeros(())
+            if self.train_ids and batch.slots is not None:
+                identity = self._id_loss(output.outputs, targets, matching, batch.slots, id_targets, batch.weights)
+        loss = detection.total + self.id_weight * identity
+        logged = {"loss": loss, "detr_loss": detection.total, "id_loss": identity}
+        return loss, {**logged, **detection.losses, **detection.logs}
+
+    def _id_loss(
+        self,
+        outputs: Tensor,
+        targets: DetectionTargets,
+        matching: Tensor,
+        slots: IdSlots,
+        count: float,
+        weights: Tensor,
+    ) -> Tensor:
+        """The past frames of each slot as history, every frame but the first as question."""
+        length = slots.trajectory_ann.shape[2]
+        past, now = slice(0, length - 1), slice(1, length)
+        history, history_masks = slot_features(
+            outputs, targets, matching, slots.trajectory_ann, slots.trajectory_masks, past
+        )
+        unknown, unknown_masks = slot_features(outputs, targets, matching, slots.unknown_ann, slots.unknown_masks, now)
+        if length < 2 or unknown.shape[3] == 0:
+            return outputs.new_zeros(())
+        logits = self.model.id_decoder(
+            self.model.trajectory_modeling(history),
+            slots.trajectory_labels[:, :, past],
+            history_masks,
+            range(length - 1),
+            unknown,
+            unknown_masks,
+            range(1, length),
+        )
+        labels = slots.unknown_labels[:, :, now]
+        return id_loss(logits, labels, unknown_masks, count, focal=self.focal_ids, weights=weights)
+
+    def _counts(self, batch: ClipBatch) -> Tensor:
+        """(3,) float64: clips, weighted boxes, weighted ID targets of this rank."""
+        weights = batch.weights.double().cpu()
+        boxes = torch.tensor([sum(len(frame) for frame in clip) for clip in batch.boxes_cxcywh], dtype=torch.float64)
+        ids = torch.zeros_like(boxes)
+        if self.train_ids and batch.slots is not None:
+            ids = (~batch.slots.unknown_masks[:, :, 1:]).flatten(1).sum(1).double().cpu()
+        return torch.stack([torch.tensor(len(batch.names), dtype=torch.float64), boxes @ weights, ids @ weights])
+
+    def _on_host(self, local: dict[str, Tensor], share: float) -> Tensor:
+        """This rank's logged values in a fixed order (zeros without clips), in one transfer."""
+        if not local:
+            return torch.zeros(len(self._metric_names), dtype=torch.float64)
+        values = torch.stack([local[name].detach().float() for name in self._metric_names]).cpu().double()
+        # Losses are shares of a sum over the global batch; this one is a mean over the rank's own frames.
+        means = torch.tensor([name.startswith("cardinality_error") for name in self._metric_names])
+        return torch.where(means, values * share, values)
+
+    def _clip(self) -> dict[str, float]:
+        """Scale the gradients down to MAX_CLIP_NORM, the detector's and the rest apart if so configured."""
+        detr: list[nn.Parameter] = []
+        other: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                (detr if "detr" in name else other).append(parameter)
+        parts = [detr, other] if self.separate_norms else [detr + other]
+        norms = []
+        for part in parts:
+            norm = get_total_norm([p.grad for p in part if p.grad is not None])
+            clip_grads_with_norm_(part, self.max_norm, norm)
+            norms.append(norm.to(self.device))
+        values = torch.stack(norms).tolist()
+        return {"detr_grad_norm": values[0], "other_grad_norm": values[-1]}
+
+    def _name_clips(self, batch: ClipBatch, problem: str, values: dict[str, float]) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        _log.warning("batch left out: %s (%s), clips %s", problem, ", ".join(bad), "; ".join(batch.names) or "none")
+        self.counters.names = [*self.counters.names, *batch.names][-100:]
+
+    def _check(self, batch: ClipBatch) -> None:
+        """Annotations against the model and the slots against the annotations, while both are on the host."""
+        classes = self.model.spec.num_classes
+        for name, clip in zip(batch.names, batch.classes, strict=True):
+            labels = torch.cat(clip) if clip else torch.empty(0)
+            if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                raise MotipError(
+                    "an annotation has a class that the model does not know",
+                    where=name,
+                    found=f"class ids {int(labels.min())}..{int(labels.max())}",
+                    expected=f"0..{classes - 1} (NUM_CLASSES: {classes})",
+                )
+        if self.train_ids and batch.slots is None and batch.names:
+            raise MotipError(
+                "clips without ID slots cannot train the ID decoder",
+                where="; ".join(batch.names),
+                fix="set ONLY_DETR: True to train the detector alone",
+            )
+        if self.train_ids and batch.slots is not None:
+            counts = torch.tensor([[len(frame) for frame in clip] for clip in batch.boxes_cxcywh])
+            for side in (batch.slots.trajectory_ann, batch.slots.unknown_ann):
+                beyond = (side >= counts[:, None, :, None]).flatten(1).any(1)
+                if bool(beyond.any()):
+                    raise MotipError(
+                        "an ID slot points to an annotation that its frame does not have",
+                        where=batch.names[int(beyond.int().argmax())],
+                        expected="an index below the number of boxes of the frame",
+                    )
+
+
+def autocast_dtype(setting: str | None, device: torch.device) -> torch.dtype | None:
+    """MIXED_PRECISION as a type; None for float32. Not set means bf16 on CUDA devices that have it, else float32."""
+    if setting is None:
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[setting]
+
+
+def _targets(batch: ClipBatch, device: torch.device) -> DetectionTargets:
+    return DetectionTargets.from_frames(
+        [frame for clip in batch.boxes_cxcywh for frame in clip],
+        [frame for clip in batch.classes for frame in clip],
+        [frame for clip in batch.ignore_cxcywh for frame in clip],
+        device,
+    )
+
+
+def _without_padding_clips(batch: ClipBatch) -> ClipBatch:
+    """Leave out the clips of weight 0: they keep ranks in step, and need no forward pass for that."""
+    kept = [clip for clip, weight in enumerate(batch.weights.tolist()) if weight > 0]
+    if len(kept) == len(batch.names):
+        return batch
+    slots = batch.slots
+    if slots is not None:
+        slots = IdSlots(**{f.name: getattr(slots, f.name)[kept] for f in fields(slots)})
+    return ClipBatch(
+        images=batch.images[kept],
+        masks=batch.masks[kept],
+        boxes_cxcywh=[batch.boxes_cxcywh[clip] for clip in kept],
+        classes=[batch.classes[clip] for clip in kept],
+        ignore_cxcywh=[batch.ignore_cxcywh[clip] for clip in kept],
+        slots=slots,
+        names=[batch.names[clip] for clip in kept],
+        weights=batch.weights[kept],
+    )
+
+
+def _metric_names(layers: int) -> list[str]:
+    """Every logged value of a model with this many supervised decoder layers; `loss` is the first."""
+    per_layer = ("loss_ce", "class_error", "loss_bbox", "loss_giou", "cardinality_error")
+    suffixes = ["", *(f"_{layer}" for layer in range(layers - 1))]
+    return ["loss", "detr_loss", "id_loss", *(n + s for s in suffixes for n in per_layer), "ignored_queries"]
+
+
+def _first_nonfinite(model: nn.Module) -> str:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return name
+    return "only their norm, which overflowed"

@@ -1,0 +1,123 @@
+"""Chains, overrides, precedence and the messages a wrong file gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from motip.config import Config, load_config, without_effect_message
+from motip.errors import MotipError
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_child_overrides_parent_and_origin_names_the_line(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "LR: 1.0e-4\nEPOCHS: 7\n")
+    leaf = write(tmp_path / "leaf.yaml", "SUPER_CONFIG_PATH: base.yaml\n\nLR: 3.0e-5\n")
+    config = load_config(leaf)
+    assert (config.LR, config.EPOCHS, config.name) == (3.0e-5, 7, "leaf")
+    assert config.origin("LR") == f"{leaf}:3"
+    assert config.origin("EPOCHS").endswith("base.yaml:2")
+    assert config.origin("SEED") == "default"
+
+
+def test_the_plans_own_spelling_of_the_chain_works_from_any_directory(
+    repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(repo_root / "configs" / "bdd_stage2.yaml")
+    assert config.DETR_ENC_LAYERS == 6 and config.NUM_CLASSES == 2
+
+
+def test_overrides_come_last_and_reach_into_blocks(tmp_path: Path) -> None:
+    leaf = write(tmp_path / "leaf.yaml", "LR: 1.0e-4\n")
+    config = load_config(leaf, ["LR=2e-5", "val_config.SPLIT_TO_EVAL=test", "sampler_lengths=[2, 4]"])
+    assert config.LR == 2.0e-5
+    assert config.val_config.SPLIT_TO_EVAL == "test"
+    assert config.clip_schedule(0).lengths == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("base", "leaf", "milestones"),
+    [
+        ("SCHEDULER_MILESTONES: [6, 9]\n", "LR_DROP: 15\n", [15]),
+        ("LR_DROP: 15\n", "SCHEDULER_MILESTONES: [6, 9]\n", [6, 9]),
+    ],
+)
+def test_the_key_nearest_the_leaf_wins(tmp_path: Path, base: str, leaf: str, milestones: list[int]) -> None:
+    write(tmp_path / "base.yaml", base)
+    path = write(tmp_path / "leaf.yaml", "SUPER_CONFIG_PATH: base.yaml\n" + leaf)
+    assert load_config(path).lr_milestones == milestones
+
+
+def test_lengths_from_the_plan_keep_the_published_interval_rule(tmp_path: Path) -> None:
+    path = write(tmp_path / "leaf.yaml", "sampler_lengths: [2]\n")
+    schedule = load_config(path).clip_schedule(3)
+    assert (schedule.lengths, schedule.intervals, schedule.max_interval) == ((2,), None, 4)
+
+
+def test_published_schedule_changes_at_its_epochs(tmp_path: Path) -> None:
+    text = "SAMPLE_STEPS: [0, 4]\nSAMPLE_LENGTHS: [3, 5]\nSAMPLE_INTERVALS: [4, 2]\n"
+    config = load_config(write(tmp_path / "leaf.yaml", text))
+    assert [config.clip_schedule(epoch).lengths for epoch in (0, 3, 4)] == [(3,), (3,), (5,)]
+    assert config.clip_schedule(9).max_interval == 2
+
+
+def test_absolute_backbone_rate_becomes_a_share(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "leaf.yaml", "LR: 2.0e-5\nLR_BACKBONE: 1.0e-6\n"))
+    assert config.backbone_lr_scale == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (
+            "LR: 1\nsampler_length: [3]\n",
+            ("unknown configuration key sampler_length", "leaf.yaml:2", "sampler_lengths"),
+        ),
+        ("val_config:\n  GT_FOLDR: x\n", ("val_config.GT_FOLDR", "leaf.yaml:1", "val_config.GT_FOLDER")),
+        ("LR: fast\n", ("LR", "leaf.yaml:1", "'fast'")),
+        ("LR: 1\nLR: 2\n", ("twice", "leaf.yaml:2")),
+        ("LR_DROP: 3\nSCHEDULER_MILESTONES: [6]\n", ("LR_DROP and SCHEDULER_MILESTONES", "leaf.yaml")),
+        ("NUM_CLASSES: 3\n", ("no names", "CLASSES", "leaf.yaml:1")),
+        ("NUM_CLASSES: 2\nCLASSES: [pedestrian]\n", ("disagree", "CLASSES")),
+        ("sampler_lengths: [31]\n", ("REL_PE_LENGTH", "leaf.yaml:1")),
+        ("AUG_RANDOM_CROP_MIN: 700\n", ("smallest crop", "leaf.yaml:1")),
+        ("SUPER_CONFIG_PATH: nowhere.yaml\n", ("file not found", "leaf.yaml:1", "nowhere.yaml")),
+        ("LR: [1\n", ("not valid YAML", "leaf.yaml")),
+        ("- LR\n", ("KEY: value",)),
+    ],
+)
+def test_wrong_files_are_refused_with_place_and_remedy(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+    leaf = write(tmp_path / "leaf.yaml", text)
+    with pytest.raises(MotipError) as caught:
+        load_config(leaf)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_circle_in_the_chain_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "SUPER_CONFIG_PATH: b.yaml\n")
+    write(tmp_path / "b.yaml", "SUPER_CONFIG_PATH: a.yaml\n")
+    with pytest.raises(MotipError, match="circle"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_configs_travel_as_plain_values(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "leaf.yaml", "LR: 2.0e-5\nsample_intervals: [1, 2]\n"))
+    copy = Config.from_dict(config.to_dict())
+    assert copy.to_dict() == config.to_dict() and copy.name == "leaf" and copy.digest() == config.digest()
+    assert config.replaced(LR=1.0).digest() != config.digest()
+
+
+def test_keys_without_effect_are_named_once(tmp_path: Path) -> None:
+    quiet = load_config(write(tmp_path / "quiet.yaml", "LR: 1\nUSE_WANDB: False\nEXP_OWNER:\n"))
+    loud = load_config(write(tmp_path / "loud.yaml", "USE_WANDB: True\nEXP_OWNER: me\n"))
+    assert without_effect_message(quiet) is None
+    message = without_effect_message(loud)
+    assert message is not None and "USE_WANDB" in message and "EXP_OWNER" in message

@@ -1,0 +1,91 @@
+"""Every shipped YAML loads, opens with its purpose and command, and means what the plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from motip.config import load_config, load_curriculum
+from motip.errors import MotipError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+CURRICULA = [path for path in SHIPPED if "\nstages:" in path.read_text()]
+STAGE_FILES = [path for path in SHIPPED if path not in CURRICULA and "sweeps" not in path.parts]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_opens_with_its_purpose_and_the_command_that_runs_it(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines()[:8] if line.startswith("#")]
+    assert len(header) >= 2
+    assert any("python ray_jobs/" in line or "ray job submit" in line for line in header)
+
+
+@pytest.mark.parametrize("path", STAGE_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_stage_files_load(path: Path) -> None:
+    assert load_config(path).NUM_CLASSES >= 1
+
+
+@pytest.mark.parametrize("path", CURRICULA, ids=lambda path: str(path.relative_to(ROOT)))
+def test_curricula_load_and_have_four_stages(path: Path) -> None:
+    assert len(load_curriculum(path).stages) == 4
+
+
+def test_the_plan_in_numbers() -> None:
+    curriculum = load_curriculum(ROOT / "configs" / "curriculum.yaml")
+    assert [stage.name for stage in curriculum.stages] == [
+        "BDD-Foundation",
+        "BDD-Refinement",
+        "Vis-Adaptation",
+        "Vis-Specialist",
+    ]
+    assert [stage.data[0].videos for stage in curriculum.stages] == [56, 150, 80, 150]
+    assert [stage.config.EPOCHS for stage in curriculum.stages] == [20] * 4
+    assert [stage.config.LR for stage in curriculum.stages] == [2e-5, 1e-5, 2e-5, 1e-5]
+    first, second, third, _ = [stage.config for stage in curriculum.stages]
+    assert first.lr_milestones == [15] and second.lr_milestones == [10]
+    assert first.clip_schedule(0).lengths == (5,) and first.clip_schedule(0).intervals == (2, 3)
+    assert second.clip_schedule(0).lengths == (3,) and second.clip_schedule(0).intervals == (1, 2)
+    assert third.clip_schedule(0).lengths == (2,)
+    assert first.backbone_lr_scale == pytest.approx(0.1)
+    assert all(stage.config.class_names == ("pedestrian", "car") for stage in curriculum.stages)
+    assert curriculum.stages[0].weights == "./pretrains/motip_dancetrack.pth"
+    assert curriculum.parent_of(curriculum.stages[3]) is curriculum.stages[2]
+
+
+def test_overrides_reach_all_stages_or_one() -> None:
+    path = ROOT / "configs" / "curriculum.yaml"
+    curriculum = load_curriculum(path, ["EPOCHS=3", "Vis-Adaptation:LR=5e-5"])
+    assert [stage.config.EPOCHS for stage in curriculum.stages] == [3] * 4
+    assert curriculum.stage("Vis-Adaptation").config.LR == 5e-5
+    with pytest.raises(MotipError, match="stage that does not exist"):
+        load_curriculum(path, ["Vis-Nothing:LR=5e-5"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("source: bdd100k, videos: 56", "source: bdd10k, videos: 56", "unknown source bdd10k"),
+        ("    car: [car]\n", "", "no source of this stage has labels for: car"),
+        ("weights: ./pretrains/motip_dancetrack.pth", "weights: previous", "no previous one"),
+        ("format: visdrone", "format: visdron", "format"),
+        ("videos: 56", "videos: 56, frame_budget: 100", "either videos or frame_budget"),
+        ("name: BDD-Refinement", "name: BDD-Foundation", "same name"),
+        ("config: bdd_stage2.yaml", "config: bdd_stage9.yaml", "file not found"),
+    ],
+)
+def test_wrong_curricula_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = (ROOT / "configs" / "curriculum.yaml").read_text()
+    if old == "    car: [car]\n":
+        text = text.replace("      car: [car]\n", "", 1)
+    else:
+        assert old in text
+        text = text.replace(old, new, 1)
+    for path in STAGE_FILES:
+        if path.parent == ROOT / "configs":
+            (tmp_path / path.name).write_text(path.read_text())
+    broken = tmp_path / "curriculum.yaml"
+    broken.write_text(text)
+    with pytest.raises(MotipError, match=message):
+        load_curriculum(broken)
