@@ -80,8 +80,27 @@ def exit_on_error() -> Iterator[None]:
         print("\ninterrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        problem = find_motip_error(error)
+        problem = find_motip_error(error) or _missing_library(error)
         if problem is None:
             raise
         print(f"error: {problem.render()}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+_PACKAGES = {"libGL": "libgl1", "libgthread": "libglib2.0-0", "libglib": "libglib2.0-0"}
+"""Debian packages of the system libraries that OpenCV's wheel expects."""
+
+
+def _missing_library(error: BaseException) -> MotipError | None:
+    """A readable error where an import failed for want of a system library, else None."""
+    text = str(error)
+    if not isinstance(error, ImportError) or "cannot open shared object file" not in text:
+        return None
+    library = text.split(":")[0].strip()
+    package = next((name for start, name in _PACKAGES.items() if library.startswith(start)), None)
+    return MotipError(
+        f"a system library is missing: {library}",
+        where="import of a Python package (OpenCV needs libGL and GLib)",
+        expected=f"{library} on the library path",
+        fix=f"install it, on Debian or Ubuntu: apt-get install {package or 'the package that holds it'}",
+    )

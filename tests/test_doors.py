@@ -16,10 +16,11 @@ LEVELS = [
     {"errors", "files"},
     {"config"},
     {"losses", "model"},
-    {"track", "data"},
+    {"track", "data", "cluster"},
     {"train", "evaluate", "report", "lineage"},
     {"curriculum"},
-    {"cli"},
+    {"launch"},
+    {"cli", "commands"},
     {"ray_jobs"},
 ]
 """Rooms from the bottom up; a room may import its own level and those below."""

@@ -35,7 +35,8 @@ class Synthetic(BaseModel):
     frames: int = Field(24, ge=2)
     size: tuple[int, int] = (128, 224)
     "(height, width) in pixels."
-    crowd: bool = False
+    crowd: float = Field(0.0, ge=0, le=1)
+    "Share of the sequences that are crowds, well beyond the base ID vocabulary."
 
 
 class Source(BaseModel):

@@ -69,35 +69,30 @@ class ClipAugmentation:
     """What happens to every frame of a clip.
 
     Attributes:
-        windows_xyxy: (T, 4) int64, the part of the source image each frame shows; all of one size.
+        windows_xyxy: (T, 4) int64, the part of the source image that each frame shows; all of one size.
         size_hw: pixels of the result.
+        reduction: how much smaller the frames are decoded (1, 2, 4 or 8, `motip.data.decode`).
         flip: mirror left and right, after the window.
-        cropped: boxes are clamped to the window and dropped where nothing is left.
-        overflow: with ``cropped``, keep boxes unclamped (dropping still applies).
-        jitter: colour jitter or None.
+        cropped: boxes are clamped to the window and dropped where nothing is left of them.
+        overflow: with ``cropped``, boxes are dropped but not clamped.
+        jitter: colour jitter, or None.
     """
 
     windows_xyxy: np.ndarray
     size_hw: tuple[int, int]
+    reduction: int = 1
     flip: bool = False
     cropped: bool = False
     overflow: bool = False
     jitter: ColourJitter | None = None
 
-    @property
-    def reduction(self) -> int:
-        """How much smaller the frames may be decoded (`motip.data.decode`)."""
-        x0, y0, x1, y1 = self.windows_xyxy[0]
-        return reduction_for((int(y1 - y0), int(x1 - x0)), self.size_hw)
-
 
 def resize_size(height: int, width: int, short: int, longest: int | None) -> tuple[int, int]:
-    """(height, width) after the training resize: the short side becomes ``short`` unless the long one passes
-    ``longest``; Python's banker's rounding as published (spec 4.2)."""
+    """(height, width) after the training resize: the short side becomes ``short`` unless the long side would pass
+    ``longest``; Python's banker's rounding, as published (spec 4.2)."""
     small, large = min(height, width), max(height, width)
     if longest is not None and large / small * short > longest:
-        short = int(longest * small / large)
-    short = max(short, 1)
+        short = max(int(longest * small / large), 1)
     long = max(round(short * large / small), 1)
     return (short, long) if height <= width else (long, short)
 
@@ -112,8 +107,21 @@ def inference_size(height: int, width: int, short: int, longest: int) -> tuple[i
 
 
 def resize_for_inference(image: np.ndarray, short: int, longest: int) -> np.ndarray:
-    """An (H, W, 3) uint8 frame at the size the tracker sees."""
-    return _resize(image, inference_size(*image.shape[:2], short, longest))
+    """An (H, W, 3) uint8 frame at the size the tracker sees, averaging pixels wherever it shrinks."""
+    return resize_image(image, inference_size(*image.shape[:2], short, longest), average_from=1.0)
+
+
+def resize_image(image: np.ndarray, size_hw: tuple[int, int], average_from: float = 2.0) -> np.ndarray:
+    """(H, W, 3) uint8 -> (*size_hw, 3). Bilinear; pixels are averaged from a shrink factor of ``average_from`` on.
+
+    Below a factor of 2 bilinear sampling skips no source pixel and costs a sixth of averaging, which training takes;
+    the published resampler is nearer to averaging.
+    """
+    if image.shape[:2] == size_hw:
+        return image
+    shrink = min(image.shape[0] / size_hw[0], image.shape[1] / size_hw[1])
+    method = cv2.INTER_AREA if shrink >= average_from else cv2.INTER_LINEAR
+    return cv2.resize(image, (size_hw[1], size_hw[0]), interpolation=method)
 
 
 def draw_augmentation(
@@ -128,32 +136,167 @@ def draw_augmentation(
 
     Args:
         height, width: pixels of the source frames.
-        boxes_xyxy: per frame the (n, 4) objects in source pixels; a crop after which a frame that had objects has
-            none left is not made (the draw counts as used).
-        single_image: the clip repeats one image; the camera's movement is simulated.
+        boxes_xyxy: per frame the (n, 4) objects in source pixels. A crop or shift after which a frame that had
+            objects has none left is not made, for the whole clip.
+        single_image: the clip repeats one image, so the movement of the camera is simulated.
     """
-    frames = len(boxes_xyxy)
-    views = np.tile(np.array([0, 0, width, height], dtype=np.int64), (frames, 1))
-    moved = False
-    if single_image and frames > 1:
-        shifted = _draw_shift(settings, height, width, frames, rng)
-        moved = _keeps_objects(boxes_xyxy, shifted)
-        views = shifted if moved else views
-    flip = bool(rng.random() < settings.flip_prob)
+    views = np.tile(np.array([0, 0, width, height], dtype=np.int64), (len(boxes_xyxy), 1))
+    cropped = False
+    if single_image and len(views) > 1 and settings.max_shift_ratio > 0:
+        shifted = _draw_shift(settings.max_shift_ratio, height, width, len(views), rng)
+        if _keeps_objects(boxes_xyxy, shifted):
+            views, cropped = shifted, True
     view_hw = int(views[0, 3] - views[0, 1]), int(views[0, 2] - views[0, 0])
-
+    flip = bool(rng.random() < settings.flip_prob)
     short = int(rng.choice(settings.scales))
-    windows, size_hw, cropped = views, resize_size(*view_hw, short, settings.max_size), moved
+
+    windows, size_hw = views, resize_size(*view_hw, short, settings.max_size)
+    reduction = 1 if cropped else reduction_for(view_hw, size_hw)  # shifted windows lie on no coarse grid
     if settings.random_resize and rng.random() < 0.5:
         first_hw = resize_size(*view_hw, int(rng.choice(settings.random_resize)), None)
         crop = _draw_crop(settings, first_hw, rng)
-        if flip:
-            crop = crop[[2, 1, 0, 3]] * [-1, 1, -1, 1] + [first_hw[1], 0, first_hw[1], 0]
-        size_hw = resize_size(crop[3] - crop[1], crop[2] - crop[0], short, settings.max_size)
-        candidate = views + _in_source(crop, first_hw, view_hw, reduction_step=size_hw)
+        crop_hw = crop[3] - crop[1], crop[2] - crop[0]
+        crop_size_hw = resize_size(*crop_hw, short, settings.max_size)
+        source = _crop_in_source(crop, first_hw, view_hw, flip, crop_size_hw, coarse=not cropped)
+        candidate = np.tile(views[:, :2], (1, 2)) + source.window
         if _keeps_objects(boxes_xyxy, candidate):
-            windows, cropped = candidate, True
-            windows[:, 2:] = windows[:, :2] + (candidate[0, 2:] - candidate[0, :2])
-        else:
+            windows, size_hw, reduction, cropped = candidate, crop_size_hw, source.reduction, True
+        else:  # the published order still resizes twice
             size_hw = resize_size(*first_hw, short, settings.max_size)
-    return ClipAugmentation(windows, size_hw, flip, cropped, settings.overflow_boxes, _draw_jitter(settings, rng))
+            reduction = 1 if cropped else reduction_for(view_hw, size_hw)
+    jitter = _draw_jitter(settings, rng)
+    return ClipAugmentation(windows, size_hw, reduction, flip, cropped, settings.overflow_boxes, jitter)
+
+
+def place_boxes(
+    augmentation: ClipAugmentation, frame: int, boxes_xyxy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes of the source image in the augmented frame ``frame``.
+
+    Args:
+        boxes_xyxy: (n, 4) pixels of the source image; may cross its border (and, uncropped, still do afterwards).
+
+    Returns:
+        boxes_cxcywh (k, 4) float32, normalised by the augmented frame; kept (k,) int64 indices into the input.
+    """
+    window = augmentation.windows_xyxy[frame].astype(np.float64)
+    boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
+    kept = np.arange(len(boxes))
+    if augmentation.cropped:
+        clamped = np.clip(boxes, np.tile(window[:2], 2), np.tile(window[2:], 2))
+        kept = np.flatnonzero((clamped[:, 2] > clamped[:, 0]) & (clamped[:, 3] > clamped[:, 1]))
+        boxes = (boxes if augmentation.overflow else clamped)[kept]
+    size = np.tile(window[2:] - window[:2], 2)
+    x0, y0, x1, y1 = ((boxes - np.tile(window[:2], 2)) / size).T
+    cxcywh = np.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], axis=1)
+    return (flip_cxcywh(cxcywh) if augmentation.flip else cxcywh).astype(np.float32), kept
+
+
+def flip_cxcywh(boxes_cxcywh: np.ndarray) -> np.ndarray:
+    """Mirror normalised boxes left and right."""
+    return boxes_cxcywh * [-1, 1, 1, 1] + [1, 0, 0, 0]
+
+
+def render_frame(augmentation: ClipAugmentation, frame: int, decoded: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, decoded at ``augmentation.reduction`` -> (3, *size_hw) uint8."""
+    x0, y0, x1, y1 = (-(-int(value) // augmentation.reduction) for value in augmentation.windows_xyxy[frame])
+    image = resize_image(decoded[y0:y1, x0:x1], augmentation.size_hw)
+    if augmentation.flip:
+        image = cv2.flip(image, 1)
+    if augmentation.jitter is not None:
+        image = jitter_colours(image, augmentation.jitter)
+    return np.stack(cv2.split(np.ascontiguousarray(image)))
+
+
+def jitter_colours(image: np.ndarray, jitter: ColourJitter) -> np.ndarray:
+    """Brightness, contrast, saturation and hue of an (H, W, 3) uint8 RGB image by torchvision's definitions.
+
+    The first three are affine in the colour, so one saturating matrix product does each.
+    """
+    for operation in jitter.order:
+        if operation == 0 and jitter.brightness != 1:
+            image = cv2.transform(image, np.eye(3) * jitter.brightness)
+        elif operation == 1 and jitter.contrast != 1:
+            mean_grey = float(_GREY @ cv2.mean(image)[:3])
+            offset = np.full((3, 1), (1 - jitter.contrast) * mean_grey)
+            image = cv2.transform(image, np.hstack([np.eye(3) * jitter.contrast, offset]))
+        elif operation == 2 and jitter.saturation != 1:
+            image = cv2.transform(image, np.eye(3) * jitter.saturation + (1 - jitter.saturation) * _GREY)
+        elif operation == 3 and jitter.hue != 0:
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+            hsv[..., 0] += np.uint8(round(jitter.hue * 256) % 256)  # hue is a circle of 256 steps: overflow is meant
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+    return image
+
+
+def _draw_jitter(settings: AugmentSettings, rng: np.random.Generator) -> ColourJitter | None:
+    strengths = (settings.brightness, settings.contrast, settings.saturation, settings.hue)
+    if not any(strengths):
+        return None
+    brightness, contrast, saturation = (rng.uniform(max(0.0, 1 - s), 1 + s) for s in strengths[:3])
+    hue = rng.uniform(-settings.hue, settings.hue)
+    first, second, third, fourth = (int(operation) for operation in rng.permutation(4))
+    return ColourJitter(brightness, contrast, saturation, hue, (first, second, third, fourth))
+
+
+def _draw_shift(ratio: float, height: int, width: int, frames: int, rng: np.random.Generator) -> np.ndarray:
+    """(T, 4) windows of one size that slide evenly over the image, by at most ``ratio`` of its sides in all."""
+    limit = np.array([int(ratio * width), int(ratio * height)])
+    shift = rng.integers(-limit, limit + 1)
+    progress = np.linspace(0, 1, frames)[:, None]
+    origins = np.rint(np.where(shift >= 0, progress, progress - 1) * shift).astype(np.int64)
+    return np.hstack([origins, origins + [width, height] - np.abs(shift)])
+
+
+def _draw_crop(settings: AugmentSettings, size_hw: tuple[int, int], rng: np.random.Generator) -> tuple[int, ...]:
+    """(x0, y0, x1, y1) inside an image of ``size_hw``; a side shorter than the smallest crop is taken whole."""
+    sides = (size_hw[1], size_hw[0])
+    lengths = [int(rng.integers(min(settings.crop_min, s), min(settings.crop_max, s) + 1)) for s in sides]
+    x0, y0 = (int(rng.integers(0, side - length + 1)) for side, length in zip(sides, lengths, strict=True))
+    return x0, y0, x0 + lengths[0], y0 + lengths[1]
+
+
+@dataclass(frozen=True)
+class _SourceCrop:
+    window: np.ndarray
+    reduction: int
+
+
+def _crop_in_source(
+    crop_xyxy: tuple[int, ...],
+    first_hw: tuple[int, int],
+    view_hw: tuple[int, int],
+    flip: bool,
+    target_hw: tuple[int, int],
+    coarse: bool,
+) -> _SourceCrop:
+    """The crop, drawn on the (flipped) resized image, as a window of the source view in whole source pixels.
+
+    The window is moved to the grid of the reduced decoding; boxes follow the moved window, so they stay exact.
+    """
+    x0, y0, x1, y1 = crop_xyxy
+    if flip:
+        x0, x1 = first_hw[1] - x1, first_hw[1] - x0
+    scale_y, scale_x = view_hw[0] / first_hw[0], view_hw[1] / first_hw[1]
+    window_hw = int((y1 - y0) * scale_y), int((x1 - x0) * scale_x)
+    reduction = reduction_for(window_hw, target_hw) if coarse else 1
+
+    def snapped(begin: float, end: float, side: int) -> tuple[int, int]:
+        low = min(round(begin / reduction) * reduction, (side - 1) // reduction * reduction)
+        high = round(end / reduction) * reduction
+        high = side if side - end < abs(high - end) or high > side else max(high, low + 1)
+        return low, high
+
+    left, right = snapped(x0 * scale_x, x1 * scale_x, view_hw[1])
+    top, bottom = snapped(y0 * scale_y, y1 * scale_y, view_hw[0])
+    return _SourceCrop(np.array([left, top, right, bottom], dtype=np.int64), reduction)
+
+
+def _keeps_objects(boxes_xyxy: Sequence[np.ndarray], windows_xyxy: np.ndarray) -> bool:
+    """Whether every frame that has objects keeps at least one in its window."""
+    for boxes, window in zip(boxes_xyxy, windows_xyxy, strict=True):
+        low = np.maximum(boxes[:, :2], window[:2])
+        high = np.minimum(boxes[:, 2:], window[2:])
+        if len(boxes) and not (high > low).all(axis=1).any():
+            return False
+    return True

@@ -148,7 +148,7 @@ def plan_clips(
         interval_seconds: intervals in seconds, converted with each video's fps; replaces the schedule's intervals.
 
     Raises:
-        MotipError: no clip fits, two videos have one name, or a weight is not positive.
+        MotipError: no clip fits, no video has an object, two videos have one name, or a weight is not positive.
     """
     ordered = sorted(videos, key=lambda video: video.key)
     _check_names(ordered)
@@ -157,6 +157,13 @@ def plan_clips(
     starts = _start_frames(ordered, choices, min(schedule.lengths), counts)
     if not starts:
         raise _nothing_to_train(ordered, choices, schedule)
+    if not any(any(video.objects) for video in ordered):
+        raise MotipError(
+            "there is not a single object to train on",
+            where=f"{len(ordered)} videos of {', '.join(sorted({video.source for video in ordered}))}",
+            expected="labels whose categories belong to a class of this stage",
+            fix="check the source's classes: they name raw categories exactly as the dataset spells them",
+        )
     starts = _apply_weights(ordered, starts, weights or {}, np.random.default_rng([seed, epoch, 0]), counts)
     draw = np.random.default_rng([seed, epoch, 1])
     draw.shuffle(starts)

@@ -19,13 +19,20 @@ MANIFEST_VERSION = 1
 WINDOW_FRAMES = 30
 """Distinct ids are counted over windows of this many consecutive frames (the longest published clip)."""
 
+_CONTENT = (
+    *("source", "dataset", "split", "sequence", "video", "segment", "first_frame", "last_frame", "frames"),
+    *("fps", "width", "height", "labels_sha256", "images_sha256"),
+)
+
 
 @dataclass(frozen=True)
 class VideoEntry:
     """One video (a segment of a source sequence, or a whole one) and its shard.
 
     ``boxes`` and ``tracks`` count by raw category; ``ignored`` counts the boxes among them that the format itself
-    marks as neither object nor background; ``objects`` counts the boxes that are tracked and not ignored. ``shard`` is relative to ``<storage>/shards``.
+    marks as neither object nor background; ``objects`` counts the boxes that are tracked and not ignored.
+    ``shard`` is relative to ``<storage>/shards``. ``bad_images`` names the frames left out because of their image, and
+    ``image_hashes`` holds perceptual and byte hashes of a few frames, for the check that val is not in train.
     """
 
     source: str
@@ -54,6 +61,7 @@ class VideoEntry:
     max_objects: int
     max_window_ids: int
     empty_frames: int
+    bad_images: tuple[str, ...] = ()
     image_hashes: tuple[str, ...] = ()
     inputs: str = ""
 
@@ -63,9 +71,7 @@ class VideoEntry:
 
     def content(self) -> dict[str, Any]:
         """What the video holds, without where and how it is stored: the part that digests are made of."""
-        names = ("source", "dataset", "split", "sequence", "video", "segment", "first_frame", "last_frame", "frames")
-        names += ("fps", "width", "height", "labels_sha256", "images_sha256")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _CONTENT}
 
 
 def entries_digest(entries: Iterable[VideoEntry]) -> str:
@@ -164,16 +170,11 @@ class Manifest:
             found = values.get("version") if isinstance(values, dict) else type(values).__name__
             raise MotipError(
                 "not a manifest of this version", where=where, found=found, expected=MANIFEST_VERSION,
-                fix="run the conversion again",
+                fix="delete it and run the conversion again (shards that still fit are kept)",
             )  # fmt: skip
         names = {item.name for item in fields(VideoEntry)}
         try:
-            entries = tuple(
-                VideoEntry(
-                    **{**{k: v for k, v in entry.items() if k in names}, "image_hashes": tuple(entry["image_hashes"])}
-                )
-                for entry in values["videos"]
-            )
+            entries = tuple(_entry({key: entry[key] for key in names}) for entry in values["videos"])
             manifest = Manifest(entries, values["locked"], tuple(values["sequences"]), values["settings"])
         except (KeyError, TypeError) as error:
             raise MotipError(
@@ -199,6 +200,11 @@ class Manifest:
         """Raises MotipError when there is none, or it is damaged."""
         path = manifest_path(storage)
         return Manifest.from_dict(read_json(path), path)
+
+
+def _entry(values: dict[str, Any]) -> VideoEntry:
+    lists = {name: tuple(values[name]) for name in ("bad_images", "image_hashes")}
+    return VideoEntry(**{**values, **lists})
 
 
 def manifest_path(storage: Location | str) -> Location:
@@ -279,6 +285,7 @@ def make_entry(header: ShardHeader, *, shard: str, shard_sha256: str, shard_byte
         shard_bytes=shard_bytes,
         rows_per_group=header.rows_per_group,
         inputs=header.inputs,
+        bad_images=tuple(summary.pop("bad_images", ())),
         image_hashes=tuple(summary.pop("image_hashes", ())),
         **summary,
     )

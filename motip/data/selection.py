@@ -131,7 +131,8 @@ def shortage_note(source: str, asked: int, lengths: Mapping[str, int], max_frame
     after = sum(segment_count(length, limit) for length in lengths.values())
     return (
         f"{source}: {len(lengths)} sequences with {sum(lengths.values())} frames make {before} videos of at most "
-        f"{max_frames} frames; {asked} were asked for, so sequences are cut at {limit} frames instead, which makes {after}"
+        f"{max_frames} frames; {asked} were asked for, so sequences are cut at {limit} frames "
+        f"instead, which makes {after}"
     )
 
 

@@ -29,7 +29,7 @@ from motip.errors import MotipError
 
 SHARD_VERSION = 1
 ROWS_PER_GROUP = 8
-"""Frames per row group. Measured on 200 frames of 1280×720 (155 kB each), page cache: groups of 1, 8 and 32 open in
+"""Frames per row group. Measured on 200 frames of 1280x720 (155 kB each), page cache: groups of 1, 8 and 32 open in
 1.8, 0.4 and 0.2 ms, and read 5 frames at interval 3 in 0.5, 0.6 and 1.0 ms; 8 also keeps what S3 transfers small."""
 
 METADATA_KEY = b"motip"

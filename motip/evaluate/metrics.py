@@ -144,13 +144,17 @@ def combine(
         sequences=tuple(names),
         class_averaged=_values(
             {
-                family: metric.combine_classes_class_averaged({name: counts[family] for name, counts in labelled.items()})
+                family: metric.combine_classes_class_averaged(
+                    {name: counts[family] for name, counts in labelled.items()}
+                )
                 for family, metric in _FAMILIES.items()
             }
         ),
         detection_averaged=_values(
             {
-                family: metric.combine_classes_det_averaged({name: counts[family] for name, counts in per_class.items()})
+                family: metric.combine_classes_det_averaged(
+                    {name: counts[family] for name, counts in per_class.items()}
+                )
                 for family, metric in _FAMILIES.items()
             }
         ),
@@ -195,7 +199,9 @@ def _clean(sequence: ScoredSequence, num_classes: int, rules: Protocol, removed:
     _check_rows(sequence.pred, sequence.name, "prediction", num_classes)
     if rules.cut_after_labels:
         last = sequence.gt.frames.max(initial=-1)
-        sequence = replace(sequence, pred=_keep(sequence.pred, sequence.pred.frames <= last, "predictions cut", removed))
+        sequence = replace(
+            sequence, pred=_keep(sequence.pred, sequence.pred.frames <= last, "predictions cut", removed)
+        )
     if sequence.frames is not None:
         for rows, what in ((sequence.gt, "ground truth"), (sequence.pred, "prediction")):
             outside = rows.frames[~np.isin(rows.frames, sequence.frames)]
@@ -219,7 +225,9 @@ def _clean(sequence: ScoredSequence, num_classes: int, rules: Protocol, removed:
 def _check_rows(rows: TrackRows, name: str, what: str, num_classes: int) -> None:
     where = f"sequence {name}, {what}"
     if not np.isfinite(rows.boxes_xyxy).all():
-        raise MotipError("a box is not finite", where=where, fix="a diverged model writes such boxes: look at its losses")
+        raise MotipError(
+            "a box is not finite", where=where, fix="a diverged model writes such boxes: look at its losses"
+        )
     wrong = (rows.class_ids < 0) | (rows.class_ids >= num_classes)
     if wrong.any():
         raise MotipError(
@@ -305,6 +313,7 @@ def _trackeval_data(
     region_order = np.argsort(sequence.ignore_frames, kind="stable")
     region_cuts = _frame_slices(sequence.ignore_frames[region_order], frames)
     regions = sequence.ignore_xyxy[region_order].astype(np.float64)
+    removes = np.ones(len(regions), bool) if sequence.ignore_removes is None else sequence.ignore_removes[region_order]
     gt_boxes, pred_boxes = gt.boxes_xyxy.astype(np.float64), pred.boxes_xyxy.astype(np.float64)
     after_matching = rules.region_rule != "before matching" and len(regions) > 0
     similarities, pred_kept = [], []
@@ -312,7 +321,7 @@ def _trackeval_data(
         similarity = box_iou(gt_boxes[gt_cut], pred_boxes[pred_cut])
         kept = np.arange(pred_cut.start, pred_cut.stop)
         if after_matching and len(kept) and region_cut.stop > region_cut.start:
-            judged = ~_to_ignore(similarity, pred_boxes[pred_cut], regions[region_cut], rules)
+            judged = ~_to_ignore(similarity, pred_boxes[pred_cut], regions[region_cut], removes[region_cut], rules)
             removed["predictions in ignored regions"] += int((~judged).sum())
             kept, similarity = kept[judged], similarity[:, judged]
         similarities.append(similarity)
@@ -333,12 +342,15 @@ def _trackeval_data(
     }
 
 
-def _to_ignore(similarity: np.ndarray, pred_boxes: np.ndarray, regions: np.ndarray, rules: Protocol) -> np.ndarray:
+def _to_ignore(
+    similarity: np.ndarray, pred_boxes: np.ndarray, regions: np.ndarray, removes: np.ndarray, rules: Protocol
+) -> np.ndarray:
     """(P,) bool: predictions of one frame that are neither right nor wrong."""
     ignored = np.zeros(len(pred_boxes), bool)
     if rules.region_rule == "matched one-to-one":
         rows, columns = match(np.concatenate([similarity, box_iou(regions, pred_boxes)]))
-        ignored[columns[rows >= len(similarity)]] = True
+        excusing = np.concatenate([np.zeros(len(similarity), bool), removes])
+        ignored[columns[excusing[rows]]] = True
         return ignored
     unmatched = np.ones(len(pred_boxes), bool)
     unmatched[match(similarity)[1]] = False

@@ -13,7 +13,8 @@ A number is only comparable to one of the same protocol, classes and sequences; 
     regions (categories 0 and 11) are removed before matching; a ground-truth track that changes class becomes a new
     track; predictions after the last labelled frame are cut; a class absent from a sequence is not scored in it.
 ``motchallenge``
-    MOTChallenge / DanceTrack: predictions matched one-to-one to a distractor box are removed (TrackEval, MOT17 rules).
+    MOTChallenge / DanceTrack, one class: every labelled box takes part in a first matching, and predictions matched to
+    a distractor (person on vehicle, static person, distractor, reflection) are removed (TrackEval, MOT17 rules).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from motip.errors import MotipError
 PLAN_CLASSES = ("pedestrian", "car")
 BDD100K_CLASSES = ("pedestrian", "rider", "car", "bus", "truck", "train", "motorcycle", "bicycle")
 BDD100K_DISTRACTORS = frozenset({"other person", "trailer", "other vehicle"})
+MOTCHALLENGE_DISTRACTORS = frozenset({"person on vehicle", "static person", "distractor", "reflection"})
 VISDRONE_CLASSES = ("car", "bus", "truck", "pedestrian", "van")
 
 RegionRule = Literal["unmatched in one", "unmatched in union", "before matching", "matched one-to-one"]
@@ -61,7 +63,9 @@ class Protocol:
     def check_classes(self, classes: tuple[str, ...]) -> None:
         """Raise MotipError where the protocol does not define scores for this class list."""
         if not classes or len(set(classes)) != len(classes):
-            raise MotipError("scores need a list of distinct classes", where="classes", found=", ".join(classes) or "none")
+            raise MotipError(
+                "scores need a list of distinct classes", where="classes", found=", ".join(classes) or "none"
+            )
         if self.class_lists and not any(set(classes) == set(allowed) for allowed in self.class_lists):
             raise MotipError(
                 f"the {self.name} protocol is not defined for these classes",
@@ -108,6 +112,8 @@ class ScoredSequence:
             elsewhere are an error, unless the protocol cuts them.
         ignore_frames: (K,) frame number of each region to ignore.
         ignore_xyxy: (K, 4) the regions.
+        ignore_removes: (K,) bool, False for a box that may attract a prediction in one-to-one matching but does not
+            excuse it; None: all excuse.
     """
 
     name: str
@@ -116,6 +122,7 @@ class ScoredSequence:
     frames: np.ndarray | None = None
     ignore_frames: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     ignore_xyxy: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    ignore_removes: np.ndarray | None = None
 
 
 def scored_sequence(
@@ -131,7 +138,7 @@ def scored_sequence(
     """
     rules = find_protocol(protocol)
     rules.check_classes(class_map.names)
-    frames, ids, boxes, classes, region_frames, regions = [], [], [], [], [], []
+    frames, ids, boxes, classes, region_frames, regions, removes = [], [], [], [], [], [], []
     for frame in sequence.frames:
         claimed = class_map.class_ids(frame.categories)
         region = _region_mask(frame, claimed, rules)
@@ -142,6 +149,7 @@ def scored_sequence(
         classes.append(claimed[keep])
         region_frames.append(np.full(int(region.sum()), frame.number, np.int64))
         regions.append(frame.boxes_xyxy[region])
+        removes.append(_excusing(frame, rules)[region])
     gt = _rows(frames, ids, boxes, classes)
     if rules.split_class_flips:
         gt = split_class_flips(gt)
@@ -152,6 +160,7 @@ def scored_sequence(
         np.array([frame.number for frame in sequence.frames], np.int64),
         np.concatenate([np.zeros(0, np.int64), *region_frames]),
         np.concatenate([np.zeros((0, 4)), *regions]),
+        np.concatenate([np.zeros(0, bool), *removes]),
     )
 
 
@@ -175,13 +184,25 @@ def split_class_flips(rows: TrackRows) -> TrackRows:
 
 def _region_mask(frame: Frame, claimed: np.ndarray, rules: Protocol) -> np.ndarray:
     """(N,) bool: boxes of a frame that are regions to ignore under the protocol."""
-    # VisDrone categories 0 and 11, BDD100K crowds and MOTChallenge distractors are what their readers mark as ignored.
+    # VisDrone's categories 0 and 11 and BDD100K's crowds are what their readers mark as ignored.
     region = frame.ignore | (frame.track_ids == UNTRACKED)
-    if rules.name == "plain":
+    if rules.name in ("plain", "motchallenge"):
         return region | (claimed < 0)
     if rules.name == "bdd100k":
-        return region | np.array([category in BDD100K_DISTRACTORS for category in frame.categories], bool)
+        return region | _is_any_of(frame, BDD100K_DISTRACTORS)
     return region
+
+
+def _excusing(frame: Frame, rules: Protocol) -> np.ndarray:
+    """(N,) bool: boxes that excuse the predictions on them, if they are regions to ignore."""
+    if rules.name == "motchallenge":
+        return _is_any_of(frame, MOTCHALLENGE_DISTRACTORS)
+    return np.ones(len(frame.categories), bool)
+
+
+def _is_any_of(frame: Frame, categories: frozenset[str]) -> np.ndarray:
+    # Datasets and their tools disagree on underscores in category names.
+    return np.array([category.lower().replace("_", " ") in categories for category in frame.categories], bool)
 
 
 def _rows(

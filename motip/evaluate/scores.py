@@ -98,7 +98,9 @@ class Scores:
         rows.append((f"mean of {averaged} {plural}{left_out}", self.class_averaged))
         rows.append(("all boxes", self.detection_averaged))
         rows.append(("class-agnostic", self.class_agnostic))
-        return ["", *TABLE_METRICS], [[name, *(_cell(values, metric) for metric in TABLE_METRICS)] for name, values in rows]
+        return ["", *TABLE_METRICS], [
+            [name, *(_cell(values, metric) for metric in TABLE_METRICS)] for name, values in rows
+        ]
 
     def caption(self) -> str:
         """One line that must stand with the table."""
@@ -155,5 +157,5 @@ def _flat(values: Values, pattern: str) -> dict[str, float]:
 def _cell(values: Values, metric: str) -> str:
     value = values[metric]
     if value is None:
-        return "–"
+        return "-"
     return f"{value:.1f}" if metric in PERCENTAGES else str(value)

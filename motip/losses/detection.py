@@ -36,11 +36,11 @@ class DetectionLosses:
     """Losses of all decoder layers.
 
     Attributes:
-        losses: by published name (`loss_ce`, `loss_bbox`, `loss_giou`; `_0`, `_1`, … for the earlier layers), unweighted.
+        losses: unweighted, by published name: `loss_ce`, `loss_bbox`, `loss_giou`, with `_0`, … for earlier layers.
         total: weighted sum, with graph.
         matching_last: (M,) query of each object by the last layer, -1 for none.
         matching_published: (M,) by the second-to-last layer, which the published code ties identities to.
-        logs: values that are only logged (`class_error`, `cardinality_error`, per layer; `ignored_queries` of the last).
+        logs: only logged: `class_error` and `cardinality_error` per layer, `ignored_queries` of the last layer.
     """
 
     losses: dict[str, Tensor]
@@ -61,7 +61,7 @@ class DetectionCriterion:
         log_chunk: DETR_CRITERION_BATCH_LEN, frames per chunk of the two logged values that depend on it.
     """
 
-    matcher: Matcher = Matcher()
+    matcher: Matcher = field(default_factory=Matcher)
     class_weight: float = 2.0
     bbox_weight: float = 5.0
     giou_weight: float = 2.0

@@ -12,12 +12,12 @@ _FOCAL_ALPHA = 0.25
 
 
 def count_supervised(masks: Tensor) -> Tensor:
-    """Number of unmasked entries after the first frame: the divisor of `id_loss`, before it is summed over ranks.
+    """(B,) unmasked entries of each clip after its first frame; summed over clips and ranks, the divisor of `id_loss`.
 
     Args:
         masks: (B, G, T, N) bool, True where there is nothing to learn from.
     """
-    return (~masks[:, :, 1:]).sum()
+    return (~masks[:, :, 1:]).flatten(1).sum(1)
 
 
 def id_loss(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -81,10 +82,8 @@ def _padded_regions(regions: Sequence[Tensor] | None, device: torch.device | str
     most = max((int(r.shape[0]) for r in regions or ()), default=0)
     if regions is None or most == 0:
         return None
-    padded = torch.zeros(len(regions), most, 4)
-    for frame, frame_regions in enumerate(regions):
-        padded[frame, : frame_regions.shape[0]] = frame_regions.detach().to("cpu", torch.float32)
-    return padded.to(device)
+    padded = [F.pad(frame.reshape(-1, 4).float(), (0, 0, 0, most - frame.shape[0])) for frame in regions]
+    return torch.stack(padded).to(device)
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,9 @@ class _Resolver:
             return ClassMove(name, "relative", row, self.file_classes[row])
         following = normalise_name(init)
         if following in path:
-            raise MotipError("CLASS_INIT goes round in a circle", where="CLASS_INIT", found=" <- ".join((*path, following)))
+            raise MotipError(
+                "CLASS_INIT goes round in a circle", where="CLASS_INIT", found=" <- ".join((*path, following))
+            )
         if following not in self.inits and following not in map(normalise_name, self.classes):
             raise MotipError(
                 f"CLASS_INIT starts '{name}' from '{init}', which is no class of the file and no new class",

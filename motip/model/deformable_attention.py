@@ -78,14 +78,13 @@ def _grid_sample_attention(
     maps = value.to(grids.dtype).permute(0, 2, 3, 1).flatten(0, 1)  # (B*heads, d, S)
 
     total = grids.new_zeros(batch * heads, channels, queries)
-    if queries > 0:
-        start = 0
-        for level, (height, width) in enumerate(spatial_shapes):
-            level_map = maps[:, :, start : start + height * width].unflatten(2, (height, width))
-            sampled = F.grid_sample(level_map, grids[:, :, level], "bilinear", "zeros", align_corners=False)
-            # Reduced level by level: holding all levels' samples at once would be the peak of the whole detector.
-            total = total + torch.einsum("bdqp,bqp->bdq", sampled, weights[:, :, level])
-            start += height * width
+    start = 0
+    for level, (height, width) in enumerate(spatial_shapes):
+        level_map = maps[:, :, start : start + height * width].unflatten(2, (height, width))
+        sampled = F.grid_sample(level_map, grids[:, :, level], "bilinear", "zeros", align_corners=False)
+        # Reduced level by level: holding all levels' samples at once would be the peak of the whole detector.
+        total = total + torch.einsum("bdqp,bqp->bdq", sampled, weights[:, :, level])
+        start += height * width
     return total.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
 
 

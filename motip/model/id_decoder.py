@@ -7,14 +7,15 @@ and reads the label off the ID half of the result.
 Memory: the relative position bias depends on (query time, key time) alone, and an additive mask that needs a gradient
 would turn fused attention off. So queries are handled in blocks of a few frames; the bias (and the mask) of a block's
 i-th frame is channel i of the keys, switched on by a one in channel i of that frame's queries. Attention stays fused,
-frames that lie in the future of the whole block are never touched, and nothing of size (T*N)^2 exists.
+frames that lie in the future of the whole block are never touched, and nothing of size (T*N)^2 exists. The widened
+keys and the inner activations of the feed-forwards are made again in the backward pass instead of being kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class HistoryTokens(NamedTuple):
     keys: Tensor
     values: Tensor
 
-    def __len__(self) -> int:  # type: ignore[override]
+    def __len__(self) -> int:
         return self.keys.shape[1]
 
     def append(self, newer: HistoryTokens) -> HistoryTokens:
@@ -54,6 +55,16 @@ class HistoryTokens(NamedTuple):
         return HistoryTokens(self.keys[:, index], self.values[:, index])
 
 
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """``function(*inputs)``, keeping only the inputs for the backward pass.
+
+    For steps whose intermediate tensors are large and whose arithmetic is a small share of a layer's.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class FFN(nn.Module):
     """linear1 -> exact GELU -> linear2."""
 
@@ -63,7 +74,7 @@ class FFN(nn.Module):
         self.linear2 = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(F.gelu(self.linear1(x)))
+        return recomputed(lambda inner: self.linear2(F.gelu(inner)), self.linear1(x))
 
 
 class TrajectoryModeling(nn.Module):
@@ -99,7 +110,7 @@ class IdDecoder(nn.Module):
         self.ffn_layers = nn.ModuleList(FFN(dim, dim * spec.ffn_dim_ratio) for _ in range(depth))
         self.ffn_norm_layers = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth))
 
-    def _heads_of_layers(self, depth: int) -> list[nn.Module]:
+    def _heads_of_layers(self, depth: int) -> list[nn.Linear]:
         distinct = self.spec.use_aux_loss and not self.spec.use_shared_aux_head
         words, width = self.spec.num_id_vocabulary + 1, self.spec.id_dim
         heads = [nn.Linear(width, words, bias=False) for _ in range(depth if distinct else 1)]
@@ -257,11 +268,25 @@ class IdDecoder(nn.Module):
         """Cross-attention of tokens (BG,U,M,E) to the strictly earlier of the history tokens."""
         attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
         keys, values = self._project_history(layer, features.flatten(1, 2), labels.flatten(1))
-        keys = with_zero_token(keys)
-        # One padded copy of the values serves all blocks: fused attention wants values as wide as keys.
-        values = F.pad(with_zero_token(values), (0, min(_BLOCK_FRAMES, len(now))))
         queries = attention.project_query(tokens)
-        objects, history_objects = tokens.shape[2], labels.shape[2]
+        attended = recomputed(self._attend_in_blocks, layer, queries, keys, values, now, hidden, past)
+        return attention.merge_heads(attended)
+
+    def _attend_in_blocks(
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        now: list[int],
+        hidden: Tensor,
+        past: list[int],
+    ) -> Tensor:
+        """queries (BG,U,M,heads,d), keys and values (BG,T*N,heads,d), hidden (BG,T,N) -> (BG,U,M,heads,d)."""
+        head_dim, objects, history_objects = self.spec.head_dim, queries.shape[2], hidden.shape[2]
+        keys = with_zero_token(keys)
+        # Fused attention wants values as wide as keys; the added channels are cut off again.
+        values = F.pad(with_zero_token(values), (0, min(_BLOCK_FRAMES, len(now))))
         blocks = []
         for start in range(0, len(now), _BLOCK_FRAMES):
             block = now[start : start + _BLOCK_FRAMES]
@@ -269,17 +294,15 @@ class IdDecoder(nn.Module):
             channels = self._bias_channels(layer, block, past[:frames], hidden[:, :frames]).to(keys.dtype)
             visible = 1 + frames * history_objects
             key = torch.cat([keys[:, :visible], with_zero_token(channels.flatten(1, 2))], -1)
-            query = _switch_channels_on(queries[:, start : start + len(block)], attention.head_dim)
-            width = attention.head_dim + len(block)
+            query = _switch_channels_on(queries[:, start : start + len(block)], head_dim)
             attended = F.scaled_dot_product_attention(
                 query.flatten(1, 2).transpose(1, 2),
                 key.transpose(1, 2),
-                values[:, :visible, :, :width].transpose(1, 2),
-                scale=1.0 / math.sqrt(attention.head_dim),
+                values[:, :visible, :, : head_dim + len(block)].transpose(1, 2),
+                scale=1.0 / math.sqrt(head_dim),
             )
-            attended = attended[..., : attention.head_dim].transpose(1, 2)
-            blocks.append(attended.unflatten(1, (len(block), objects)))
-        return attention.merge_heads(torch.cat(blocks, 1))
+            blocks.append(attended[..., :head_dim].transpose(1, 2).unflatten(1, (len(block), objects)))
+        return torch.cat(blocks, 1)
 
     def _bias_channels(self, layer: int, block: list[int], past: list[int], hidden: Tensor) -> Tensor:
         """(BG,T,N,heads,len(block)): what to add to the score of a token for each frame of the block."""

@@ -187,5 +187,8 @@ def _check_choice(key: str, found: object, choices: tuple[object, ...]) -> None:
 def _check_multiple(key: str, found: int, factor: int, of_what: str) -> None:
     if found < factor or found % factor:
         raise MotipError(
-            f"{key} must be a multiple of {factor} ({of_what})", where=key, found=found, expected=f"a multiple of {factor}"
+            f"{key} must be a multiple of {factor} ({of_what})",
+            where=key,
+            found=found,
+            expected=f"a multiple of {factor}",
         )

@@ -57,6 +57,7 @@ class TransferReport:
     classes: tuple[str, ...]
     classes_origin: str
     class_moves: tuple[str, ...]
+    dropped_classes: tuple[str, ...]
     file_fates: Mapping[str, Fate]
     model_fates: Mapping[str, Fate]
     notes: tuple[str, ...]
@@ -84,6 +85,7 @@ class TransferReport:
             "classes": list(self.classes),
             "classes_origin": self.classes_origin,
             "class_moves": list(self.class_moves),
+            "dropped_classes": list(self.dropped_classes),
             "counts": self.counts(),
             "notes": list(self.notes),
             "file": {key: fate.to_dict() for key, fate in self.file_fates.items()},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import pickletools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class WeightFile:
         classes: name of every class-head row, None if the file does not say and it cannot be told.
         classes_origin: where `classes` comes from: ``file``, ``argument``, ``COCO category ids``,
             ``assumed from one row`` or ``unknown``.
-        meta: everything else that is worth keeping: ``epoch``, ``step``, ``config``, ``spec``, ``parent``, ...
+        meta: everything else that is worth keeping: ``epoch``, ``step``, ``config``, ``spec``, ``parent``, ...;
+            ``holds`` lists the top level of the container.
         sha256: hex digest of the file.
         notes: what was unusual about the file, one sentence each.
     """
@@ -87,7 +89,10 @@ def read_weights(path: Path | str, *, classes: Sequence[str] | None = None) -> W
     raw = _state_dict_of(container, path)
     tensors, notes = _full_keys(raw, path)
     _check_finite(tensors, path)
-    meta = {key: value for key, value in container.items() if key in _META_KEYS} if container is not raw else {}
+    meta: dict[str, Any] = {}
+    if container is not raw:
+        meta = {key: value for key, value in container.items() if key in _META_KEYS and value is not None}
+        meta["holds"] = sorted(str(key) for key, value in container.items() if value is not None)
     kind = _kind(path, container, tensors)
     rows = _class_rows(tensors, path)
     names, origin = _class_names(container, rows, classes, path)
@@ -96,7 +101,19 @@ def read_weights(path: Path | str, *, classes: Sequence[str] | None = None) -> W
     return WeightFile(path, tensors, kind, names, origin, meta, sha256_file(path), tuple(notes))
 
 
-_META_KEYS = ("epoch", "step", "config", "spec", "run_id", "parent", "counters", "states", "position", "thresholds", "training")
+_META_KEYS = (
+    "epoch",
+    "step",
+    "config",
+    "spec",
+    "run_id",
+    "parent",
+    "counters",
+    "states",
+    "position",
+    "thresholds",
+    "training",
+)
 
 
 def read_container(path: Path | str) -> dict[str, Any]:
@@ -132,20 +149,34 @@ def _torch_load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
-        blocked = re.search(r"(?:Unsupported global: GLOBAL|GLOBAL) (\S+)", reason) or re.search(
-            r"Unsupported (?:class|operand|function|type)\s*(\S*)", reason
-        )
+        named = re.search(r"Unsupported global: GLOBAL (\S+)", reason) or re.search(r"\bGLOBAL (\w[\w.]+)", reason)
+        blocked = named.group(1) if named else _first_foreign_global(path)
         if blocked:
             raise MotipError(
                 "the file would run code when it is loaded, so it was not loaded",
                 where=path,
-                found=f"a call of {blocked.group(1) or 'an unknown object'}",
+                found=f"a call of {blocked}",
                 expected="tensors and plain containers only",
                 fix="get the weights from a source you trust, and let it save ['model'] alone",
             ) from None
         raise _cut_off(path, reason.splitlines()[0] if reason else "unreadable pickle") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
         raise _cut_off(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
+def _first_foreign_global(path: Path) -> str | None:
+    """The first class or function that a pickle names besides PyTorch's own; reads the opcodes and runs nothing."""
+    strings: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(path.read_bytes()):
+            if isinstance(argument, str):
+                strings.append(argument.replace(" ", "."))
+            name = ".".join(strings[-2:]) if opcode.name == "STACK_GLOBAL" else strings[-1] if strings else ""
+            if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not name.startswith(("torch.", "collections.")):
+                return name
+    except ValueError:  # not a pickle, or cut off
+        return None
+    return None
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -202,7 +233,9 @@ def _state_dict_of(container: dict[str, Any], path: Path) -> dict[str, Tensor]:
             raise _wrong_container(path, f"a key that is no text: {key!r}")
         if not isinstance(value, Tensor):
             where = f"{path}, key {key}"
-            found = f"top-level keys {', '.join(map(str, list(state)[:8]))}" if state is container else type(value).__name__
+            found = (
+                f"top-level keys {', '.join(map(str, list(state)[:8]))}" if state is container else type(value).__name__
+            )
             raise MotipError(
                 "the file holds something that is not a tensor where weights should be",
                 where=where,
@@ -227,7 +260,7 @@ def _full_keys(raw: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
             "these are the weights of another model",
             where=path,
             found=f"first key that does not belong: {_first_foreign(tensors, raw)}",
-            expected="a MOTIP or Deformable-DETR state dict, with class_embed.0.weight, transformer.*, backbone.0.body.*",
+            expected="a MOTIP or Deformable-DETR state dict: class_embed.0.weight, transformer.*, backbone.0.body.*",
             fix="give a MOTIP checkpoint, a detector-only file, or the official Deformable-DETR COCO file",
         )
     return tensors, notes

@@ -31,9 +31,7 @@ class LongTermMemory:
         momentum: share of the old feature when a track is seen again (running mean of its unit features).
     """
 
-    def __init__(
-        self, patience: int, similarity: float = 0.85, capacity: int = 1000, momentum: float = 0.9
-    ) -> None:
+    def __init__(self, patience: int, similarity: float = 0.85, capacity: int = 1000, momentum: float = 0.9) -> None:
         if patience < 1 or capacity < 1 or not -1.0 <= similarity <= 1.0 or not 0.0 <= momentum < 1.0:
             raise MotipError(
                 "the long-term memory cannot work with these options",

@@ -53,7 +53,6 @@ class _Detections:
     queries: np.ndarray
     scores: np.ndarray
     classes: np.ndarray
-    class_scores: np.ndarray
     boxes_xyxy: np.ndarray
     embeds: Tensor
 
@@ -62,7 +61,6 @@ class _Detections:
             self.queries[index],
             self.scores[index],
             self.classes[index],
-            self.class_scores[index],
             self.boxes_xyxy[index],
             self.embeds[torch.from_numpy(index).to(self.embeds.device)],
         )
@@ -92,7 +90,7 @@ class RuntimeTracker:
             )
         height, width = image_size
         if height < 1 or width < 1:
-            raise MotipError("a frame has no area", where="image size", found=f"{height}×{width}")
+            raise MotipError("a frame has no area", where="image size", found=f"{height}x{width}")
         self.settings = settings
         self.counters: Counter[str] = Counter(newborns_refused=0, labels_recycled=0, recalled=0)
         self.notes: list[str] = []
@@ -154,12 +152,156 @@ class RuntimeTracker:
         labels = self._name_newborns(found, labels, newborn)
         self._remember(found, labels)
         return FrameTracks(
-            ids=self._ids_of(labels),
+            ids=self._ids[labels],
             scores=found.scores,
             boxes_xyxy=found.boxes_xyxy,
-            class_ids=self._voted_classes,
+            class_ids=self._votes[labels].argmax(axis=1),
             frame_class_ids=found.classes,
             queries=found.queries,
             labels=labels,
             newborn=newborn,
         )
+
+    def _detect(self, logits: Tensor, boxes: Tensor, embeds: Tensor) -> _Detections:
+        """Queries above DET_THRESH and AREA_THRESH, boxes in pixels (float32 whatever the model computes in)."""
+        scores, classes = logits.float().sigmoid().max(dim=-1)
+        centre, size = boxes.float().split(2, dim=-1)
+        corner = centre - size / 2
+        pixels = torch.cat([corner, size], dim=-1) * self._image_scale.to(boxes.device)
+        table = torch.cat([scores[:, None], classes[:, None].float(), pixels], dim=-1).cpu().numpy()  # one transfer
+        if not np.isfinite(table).all():
+            raise MotipError(
+                "the detector's output is not finite",
+                where=f"frame {self._frame} of the sequence",
+                fix="the weights have diverged or do not fit this precision: try INFERENCE_DTYPE: FP32",
+            )
+        sizes = table[:, 4:]
+        large = sizes[:, 0] * sizes[:, 1] > self.settings.area_thresh
+        queries = np.flatnonzero((table[:, 0] > self.settings.det_thresh) & large)
+        chosen = table[queries]
+        return _Detections(
+            queries=queries,
+            scores=chosen[:, 0],
+            classes=chosen[:, 1].astype(np.int64),
+            boxes_xyxy=np.concatenate([chosen[:, 2:4], chosen[:, 2:4] + chosen[:, 4:]], axis=1),
+            # The ID half works in the type of its weights: the history must not lose precision over 30 frames.
+            embeds=embeds[torch.from_numpy(queries).to(embeds.device)].to(self._decoder.rel_pos_embeds.dtype),
+        )
+
+    def _identify(self, embeds: Tensor) -> np.ndarray:
+        """(n,) label of each detection, V where it belongs to no remembered track."""
+        tracked = self._ids >= 0
+        if not len(embeds) or not tracked.any():
+            return np.full(len(embeds), self._vocabulary)
+        ages = np.minimum(self._frame - self._history.frames, self._oldest_age)
+        hidden = self._history.labels < 0
+        device = embeds.device
+        logits = self._decoder.decode(
+            embeds,
+            self._history.tokens(),
+            torch.from_numpy(ages).to(device),
+            torch.from_numpy(hidden).to(device) if hidden.any() else None,
+        ).float()
+        scores = (logits.sigmoid() if self.settings.use_sigmoid else logits.softmax(dim=-1)).cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise MotipError(
+                "the ID decoder's output is not finite",
+                where=f"frame {self._frame} of the sequence",
+                fix="the weights have diverged or do not fit this precision: try INFERENCE_DTYPE: FP32",
+            )
+        return self._assign(scores, tracked, self.settings.id_thresh)
+
+    def _fits_vocabulary(self, newborn: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Positions of the detections that get a label; newborns beyond the labels not taken in this frame wait."""
+        waiting = np.flatnonzero(newborn)
+        room = self._vocabulary - int((~newborn).sum())
+        surplus = len(waiting) - room
+        if surplus <= 0:
+            return np.arange(len(newborn))
+        self.counters["newborns_refused"] += surplus
+        if self.settings.newborn_order == "score":
+            waiting = waiting[np.argsort(-scores[waiting], kind="stable")]
+        return np.setdiff1d(np.arange(len(newborn)), waiting[room:])
+
+    def _name_newborns(self, found: _Detections, labels: np.ndarray, newborn: np.ndarray) -> np.ndarray:
+        """Give newborns the labels unused longest, and ids; a remembered track that held such a label is given up."""
+        labels = labels.copy()
+        matched = np.isin(self._queue, labels[~newborn])
+        fresh = self._queue[~matched][: int(newborn.sum())]
+        given_up = fresh[self._ids[fresh] >= 0]
+        self.counters["labels_recycled"] += len(given_up)
+        self._release(given_up)
+        labels[newborn] = fresh
+        self._ids[fresh] = self._new_ids(found, newborn)
+        return labels
+
+    def _new_ids(self, found: _Detections, newborn: np.ndarray) -> np.ndarray:
+        """Ids of the newborns: from the long-term memory where it recognises one, else the next unused numbers."""
+        count = int(newborn.sum())
+        ids = np.full(count, -1)
+        if self._memory is not None and count:
+            ids = self._memory.recall(self._on_host(found.select(np.flatnonzero(newborn)).embeds), self._frame)
+            self.counters["recalled"] += int((ids >= 0).sum())
+        unknown = ids < 0
+        ids[unknown] = self._next_id + np.arange(int(unknown.sum()))
+        self._next_id += int(unknown.sum())
+        return ids
+
+    def _remember(self, found: _Detections, labels: np.ndarray) -> None:
+        """Append this frame to the history and give up tracks unseen for too long."""
+        if len(labels):
+            features = self._trajectory_modeling(found.embeds)
+            on_device = torch.from_numpy(labels).to(features.device)
+            self._history.append(self._decoder.encode_history(features, on_device), labels, self._frame)
+            self._last_seen[labels] = self._frame
+            np.add.at(self._votes, (labels, found.classes), found.scores)
+            # Published order within a frame is query order; by score, the weakest of a frame is given up first.
+            by_score = self.settings.newborn_order == "score"
+            used = labels[np.argsort(found.scores, kind="stable")] if by_score else labels
+            self._queue = np.concatenate([self._queue[~np.isin(self._queue, labels)], used])
+        if self._memory is not None:
+            self._memory.observe(self._ids[labels], self._on_host(found.embeds))
+        oldest = self._frame + 1 - self.settings.history_frames
+        self._history.forget_before(oldest)
+        self._release(np.flatnonzero((self._ids >= 0) & (self._last_seen < oldest)))
+        self._frame += 1
+
+    def _release(self, labels: np.ndarray) -> None:
+        """Forget the tracks behind these labels."""
+        if not len(labels):
+            return
+        if self._memory is not None:
+            self._memory.lose(self._ids[labels], self._frame)
+        self._history.drop_labels(labels)
+        self._ids[labels] = -1
+        self._votes[labels] = 0.0
+
+    @staticmethod
+    def _on_host(embeds: Tensor) -> np.ndarray:
+        host: np.ndarray = embeds.float().cpu().numpy()
+        return host
+
+    def _check_memory(self, rel_pe_length: int) -> int:
+        """The largest age the relative position embedding knows; a longer memory reads its last row."""
+        oldest = rel_pe_length - 1
+        if self.settings.history_frames > oldest:
+            note = (
+                f"MISS_TOLERANCE {self.settings.miss_tolerance} needs REL_PE_LENGTH "
+                f"{self.settings.history_frames + 1}, "
+                f"the model has {rel_pe_length}: older frames use its last row"
+            )
+            warnings.warn(note, stacklevel=3)
+            self.notes.append(note)
+        return oldest
+
+    def _check_shapes(self, logits: Tensor, boxes: Tensor, embeds: Tensor) -> None:
+        classes, width = self._votes.shape[1], self._decoder.spec.feature_dim
+        expected = [(len(logits), classes), (len(logits), 4), (len(logits), width)]
+        found = [tuple(tensor.shape) for tensor in (logits, boxes, embeds)]
+        if found != expected:
+            raise MotipError(
+                "the detector's output does not fit the model",
+                where="logits, boxes, embeds",
+                found=found,
+                expected=f"(Q, {classes}), (Q, 4), (Q, {width})",
+            )

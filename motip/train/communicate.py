@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -144,3 +144,12 @@ def _buckets(parameters: list[nn.Parameter], bucket_bytes: int) -> Iterator[list
         size += parameter.nbytes
     if bucket:
         yield bucket
+
+
+def gather_objects(comm: Communicator, value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank. For small results such as tracks, not for tensors."""
+    if comm.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * comm.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered

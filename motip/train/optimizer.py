@@ -34,7 +34,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """The four groups of the published optimiser, in its order: backbone, sampling points, ID words, the rest.
 
     A parameter belongs to the first group one of whose names is a part of its own. The order of groups and parameters
-    is what the optimiser state of a published checkpoint is numbered by. The last group has no `lr_scale`, as published.
+    is what the optimiser state of a published checkpoint is numbered by. The last group has no `lr_scale`, as there.
     """
     named_groups: list[tuple[tuple[str, ...], float]] = [
         (config.LR_BACKBONE_NAMES, config.backbone_lr_scale),

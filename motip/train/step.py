@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from motip.config import Config
 from motip.data.batch import ClipBatch, IdSlots
 from motip.errors import MotipError
 from motip.losses.detection import DetectionCriterion
-from motip.losses.identity import id_loss
+from motip.losses.identity import count_supervised, id_loss
 from motip.losses.matcher import DetectionTargets
 from motip.model import MOTIP
 from motip.train.communicate import Communicator, all_reduce_gradients
@@ -73,6 +73,13 @@ class TrainStep:
         self.criterion = DetectionCriterion.from_config(config)
         self.published_matching = config.ID_SUPERVISION_LAYER == "published"
         self.train_ids = not config.ONLY_DETR
+        if self.train_ids and model.id_decoder is None:
+            raise MotipError(
+                "the model has no ID decoder to train",
+                where="ONLY_DETR",
+                found=False,
+                fix="set ONLY_DETR: True, or build the model from this configuration",
+            )
         self.id_weight = config.ID_LOSS_WEIGHT
         self.focal_ids = config.USE_FOCAL_LOSS
         self.accumulate_steps = config.ACCUMULATE_STEPS
@@ -108,33 +115,41 @@ class TrainStep:
         length = batch.images.shape[1]
         order = torch.randperm(length, generator=generator) if permutation is None else permutation
         batch = _without_padding_clips(batch)
-        if batch.images.device.type == "cpu":
+        if self.train_ids and batch.slots is None:
+            raise MotipError(
+                "clips without ID slots cannot train the ID decoder",
+                where="; ".join(batch.names),
+                fix="set ONLY_DETR: True to train the detector alone",
+            )
+        if batch.names and batch.images.device.type == "cpu":
             self._check(batch)
-        clips, objects, id_targets = self.comm.sum_(self._counts(batch)).tolist()
+        own_clips, own_objects, _ = (own := self._counts(batch)).tolist()
+        clips, objects, id_targets = self.comm.sum_(own).tolist()
+        clip_share = own_clips / max(clips, 1)
         loss: Tensor | None = None
         local: dict[str, Tensor] = {}
         if batch.names:
-            loss, local = self._losses(batch.to(self.device), order.tolist(), objects, id_targets)
-        host = self._on_host(local, share=len(batch.names) / max(clips, 1))
+            loss, local = self._losses(batch, order.tolist(), objects, id_targets)
+        host = self._on_host(local, clip_share, own_objects / objects if objects else clip_share)
         # Asked before backward: a rank that stopped alone would leave the others waiting in the next collective.
         finite = self.comm.all_agree(math.isfinite(host[0]))
-        values = dict(zip(self._metric_names, self.comm.sum_(host).tolist(), strict=True))
+        values = dict(zip(self._metric_names, self.comm.sum_(host.clone()).tolist(), strict=True))
         if finite:
             if loss is not None and loss.requires_grad:
                 self.scaler.scale(loss / (divisor or self.accumulate_steps)).backward()
             self.gathered += 1
         else:
             self.counters.nonfinite_losses += 1
-            self._name_clips(batch, "a loss is not finite", values)
+            self._name_clips(batch, dict(zip(self._metric_names, host.tolist(), strict=True)))
         return StepLosses(values, not finite, int(clips), objects, id_targets)
 
     def apply(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Sum the gathered gradients over ranks, clip them, step, and forget them.
 
         Returns:
-            `detr_grad_norm` and `other_grad_norm` before clipping: of the parameters with "detr" in their name and of the
-            rest, or both the joint norm with SEPARATE_CLIP_NORM False. Empty where no batch was gathered; then, and where
-            a norm is not finite, the weights stay as they are.
+            `detr_grad_norm` and `other_grad_norm` before clipping: of the parameters with "detr" in their name and of
+            the rest, or both the joint norm with SEPARATE_CLIP_NORM False. Empty where no batch was gathered; then, and
+            where a norm is not finite, the weights stay as they are.
         """
         if self.gathered == 0:
             optimizer.zero_grad(set_to_none=True)
@@ -168,7 +183,9 @@ class TrainStep:
         self, batch: ClipBatch, order: list[int], objects: float, id_targets: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss of the global batch, and everything that is logged of it."""
+        # Flattened before they move, the annotations of all frames travel in a few transfers instead of hundreds.
         targets = _targets(batch, self.device)
+        batch = replace(batch, boxes_cxcywh=[], classes=[], ignore_cxcywh=[]).to(self.device)
         frame_weights = batch.weights.repeat_interleave(batch.images.shape[1])
         with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             output = detect_frames(self.model, batch, order, self.plan)
@@ -192,15 +209,16 @@ class TrainStep:
     ) -> Tensor:
         """The past frames of each slot as history, every frame but the first as question."""
         length = slots.trajectory_ann.shape[2]
+        decoder, modeling = self.model.id_decoder, self.model.trajectory_modeling
+        if decoder is None or modeling is None or length < 2 or slots.trajectory_ann.shape[3] == 0:
+            return outputs.new_zeros(())
         past, now = slice(0, length - 1), slice(1, length)
         history, history_masks = slot_features(
             outputs, targets, matching, slots.trajectory_ann, slots.trajectory_masks, past
         )
         unknown, unknown_masks = slot_features(outputs, targets, matching, slots.unknown_ann, slots.unknown_masks, now)
-        if length < 2 or unknown.shape[3] == 0:
-            return outputs.new_zeros(())
-        logits = self.model.id_decoder(
-            self.model.trajectory_modeling(history),
+        logits = decoder(
+            modeling(history),
             slots.trajectory_labels[:, :, past],
             history_masks,
             range(length - 1),
@@ -217,17 +235,21 @@ class TrainStep:
         boxes = torch.tensor([sum(len(frame) for frame in clip) for clip in batch.boxes_cxcywh], dtype=torch.float64)
         ids = torch.zeros_like(boxes)
         if self.train_ids and batch.slots is not None:
-            ids = (~batch.slots.unknown_masks[:, :, 1:]).flatten(1).sum(1).double().cpu()
+            ids = count_supervised(batch.slots.unknown_masks).double().cpu()
         return torch.stack([torch.tensor(len(batch.names), dtype=torch.float64), boxes @ weights, ids @ weights])
 
-    def _on_host(self, local: dict[str, Tensor], share: float) -> Tensor:
-        """This rank's logged values in a fixed order (zeros without clips), in one transfer."""
+    def _on_host(self, local: dict[str, Tensor], clip_share: float, object_share: float) -> Tensor:
+        """This rank's part of the logged values in a fixed order (zeros without clips), in one transfer.
+
+        Losses are parts of a sum over the global batch as they are. The two logged values that are means, over frames
+        and over objects, become such parts by this rank's share of the clips and of the objects.
+        """
         if not local:
             return torch.zeros(len(self._metric_names), dtype=torch.float64)
         values = torch.stack([local[name].detach().float() for name in self._metric_names]).cpu().double()
-        # Losses are shares of a sum over the global batch; this one is a mean over the rank's own frames.
-        means = torch.tensor([name.startswith("cardinality_error") for name in self._metric_names])
-        return torch.where(means, values * share, values)
+        parts = {"cardinality_error": clip_share, "class_error": object_share}
+        factors = [next((parts[p] for p in parts if name.startswith(p)), 1.0) for name in self._metric_names]
+        return values * torch.tensor(factors, dtype=torch.float64)
 
     def _clip(self) -> dict[str, float]:
         """Scale the gradients down to MAX_CLIP_NORM, the detector's and the rest apart if so configured."""
@@ -245,9 +267,13 @@ class TrainStep:
         values = torch.stack(norms).tolist()
         return {"detr_grad_norm": values[0], "other_grad_norm": values[-1]}
 
-    def _name_clips(self, batch: ClipBatch, problem: str, values: dict[str, float]) -> None:
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        _log.warning("batch left out: %s (%s), clips %s", problem, ", ".join(bad), "; ".join(batch.names) or "none")
+    def _name_clips(self, batch: ClipBatch, local: dict[str, float]) -> None:
+        bad = ", ".join(name for name, value in local.items() if not math.isfinite(value))
+        names = "; ".join(batch.names) or "none"
+        if bad:
+            _log.warning("batch left out: not finite on rank %d: %s; clips %s", self.comm.rank, bad, names)
+        else:
+            _log.warning("batch left out with another rank's, whose loss is not finite; clips %s", names)
         self.counters.names = [*self.counters.names, *batch.names][-100:]
 
     def _check(self, batch: ClipBatch) -> None:
@@ -262,12 +288,6 @@ class TrainStep:
                     found=f"class ids {int(labels.min())}..{int(labels.max())}",
                     expected=f"0..{classes - 1} (NUM_CLASSES: {classes})",
                 )
-        if self.train_ids and batch.slots is None and batch.names:
-            raise MotipError(
-                "clips without ID slots cannot train the ID decoder",
-                where="; ".join(batch.names),
-                fix="set ONLY_DETR: True to train the detector alone",
-            )
         if self.train_ids and batch.slots is not None:
             counts = torch.tensor([[len(frame) for frame in clip] for clip in batch.boxes_cxcywh])
             for side in (batch.slots.trajectory_ann, batch.slots.unknown_ann):

@@ -66,7 +66,9 @@ class AerialScene:
         width, height = self._span
         reach = 0.42 * SPREAD * np.array([self._width, self._height])
         rate = rng.uniform(0.03, 0.16, 2)
-        self._look = np.array([width, height]) / 2 + reach * np.sin(time[:, None] * 2 * np.pi * rate + rng.uniform(0, 6, 2))
+        self._look = np.array([width, height]) / 2 + reach * np.sin(
+            time[:, None] * 2 * np.pi * rate + rng.uniform(0, 6, 2)
+        )
         self._turn = rng.uniform(0, 0.25) * np.sin(rng.uniform(0.1, 0.4) * time + rng.uniform(0, 6))
         self._zoom = rng.uniform(0.95, 1.15) * (1 + 0.06 * np.sin(rng.uniform(0.1, 0.4) * time + rng.uniform(0, 6)))
 
@@ -92,7 +94,9 @@ class AerialScene:
     def _draw_terrain(self, rng: np.random.Generator) -> np.ndarray:
         width, height = self._span
         hue = rng.choice([rng.uniform(0.05, 0.15), rng.uniform(0.2, 0.35), rng.uniform(0.9, 1.1)])
-        soil = np.array([hsv(hue + rng.normal(0, 0.06), rng.uniform(0.1, 0.5), rng.uniform(0.35, 0.7)) for _ in "123456"])
+        soil = np.array(
+            [hsv(hue + rng.normal(0, 0.06), rng.uniform(0.1, 0.5), rng.uniform(0.35, 0.7)) for _ in "123456"]
+        )
         terrain = blotches(rng, height, width, 22 * self._unit, soil)
         for _ in range(rng.integers(5, 13)):
             x, y = rng.uniform(0, width), rng.uniform(0, height)
@@ -106,8 +110,9 @@ class AerialScene:
         grey = rng.uniform(75, 125)
         for road in self._roads:
             along = np.array([np.cos(road.angle), np.sin(road.angle)]) * 3 * (width + height)
-            ends = [tuple(int(value) for value in (road.x, road.y) + sign * along) for sign in (-1, 1)]
-            cv2.line(terrain, *ends, (grey, grey, grey + 4), round(road.breadth))
+            start, end = (np.array([road.x, road.y]) + sign * along for sign in (-1, 1))
+            breadth = round(road.breadth)
+            cv2.line(terrain, start.astype(int).tolist(), end.astype(int).tolist(), (grey, grey, grey + 4), breadth)
         for road in self._roads:
             step = np.array([np.cos(road.angle), np.sin(road.angle)]) * 6 * self._unit
             for number in range(-150, 150, 2):
@@ -272,8 +277,6 @@ class AerialScene:
         if self._lot is not None:
             x1, y1, x2, y2 = self._lot
             corners_x, corners_y = self._to_frame(np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]), frame)
-            picture.add_region(
-                "ignored", (corners_x.min(), corners_y.min(), corners_x.max(), corners_y.max())
-            )
+            picture.add_region("ignored", (corners_x.min(), corners_y.min(), corners_x.max(), corners_y.max()))
         labels, hidden = picture.labels()
         return self._lighting.apply(picture.image, frame), labels, hidden

@@ -51,7 +51,9 @@ class DanceScene:
         margin = round(20 * unit)
         height, width = self._height + 2 * margin, self._width + 2 * margin
         hue = rng.random()
-        palette = np.array([hsv(hue + rng.normal(0, 0.12), rng.uniform(0.3, 0.9), rng.uniform(0.1, 0.45)) for _ in "12345"])
+        palette = np.array(
+            [hsv(hue + rng.normal(0, 0.12), rng.uniform(0.3, 0.9), rng.uniform(0.1, 0.45)) for _ in "12345"]
+        )
         stage = blotches(rng, height, width, 20 * unit, palette)
         for _ in range(rng.integers(1, 5)):
             centre = (int(rng.integers(width)), int(rng.integers(height // 2)))

@@ -29,6 +29,7 @@ class _Thing:
 
     track_id: int
     category: str
+    view: str
     poses: list[Sprite]
     metres_tall: float
     x: float
@@ -106,13 +107,13 @@ class GroundScene:
 
     def _plant_posts(self, rng: np.random.Generator) -> list[tuple[float, float, Sprite]]:
         """Posts along the kerbs as (metres right, metres ahead within the repeating street, sprite)."""
-        posts = []
+        posts, tall = [], 100 * self._unit
         for side in (-5.9, 4.9):
             place = rng.uniform(0, 8)
             while place < 2 * PERIOD:
                 breadth = rng.choice([0.18, 0.3, 0.55])
                 colour = hsv(rng.uniform(0.05, 0.12), 0.4, rng.uniform(0.2, 0.4))
-                posts.append((side, place, post(breadth / 5 * 100, 100, colour)))
+                posts.append((side, place, post(breadth / 5 * tall, tall, colour)))
                 place += rng.uniform(7, 16)
         return posts
 
@@ -147,6 +148,7 @@ class GroundScene:
             if all(abs(thing.x - other.x) > 0.12 * thing.z or abs(thing.z - other.z) > 12 for other in things):
                 break
         thing.track_id, self._next_id = self._next_id, self._next_id + 1
+        thing.poses = self._pedestrian() if thing.category == "pedestrian" else self._car(thing)
         return thing
 
     def _draw_user(self, anywhere: bool) -> _Thing:
@@ -159,17 +161,19 @@ class GroundScene:
         z = rng.uniform(7, 0.8 * FAR) if anywhere else rng.uniform(0.75 * FAR, FAR)
         direction = rng.choice([-1, 1])
         if kind in ("walker", "crossing walker"):
-            poses, tall, category = self._pedestrian(), rng.uniform(1.55, 1.9), "pedestrian"
+            tall, category, view = rng.uniform(1.55, 1.9), "pedestrian", ""
             if kind == "walker":
-                x, speed_x, speed_z = direction * rng.uniform(4.8, 6.6) - 0.5, 0.0, rng.choice([-1, 1]) * rng.uniform(0.6, 1.5)
+                x, speed_x = direction * rng.uniform(4.8, 6.6) - 0.5, 0.0
+                speed_z = rng.choice([-1, 1]) * rng.uniform(0.6, 1.5)
             else:
                 z = rng.uniform(8, 20)
                 x = rng.uniform(-4, 4) if anywhere else -direction * (0.5 * self._width / self._focal * z + 0.4)
                 speed_x, speed_z = direction * rng.uniform(0.9, 1.8), 0.0
         else:
             view = {"ahead": "rear", "oncoming": "front", "parked": "rear", "crossing car": "side"}[str(kind)]
-            poses, tall, category = self._car(view)
-            speed_x = speed_z = 0.0
+            category = "truck" if rng.random() < 0.08 else "car"
+            tall = 1.45 * (1.9 if category == "truck" else rng.uniform(0.95, 1.2))
+            x = speed_x = speed_z = 0.0
             if kind == "ahead":
                 x, speed_z = rng.normal(0.3, 0.3), float(np.mean(self._speed)) + rng.normal(0, 0.8)
             elif kind == "oncoming":
@@ -180,27 +184,22 @@ class GroundScene:
                 z = rng.uniform(12, 24)
                 x = rng.uniform(-5, 5) if anywhere else -direction * (0.5 * self._width / self._focal * z + 2.2)
                 speed_x = direction * rng.uniform(2, 5)
-        return _Thing(0, category, poses, tall, float(x), float(z), float(speed_x), float(speed_z))
+        return _Thing(0, category, view, [], tall, float(x), float(z), float(speed_x), float(speed_z))
 
     def _pedestrian(self) -> list[Sprite]:
         costume, build = Costume.random(self._rng), self._rng.uniform(0.85, 1.15)
-        return [person_side(48, costume, 2 * np.pi * k / POSES, 0.15, build) for k in range(POSES)]
+        return [person_side(48 * self._unit, costume, 2 * np.pi * k / POSES, 0.15, build) for k in range(POSES)]
 
-    def _car(self, view: str) -> tuple[list[Sprite], float, str]:
+    def _car(self, thing: _Thing) -> list[Sprite]:
         rng = self._rng
         colour = hsv(rng.random(), rng.choice([0.05, rng.uniform(0.3, 1)]), rng.uniform(0.15, 0.95))
-        truck = rng.random() < 0.08
-        tall = 1.9 if truck else rng.uniform(0.95, 1.2)
-        if view == "side":
-            metres = 1.5 * tall
-        else:
-            metres = 1.45 * tall
-        return [car_ground(130 if view == "side" else 56, colour, view, tall)], metres, "truck" if truck else "car"
+        width = (130 if thing.view == "side" else 56) * self._unit
+        return [car_ground(width, colour, thing.view, thing.metres_tall / 1.45)]
 
     def _group(self) -> _Thing:
         """People standing so close that the data set labels them as one ``crowd``."""
         rng = self._rng
-        members = [person_side(30, Costume.random(rng), rng.uniform(0, 6), 0.1) for _ in range(5)]
+        members = [person_side(30 * self._unit, Costume.random(rng), rng.uniform(0, 6), 0.1) for _ in range(5)]
         breadth = max(member.levels[0].shape[1] for member in members)
         height = max(member.levels[0].shape[0] for member in members)
         pile = Picture(np.zeros((height + 4, 3 * breadth, 3), np.float32))
@@ -214,7 +213,8 @@ class GroundScene:
             for f in (1, 2, 4)
         )
         sprite = Sprite(levels, (cut.shape[1] / 2, cut.shape[0]))
-        thing = _Thing(self._next_id, "pedestrian", [sprite], 1.8, rng.choice([-6.4, 5.6]), rng.uniform(14, 28), 0, 0, True)
+        place = float(rng.choice([-6.4, 5.6])), float(rng.uniform(14, 28))
+        thing = _Thing(self._next_id, "pedestrian", "", [sprite], 1.8, *place, 0, 0, region=True)
         self._next_id += 1
         return thing
 

@@ -163,9 +163,7 @@ class Picture:
                 hidden += 1
                 continue
             labels.append(
-                Label(
-                    placed.track_id, placed.category, box, visible, placed.inside / placed.total, placed.region
-                )
+                Label(placed.track_id, placed.category, box, visible, placed.inside / placed.total, placed.region)
             )
         return labels, hidden
 

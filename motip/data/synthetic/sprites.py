@@ -148,8 +148,12 @@ def car_ground(width: float, colour: Colour, view: str, tall: float = 1.0) -> Sp
         [(0.06 * width, 0.45 * height), (0.18 * width, 0), (0.82 * width, 0), (0.94 * width, 0.45 * height)], colour
     )
     pencil.polygon(
-        [(0.14 * width, 0.42 * height), (0.23 * width, 0.08 * height), (0.77 * width, 0.08 * height)]
-        + [(0.86 * width, 0.42 * height)],
+        [
+            (0.14 * width, 0.42 * height),
+            (0.23 * width, 0.08 * height),
+            (0.77 * width, 0.08 * height),
+            (0.86 * width, 0.42 * height),
+        ],
         glass,
     )
     pencil.box(0, 0.42 * height, width, 0.88 * height, colour)
@@ -167,8 +171,10 @@ def car_above(length: float, width: float, colour: Colour, kind: str) -> Sprite:
     glass = (60, 50, 40)
     round_off = 0.18 * width
     pencil.polygon(
-        [(round_off, 0), (length - round_off, 0), (length, round_off), (length, width - round_off)]
-        + [(length - round_off, width), (round_off, width), (0, width - round_off), (0, round_off)],
+        [
+            *((round_off, 0), (length - round_off, 0), (length, round_off), (length, width - round_off)),
+            *((length - round_off, width), (round_off, width), (0, width - round_off), (0, round_off)),
+        ],
         colour,
     )
     if kind == "truck":
@@ -213,5 +219,7 @@ def post(width: float, height: float, colour: Colour) -> Sprite:
     """A lamp post, pillar or trunk, anchored at its foot."""
     pencil = Pencil(width, height)
     pencil.box(0, 0, width, height, colour)
-    pencil.box(0, 0, 0.3 * width, height, (min(colour[0] + 30, 255), min(colour[1] + 30, 255), min(colour[2] + 30, 255)))
+    pencil.box(
+        0, 0, 0.3 * width, height, (min(colour[0] + 30, 255), min(colour[1] + 30, 255), min(colour[2] + 30, 255))
+    )
     return pencil.sprite((width / 2, height))

@@ -1,0 +1,241 @@
+"""Clips from shards: read, decode, augment, label; a pure function of the clip reference and the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from motip.data.augment import AugmentSettings, ClipAugmentation, draw_augmentation, place_boxes, render_frame
+from motip.data.clips import ClipPlan, ClipRef, PlanVideo, rank_rows
+from motip.data.decode import decode_rgb, image_size
+from motip.data.id_labels import SLOT_FIELDS, ClipSlots, IdSettings, draw_id_slots
+from motip.data.sequence import ClassMap, Frame
+from motip.data.shards import open_shard, read_labels, shard_path
+from motip.data.storage import Location
+from motip.errors import MotipError
+
+if TYPE_CHECKING:
+    from motip.data.batch import ClipBatch
+    from motip.data.manifest import VideoEntry
+
+PICTURES, LABELS = 0, 1
+"""Independent random streams of a clip: changing the image augmentation leaves its ID labels as they were."""
+
+
+@dataclass(frozen=True)
+class ClipSample:
+    """One clip, ready to be batched.
+
+    Attributes:
+        images: (T, 3, H, W) uint8 RGB.
+        boxes_cxcywh: per frame (n, 4) float32, normalised by (W, H).
+        classes: per frame (n,) int64.
+        ignore_cxcywh: per frame (m, 4) float32.
+        slots: ID slots, or None when only the detector is trained.
+        name: sequence and frame numbers.
+        weight: 1, or 0 for padding.
+    """
+
+    images: np.ndarray
+    boxes_cxcywh: list[np.ndarray]
+    classes: list[np.ndarray]
+    ignore_cxcywh: list[np.ndarray]
+    slots: ClipSlots | None
+    name: str
+    weight: int
+
+
+class ClipLoader:
+    """Loads clips; picklable and cheap to copy to any number of processes.
+
+    Args:
+        config: read once, here: AUG_*, NUM_ID_VOCABULARY, NUM_TRAINING_IDS, SUBSET_OVERFLOW, ONLY_DETR.
+        class_maps: per source, which raw categories are which class.
+        storage: the folder or URI that holds ``shards/``.
+    """
+
+    def __init__(self, config: Any, class_maps: Mapping[str, ClassMap], storage: Location | str) -> None:
+        self.augment = AugmentSettings.from_config(config)
+        self.ids = None if config.ONLY_DETR else IdSettings.from_config(config)
+        self.class_maps = dict(class_maps)
+        self.storage = storage
+
+    def load(self, clip: ClipRef) -> ClipSample:
+        """Raises MotipError where the shard is missing or a frame cannot be decoded, naming sequence and frame."""
+        frames = open_shard(shard_path(self.storage, clip.shard)).read_frames(clip.positions)
+        labels = [self._class_map(clip).split(frame) for frame in frames]
+        height, width = _common_size(clip, frames)
+        augmentation = draw_augmentation(
+            self.augment,
+            height,
+            width,
+            [boxes for boxes, _, _, _ in labels],
+            np.random.default_rng([clip.seed, PICTURES]),
+            single_image=len(set(clip.positions)) == 1,
+        )
+        placed = [place_boxes(augmentation, t, boxes) for t, (boxes, _, _, _) in enumerate(labels)]
+        track_ids = [ids[kept] for (_, ids, _, _), (_, kept) in zip(labels, placed, strict=True)]
+        return ClipSample(
+            images=_render(clip, frames, augmentation),
+            boxes_cxcywh=[boxes for boxes, _ in placed],
+            classes=[classes[kept] for (_, _, classes, _), (_, kept) in zip(labels, placed, strict=True)],
+            ignore_cxcywh=[place_boxes(augmentation, t, ignore)[0] for t, (_, _, _, ignore) in enumerate(labels)],
+            slots=self.ids and draw_id_slots(track_ids, self.ids, np.random.default_rng([clip.seed, LABELS])),
+            name=clip.name,
+            weight=clip.weight,
+        )
+
+    def clip_bytes(self, frames: int) -> int:
+        """Most bytes that the pixels of a clip can take."""
+        short, long = max(self.augment.scales), self.augment.max_size
+        return frames * 3 * min(short, long) * long
+
+    def _class_map(self, clip: ClipRef) -> ClassMap:
+        if clip.source not in self.class_maps:
+            raise MotipError(
+                f"no classes are given for source {clip.source!r}",
+                where=clip.name,
+                expected=f"one of {', '.join(sorted(self.class_maps))}",
+                fix="add the source with its classes to the curriculum",
+            )
+        return self.class_maps[clip.source]
+
+
+def plan_videos(
+    entries: Iterable[VideoEntry], class_maps: Mapping[str, ClassMap], storage: Location | str
+) -> list[PlanVideo]:
+    """What the clip plan needs of the manifest's videos: their frame numbers and objects per frame (labels are read,
+    images are not; do it once per stage and keep the result for all epochs)."""
+    videos = []
+    for entry in entries:
+        class_map = class_maps[entry.source]
+        frames = read_labels(shard_path(storage, entry.shard)).frames
+        videos.append(
+            PlanVideo(
+                source=entry.source,
+                video=entry.video,
+                shard=entry.shard,
+                frame_numbers=tuple(frame.number for frame in frames),
+                objects=tuple(len(class_map.split(frame)[1]) for frame in frames),
+                fps=entry.fps,
+            )
+        )
+    return videos
+
+
+def read_video_frames(entry: VideoEntry, storage: Location | str) -> Iterator[tuple[int, np.ndarray]]:
+    """(frame number, (H, W, 3) uint8 RGB at full size) of every frame of a video, in order; a few frames in memory.
+
+    Raises:
+        MotipError: the shard is missing or a frame cannot be decoded.
+    """
+    shard = open_shard(shard_path(storage, entry.shard))
+    for begin in range(0, entry.frames, entry.rows_per_group):
+        for frame in shard.read_frames(range(begin, min(begin + entry.rows_per_group, entry.frames))):
+            where = f"{entry.source}/{entry.video} frame {frame.number}"
+            yield frame.number, decode_rgb(_encoded(frame, where), where=where)
+
+
+def local_batches(
+    plan: ClipPlan,
+    loader: ClipLoader,
+    rank: int = 0,
+    world: int = 1,
+    batch_size: int = 1,
+    start_step: int = 0,
+) -> Iterator[ClipBatch]:
+    """The batches of one rank, loaded in this process: the path without Ray, and what the stream must equal.
+
+    Args:
+        plan: padded to whole steps of ``world * batch_size`` clips.
+        start_step: steps of this epoch that were already taken.
+    """
+    rows = rank_rows(plan.from_step(start_step), world, rank, batch_size)
+    for begin in range(0, len(rows), batch_size):
+        yield collate([loader.load(clip) for clip in rows[begin : begin + batch_size]])
+
+
+def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
+    """Pad clips of one length to the largest image (and a multiple of ``divisibility``) and the most ID slots."""
+    import torch  # the decoding actors share this file and must not pay for torch's memory
+
+    from motip.data.batch import ClipBatch, IdSlots
+
+    frames = samples[0].images.shape[0]
+    height, width = (-(-max(s.images.shape[i] for s in samples) // divisibility) * divisibility for i in (2, 3))
+    images = torch.zeros(len(samples), frames, 3, height, width, dtype=torch.uint8)
+    masks = torch.ones(len(samples), frames, height, width, dtype=torch.bool)
+    for index, sample in enumerate(samples):
+        h, w = sample.images.shape[2:]
+        images.numpy()[index, :, :, :h, :w] = sample.images  # may be read-only shared memory, which torch refuses
+        masks[index, :, :h, :w] = False
+
+    def tensors(name: str) -> list[list[Any]]:
+        return [[torch.from_numpy(array.copy()) for array in getattr(sample, name)] for sample in samples]
+
+    with_slots = samples[0].slots is not None
+    return ClipBatch(
+        images=images,
+        masks=masks,
+        boxes_cxcywh=tensors("boxes_cxcywh"),
+        classes=tensors("classes"),
+        ignore_cxcywh=tensors("ignore_cxcywh"),
+        slots=IdSlots(**{name: torch.from_numpy(_padded(samples, name)) for name in SLOT_FIELDS})
+        if with_slots
+        else None,
+        names=[sample.name for sample in samples],
+        weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
+    )
+
+
+def _padded(samples: Sequence[ClipSample], field: str) -> np.ndarray:
+    """(B, G, T, N) of one slot field: masks are True and labels and indices -1 on padding."""
+    arrays = [getattr(sample.slots, field) for sample in samples]
+    groups, frames, _ = arrays[0].shape
+    fill: Any = True if arrays[0].dtype == bool else -1
+    batch = np.full((len(arrays), groups, frames, max(a.shape[2] for a in arrays)), fill, dtype=arrays[0].dtype)
+    for index, array in enumerate(arrays):
+        batch[index, :, :, : array.shape[2]] = array
+    return batch
+
+
+def _render(clip: ClipRef, frames: Sequence[Frame], augmentation: ClipAugmentation) -> np.ndarray:
+    images = np.empty((len(frames), 3, *augmentation.size_hw), dtype=np.uint8)
+    decoded: np.ndarray | None = None
+    for t, frame in enumerate(frames):
+        if decoded is None or clip.positions[t] != clip.positions[t - 1]:  # a single image is decoded once
+            where = _where(clip, frame)
+            decoded = decode_rgb(_encoded(frame, where), augmentation.reduction, where)
+        images[t] = render_frame(augmentation, t, decoded)
+    return images
+
+
+def _common_size(clip: ClipRef, frames: Sequence[Frame]) -> tuple[int, int]:
+    sizes = [image_size(_encoded(frame, _where(clip, frame)), _where(clip, frame)) for frame in frames]
+    for frame, size in zip(frames, sizes, strict=True):
+        if size != sizes[0]:
+            raise MotipError(
+                "the frames of a video have different sizes",
+                where=_where(clip, frame),
+                found=f"{size[1]}x{size[0]} pixels",
+                expected=f"{sizes[0][1]}x{sizes[0][0]} as in frame {frames[0].number}",
+                fix="split the video where its size changes",
+            )
+    return sizes[0]
+
+
+def _encoded(frame: Frame, where: str) -> bytes:
+    if not isinstance(frame.image, bytes):
+        raise MotipError(
+            "the shard holds labels but no image",
+            where=where,
+            fix="convert the sequence again with its images in place",
+        )
+    return frame.image
+
+
+def _where(clip: ClipRef, frame: Frame) -> str:
+    return f"{clip.source}/{clip.video} frame {frame.number}"

@@ -1,0 +1,311 @@
+"""What a conversion found and did: per source and split, every label row accounted for; terminal table and JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from motip.data.imagecheck import look_alikes
+from motip.data.manifest import WINDOW_FRAMES, Manifest, VideoEntry
+from motip.data.sequence import ReadReport
+from motip.errors import MotipError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from motip.data.convert_sequence import SequenceResult
+
+SHOWN = 5
+"""Names listed of a long list; the rest is counted."""
+
+
+@dataclass
+class ConvertReport:
+    """Outcome of a conversion.
+
+    Attributes:
+        manifest: what exists now.
+        splits: source -> split -> counts (see :func:`describe_split`).
+        notes: what the user should know: shortages, look-alikes, categories that were never seen.
+        written: shards written by this run; the others were there and still right.
+        overlays: pictures of frames with their labels, by source.
+    """
+
+    manifest: Manifest
+    splits: dict[str, dict[str, dict[str, Any]]]
+    notes: list[str] = field(default_factory=list)
+    written: int = 0
+    overlays: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "manifest_digest": self.manifest.digest(),
+            "settings": self.manifest.settings,
+            "sources": self.splits,
+            "notes": self.notes,
+            "videos": len(self.manifest.videos),
+            "shards_written": self.written,
+            "overlays": self.overlays,
+        }
+
+    def summary_line(self) -> str:
+        """One line for a log: how much there is, how much of it is new, and what needs a look."""
+        videos = len(self.manifest.videos)
+        frames = sum(entry.frames for entry in self.manifest.videos)
+        dropped = sum(
+            sum(counts["rows"]["dropped"].values()) for splits in self.splits.values() for counts in splits.values()
+        )
+        line = f"shards: {videos} videos, {frames} frames ({self.written} videos written, the others were there)"
+        return f"{line}; {dropped} label rows dropped, {len(self.notes)} notes (shards/report.json)"
+
+    def table(self) -> Table:
+        return report_table(self.splits)
+
+
+def build_report(
+    curriculum: Any,
+    manifest: Manifest,
+    results: SequenceOf[SequenceResult],
+    found: Mapping[str, Mapping[str, int]],
+    notes: list[str],
+    overlays: dict[str, str],
+) -> ConvertReport:
+    """Put together what the jobs counted.
+
+    Args:
+        found: source -> split -> sequences on disk; those that were not selected are counted apart from dropped rows.
+    """
+    splits: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, source in curriculum.sources.items():
+        for split in sorted(found.get(name, {})):
+            chosen = [result for result in results if (result.source, result.split) == (name, split)]
+            rows = ReadReport()
+            for result in chosen:
+                rows.add(result.report)
+            rows.check(f"all label files of {name}/{split}")
+            counts = describe_split(manifest.of(name, split), source.classes, rows)
+            counts["sequences_read"] = len(chosen)
+            counts["sequences_not_selected"] = found[name][split] - len(chosen)
+            splits.setdefault(name, {})[split] = counts
+    written = sum(result.written for result in results)
+    return ConvertReport(manifest, splits, notes, written, overlays)
+
+
+def describe_split(
+    entries: SequenceOf[VideoEntry], classes: Mapping[str, SequenceOf[str]], rows: ReadReport
+) -> dict[str, Any]:
+    """Counts of one split of a source.
+
+    Tracks are counted per video and category: a track cut into two videos counts twice, and one that changes its
+    category counts under both.
+    """
+    boxes, ignored, tracks = Counter[str](), Counter[str](), Counter[str]()
+    for entry in entries:
+        boxes.update(entry.boxes)
+        ignored.update(entry.ignored)
+        tracks.update(entry.tracks)
+    frames = sum(entry.frames for entry in entries)
+    learned = {
+        name: {
+            "boxes": sum(boxes[raw] - ignored[raw] for raw in raws),
+            "tracks": sum(tracks[raw] for raw in raws),
+        }
+        for name, raws in classes.items()
+    }
+    return {
+        "sequences": len({entry.sequence for entry in entries}),
+        "videos": len(entries),
+        "frames": frames,
+        "frames_without_objects": sum(entry.empty_frames for entry in entries),
+        "shard_bytes": sum(entry.shard_bytes for entry in entries),
+        "objects_per_frame_mean": round(sum(entry.objects for entry in entries) / frames, 2) if frames else 0.0,
+        "objects_per_frame_max": max((entry.max_objects for entry in entries), default=0),
+        f"ids_per_{WINDOW_FRAMES}_frames_max": max((entry.max_window_ids for entry in entries), default=0),
+        "categories": {
+            name: {"boxes": boxes[name], "marked_ignore": ignored[name], "tracks": tracks[name]}
+            for name in sorted(boxes)
+        },
+        "classes": learned,
+        "boxes_to_ignore": sum(boxes.values()) - sum(counts["boxes"] for counts in learned.values()),
+        "bad_images": [f"{entry.video}/{bad}" for entry in entries for bad in entry.bad_images],
+        "rows": rows.to_dict(),
+    }
+
+
+def check_classes(curriculum: Any, manifest: Manifest) -> list[str]:
+    """Notes on mapped categories that no label has.
+
+    Raises:
+        MotipError: a class that is trained, and of which no training label of the whole curriculum is an example.
+    """
+    seen = {name: _training_boxes(manifest, name) for name in curriculum.sources}
+    used = {mix.source for stage in curriculum.stages for mix in stage.data}
+    for stage in curriculum.stages:
+        for class_name in stage.config.class_names:
+            raws = {(name, raw) for name in used for raw in curriculum.sources[name].classes.get(class_name, ())}
+            if not any(seen[name][raw] for name, raw in raws):
+                raise MotipError(
+                    f"the class {class_name!r} of stage {stage.name!r} has no label in any training video",
+                    where="classes of " + ", ".join(sorted(used)),
+                    found="; ".join(f"{name}: {_listed(seen[name])}" for name in sorted(used)),
+                    expected=" or ".join(sorted(f"{name}: {raw}" for name, raw in raws)) or "a category mapped to it",
+                    fix="spell the categories as the labels do, or drop the class",
+                )
+    notes = []
+    for name in sorted(used):
+        mapped = {raw for raws in curriculum.sources[name].classes.values() for raw in raws}
+        absent = sorted(raw for raw in mapped if not seen[name][raw])
+        if absent:
+            notes.append(
+                f"{name}: no training label has the category {', '.join(absent)}; there are {_listed(seen[name])}"
+            )
+    return notes
+
+
+def _training_boxes(manifest: Manifest, source: str) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for entry in manifest.of(source, "train"):
+        total.update({name: count - entry.ignored.get(name, 0) for name, count in entry.boxes.items()})
+    return total
+
+
+def _listed(boxes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(boxes.items()) if count) or "no boxes"
+
+
+def check_leakage(manifest: Manifest, sources: SequenceOf[str], *, strict: bool) -> list[str]:
+    """Notes on training videos that look like val or test videos.
+
+    Raises:
+        MotipError: a frame that is the same file on both sides; with ``strict`` also frames that look the same.
+    """
+    ours = [entry for entry in manifest.videos if entry.source in sources]
+    training = [(_full_name(entry), entry.image_hashes) for entry in ours if entry.split == "train"]
+    evaluation = [(_full_name(entry), entry.image_hashes) for entry in ours if entry.split != "train"]
+    pairs = look_alikes(training, evaluation)
+    equal = [pair for pair in pairs if pair[2]]
+    if equal or (pairs and strict):
+        train_name, other, is_equal = (equal or pairs)[0]
+        raise MotipError(
+            f"{len(equal or pairs)} pairs of training and evaluation videos "
+            + ("share a frame" if is_equal else "have frames that look the same (--strict)"),
+            where="shards/manifest.json would hold both",
+            found=f"such as {train_name} and {other}",
+            expected="no video on both sides: scores on trained videos mean nothing",
+            fix="remove one of them from its split",
+        )
+    if not pairs:
+        return []
+    shown = "; ".join(f"{ours} ~ {theirs}" for ours, theirs, _ in pairs[:SHOWN])
+    return [
+        f"{len(pairs)} pairs of training and evaluation videos have frames that look the same "
+        f"(one place filmed twice, or a leak?): {shown}{' ...' if len(pairs) > SHOWN else ''}"
+    ]
+
+
+def _full_name(entry: VideoEntry) -> str:
+    return f"{entry.source}/{entry.split}/{entry.video}"
+
+
+class ConversionUi:
+    """A progress bar while a conversion runs, its table and notes afterwards."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(soft_wrap=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> ConversionUi:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._bar.stop()
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """What :func:`motip.data.convert.convert` calls; in a log file one line per phase."""
+        if phase not in self._tasks:
+            self._tasks[phase] = self._bar.add_task(phase, total=total)
+            if not self.console.is_terminal:
+                self.console.print(f"{phase}: {total} sequences", highlight=False)
+        self._bar.update(self._tasks[phase], completed=done, total=total)
+
+    def show(self, report: ConvertReport) -> None:
+        self.console.print(report.table())
+        for note in report.notes:
+            self.console.print(f"note: {note}", highlight=False)
+        for source, path in report.overlays.items():
+            self.console.print(f"look at {path} to see the labels of {source}", highlight=False)
+        self.console.print(report.summary_line(), highlight=False)
+
+
+def report_table(splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """One row per source and split."""
+    from rich.table import Table
+
+    table = Table(title="Shards")
+    for column in ("source", "split", "sequences", "videos", "frames"):
+        table.add_column(column, justify="left" if column in ("source", "split") else "right", no_wrap=True)
+    for column in (
+        "boxes (tracks) by class",
+        "to ignore",
+        "objects/frame mean, max",
+        "label rows raw = kept + dropped",
+    ):
+        table.add_column(column, justify="left")
+    for source, by_split in splits.items():
+        for split, counts in by_split.items():
+            rows = counts["rows"]
+            classes = [f"{name} {c['boxes']} ({c['tracks']})" for name, c in counts["classes"].items()]
+            dropped = [f"{count} {reason}" for reason, count in rows["dropped"].items()]
+            sequences = str(counts["sequences"])
+            if counts.get("sequences_not_selected"):
+                sequences += f" of {counts['sequences'] + counts['sequences_not_selected']}"
+            table.add_row(
+                source,
+                split,
+                sequences,
+                str(counts["videos"]),
+                str(counts["frames"]),
+                "\n".join(classes),
+                str(counts["boxes_to_ignore"]),
+                f"{counts['objects_per_frame_mean']}, {counts['objects_per_frame_max']}",
+                f"{rows['raw']} = {rows['kept']} + {sum(rows['dropped'].values())}"
+                + "".join(f"\n  {line}" for line in dropped),
+            )
+    return table
+
+
+def inspect_shards(manifest: Manifest, classes: Mapping[str, Mapping[str, SequenceOf[str]]] | None = None) -> Table:
+    """The table of any shard set, from its manifest alone.
+
+    Args:
+        classes: source -> class -> raw categories; a source without an entry is shown by raw category.
+    """
+    splits: dict[str, dict[str, dict[str, Any]]] = {}
+    for source, split in sorted({(entry.source, entry.split) for entry in manifest.videos}):
+        entries = manifest.of(source, split)
+        rows = ReadReport()
+        for sequence in manifest.sequences:
+            if (sequence["source"], sequence["split"]) == (source, split):
+                rows.add(_read_report(sequence["rows"]))
+        raw = {name: (name,) for entry in entries for name in entry.boxes}
+        splits.setdefault(source, {})[split] = describe_split(entries, (classes or {}).get(source, raw), rows)
+    return report_table(splits)
+
+
+def _read_report(values: Mapping[str, Any]) -> ReadReport:
+    return ReadReport(
+        values["raw"],
+        values["kept"],
+        Counter(values["dropped"]),
+        Counter(values["repaired"]),
+        list(values["notes"]),
+    )

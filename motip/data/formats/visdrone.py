@@ -1,0 +1,132 @@
+"""VisDrone-MOT: ``sequences/<seq>/0000001.jpg``, ``annotations/<seq>.txt`` with 10 columns.
+
+Columns: frame, track id, left, top, width, height, score, category, truncation, occlusion
+(github.com/VisDrone/VisDrone2018-MOT-toolkit, README). Frames count from 1. Score 0 marks a box that evaluation
+leaves out; category 0 is an ignored region, 11 is "others".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from motip.data.formats.common import (
+    RawSequence,
+    Rows,
+    files_with,
+    read_table,
+    require_folder,
+    subfolders,
+    whole_numbers,
+)
+from motip.data.formats.motlike import assemble, zero_based_images
+from motip.data.sequence import UNTRACKED, ReadReport, Sequence
+from motip.errors import MotipError
+
+DATASET = "visdrone"
+FPS = 30.0
+"""VisDrone does not state a rate; its videos play at about 30 frames per second. `fps` of the source overrides it."""
+
+CATEGORIES = (
+    "ignored-regions",
+    "pedestrian",
+    "people",
+    "bicycle",
+    "car",
+    "van",
+    "truck",
+    "tricycle",
+    "awning-tricycle",
+    "bus",
+    "motor",
+    "others",
+)
+IGNORED_REGION, OTHERS = 0, 11
+
+
+def list_sequences(root: Any, split: str) -> list[RawSequence]:
+    """Sequences of ``VisDrone2019-MOT-<split>`` under ``root``, or of ``root`` itself if it holds ``sequences``.
+
+    Raises:
+        MotipError: missing or empty folders, images without labels.
+    """
+    base = _split_folder(root, split)
+    require_folder(base / "annotations", "the folder of annotations", "unpack the whole VisDrone-MOT archive")
+    labels = {item.stem: item for item in files_with(base / "annotations", ".txt")}
+    folders = {item.name: item for item in subfolders(base / "sequences")}
+    if not folders:
+        raise MotipError(
+            f"VisDrone split {split!r} has no sequences",
+            where=base / "sequences",
+            expected="one folder of frames per sequence",
+            fix="unpack the archive of this split here, or correct the source's root",
+        )
+    unlabelled = sorted(set(folders) - set(labels))
+    if unlabelled:
+        raise MotipError(
+            f"{len(unlabelled)} of {len(folders)} sequences have no annotations, such as {unlabelled[0]}",
+            where=base / "annotations",
+            expected=f"{unlabelled[0]}.txt",
+            fix="fetch the annotations of this split, or remove the folders of frames without them",
+        )
+    return [RawSequence(name, split, labels[name], folders[name]) for name in folders]
+
+
+def _split_folder(root: Any, split: str) -> Any:
+    tried = [root / f"VisDrone2019-MOT-{split}", root / split, root]
+    for folder in tried:
+        if (folder / "sequences").is_dir():
+            return folder
+    raise MotipError(
+        f"no VisDrone-MOT data for the split {split!r}",
+        where=root,
+        expected=f"VisDrone2019-MOT-{split}/sequences and …/annotations",
+        fix="set the source's root to the folder that holds VisDrone2019-MOT-train and -val, "
+        "or unpack the archives there",
+    )
+
+
+def read_sequence(raw: RawSequence) -> tuple[Sequence, ReadReport]:
+    """Read one sequence; without an image folder the frames have no images and the size is 0×0.
+
+    Raises:
+        MotipError: a DET file (8 columns), another layout, frames that count from 0, labels of another video.
+    """
+    report = ReadReport()
+    det = MotipError(
+        "this is a VisDrone-DET file (8 columns: single images, no frame and no track id), not a MOT file",
+        where=raw.labels,
+        expected="10 columns: frame, id, left, top, width, height, score, category, truncation, occlusion",
+        fix="fetch the VisDrone-MOT archives (VisDrone2019-MOT-train.zip, -val, -test-dev)",
+    )
+    table = read_table(raw.labels, range(10, 11), {8: det})
+    report.raw = len(table)
+    images = zero_based_images(raw, report)
+    return assemble(raw, _rows(table, raw.labels), images, report, dataset=DATASET, fps=FPS), report
+
+
+def _rows(table: np.ndarray, path: object) -> Rows:
+    frames = whole_numbers(table[:, 0], "frame number", path, at_least=1) - 1
+    track_ids = whole_numbers(table[:, 1], "track id", path, at_least=-1)
+    numbers = whole_numbers(table[:, 7], "category", path, at_least=0)
+    if numbers.size and numbers.max() >= len(CATEGORIES):
+        raise MotipError(
+            f"unknown VisDrone category {numbers.max()}",
+            where=path,
+            expected=f"0..{len(CATEGORIES) - 1}",
+            fix="check the columns: the category is the eighth",
+        )
+    is_region = numbers == IGNORED_REGION
+    boxes = table[:, 2:6].copy()
+    boxes[:, 2:] += boxes[:, :2]
+    return Rows(
+        frames=frames,
+        boxes_xyxy=boxes,
+        # Regions all carry id 0 (or -1): they are no track.
+        track_ids=np.where(is_region | (track_ids < 0), UNTRACKED, track_ids),
+        categories=np.array(CATEGORIES, dtype=object)[numbers],
+        ignore=is_region | (numbers == OTHERS) | (table[:, 6] == 0),
+        occlusion=np.clip(np.nan_to_num(table[:, 9]), 0, 2),
+        truncation=np.clip(np.nan_to_num(table[:, 8]), 0, 1),
+    )

@@ -1,0 +1,94 @@
+"""Is an encoded image whole, and does it look like another one?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
+import cv2
+import numpy as np
+
+from motip.data.formats.common import image_size
+from motip.errors import MotipError
+
+NEAR_BITS = 3
+"""Two pictures whose 64-bit difference hashes differ in at most this many bits look the same."""
+
+
+def problem_of(data: bytes, size: tuple[int, int]) -> str | None:
+    """Why a frame's image cannot be trained on, or None.
+
+    Args:
+        data: the encoded file.
+        size: (width, height) that the sequence's images have.
+
+    OpenCV fills what a truncated JPEG lacks with grey and says nothing, so the end marker is looked for as well.
+    """
+    if not data:
+        return "empty file"
+    try:
+        found = image_size(data)
+    except MotipError:
+        return "no JPEG or PNG"
+    if found != size:
+        return f"is {found[0]}x{found[1]}, the sequence is {size[0]}x{size[1]}"
+    if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-64:]:
+        return "truncated JPEG"
+    if decode_small(data) is None:
+        return "does not decode"
+    return None
+
+
+def decode_small(data: bytes) -> np.ndarray | None:
+    """(H/8, W/8) uint8 grey picture, or None where OpenCV cannot decode it."""
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+
+
+def fingerprint(data: bytes) -> str:
+    """``<difference hash, 16 hex>:<sha256, first 16 hex>`` of an image that decodes.
+
+    The difference hash (does brightness rise from one cell of a 9x8 grid to the next?) survives scaling and
+    recompression; see "Kind of Like That", hackerfactor.com 2013.
+    """
+    grey = decode_small(data)
+    if grey is None:
+        raise MotipError("the image does not decode", fix="check it with problem_of first")
+    cells = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
+    bits = np.packbits(cells[:, 1:] > cells[:, :-1])
+    return f"{bits.tobytes().hex()}:{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def sampled_positions(count: int) -> list[int]:
+    """First, middle and last of ``count`` frames."""
+    return sorted({0, count // 2, count - 1}) if count else []
+
+
+def look_alikes(
+    ours: SequenceOf[tuple[str, Iterable[str]]], theirs: SequenceOf[tuple[str, Iterable[str]]]
+) -> list[tuple[str, str, bool]]:
+    """Pairs of names with a frame in common.
+
+    Args:
+        ours, theirs: names with their :func:`fingerprint` values.
+
+    Returns:
+        (our name, their name, whether a frame is equal byte for byte), each pair once, sorted.
+    """
+    first, second = _unpack(ours), _unpack(theirs)
+    if not first or not second:
+        return []
+    hashes = np.array([value for _, value, _ in second], dtype=np.uint64)
+    pairs: dict[tuple[str, str], bool] = {}
+    for name, value, exact in first:
+        distance = np.bitwise_count(hashes ^ np.uint64(value))
+        for index in np.flatnonzero(distance <= NEAR_BITS):
+            other, _, other_exact = second[int(index)]
+            pairs[name, other] = pairs.get((name, other), False) or exact == other_exact
+    return sorted((name, other, equal) for (name, other), equal in pairs.items())
+
+
+def _unpack(named: SequenceOf[tuple[str, Iterable[str]]]) -> list[tuple[str, int, str]]:
+    return [
+        (name, int(value.partition(":")[0], 16), value.partition(":")[2]) for name, values in named for value in values
+    ]

@@ -1,0 +1,96 @@
+"""Track the locked validation videos and score them: what a stage is judged by after each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from motip.data.clip_loader import read_video_frames
+from motip.data.manifest import VideoEntry, entry_path
+from motip.data.sequence import ClassMap, TrackRows
+from motip.data.shards import read_labels
+from motip.errors import MotipError
+from motip.evaluate.metrics import score
+from motip.evaluate.protocols import ScoredSequence, scored_sequence
+from motip.evaluate.scores import Scores
+from motip.model import MOTIP
+from motip.track.run import TrackResult, track_sequence
+from motip.track.settings import TrackerSettings
+
+
+@dataclass(frozen=True)
+class StageScores:
+    """Scores per source; they are never pooled, since protocols and classes may differ."""
+
+    by_source: dict[str, Scores]
+
+    @property
+    def hota(self) -> float:
+        """Mean over sources of the class-averaged HOTA."""
+        return sum(scores.hota for scores in self.by_source.values()) / len(self.by_source)
+
+    def flat(self) -> dict[str, float]:
+        """Metric names for a tracking server; with several sources each metric also stands under its source."""
+        tables = {source: scores.to_dict() for source, scores in self.by_source.items()}
+        if len(tables) == 1:
+            return next(iter(tables.values()))
+        shared = set.intersection(*(set(table) for table in tables.values()))
+        means = {name: sum(table[name] for table in tables.values()) / len(tables) for name in shared}
+        return means | {f"{source}/{name}": value for source, table in tables.items() for name, value in table.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return {source: scores.to_json() for source, scores in self.by_source.items()}
+
+
+def track_videos(
+    model: MOTIP,
+    videos: Iterable[VideoEntry],
+    storage: str,
+    settings: TrackerSettings,
+    on_video: Callable[[VideoEntry, TrackResult], None] | None = None,
+) -> dict[tuple[str, str], TrackRows]:
+    """Tracks of each video, by (source, video). The model is in eval mode and on its device."""
+    tracked: dict[tuple[str, str], TrackRows] = {}
+    for video in videos:
+        result = track_sequence(model, read_video_frames(video, storage), settings)
+        tracked[video.source, video.video] = result.rows
+        if on_video is not None:
+            on_video(video, result)
+    return tracked
+
+
+def score_videos(
+    videos: Iterable[VideoEntry],
+    tracked: Mapping[tuple[str, str], TrackRows],
+    storage: str,
+    class_maps: Mapping[str, ClassMap],
+    protocols: Mapping[str, str],
+    split: str,
+) -> StageScores:
+    """Score every video exactly once, each source by its protocol.
+
+    Raises:
+        MotipError: a video was not tracked, or was tracked without being listed.
+    """
+    listed = sorted(videos, key=lambda video: video.identity)
+    keys = [(video.source, video.video) for video in listed]
+    if keys != sorted(tracked):
+        raise MotipError(
+            "the tracked videos are not the validation videos",
+            found=", ".join("/".join(key) for key in sorted(tracked)) or "none",
+            expected=", ".join("/".join(key) for key in keys),
+        )
+    prepared: dict[str, list[ScoredSequence]] = {}
+    for video in listed:
+        sequence = read_labels(entry_path(storage, video))
+        rows = tracked[video.source, video.video]
+        prepared.setdefault(video.source, []).append(
+            scored_sequence(sequence, class_maps[video.source], rows, protocols[video.source])
+        )
+    return StageScores(
+        {
+            source: score(sequences, class_maps[source].names, protocol=protocols[source], split=split)
+            for source, sequences in prepared.items()
+        }
+    )

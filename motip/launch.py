@@ -1,0 +1,102 @@
+"""From a command line's arguments to a running curriculum and its closing lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from motip.cluster import connect, disconnect
+from motip.config import load_curriculum
+from motip.curriculum import CurriculumResult, Options, run_curriculum
+from motip.data.storage import location
+from motip.errors import MotipError
+from motip.lineage import Lineage
+from motip.report.progress import DriverUi, stage_table
+
+
+def launch_curriculum(
+    config: str,
+    *,
+    data_root: str,
+    storage: str,
+    workers: int = 1,
+    overrides: Sequence[str] = (),
+    until: str | None = None,
+    strict: bool = False,
+) -> CurriculumResult:
+    """Run a curriculum file and print the stage table.
+
+    Raises:
+        MotipError: anything the user can put right.
+    """
+    curriculum = load_curriculum(config, overrides)
+    options = Options(
+        data_root=checked_data_root(data_root),
+        storage=checked_storage(storage),
+        workers=workers,
+        strict=strict,
+        config_path=str(config),
+        until=until,
+    )
+    if workers < 0:
+        raise MotipError("the number of workers is negative", where="--workers", found=workers, expected="0 or more")
+    if until is not None and until not in [stage.name for stage in curriculum.stages]:
+        names = ", ".join(stage.name for stage in curriculum.stages)
+        raise MotipError("there is no such stage", where="--until", found=until, expected=f"one of {names}")
+    ui = DriverUi()
+    cluster = connect() if workers > 0 else None
+    try:
+        lineage = Lineage(storage=options.storage)
+        result = run_curriculum(curriculum, options, cluster, lineage, ui)
+    finally:
+        ui.close()
+        if cluster is not None:
+            disconnect()
+    class_names = list(dict.fromkeys(name for stage in curriculum.stages for name in stage.config.class_names))
+    ui.console.print(stage_table(result.records, class_names))
+    last = result.records[-1]
+    ui.note(f"final checkpoint: {last.checkpoint}")
+    ui.note(lineage.how_to_open(result.run_id))
+    return result
+
+
+def checked_data_root(named: str) -> str:
+    """Raises MotipError where a local data root is no folder."""
+    place = location(named)
+    if isinstance(place, Path):
+        if not place.is_dir():
+            raise MotipError(
+                "the data root is not there",
+                where="--data-root",
+                found=named,
+                expected="a folder with the raw datasets (see sources: in the curriculum file)",
+                fix="create it or name another folder",
+            )
+        return str(place.resolve())
+    return named
+
+
+def checked_storage(named: str) -> str:
+    """Absolute storage that can be written: a submitted job's working directory is thrown away.
+
+    Raises:
+        MotipError: the folder cannot be made or written.
+    """
+    place = location(named)
+    if not isinstance(place, Path):
+        return named
+    place = place.resolve()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        probe = place / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MotipError(
+            f"the storage cannot be written: {error.strerror}",
+            where="--storage",
+            found=place,
+            expected="a folder this user can write to",
+            fix="name another folder",
+        ) from error
+    return str(place)

@@ -1,0 +1,159 @@
+"""What the driver shows: one live line per stage on a terminal, plain lines elsewhere, and the closing table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_EVERY_S = 10.0
+"""Seconds between progress lines where there is no terminal to redraw."""
+
+
+class ProgressLine:
+    """Epoch, step, clips per second, loss, waiting share and time left of the stage in training."""
+
+    def __init__(self, console: Console, stage: str, epochs: int) -> None:
+        self._console = console
+        self._stage = stage
+        self._epochs = epochs
+        self._begin = time.monotonic()
+        self._printed = 0.0
+        self._text = f"{stage}: starting workers"
+        self._live = Live(Text(self._text), console=console, transient=True, refresh_per_second=4)
+        if console.is_terminal:
+            self._live.start()
+        else:
+            console.print(self._text)
+
+    def step(self, values: dict[str, Any]) -> None:
+        metrics = values["metrics"]
+        done = values["epoch"] + (values["index"] + 1) / values["of"]
+        left = (time.monotonic() - self._begin) / max(done, 1e-9) * (self._epochs - done)
+        parts = [
+            f"{self._stage}: epoch {values['epoch'] + 1}/{self._epochs}",
+            f"step {values['index'] + 1}/{values['of']}",
+            f"loss {metrics.get('step/loss', float('nan')):.3f}",
+            f"{metrics['step/clips_per_s']:.1f} clips/s",
+            f"waiting {100 * metrics['step/wait_share']:.0f} %",
+        ]
+        if "step/memory_gb" in metrics:
+            parts.append(f"{metrics['step/memory_gb']:.1f} GB")
+        self._show(" · ".join([*parts, f"{duration(left)} left"]))
+
+    def epoch(self, values: dict[str, Any]) -> None:
+        metrics = values["metrics"]
+        scored = " · ".join(
+            f"{name} {metrics[name]:.1f}" for name in ("HOTA", "DetA", "AssA", "IDF1", "MOTA") if name in metrics
+        )
+        loss = metrics.get("train/loss", float("nan"))
+        self._console.print(
+            f"{self._stage}: epoch {values['epoch'] + 1}/{self._epochs} done in "
+            f"{duration(metrics['time/epoch_s'])} · loss {loss:.3f} · {scored or 'not scored'}",
+            highlight=False,
+        )
+
+    def close(self) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def _show(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._live.update(Text(text))
+        elif time.monotonic() - self._printed >= PLAIN_EVERY_S:
+            self._printed = time.monotonic()
+            self._console.print(text, highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """`1 h 05 min`, `4 min 09 s` or `12 s`."""
+    whole = max(0, round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def stage_table(records: Iterable[Any], class_names: Iterable[str]) -> Table:
+    """One row per finished stage: data, time, and its best epoch's scores on the stage's own validation videos.
+
+    Args:
+        records: objects with the fields of ``motip.curriculum.StageRecord``.
+        class_names: classes that get a HOTA column of their own.
+    """
+    names = list(class_names)
+    table = Table(title="Stages (scores in percent, on each stage's own validation videos)", title_justify="left")
+    table.add_column("stage")
+    for heading in ("videos", "frames", "best epoch", "HOTA", *(f"HOTA {name}" for name in names)):
+        table.add_column(heading, justify="right")
+    for heading in ("DetA", "AssA", "DetRe", "DetPr", "MOTA", "IDF1", "ID sw.", "time"):
+        table.add_column(heading, justify="right")
+    table.add_column("checkpoint")
+    for record in records:
+        metrics = record.metrics
+        cells = [_percent(metrics.get("HOTA")), *(_percent(metrics.get(f"HOTA/{name}")) for name in names)]
+        cells += [_percent(metrics.get(name)) for name in ("DetA", "AssA", "DetRe", "DetPr", "MOTA", "IDF1")]
+        switches = metrics.get("IDSW")
+        table.add_row(
+            record.stage,
+            str(record.videos),
+            str(record.frames),
+            f"{record.best_epoch + 1} of {record.epochs}",
+            *cells,
+            "-" if switches is None else f"{switches:.0f}",
+            "done before" if record.skipped else duration(record.seconds),
+            record.sha256[:12],
+        )
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+class DriverUi:
+    """The driver's screen for a curriculum."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        # A job's log is a file: its lines must not be folded at 80 columns.
+        self.console = console or Console(soft_wrap=True)
+        self._line: ProgressLine | None = None
+        self._stage = ""
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def converted(self, report: Any) -> None:
+        self.note(report.summary_line())
+
+    def stage_begins(self, stage: Any, job: Any, folder: str) -> None:
+        self._stage = stage.name
+        parent = "fresh weights" if job.parent is None else f"{job.parent.stage or job.parent.path}"
+        self.note(f"{stage.name}: {len(job.train)} videos, {len(job.val)} for validation, from {parent}, into {folder}")
+        self._line = ProgressLine(self.console, stage.name, stage.config.EPOCHS)
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        if kind == "note":
+            self.note(f"{self._stage}: {values['text']}")
+        elif kind == "transfer":
+            self.note(f"{self._stage}: weights: {values.get('summary', 'transferred')}")
+        elif self._line is not None and kind == "step":
+            self._line.step(values)
+        elif self._line is not None and kind == "epoch":
+            self._line.epoch(values)
+
+    def stage_ends(self, record: Any) -> None:
+        self.close()
+        if record.skipped:
+            self.note(f"{record.stage}: finished before with the same inputs, not run again ({record.checkpoint})")
+        else:
+            self.note(f"{record.stage}: best epoch {record.best_epoch + 1}, {record.checkpoint}")
+
+    def close(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None

@@ -1,0 +1,250 @@
+"""Clips from shards: equal bits wherever they are loaded, labels that follow their frames, errors that name a frame."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from motip.config import Config
+from motip.data.clip_loader import ClipLoader, ClipSample, collate, local_batches, plan_videos, read_video_frames
+from motip.data.clips import ClipRef, pad_to, plan_clips
+from motip.data.decode import decode_rgb, image_size, reduction_for
+from motip.data.id_labels import SLOT_FIELDS
+from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence
+from motip.data.shards import shard_path, write_shard
+from motip.errors import MotipError
+
+CLASS_MAP = ClassMap(("pedestrian", "car"), {"pedestrian": ("person",), "car": ("car", "van")})
+CONFIG = Config(
+    NUM_CLASSES=2,
+    AUG_RESIZE_SCALES=(96, 128),
+    AUG_MAX_SIZE=256,
+    AUG_RANDOM_RESIZE=(100, 120),
+    AUG_RANDOM_CROP_MIN=60,
+    AUG_RANDOM_CROP_MAX=100,
+    AUG_NUM_GROUPS=2,
+    sampler_lengths=(3,),
+    sample_intervals=(1, 2),
+)
+
+
+def _jpeg(seed: int, height: int, width: int) -> bytes:
+    small = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+    done, encoded = cv2.imencode(".jpg", cv2.resize(small, (width, height)))
+    assert done
+    return encoded.tobytes()
+
+
+def _frame(number: int, width: int, height: int) -> Frame:
+    """Two persons and a van that move, a crowd region, a truck nobody trains; every fifth frame is empty."""
+    rng = np.random.default_rng(number)
+    ids = np.array([7, 3, 11, UNTRACKED, 20]) if number % 5 != 4 else np.zeros(0, np.int64)
+    corner = rng.uniform(0.1, 0.5, (len(ids), 2)) * [width, height]
+    count = len(ids)
+    return Frame(
+        number=number,
+        image=_jpeg(number, height, width),
+        boxes_xyxy=np.hstack([corner, corner + [width / 4, height / 4]]).astype(np.float32),
+        track_ids=ids.astype(np.int64),
+        categories=("person", "person", "van", "person", "truck")[:count],
+        ignore=np.array([False, False, False, True, False])[:count],
+        occlusion=np.zeros(count, np.int8),
+        truncation=np.zeros(count, np.int8),
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A storage folder with two videos of different shapes, and its entries."""
+    storage = tmp_path_factory.mktemp("storage")
+    entries = []
+    for name, (width, height), frames in (("tall", (240, 320), 7), ("wide", (400, 240), 12)):
+        sequence = Sequence(name, "test", "train", 5.0, width, height, tuple(_frame(n, width, height) for n in range(frames)))  # fmt: skip
+        shard = f"bdd/train/{name}.parquet"
+        header = write_shard(sequence, shard_path(storage, shard), source="bdd")
+        entries.append(SimpleNamespace(source="bdd", video=name, shard=shard, fps=5.0, frames=frames,
+                                       rows_per_group=header.rows_per_group))  # fmt: skip
+    videos = plan_videos(entries, {"bdd": CLASS_MAP}, storage)
+    loader = ClipLoader(CONFIG, {"bdd": CLASS_MAP}, storage)
+    return SimpleNamespace(storage=storage, entries=entries, videos=videos, loader=loader)
+
+
+def _plan(world: SimpleNamespace, global_batch: int = 1, epoch: int = 0):
+    return plan_clips(world.videos, CONFIG.clip_schedule(epoch), epoch=epoch, seed=1, global_batch=global_batch)
+
+
+def _equal(a: ClipSample, b: ClipSample) -> bool:
+    if (a.name, a.weight) != (b.name, b.weight) or not np.array_equal(a.images, b.images):
+        return False
+    for field in ("boxes_cxcywh", "classes", "ignore_cxcywh"):
+        if not all(np.array_equal(x, y) for x, y in zip(getattr(a, field), getattr(b, field), strict=True)):
+            return False
+    assert a.slots is not None and b.slots is not None
+    return all(np.array_equal(getattr(a.slots, field), getattr(b.slots, field)) for field in SLOT_FIELDS)
+
+
+def test_the_plan_knows_objects_and_empty_frames(world: SimpleNamespace) -> None:
+    assert [video.objects for video in world.videos][0] == (3, 3, 3, 3, 0, 3, 3)
+    assert world.videos[1].frame_numbers == tuple(range(12))
+
+
+def test_labels_are_mapped_by_name_and_the_rest_is_ignored(world: SimpleNamespace) -> None:
+    plain = CONFIG.replaced(AUG_FLIP_PROB=0.0, AUG_RANDOM_RESIZE=(10_000,), AUG_RANDOM_CROP_MIN=10_000,
+                            AUG_RANDOM_CROP_MAX=10_000)  # fmt: skip
+    clip = ClipRef("bdd", "wide", "bdd/train/wide.parquet", (2, 3, 4), (2, 3, 4), 1, seed=5)
+    sample = ClipLoader(plain, {"bdd": CLASS_MAP}, world.storage).load(clip)
+    assert sample.images.dtype == np.uint8 and sample.images.shape[:2] == (3, 3)
+    assert [classes.tolist() for classes in sample.classes] == [[0, 0, 1], [0, 0, 1], []]
+    assert [len(ignore) for ignore in sample.ignore_cxcywh] == [2, 2, 0], "crowd and truck"
+    source = _frame(2, 400, 240).boxes_xyxy[0] / [400, 240, 400, 240]
+    expected = [(source[0] + source[2]) / 2, (source[1] + source[3]) / 2, 0.25, 0.25]
+    np.testing.assert_allclose(sample.boxes_cxcywh[0][0], expected, atol=1e-5)
+    assert sample.slots is not None and sample.slots.unknown_ann.shape == (2, 3, 3)
+
+
+def test_slots_point_at_boxes_of_their_frame(world: SimpleNamespace) -> None:
+    for clip in _plan(world).clips:
+        sample = world.loader.load(clip)
+        assert sample.slots is not None
+        for t, boxes in enumerate(sample.boxes_cxcywh):
+            for name in ("trajectory_ann", "unknown_ann"):
+                assert getattr(sample.slots, name)[:, t].max(initial=-1) < len(boxes)
+
+
+def test_clips_are_bit_equal_in_any_process_and_order(world: SimpleNamespace) -> None:
+    clips = list(_plan(world).clips)[:8]
+    here = [world.loader.load(clip) for clip in clips]
+    again = [world.loader.load(clip) for clip in reversed(clips)][::-1]
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        elsewhere = list(pool.map(world.loader.load, clips))
+    assert all(_equal(a, b) and _equal(a, c) for a, b, c in zip(here, again, elsewhere, strict=True))
+    other = world.loader.load(replace(clips[0], seed=clips[0].seed + 1))
+    assert not _equal(here[0], other)
+
+
+def test_batches_are_padded_and_masked(world: SimpleNamespace) -> None:
+    plan = pad_to(_plan(world, global_batch=3), 3)
+    batches = list(local_batches(plan, world.loader, batch_size=3))
+    assert len(batches) == plan.steps
+    assert sum(float(batch.weights.sum()) for batch in batches) == plan.counts["clips"]
+    for batch, begin in zip(batches, range(0, len(plan), 3), strict=True):
+        assert batch.images.dtype == torch.uint8 and batch.images.shape[:3] == (3, 3, 3)
+        samples = [world.loader.load(clip) for clip in plan.clips[begin : begin + 3]]
+        for index, sample in enumerate(samples):
+            h, w = sample.images.shape[2:]
+            assert torch.equal(batch.images[index, :, :, :h, :w], torch.from_numpy(sample.images))
+            assert not batch.masks[index, :, :h, :w].any()
+            assert batch.masks[index, :, h:].all() and batch.masks[index, :, :, w:].all()
+            assert not batch.images[index, :, :, h:].any() and not batch.images[index, :, :, :, w:].any()
+            assert batch.slots is not None and sample.slots is not None
+            own = sample.slots.unknown_ann.shape[2]
+            assert (batch.slots.unknown_labels[index, :, :, own:] == -1).all()
+            assert batch.slots.unknown_masks[index, :, :, own:].all()
+    divisible = collate([world.loader.load(plan.clips[0])], divisibility=32)
+    assert divisible.images.shape[3] % 32 == 0 and divisible.images.shape[4] % 32 == 0
+
+
+def test_ranks_and_resumed_runs_see_the_plans_batches(world: SimpleNamespace) -> None:
+    plan = pad_to(_plan(world, global_batch=4), 4)
+    names = [clip.name for clip in plan.clips]
+    ranks = [list(local_batches(plan, world.loader, rank, 2, 2)) for rank in (0, 1)]
+    assert [name for pair in zip(*ranks, strict=True) for batch in pair for name in batch.names] == names
+    late = list(local_batches(plan, world.loader, 1, 2, 2, start_step=2))
+    assert [batch.names for batch in late] == [batch.names for batch in ranks[1][2:]]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(late, ranks[1][2:], strict=True))
+
+
+def test_only_the_detector_needs_no_slots(world: SimpleNamespace) -> None:
+    loader = ClipLoader(CONFIG.replaced(ONLY_DETR=True), {"bdd": CLASS_MAP}, world.storage)
+    batch = next(local_batches(_plan(world), loader))
+    assert batch.slots is None
+
+
+def test_video_frames_come_in_order_at_full_size(world: SimpleNamespace) -> None:
+    frames = list(read_video_frames(world.entries[1], world.storage))
+    assert [number for number, _ in frames] == list(range(12))
+    assert all(image.shape == (240, 400, 3) and image.dtype == np.uint8 for _, image in frames)
+
+
+def test_a_source_without_classes_is_refused(world: SimpleNamespace) -> None:
+    clip = replace(_plan(world).clips[0], source="dance")
+    with pytest.raises(MotipError, match="dance"):
+        world.loader.load(clip)
+
+
+def _broken_video(storage: Path, images: list[bytes | None]) -> ClipRef:
+    frames = tuple(replace(_frame(n, 240, 320), image=image) for n, image in enumerate(images))
+    write_shard(
+        Sequence("bad", "test", "train", 5.0, 240, 320, frames),
+        shard_path(storage, "bdd/train/bad.parquet"),
+        source="bdd",
+    )
+    numbers = tuple(range(len(images)))
+    return ClipRef("bdd", "bad", "bdd/train/bad.parquet", numbers, numbers, 1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("broken", "match"),
+    [
+        (_jpeg(1, 320, 240)[:-300], "cannot be decoded"),
+        (b"", "cannot be decoded"),
+        (b"not an image", "cannot be decoded"),
+        (None, "no image"),
+        (_jpeg(1, 240, 320), "different sizes"),
+    ],
+)
+def test_broken_frames_are_named(tmp_path: Path, broken: bytes | None, match: str) -> None:
+    clip = _broken_video(tmp_path, [_jpeg(0, 320, 240), broken])
+    with pytest.raises(MotipError, match=match) as caught:
+        ClipLoader(CONFIG, {"bdd": CLASS_MAP}, tmp_path).load(clip)
+    assert "bdd/bad frame 1" in str(caught.value)
+
+
+def test_header_sizes_and_reduced_decoding() -> None:
+    encoded = _jpeg(0, 240, 400)
+    assert image_size(encoded) == (240, 400)
+    assert [decode_rgb(encoded, k).shape for k in (1, 2, 4, 8)] == [
+        (240, 400, 3),
+        (120, 200, 3),
+        (60, 100, 3),
+        (30, 50, 3),
+    ]
+    assert reduction_for((720, 1280), (360, 640)) == 2
+    assert reduction_for((720, 1280), (361, 640)) == 1
+    assert reduction_for((2160, 3840), (480, 853)) == 4
+    full = cv2.resize(decode_rgb(encoded), (200, 120), interpolation=cv2.INTER_AREA).astype(int)
+    assert np.abs(decode_rgb(encoded, 2).astype(int) - full).mean() < 3
+
+
+def test_grey_and_transparent_and_tagged_images_become_upright_rgb() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 64), dtype=np.uint8)
+    grey = cv2.imencode(".png", picture)[1].tobytes()
+    assert image_size(grey) == (40, 64)
+    assert (decode_rgb(grey) == picture[..., None]).all()
+    alpha = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_GRAY2BGRA))[1].tobytes()
+    assert decode_rgb(alpha).shape == (40, 64, 3)
+    jpeg = cv2.imencode(".jpg", picture)[1].tobytes()
+    rotate = bytes.fromhex("45786966000049492a0008000000010012010300010000000600000000000000")
+    tagged = jpeg[:2] + b"\xff\xe1" + (len(rotate) + 2).to_bytes(2, "big") + rotate + jpeg[2:]
+    assert image_size(tagged) == (40, 64) and decode_rgb(tagged).shape == (40, 64, 3)
+    with pytest.raises(MotipError, match="cannot be decoded"):
+        image_size(grey[:-20])
+
+
+def test_real_frames_decode(samples_dir: Path) -> None:
+    paths = sorted(samples_dir.rglob("*.jpg"))[::5]
+    assert paths
+    for path in paths:
+        encoded = path.read_bytes()
+        height, width = image_size(encoded, path)
+        assert decode_rgb(encoded, 2, path).shape == (-(-height // 2), -(-width // 2), 3)
+        with pytest.raises(MotipError, match="cannot be decoded"):
+            decode_rgb(encoded[: len(encoded) // 2], where=path)

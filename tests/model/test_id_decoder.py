@@ -1,0 +1,226 @@
+"""The lean ID decoder against the straightforward one, its incremental path, its memory and its edges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from motip.errors import MotipError
+from motip.model.id_decoder import IdDecoder
+from motip.model.spec import ModelSpec
+from tests.benchmarks.bench_id_decoder import NaiveIdDecoder
+from tests.parity.recipe import fill
+
+_FRAMES, _SLOTS, _GROUPS = 11, 5, 2
+
+
+def _spec(**changes: Any) -> ModelSpec:
+    sizes: dict[str, Any] = {
+        "backbone": "tiny_gn",
+        "hidden_dim": 32,
+        "feature_dim": 32,
+        "id_dim": 32,
+        "head_dim": 16,
+        "num_id_vocabulary": 9,
+        "num_id_decoder_layers": 3,
+        "rel_pe_length": 12,
+    }
+    return ModelSpec(**{**sizes, **changes})
+
+
+def _decoder(**changes: Any) -> IdDecoder:
+    decoder = IdDecoder(_spec(**changes))
+    fill(decoder, salt=5, prefix="id_decoder.")
+    return decoder
+
+
+def _clip(spec: ModelSpec, frames: int = _FRAMES, slots: int = _SLOTS, seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, _GROUPS, frames, slots)
+    labels = torch.stack([torch.randperm(spec.num_id_vocabulary, generator=generator)[:slots] for _ in range(_GROUPS)])
+    return {
+        "trajectory_features": torch.randn(*shape, spec.feature_dim, generator=generator),
+        "trajectory_labels": labels.view(1, _GROUPS, 1, slots).expand(shape).clone(),
+        "trajectory_masks": torch.rand(shape, generator=generator) < 0.3,
+        "trajectory_times": list(range(frames)),
+        "unknown_features": torch.randn(*shape, spec.feature_dim, generator=generator),
+        "unknown_masks": torch.rand(shape, generator=generator) < 0.3,
+        "unknown_times": list(range(frames)),
+    }
+
+
+def test_equals_the_straightforward_decoder_with_gradients() -> None:
+    """Eleven frames: more than one block of queries, the last one incomplete."""
+    ours = _decoder()
+    naive = NaiveIdDecoder(ours.spec)
+    naive.copy_from(ours)
+    clip = _clip(ours.spec)
+    clip["unknown_masks"] = clip["trajectory_masks"]
+    inputs = [clip["trajectory_features"].requires_grad_(), clip["unknown_features"].requires_grad_()]
+    found = ours(**clip)[0, 0]
+    expected = naive(inputs[0][0], clip["trajectory_labels"][0], clip["trajectory_masks"][0], inputs[1][0])
+    assert (found - expected).abs().max() < 1e-4
+
+    seed = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)) / 100
+    shared = [ours.rel_pos_embeds, ours.word_to_embed.weight, *ours.cross_attn_layers.parameters()]
+    theirs = [naive.rel_pos_embeds, naive.word_to_embed.weight, *naive.cross_attn.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(found, inputs + shared, seed),
+        torch.autograd.grad(expected, inputs + theirs, seed),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("frame", [0, 1, 7, 8, 10])
+def test_only_the_past_of_a_frame_matters(frame: int) -> None:
+    decoder = _decoder()
+    clip = _clip(decoder.spec)
+    before = decoder(**clip)[0, :, :, frame]
+    clip["trajectory_features"][:, :, frame:] += 10.0
+    clip["trajectory_labels"][:, :, frame:] = 0
+    assert torch.equal(decoder(**clip)[0, :, :, frame], before)
+    if frame > 0:
+        clip["trajectory_masks"][:, :, frame - 1] = False
+        reference = decoder(**clip)[0, :, :, frame]
+        clip["trajectory_features"][:, :, frame - 1] += 10.0
+        assert (decoder(**clip)[0, :, :, frame] - reference).abs().max() > 1e-3
+
+
+def test_hidden_tokens_and_hidden_neighbours_do_not_matter() -> None:
+    decoder = _decoder()
+    clip = _clip(decoder.spec)
+    visible = ~clip["unknown_masks"]
+    before = decoder(**clip)[0][visible]
+    clip["trajectory_features"][clip["trajectory_masks"]] = 50.0
+    clip["trajectory_labels"][clip["trajectory_masks"]] = -1
+    clip["unknown_features"][clip["unknown_masks"]] = 50.0
+    assert torch.equal(decoder(**clip)[0][visible], before)
+
+
+def test_rows_without_any_history_are_finite_with_finite_gradients() -> None:
+    decoder = _decoder()
+    clip = _clip(decoder.spec)
+    clip["trajectory_masks"][:] = True
+    clip["unknown_masks"][:] = True
+    features = clip["unknown_features"].requires_grad_()
+    logits = decoder(**clip)
+    logits.square().sum().backward()
+    assert torch.isfinite(logits).all() and torch.isfinite(features.grad).all()
+    assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(("slots", "frames"), [(0, 4), (3, 1)])
+def test_no_objects_or_one_frame(slots: int, frames: int) -> None:
+    decoder = _decoder()
+    out = decoder(**_clip(decoder.spec, frames=frames, slots=slots))
+    assert out.shape == (1, 1, _GROUPS, frames, slots, 10)
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    plain, saving = _decoder(), _decoder(use_decoder_checkpoint=True)
+    gradients = []
+    for decoder in (plain, saving):
+        logits = decoder(**_clip(decoder.spec))
+        logits.square().mean().backward()
+        gradients.append([p.grad for p in decoder.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_layers_returned() -> None:
+    decoder = _decoder(use_aux_loss=True)
+    clip = _clip(decoder.spec)
+    every, last = decoder.train()(**clip), decoder.eval()(**clip)
+    assert every.shape[0] == 3 and last.shape[0] == 1
+    assert torch.equal(every[-1], last[0])
+    assert decoder(**clip, all_layers=True).shape[0] == 3
+
+
+def test_labels_out_of_use_leave_the_softmax() -> None:
+    decoder = _decoder()
+    clip = _clip(decoder.spec)
+    unused = torch.zeros(10, dtype=torch.bool)
+    unused[[2, 5]] = True
+    free, masked = decoder(**clip), decoder(**clip, label_mask=unused)
+    assert (masked[..., unused] == -torch.inf).all()
+    assert torch.equal(masked[..., ~unused], free[..., ~unused])
+    assert (masked.softmax(-1)[..., unused] == 0).all()
+
+
+@pytest.mark.parametrize("times", [[0, 1, 12], [-1, 0, 1]])
+def test_times_beyond_the_relative_embedding_are_refused(times: list[int]) -> None:
+    decoder = _decoder()
+    clip = _clip(decoder.spec, frames=3)
+    clip["unknown_times"] = times
+    with pytest.raises(MotipError, match="REL_PE_LENGTH"):
+        decoder(**clip)
+
+
+def test_incremental_path_equals_the_full_forward() -> None:
+    """A tracker appends frame after frame; gaps, hidden tokens and dropped tracks included."""
+    decoder = _decoder().eval()
+    clip = _clip(decoder.spec)
+    masks, labels = clip["trajectory_masks"][0, 1], clip["trajectory_labels"][0, 1]
+    clip["unknown_masks"][:] = False
+    full = decoder(**clip)[0, 0, 1]
+    history, times = None, torch.empty(0, dtype=torch.long)
+    for frame in range(_FRAMES):
+        objects = clip["unknown_features"][0, 1, frame]
+        if history is None:
+            history = decoder.encode_history(torch.empty(0, 32), torch.empty(0, dtype=torch.long))
+        logits = decoder.decode(objects, history, frame - times)
+        assert (logits - full[frame]).abs().max() < 1e-5, frame
+        seen = ~masks[frame]
+        newer = decoder.encode_history(clip["trajectory_features"][0, 1, frame, seen], labels[frame, seen])
+        history = history.append(newer)
+        times = torch.cat([times, torch.full((int(seen.sum()),), frame)])
+    assert history is not None and len(history) == int((~masks).sum())
+
+
+def test_incremental_path_masks_and_refuses() -> None:
+    decoder = _decoder().eval()
+    history = decoder.encode_history(torch.randn(4, 32), torch.tensor([0, 1, 2, 3]))
+    objects, ages = torch.randn(2, 32), torch.tensor([1, 2, 3, 4])
+    hidden = torch.tensor([False, True, False, True])
+    masked = decoder.decode(objects, history, ages, history_masks=hidden)
+    torch.testing.assert_close(masked, decoder.decode(objects, history.select(~hidden), ages[~hidden]))
+    assert decoder.decode(objects[:0], history, ages).shape == (0, 10)
+    unused = torch.arange(10) == 4
+    assert (decoder.decode(objects, history, ages, label_mask=unused)[:, 4] == -torch.inf).all()
+    for wrong in (torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 12])):
+        with pytest.raises(MotipError, match="REL_PE_LENGTH"):
+            decoder.decode(objects, history, wrong)
+
+
+def test_nothing_quadratic_in_the_tokens_is_kept_for_the_backward_pass() -> None:
+    decoder = _decoder(rel_pe_length=24)
+    frames, slots = 24, 8
+    clip = _clip(decoder.spec, frames=frames, slots=slots)
+    kept: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        decoder(**clip)
+    tokens = frames * slots
+    one_map = _GROUPS * decoder.heads * tokens**2
+    assert max(kept) < one_map / 4
+    assert max(kept) <= _GROUPS * (tokens + 1) * 2 * 2 * decoder.spec.embed_dim
+
+
+def test_bfloat16_autocast_stays_close() -> None:
+    decoder = _decoder()
+    clip = _clip(decoder.spec)
+    exact = decoder(**clip)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = decoder(**clip)
+        nn.functional.cross_entropy(rough.float().flatten(0, -2), torch.zeros(rough[..., 0].numel()).long()).backward()
+    assert torch.isfinite(rough).all()
+    assert (rough.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+    assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.grad is not None)

@@ -1,0 +1,63 @@
+"""The ID loss against recorded numbers: cross-entropy and focal, alone and behind the ID decoder's logits."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from motip.losses.identity import count_supervised, id_loss
+
+ROOT = Path(__file__).resolve().parents[2]
+DIRECTORY = Path(os.environ.get("MOTIP_REFERENCE_DIR", ROOT / "../shared/reference")).resolve()
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor, focal: bool) -> torch.Tensor:
+    """The whole clip, whose first frame the training step leaves out; extra batches are the decoder's other layers."""
+    layers = logits.shape[0] // labels.shape[0]
+    stacked = logits.unflatten(0, (layers, labels.shape[0]))[:, :, :, 1:]
+    return id_loss(stacked, labels[:, :, 1:], masks[:, :, 1:], int(count_supervised(masks).sum()), focal=focal)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DIRECTORY.glob("id_criterion*.npz")))
+def test_id_criterion(name: str) -> None:
+    with np.load(DIRECTORY / name) as stored:
+        saved = dict(stored)
+    cases = [match[1] for key in saved if (match := re.fullmatch(r"(\w+)_masks", key))]
+    assert cases
+    labels = torch.from_numpy(saved["labels"])
+    for case in cases:
+        masks = torch.from_numpy(saved[f"{case}_masks"])
+        for kind in ("ce", "focal"):
+            logits = torch.from_numpy(saved["logits"]).double().requires_grad_()
+            loss = _loss(logits, labels, masks, focal=kind == "focal")
+            loss.backward()
+            assert torch.isfinite(logits.grad).all()
+            # The published focal loss crashed where nothing is unmasked; ours is 0 there, as its cross-entropy is.
+            expected = saved.get(f"{case}_{kind}", 0.0)
+            np.testing.assert_allclose(loss.item(), expected, rtol=1e-5, atol=1e-12, err_msg=f"{case} {kind}")
+
+
+def _decoder_cases() -> list[tuple[str, str, str]]:
+    found = []
+    for path in sorted(DIRECTORY.glob("id_decoder_*.npz")):
+        with np.load(path) as stored:
+            tags = [re.fullmatch(r"(.+)_id_loss_(ce|focal)", key) for key in stored.files]
+        found += [(path.name, tag[1], tag[2]) for tag in tags if tag]
+    return found
+
+
+@pytest.mark.parametrize(("name", "mode", "kind"), _decoder_cases())
+def test_loss_of_decoder_logits(name: str, mode: str, kind: str) -> None:
+    with np.load(DIRECTORY / name) as stored:
+        saved = {key: stored[key] for key in stored.files if key.startswith(mode)}
+        clips = stored["in_unknown_id_labels"].shape[0]
+    logits = torch.from_numpy(saved[f"{mode}_logits"])
+    labels = torch.from_numpy(saved[f"{mode}_labels_out"])[:clips]
+    masks = torch.from_numpy(saved[f"{mode}_masks_out"])[:clips]
+    loss = _loss(logits, labels, masks, focal=kind == "focal")
+    np.testing.assert_allclose(loss.item(), saved[f"{mode}_id_loss_{kind}"], rtol=1e-5)

@@ -1,0 +1,67 @@
+"""Sizes and boxes after resizing are the published ones; pixels agree as far as another resampler can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from motip.data.augment import (
+    ClipAugmentation,
+    inference_size,
+    place_boxes,
+    render_frame,
+    resize_for_inference,
+    resize_size,
+)
+from tests.parity import recipe
+
+
+@pytest.fixture(scope="module")
+def preprocess(reference_dir: Path) -> dict[str, np.ndarray]:
+    path = reference_dir / "preprocess.npz"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    return dict(np.load(path))
+
+
+def test_inference_sizes_are_exact(preprocess: dict[str, np.ndarray]) -> None:
+    for height, width, short, longest, *expected in preprocess["inference_sizes"].tolist():
+        assert inference_size(height, width, short, longest) == tuple(expected), (height, width, short, longest)
+
+
+def test_training_sizes_are_exact(preprocess: dict[str, np.ndarray]) -> None:
+    for height, width, short, longest, *expected in preprocess["train_resize_sizes"].tolist():
+        limit = None if longest < 0 else longest
+        assert resize_size(height, width, short, limit) == tuple(expected), (height, width, short, longest)
+
+
+def test_inference_frames_agree(preprocess: dict[str, np.ndarray]) -> None:
+    cases = sorted(key.removesuffix("_cfg") for key in preprocess if key.startswith("inf") and key.endswith("_cfg"))
+    assert cases
+    for case in cases:
+        height, width, short, longest, _, seed = preprocess[f"{case}_cfg"].tolist()
+        ours = resize_for_inference(recipe.image(seed, height, width), short, longest)
+        mask = preprocess[f"{case}_mask"][0]
+        rows, columns = int((~mask[:, 0]).sum()), int((~mask[0]).sum())
+        assert ours.shape[:2] == (rows, columns)
+        theirs = preprocess[f"{case}_tensor"][0, :, :rows, :columns]
+        std = recipe.IMAGENET_STD.max()
+        difference = np.abs(recipe.normalised(ours).numpy() - theirs).mean() * std
+        assert difference < 0.015, f"{case}: mean difference {difference:.4f} of full scale"
+
+
+def test_training_boxes_and_frames_agree(preprocess: dict[str, np.ndarray]) -> None:
+    cases = sorted(key.removesuffix("_xywh") for key in preprocess if key.startswith("train") and "_xywh" in key)
+    assert cases
+    for case in cases:
+        height, width, *_, seed = preprocess[f"{case.replace('train', 'inf')}_cfg"].tolist()
+        expected = preprocess[f"{case}_uint8"][0]
+        augmentation = ClipAugmentation(np.array([[0, 0, width, height]]), expected.shape[1:])
+        xywh = preprocess[f"{case}_xywh"]
+        boxes, kept = place_boxes(augmentation, 0, np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]]))
+        assert kept.tolist() == list(range(len(xywh)))
+        np.testing.assert_allclose(boxes, preprocess[f"{case}_cxcywh"], atol=1e-6)
+        ours = render_frame(augmentation, 0, recipe.image(seed, height, width)).astype(float)
+        assert np.abs(ours - expected).mean() < 6.5, f"{case}: {np.abs(ours - expected).mean():.2f} of 255"

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from motip.errors import MotipError
+from motip.track.reid import LongTermMemory
+from motip.track.settings import TrackerSettings
+from motip.track.tracker import RuntimeTracker
+from tests.track.scripted import detections, features, following_model
+
+EYE = np.eye(4)
+
+
+def _memory(**options: float) -> LongTermMemory:
+    memory = LongTermMemory(**({"patience": 10, "similarity": 0.8} | options))  # type: ignore[arg-type]
+    memory.observe(np.array([7, 8]), EYE[:2])
+    memory.lose(np.array([7, 8]), frame=5)
+    return memory
+
+
+def test_each_lost_track_comes_back_once() -> None:
+    memory = _memory()
+    assert memory.recall(np.stack([EYE[1], EYE[0], EYE[0] * 3]), 6).tolist() in ([8, 7, -1], [8, -1, 7])
+    assert memory.recall(EYE[:2], 7).tolist() == [-1, -1]
+
+
+def test_unlike_features_are_not_recalled() -> None:
+    memory = _memory()
+    assert memory.recall(np.stack([EYE[2], EYE[0] + EYE[1]]), 6).tolist() == [-1, -1]
+    assert len(memory) == 2
+
+
+def test_patience_ends() -> None:
+    assert _memory().recall(EYE[:1], 15).tolist() == [7]
+    assert _memory().recall(EYE[:1], 16).tolist() == [-1]
+
+
+def test_the_gallery_is_bounded_and_the_longest_lost_leaves() -> None:
+    memory = _memory(capacity=2)
+    memory.observe(np.array([9]), EYE[2:3])
+    memory.lose(np.array([9]), 6)
+    assert memory.recall(EYE[:3], 7).tolist() == [-1, 8, 9]
+
+
+def test_bad_options_are_refused() -> None:
+    with pytest.raises(MotipError, match="patience"):
+        LongTermMemory(patience=0)
+
+
+@pytest.mark.parametrize(("patience", "expected"), [(0, 1), (6, 0), (2, 1)])
+def test_the_tracker_takes_an_id_back_only_with_the_memory_on(patience: int, expected: int) -> None:
+    looks = features(4)
+    settings = TrackerSettings(newborn_thresh=0.5, miss_tolerance=1, longterm_patience=patience)
+    tracker = RuntimeTracker(following_model(), settings, (100, 100))
+    assert tracker.update(*detections([0], looks)).ids.tolist() == [0]
+    for _ in range(5):
+        assert len(tracker.update(*detections([], looks))) == 0
+    assert tracker.update(*detections([0], looks)).ids.tolist() == [expected]
+    assert any("long-term memory" in note for note in tracker.notes) == (patience > 0)
+    assert tracker.counters["recalled"] == int(patience == 6)
+
+
+def test_a_recalled_track_can_be_lost_and_recalled_again() -> None:
+    looks = features(4)
+    settings = TrackerSettings(newborn_thresh=0.5, miss_tolerance=1, longterm_patience=50)
+    tracker = RuntimeTracker(following_model(), settings, (100, 100))
+    for _ in range(3):
+        assert tracker.update(*detections([0], looks)).ids.tolist() == [0]
+        for _ in range(4):
+            tracker.update(*detections([], looks))

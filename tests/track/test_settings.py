@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from motip.errors import MotipError
+from motip.track.settings import _CONFIG_KEYS, TrackerSettings
+
+
+def _config(**changes: object) -> SimpleNamespace:
+    settings = TrackerSettings()
+    values = {key: getattr(settings, name) for name, key in _CONFIG_KEYS.items()}
+    return SimpleNamespace(**(values | changes))
+
+
+def test_settings_come_from_the_configuration_keys() -> None:
+    settings = TrackerSettings.from_config(_config(DET_THRESH=0.4, MISS_TOLERANCE=12, USE_FOCAL_LOSS=True))  # type: ignore[arg-type]
+    assert (settings.det_thresh, settings.miss_tolerance, settings.use_sigmoid) == (0.4, 12, True)
+
+
+def test_every_key_exists_in_the_configuration() -> None:
+    from motip.config import Config
+
+    assert set(_CONFIG_KEYS.values()) <= set(Config.model_fields)
+
+
+@pytest.mark.parametrize("protocol", ["object-priority", "id-priority"])
+def test_protocols_that_never_worked_are_refused_with_the_valid_ones(protocol: str) -> None:
+    with pytest.raises(MotipError, match=r"hungarian \| object-max \| id-max") as error:
+        TrackerSettings.from_config(_config(ASSIGNMENT_PROTOCOL=protocol))  # type: ignore[arg-type]
+    assert "ASSIGNMENT_PROTOCOL" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"det_thresh": 1.5},
+        {"newborn_thresh": -0.1},
+        {"miss_tolerance": -1},
+        {"miss_tolerance": 2, "memory_rule": "published"},
+        {"max_longer": 700},
+        {"dtype": "INT8"},
+        {"longterm_similarity": 2.0},
+        {"area_thresh": -1.0},
+        {"newborn_order": "age"},
+    ],
+)
+def test_bad_values_name_their_key(changes: dict[str, object]) -> None:
+    with pytest.raises(MotipError) as error:
+        TrackerSettings(**changes)  # type: ignore[arg-type]
+    assert _CONFIG_KEYS[next(iter(changes))] in str(error.value)
+
+
+def test_history_frames_of_both_rules() -> None:
+    assert TrackerSettings(miss_tolerance=30).history_frames == 31
+    assert TrackerSettings(miss_tolerance=30, memory_rule="published").history_frames == 29
+
+
+def test_a_missing_key_is_named() -> None:
+    config = _config()
+    del config.ID_THRESH
+    with pytest.raises(MotipError, match="ID_THRESH"):
+        TrackerSettings.from_config(config)  # type: ignore[arg-type]
