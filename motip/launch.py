@@ -56,7 +56,8 @@ def launch_curriculum(
     ui.console.print(stage_table(result.records, class_names))
     last = result.records[-1]
     ui.note(f"final checkpoint: {last.checkpoint}")
-    ui.note(lineage.how_to_open(result.run_id))
+    command, page = lineage.compare_url_hint([record.run_id for record in result.records if record.run_id])
+    ui.note(f"compare the stages in MLflow:\n  {command}\n  {page}" if command else f"compare the stages: {page}")
     return result
 
 

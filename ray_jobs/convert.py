@@ -36,10 +36,11 @@ def main() -> None:
     with exit_on_error():
         from motip.cluster import connect, disconnect
         from motip.config import load_curriculum
-        from motip.data.convert import convert, ray_map
+        from motip.data.convert import check_data_root, convert, ray_map
         from motip.data.convert_report import ConversionUi
 
         curriculum = load_curriculum(args.config)
+        check_data_root(args.data_root)
         with ConversionUi() as ui:
             connect()
             try:

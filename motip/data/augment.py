@@ -108,7 +108,8 @@ def inference_size(height: int, width: int, short: int, longest: int) -> tuple[i
 
 def resize_for_inference(image: np.ndarray, short: int, longest: int) -> np.ndarray:
     """An (H, W, 3) uint8 frame at the size the tracker sees, averaging pixels wherever it shrinks."""
-    return resize_image(image, inference_size(*image.shape[:2], short, longest), average_from=1.0)
+    height, width = image.shape[:2]
+    return resize_image(image, inference_size(height, width, short, longest), average_from=1.0)
 
 
 def resize_image(image: np.ndarray, size_hw: tuple[int, int], average_from: float = 2.0) -> np.ndarray:
@@ -168,9 +169,7 @@ def draw_augmentation(
     return ClipAugmentation(windows, size_hw, reduction, flip, cropped, settings.overflow_boxes, jitter)
 
 
-def place_boxes(
-    augmentation: ClipAugmentation, frame: int, boxes_xyxy: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def place_boxes(augmentation: ClipAugmentation, frame: int, boxes_xyxy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Boxes of the source image in the augmented frame ``frame``.
 
     Args:
@@ -245,7 +244,8 @@ def _draw_shift(ratio: float, height: int, width: int, frames: int, rng: np.rand
     shift = rng.integers(-limit, limit + 1)
     progress = np.linspace(0, 1, frames)[:, None]
     origins = np.rint(np.where(shift >= 0, progress, progress - 1) * shift).astype(np.int64)
-    return np.hstack([origins, origins + [width, height] - np.abs(shift)])
+    size = np.array([width, height]) - np.abs(shift)
+    return np.hstack([origins, origins + size])
 
 
 def _draw_crop(settings: AugmentSettings, size_hw: tuple[int, int], rng: np.random.Generator) -> tuple[int, ...]:

@@ -78,12 +78,15 @@ class ClipLoader:
         )
         placed = [place_boxes(augmentation, t, boxes) for t, (boxes, _, _, _) in enumerate(labels)]
         track_ids = [ids[kept] for (_, ids, _, _), (_, kept) in zip(labels, placed, strict=True)]
+        slots = None
+        if self.ids is not None:
+            slots = draw_id_slots(track_ids, self.ids, np.random.default_rng([clip.seed, LABELS]))
         return ClipSample(
             images=_render(clip, frames, augmentation),
             boxes_cxcywh=[boxes for boxes, _ in placed],
             classes=[classes[kept] for (_, _, classes, _), (_, kept) in zip(labels, placed, strict=True)],
             ignore_cxcywh=[place_boxes(augmentation, t, ignore)[0] for t, (_, _, _, ignore) in enumerate(labels)],
-            slots=self.ids and draw_id_slots(track_ids, self.ids, np.random.default_rng([clip.seed, LABELS])),
+            slots=slots,
             name=clip.name,
             weight=clip.weight,
         )

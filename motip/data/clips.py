@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -246,7 +247,7 @@ def published_order(
 
 
 def _check_names(ordered: Sequence[PlanVideo]) -> None:
-    twice = sorted({"/".join(a.key) for a, b in zip(ordered, ordered[1:], strict=False) if a.key == b.key})
+    twice = sorted({"/".join(a.key) for a, b in itertools.pairwise(ordered) if a.key == b.key})
     if twice:
         raise MotipError(
             f"videos appear twice in the clip plan: {', '.join(twice[:5])}",
@@ -398,7 +399,7 @@ def _count_contents(
         counts["clips_without_objects"] += empty == len(clip.positions)
         counts["clips_the_published_sampler_drops"] += empty > 0
         numbers = clip.frame_numbers
-        steps = {after - before for before, after in zip(numbers, numbers[1:], strict=False)}
+        steps = {after - before for before, after in itertools.pairwise(numbers)}
         counts["clips_over_frame_gaps"] += len(steps) > 1
 
 

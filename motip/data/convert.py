@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from motip.data.convert_report import ConvertReport, build_report, check_classes, check_leakage
@@ -29,7 +30,7 @@ from motip.data.selection import (
     shortage_note,
 )
 from motip.data.shards import ROWS_PER_GROUP, SHARD_VERSION
-from motip.data.storage import Location, location, write_json
+from motip.data.storage import Location, location, remove_leftovers, require_folder, write_json
 from motip.errors import MotipError
 
 MapFn = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
@@ -78,14 +79,11 @@ def convert(
     """
     map_fn = map_fn or (lambda function, jobs: map(function, jobs))
     progress = progress or (lambda _phase, _done, _total: None)
-    data_root, storage = location(data_root), location(storage)
-    if not data_root.is_dir():
-        raise MotipError(
-            "the data root is missing",
-            where=data_root,
-            expected="a folder that holds the raw datasets",
-            fix="pass --data-root the folder that the sources' roots are relative to",
-        )
+    # Workers have other working directories, so relative places are settled here.
+    data_root, storage = _absolute(data_root), _absolute(storage)
+    check_data_root(data_root)
+    require_folder(storage / "shards")
+    remove_leftovers(storage / "shards")
     previous = Manifest.load(storage) if manifest_path(storage).is_file() else Manifest(())
     plans = []
     for source in curriculum.sources.values():
@@ -110,8 +108,28 @@ def convert(
     return report
 
 
+def check_data_root(data_root: Location | str) -> None:
+    """Raises MotipError where the data root is no folder."""
+    if not location(data_root).is_dir():
+        raise MotipError(
+            "the data root is missing",
+            where=location(data_root),
+            expected="a folder that holds the raw datasets",
+            fix="pass --data-root the folder that the sources' roots are relative to",
+        )
+
+
+def _absolute(place: Location | str) -> Location:
+    found = location(place)
+    return found.resolve() if isinstance(found, Path) else found
+
+
 def _mixes(curriculum: Any, source: str) -> list[Any]:
     return [mix for stage in curriculum.stages for mix in stage.data if mix.source == source]
+
+
+def _tolerant(mix: Any) -> bool:
+    return bool(getattr(mix, "allow_fewer", False))
 
 
 def _root(source: Any, data_root: Location) -> Location:
@@ -196,11 +214,13 @@ class _Lister:
         most = self.source.max_frames_per_video
         limit = limit_for(lengths, asked, most)
         if limit is None:
-            tolerant = allow_fewer or all(getattr(mix, "allow_fewer", False) for mix in mixes if mix.videos == asked)
-            if not tolerant:
-                raise fewer_than_asked(self.source.name, asked, lengths, most, where=self.root)
-            limit = most
-        elif limit < most:
+            # Mixes that take what there is do not force short segments on the others.
+            firm = 0 if allow_fewer else max((mix.videos or 0 for mix in mixes if not _tolerant(mix)), default=0)
+            limit = limit_for(lengths, firm, most)
+            if limit is None:
+                raise fewer_than_asked(self.source.name, firm, lengths, most, where=self.root)
+            plan.notes.append(f"{self.source.name}: {asked} videos were asked for, there are fewer; all are taken")
+        if limit < most:
             plan.notes.append(shortage_note(self.source.name, asked, lengths, most, limit))
         plan.limit = limit
         segments = [segment for name, length in lengths.items() for segment in cut(name, length, most, limit)]
@@ -308,7 +328,7 @@ def _check_requests(curriculum: Any, manifest: Manifest, allow_fewer: bool) -> N
     """Every stage gets what it asks for, also after broken images have cost a video."""
     for stage in curriculum.stages:
         for mix in stage.data:
-            tolerant = allow_fewer or getattr(mix, "allow_fewer", False)
+            tolerant = allow_fewer or _tolerant(mix)
             manifest.select(mix.source, "train", videos=mix.videos, frame_budget=mix.frame_budget, allow_fewer=tolerant)
 
 

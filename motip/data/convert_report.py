@@ -217,7 +217,9 @@ class ConversionUi:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = Console(soft_wrap=True)
+        terminal = Console()
+        # A job's log is a file: a table folded at 80 columns cannot be read there.
+        self.console = terminal if terminal.is_terminal else Console(width=160)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._tasks: dict[str, Any] = {}
@@ -251,36 +253,33 @@ def report_table(splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table
     from rich.table import Table
 
     table = Table(title="Shards")
-    for column in ("source", "split", "sequences", "videos", "frames"):
-        table.add_column(column, justify="left" if column in ("source", "split") else "right", no_wrap=True)
-    for column in (
-        "boxes (tracks) by class",
-        "to ignore",
-        "objects/frame mean, max",
-        "label rows raw = kept + dropped",
-    ):
-        table.add_column(column, justify="left")
+    table.add_column("data", no_wrap=True)
+    for column in ("sequences", "videos", "frames"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("boxes (tracks) by class", "to ignore", "objects per frame", "label rows"):
+        table.add_column(column)
     for source, by_split in splits.items():
         for split, counts in by_split.items():
             rows = counts["rows"]
-            classes = [f"{name} {c['boxes']} ({c['tracks']})" for name, c in counts["classes"].items()]
-            dropped = [f"{count} {reason}" for reason, count in rows["dropped"].items()]
             sequences = str(counts["sequences"])
             if counts.get("sequences_not_selected"):
                 sequences += f" of {counts['sequences'] + counts['sequences_not_selected']}"
             table.add_row(
-                source,
-                split,
+                f"{source}/{split}",
                 sequences,
                 str(counts["videos"]),
                 str(counts["frames"]),
-                "\n".join(classes),
+                "\n".join(f"{name} {c['boxes']} ({c['tracks']})" for name, c in counts["classes"].items()),
                 str(counts["boxes_to_ignore"]),
-                f"{counts['objects_per_frame_mean']}, {counts['objects_per_frame_max']}",
-                f"{rows['raw']} = {rows['kept']} + {sum(rows['dropped'].values())}"
-                + "".join(f"\n  {line}" for line in dropped),
+                f"{counts['objects_per_frame_mean']}, at most {counts['objects_per_frame_max']}",
+                "\n".join([f"{rows['raw']}, kept {rows['kept']}", *_lines(rows["dropped"], rows["repaired"])]),
             )
     return table
+
+
+def _lines(dropped: Mapping[str, int], repaired: Mapping[str, int]) -> list[str]:
+    lines = [f"dropped {count}: {reason}" for reason, count in sorted(dropped.items())]
+    return lines + [f"noted {count}: {what}" for what, count in sorted(repaired.items())]
 
 
 def inspect_shards(manifest: Manifest, classes: Mapping[str, Mapping[str, SequenceOf[str]]] | None = None) -> Table:

@@ -64,9 +64,7 @@ def decode_rgb(encoded: bytes, reduction: int = 1, where: object = None) -> np.n
     if encoded[:2] == b"\xff\xd8":
         _jpeg_size(encoded, where)  # OpenCV fills what is missing with grey and only prints a warning
     try:
-        image = cv2.imdecode(
-            np.frombuffer(encoded, np.uint8), REDUCED_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
-        )
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), REDUCED_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:  # an empty buffer raises instead of returning None
         image = None
     if image is None:

@@ -15,6 +15,7 @@ import os
 import posixpath
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +176,21 @@ def location(place: str | os.PathLike[str] | RemotePath) -> Location:
     )
 
 
+def require_folder(folder: Location) -> None:
+    """Make a folder to write in; raises MotipError where that cannot be. S3 needs no folders."""
+    if isinstance(folder, RemotePath):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MotipError(
+            f"the folder cannot be made: {error.strerror}",
+            where=folder,
+            expected="a place this user can write to",
+            fix="name another --storage",
+        ) from error
+
+
 def write_bytes(path: Location, data: bytes) -> None:
     """Write ``data`` so that readers see the old file or the whole new one."""
     if isinstance(path, RemotePath):
@@ -259,6 +275,19 @@ def sha256(path: Location) -> str:
         while chunk := stream.read(CHUNK_BYTES):
             total.update(chunk)
     return total.hexdigest()
+
+
+def remove_leftovers(folder: Location, older_than_s: float = 3600.0) -> int:
+    """Remove temporary files under ``folder`` that a killed process left; returns how many there were.
+
+    Young ones may belong to a process that is still writing. S3 has none: objects appear whole there.
+    """
+    if isinstance(folder, RemotePath) or not folder.is_dir():
+        return 0
+    stale = [path for path in folder.rglob(".*.tmp.*") if time.time() - path.stat().st_mtime > older_than_s]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
 
 
 def fetch(path: Location, target: Path) -> Path:

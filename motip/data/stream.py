@@ -41,7 +41,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class DataResources:
-    """Logical CPUs of one training worker and of each of its decoding actors."""
+    """Logical CPUs of one training worker and of each of its decoding actors, and how many actors it gets."""
 
     worker_cpus: float
     actor_cpus: float
@@ -55,16 +55,18 @@ def data_resources(
 
     Ray waits without a word for CPUs that never become free, so what does not fit is refused here. On a small
     machine the shares are fractions; half a CPU (or an eighth of a very small machine) is left for short tasks.
+    More actors than one per core only take memory and time to start, so there are never more.
 
     Args:
         total_cpus: logical CPUs of the cluster.
         workers: training workers.
-        actors_per_worker: decoding actors of each; 0 = the worker decodes itself.
+        actors_per_worker: decoding actors wanted for each; 0 = the worker decodes itself.
         worker_cpus: CPUs that a worker must have; None = a fair share, 1 at most.
 
     Raises:
         MotipError: with the arithmetic, when less than a tenth of a CPU is left for a process.
     """
+    actors_per_worker = min(actors_per_worker, max(1, int(total_cpus // workers)))
     headroom = min(0.5, total_cpus / 8)
     room = total_cpus - headroom
     if worker_cpus is None:
@@ -147,9 +149,10 @@ def iterate(
     samples: list[ClipSample] = []
     delivered = 0
     try:
-        for table in dataset.iter_batches(
+        tables: Any = dataset.iter_batches(
             batch_size=1, batch_format="pyarrow", prefetch_batches=max(0, prefetch) * batch_size
-        ):
+        )
+        for table in tables:
             if delivered >= len(rows) or table["row"][0].as_py() != delivered:
                 raise _wrong_rows(f"row {table['row'][0].as_py()} in place {delivered}", rows)
             samples.append(unpack(table["clip"].chunk(0)[0].as_buffer()))
@@ -205,7 +208,11 @@ def unpack(packed: Any) -> ClipSample:
     def ragged(name: str) -> list[np.ndarray]:
         return np.split(arrays[name], np.cumsum(arrays[f"{name}_counts"])[:-1])
 
-    slots = header["slots"] and ClipSlots(*(arrays[name] for name in SLOT_FIELDS), *header["slots"])
+    slots = None
+    if header["slots"] is not None:
+        distractors, dropped = header["slots"]
+        labels: dict[str, Any] = {name: arrays[name] for name in SLOT_FIELDS}
+        slots = ClipSlots(**labels, distractors=distractors, dropped=dropped)
     return ClipSample(
         images=arrays["images"],
         boxes_cxcywh=ragged("boxes_cxcywh"),

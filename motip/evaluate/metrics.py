@@ -118,6 +118,23 @@ def score_sequence(sequence: ScoredSequence, classes: tuple[str, ...], protocol:
     return SequenceCounts(sequence.name, per_class, _counts(sequence, None, rules, Counter()), removed)
 
 
+def prepare(
+    sequence: ScoredSequence, classes: tuple[str, ...], class_name: str, protocol: str = "plain"
+) -> tuple[TrackRows, TrackRows, dict[str, Any]]:
+    """What TrackEval sees of one class, for whoever explains the scores box by box.
+
+    Returns:
+        ground truth, predictions (both sorted by frame, after the protocol's first step) and TrackEval's dictionary
+        with three more lists: ``frames``, and per frame ``gt_rows`` and ``tracker_rows``, positions in the two.
+        Predictions in no frame's ``tracker_rows`` were ignored.
+    """
+    rules = find_protocol(protocol)
+    rules.check_classes(classes)
+    removed: Counter[str] = Counter()
+    cleaned = _clean(sequence, len(classes), rules, removed)
+    return _class_data(cleaned, classes.index(class_name), rules, removed)
+
+
 def combine(
     results: list[SequenceCounts], classes: tuple[str, ...], protocol: str = "plain", split: str = "val"
 ) -> Scores:
@@ -286,6 +303,13 @@ def _covered(boxes: np.ndarray, regions: np.ndarray, rules: Protocol) -> np.ndar
 
 def _counts(sequence: ScoredSequence, class_id: int | None, rules: Protocol, removed: Counter[str]) -> Counts:
     """TrackEval's results for one class of one sequence (None: all classes taken as one)."""
+    _, _, data = _class_data(sequence, class_id, rules, removed)
+    return {family: metric.eval_sequence(data) for family, metric in _FAMILIES.items()}
+
+
+def _class_data(
+    sequence: ScoredSequence, class_id: int | None, rules: Protocol, removed: Counter[str]
+) -> tuple[TrackRows, TrackRows, dict[str, Any]]:
     gt, pred = sequence.gt, sequence.pred
     if class_id is not None:
         gt = _select(gt, np.flatnonzero(gt.class_ids == class_id))
@@ -295,8 +319,7 @@ def _counts(sequence: ScoredSequence, class_id: int | None, rules: Protocol, rem
     frames = sequence.frames
     if frames is None:
         frames = np.union1d(gt.frames, pred.frames)
-    data = _trackeval_data(np.unique(frames), gt, pred, sequence, rules, removed)
-    return {family: metric.eval_sequence(data) for family, metric in _FAMILIES.items()}
+    return gt, pred, _trackeval_data(np.unique(frames), gt, pred, sequence, rules, removed)
 
 
 def _trackeval_data(
@@ -339,6 +362,9 @@ def _trackeval_data(
         "gt_ids": [gt_numbers[cut] for cut in gt_cuts],
         "tracker_ids": [np.searchsorted(pred_ids, pred.track_ids[kept]) for kept in pred_kept],
         "similarity_scores": similarities,
+        "frames": frames,
+        "gt_rows": [np.arange(cut.start, cut.stop) for cut in gt_cuts],
+        "tracker_rows": pred_kept,
     }
 
 

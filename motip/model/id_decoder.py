@@ -65,6 +65,14 @@ def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
+class _Times(NamedTuple):
+    """When: of the T history frames, of the U frames in question, and how long before each the former were (T,U)."""
+
+    past: list[int]
+    now: list[int]
+    ages: Tensor
+
+
 class FFN(nn.Module):
     """linear1 -> exact GELU -> linear2."""
 
@@ -74,7 +82,7 @@ class FFN(nn.Module):
         self.linear2 = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return recomputed(lambda inner: self.linear2(F.gelu(inner)), self.linear1(x))
+        return self.linear2(F.gelu(self.linear1(x)))
 
 
 class TrajectoryModeling(nn.Module):
@@ -102,7 +110,7 @@ class IdDecoder(nn.Module):
         self.heads = heads
         self.rel_pos_embeds = nn.Parameter(torch.zeros(depth, spec.rel_pe_length, heads))
         self.word_to_embed = nn.Linear(spec.num_id_vocabulary + 1, spec.id_dim, bias=False)
-        self.embed_to_word_layers = nn.ModuleList(self._heads_of_layers(depth))
+        self.embed_to_word_layers = nn.ModuleList(self._label_heads(depth))
         self.self_attn_layers = nn.ModuleList(MultiHeadAttention(dim, heads) for _ in range(depth - 1))
         self.self_attn_norm_layers = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth - 1))
         self.cross_attn_layers = nn.ModuleList(MultiHeadAttention(dim, heads) for _ in range(depth))
@@ -110,7 +118,7 @@ class IdDecoder(nn.Module):
         self.ffn_layers = nn.ModuleList(FFN(dim, dim * spec.ffn_dim_ratio) for _ in range(depth))
         self.ffn_norm_layers = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth))
 
-    def _heads_of_layers(self, depth: int) -> list[nn.Linear]:
+    def _label_heads(self, depth: int) -> list[nn.Linear]:
         distinct = self.spec.use_aux_loss and not self.spec.use_shared_aux_head
         words, width = self.spec.num_id_vocabulary + 1, self.spec.id_dim
         heads = [nn.Linear(width, words, bias=False) for _ in range(depth if distinct else 1)]
@@ -148,8 +156,7 @@ class IdDecoder(nn.Module):
         Raises:
             MotipError: if a time does not fit REL_PE_LENGTH.
         """
-        past, now = _as_times(trajectory_times), _as_times(unknown_times)
-        self._check_times(past, now)
+        times = self._times(trajectory_times, unknown_times, unknown_features.device)
         lead = unknown_features.shape[:2]
         features = trajectory_features.flatten(0, 1)
         labels = self._clean_labels(trajectory_labels).flatten(0, 1)
@@ -161,7 +168,7 @@ class IdDecoder(nn.Module):
 
         logits = []
         for layer in range(len(self.cross_attn_layers)):
-            inputs = (layer, tokens, hidden_now, now, features, labels, hidden_past, past)
+            inputs = (layer, tokens, hidden_now, features, labels, hidden_past, times)
             if self.spec.use_decoder_checkpoint and torch.is_grad_enabled():
                 tokens = checkpoint(self._layer, *inputs, use_reentrant=False)
             else:
@@ -211,7 +218,7 @@ class IdDecoder(nn.Module):
         for layer in range(len(self.cross_attn_layers)):
             if layer > 0:
                 tokens = self._look_around(layer, tokens[None], None)[0]
-            attention = self.cross_attn_layers[layer]
+            attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
             bias = self.rel_pos_embeds[layer][ages].t()  # (heads, S)
             if history_masks is not None:
                 bias = bias.masked_fill(history_masks, _HIDDEN)
@@ -230,46 +237,47 @@ class IdDecoder(nn.Module):
         layer: int,
         tokens: Tensor,
         hidden_now: Tensor,
-        now: list[int],
         features: Tensor,
         labels: Tensor,
         hidden_past: Tensor,
-        past: list[int],
+        times: _Times,
     ) -> Tensor:
         """One decoder layer on tokens (BG,U,M,E) with history (BG,T,N,.)."""
         if layer > 0:
             tokens = self._look_around(layer, tokens.flatten(0, 1), hidden_now.flatten(0, 1)).view_as(tokens)
-        attended = self._look_back(layer, tokens, now, features, labels, hidden_past, past)
+        attended = self._look_back(layer, tokens, features, labels, hidden_past, times)
         return self._feed_forward(layer, self.cross_attn_norm_layers[layer](tokens + attended))
 
     def _look_around(self, layer: int, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         """Self-attention among the unknowns of one frame: tokens (frames,M,E), hidden (frames,M)."""
         attention: MultiHeadAttention = self.self_attn_layers[layer - 1]  # type: ignore[assignment]
-        key, value = attention.project_key_value(tokens)
-        allowed = None if hidden is None else ~F.pad(hidden, (1, 0))[:, None, None, :]
-        attended = F.scaled_dot_product_attention(
-            attention.project_query(tokens).transpose(1, 2),
-            with_zero_token(key).transpose(1, 2),
-            with_zero_token(value).transpose(1, 2),
-            attn_mask=allowed,
-        )
-        return self.self_attn_norm_layers[layer - 1](tokens + attention.merge_heads(attended.transpose(1, 2)))
+
+        def attend(tokens: Tensor) -> Tensor:
+            key, value = attention.project_key_value(tokens)
+            attended = F.scaled_dot_product_attention(
+                attention.project_query(tokens).transpose(1, 2),
+                with_zero_token(key).transpose(1, 2),
+                with_zero_token(value).transpose(1, 2),
+                attn_mask=None if hidden is None else ~F.pad(hidden, (1, 0))[:, None, None, :],
+            )
+            return attention.merge_heads(attended.transpose(1, 2))
+
+        return self.self_attn_norm_layers[layer - 1](tokens + recomputed(attend, tokens))
 
     def _look_back(
         self,
         layer: int,
         tokens: Tensor,
-        now: list[int],
         features: Tensor,
         labels: Tensor,
         hidden: Tensor,
-        past: list[int],
+        times: _Times,
     ) -> Tensor:
         """Cross-attention of tokens (BG,U,M,E) to the strictly earlier of the history tokens."""
         attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
         keys, values = self._project_history(layer, features.flatten(1, 2), labels.flatten(1))
         queries = attention.project_query(tokens)
-        attended = recomputed(self._attend_in_blocks, layer, queries, keys, values, now, hidden, past)
+        attended = recomputed(self._attend_in_blocks, layer, queries, keys, values, hidden, times)
         return attention.merge_heads(attended)
 
     def _attend_in_blocks(
@@ -278,20 +286,20 @@ class IdDecoder(nn.Module):
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        now: list[int],
         hidden: Tensor,
-        past: list[int],
+        times: _Times,
     ) -> Tensor:
         """queries (BG,U,M,heads,d), keys and values (BG,T*N,heads,d), hidden (BG,T,N) -> (BG,U,M,heads,d)."""
         head_dim, objects, history_objects = self.spec.head_dim, queries.shape[2], hidden.shape[2]
         keys = with_zero_token(keys)
         # Fused attention wants values as wide as keys; the added channels are cut off again.
-        values = F.pad(with_zero_token(values), (0, min(_BLOCK_FRAMES, len(now))))
+        values = F.pad(with_zero_token(values), (0, min(_BLOCK_FRAMES, len(times.now))))
         blocks = []
-        for start in range(0, len(now), _BLOCK_FRAMES):
-            block = now[start : start + _BLOCK_FRAMES]
-            frames = 1 + max((t for t, time in enumerate(past) if time < max(block)), default=-1)
-            channels = self._bias_channels(layer, block, past[:frames], hidden[:, :frames]).to(keys.dtype)
+        for start in range(0, len(times.now), _BLOCK_FRAMES):
+            block = times.now[start : start + _BLOCK_FRAMES]
+            frames = 1 + max((t for t, time in enumerate(times.past) if time < max(block)), default=-1)
+            ages = times.ages[:frames, start : start + len(block)]
+            channels = self._bias_channels(layer, ages, hidden[:, :frames]).to(keys.dtype)
             visible = 1 + frames * history_objects
             key = torch.cat([keys[:, :visible], with_zero_token(channels.flatten(1, 2))], -1)
             query = _switch_channels_on(queries[:, start : start + len(block)], head_dim)
@@ -304,10 +312,8 @@ class IdDecoder(nn.Module):
             blocks.append(attended[..., :head_dim].transpose(1, 2).unflatten(1, (len(block), objects)))
         return torch.cat(blocks, 1)
 
-    def _bias_channels(self, layer: int, block: list[int], past: list[int], hidden: Tensor) -> Tensor:
-        """(BG,T,N,heads,len(block)): what to add to the score of a token for each frame of the block."""
-        ages = torch.tensor([[time - earlier for time in block] for earlier in past], dtype=torch.long)
-        ages = ages.view(len(past), len(block)).to(hidden.device)
+    def _bias_channels(self, layer: int, ages: Tensor, hidden: Tensor) -> Tensor:
+        """ages (T,u), hidden (BG,T,N) -> (BG,T,N,heads,u): what to add to a token's score for each of u frames."""
         bias = self.rel_pos_embeds[layer][ages.clamp(min=0)].transpose(1, 2)  # (T,heads,block)
         bias = bias.masked_fill((ages <= 0)[:, None], _HIDDEN)
         return torch.where(hidden[..., None, None], _HIDDEN, bias[None, :, None])
@@ -321,12 +327,12 @@ class IdDecoder(nn.Module):
         width, dim = self.spec.feature_dim, self.spec.embed_dim
         weight, bias = attention.in_proj_weight[dim:], attention.in_proj_bias[dim:]
         table = F.linear(self.word_to_embed.weight.t(), weight[:, width:], bias)
-        both = F.linear(features, weight[:, :width]) + F.embedding(labels, table)
+        both = F.linear(features, weight[:, :width]).add_(F.embedding(labels, table))
         keys, values = both.unflatten(-1, (2, self.heads, self.spec.head_dim)).unbind(-3)
         return keys, values
 
     def _feed_forward(self, layer: int, tokens: Tensor) -> Tensor:
-        return self.ffn_norm_layers[layer](tokens + self.ffn_layers[layer](tokens))
+        return self.ffn_norm_layers[layer](tokens + recomputed(self.ffn_layers[layer], tokens))
 
     def _unknown_tokens(self, features: Tensor) -> Tensor:
         newborn = self.word_to_embed.weight[:, self.newborn_label].to(features.dtype)
@@ -339,7 +345,8 @@ class IdDecoder(nn.Module):
     def _clean_labels(self, labels: Tensor) -> Tensor:
         return torch.where(labels < 0, self.newborn_label, labels)
 
-    def _check_times(self, past: list[int], now: list[int]) -> None:
+    def _times(self, past: Tensor | Sequence[int], now: Tensor | Sequence[int], device: torch.device) -> _Times:
+        past, now = _as_list(past), _as_list(now)
         latest, earliest = max(past + now, default=0), min(past + now, default=0)
         if latest >= self.spec.rel_pe_length or earliest < 0:
             raise MotipError(
@@ -349,6 +356,8 @@ class IdDecoder(nn.Module):
                 expected=f"0..{self.spec.rel_pe_length - 1}",
                 fix=f"use clips of at most {self.spec.rel_pe_length} frames, or grow REL_PE_LENGTH",
             )
+        ages = torch.tensor(now, dtype=torch.long)[None, :] - torch.tensor(past, dtype=torch.long)[:, None]
+        return _Times(past, now, ages.to(device))
 
 
 def _switch_channels_on(queries: Tensor, head_dim: int) -> Tensor:
@@ -358,5 +367,5 @@ def _switch_channels_on(queries: Tensor, head_dim: int) -> Tensor:
     return torch.cat([queries, switch[None, :, None, None].expand(*queries.shape[:-1], frames)], -1)
 
 
-def _as_times(times: Tensor | Sequence[int]) -> list[int]:
+def _as_list(times: Tensor | Sequence[int]) -> list[int]:
     return [int(time) for time in (times.tolist() if isinstance(times, Tensor) else times)]

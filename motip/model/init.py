@@ -34,15 +34,17 @@ def init_parameters(model: MOTIP) -> None:
     transformer = model.detr.transformer
     nn.init.normal_(transformer.level_embed)
     nn.init.zeros_(transformer.reference_points.bias)
-    for projection in model.detr.input_proj:
-        nn.init.zeros_(projection[0].bias)
-    for head in model.detr.class_embed:
-        nn.init.constant_(head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
-    for head in model.detr.bbox_embed:
-        nn.init.zeros_(head.layers[-1].weight)
-        nn.init.zeros_(head.layers[-1].bias)
+    for convolution in model.detr.input_proj.modules():
+        if isinstance(convolution, nn.Conv2d) and convolution.bias is not None:
+            nn.init.zeros_(convolution.bias)
+    for name, parameter in model.detr.class_embed.named_parameters():
+        if name.endswith("bias"):
+            nn.init.constant_(parameter, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+    for name, parameter in model.detr.bbox_embed.named_parameters():
+        if ".layers.2." in name:
+            nn.init.zeros_(parameter)
     # Only the first layer's reference has no size yet; sigmoid(-2) = 0.12 of the image.
-    model.detr.bbox_embed[0].layers[-1].bias[2:] = -2.0
+    model.detr.bbox_embed.get_parameter("0.layers.2.bias")[2:] = -2.0
 
 
 @torch.no_grad()
@@ -86,10 +88,11 @@ def init_copy_id_decoder(model: MOTIP, noise: float = 0.2, sharpness: float = 0.
     words = torch.randn_like(decoder.word_to_embed.weight)
     words /= words.square().mean(0, keepdim=True).sqrt()
     decoder.word_to_embed.weight.copy_(words)
-    for head in decoder.embed_to_word_layers:
-        head.weight.copy_(words.T * (sharpness / math.sqrt(spec.id_dim)))
-    for attention in decoder.cross_attn_layers:
-        _copy_attention(attention, spec.feature_dim, noise)
+    for head in decoder.embed_to_word_layers.parameters():
+        head.copy_(words.T * (sharpness / math.sqrt(spec.id_dim)))
+    for attention in decoder.cross_attn_layers.modules():
+        if isinstance(attention, MultiHeadAttention):
+            _copy_attention(attention, spec.feature_dim, noise)
 
 
 def _copy_attention(attention: MultiHeadAttention, feature_dim: int, noise: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, inner: int, outputs: int, depth: int) -> None:
         super().__init__()
         sizes = [inputs] + [inner] * (depth - 1) + [outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

@@ -112,6 +112,7 @@ _META_KEYS = (
     "states",
     "position",
     "thresholds",
+    "source",
     "training",
 )
 

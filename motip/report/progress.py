@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -86,27 +87,28 @@ def stage_table(records: Iterable[Any], class_names: Iterable[str]) -> Table:
         class_names: classes that get a HOTA column of their own.
     """
     names = list(class_names)
-    table = Table(title="Stages (scores in percent, on each stage's own validation videos)", title_justify="left")
-    table.add_column("stage")
-    for heading in ("videos", "frames", "best epoch", "HOTA", *(f"HOTA {name}" for name in names)):
-        table.add_column(heading, justify="right")
-    for heading in ("DetA", "AssA", "DetRe", "DetPr", "MOTA", "IDF1", "ID sw.", "time"):
-        table.add_column(heading, justify="right")
-    table.add_column("checkpoint")
+    table = Table(
+        title="Stages: class-averaged scores in percent on each stage's own validation videos",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("stage", no_wrap=True)
+    headings = ("videos", "best epoch", "HOTA", *names, "DetRe", "DetPr", "AssA", "MOTA", "IDF1", "ID sw.", "time")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for record in records:
         metrics = record.metrics
         cells = [_percent(metrics.get("HOTA")), *(_percent(metrics.get(f"HOTA/{name}")) for name in names)]
-        cells += [_percent(metrics.get(name)) for name in ("DetA", "AssA", "DetRe", "DetPr", "MOTA", "IDF1")]
+        cells += [_percent(metrics.get(name)) for name in ("DetRe", "DetPr", "AssA", "MOTA", "IDF1")]
         switches = metrics.get("IDSW")
         table.add_row(
             record.stage,
             str(record.videos),
-            str(record.frames),
-            f"{record.best_epoch + 1} of {record.epochs}",
+            f"{record.best_epoch + 1}/{record.epochs}",
             *cells,
             "-" if switches is None else f"{switches:.0f}",
             "done before" if record.skipped else duration(record.seconds),
-            record.sha256[:12],
         )
     return table
 
@@ -115,12 +117,19 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def wide_console() -> Console:
+    """A console that never folds lines below 120 columns: a job's log is a file, and tables must stay readable."""
+    console = Console(soft_wrap=True)
+    if console.width < 120:
+        console = Console(soft_wrap=True, width=120)
+    return console
+
+
 class DriverUi:
     """The driver's screen for a curriculum."""
 
     def __init__(self, console: Console | None = None) -> None:
-        # A job's log is a file: its lines must not be folded at 80 columns.
-        self.console = console or Console(soft_wrap=True)
+        self.console = console or wide_console()
         self._line: ProgressLine | None = None
         self._stage = ""
 

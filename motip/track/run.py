@@ -63,7 +63,7 @@ def track_sequence(
     """Track one sequence.
 
     Args:
-        model: a MOTIP; it is used where it lies (CPU or GPU) and put into eval mode.
+        model: a MOTIP; it is used where it lies (CPU or GPU) and left in eval mode.
         frames: (0-based frame number, RGB uint8 (H, W, 3) array) in ascending order, all of one size.
         settings: thresholds, rules and frame size.
         resize: replaces the built-in resizing to ``settings.short_side`` / ``max_longer``.

@@ -17,7 +17,9 @@ from motip.cluster import Cluster
 from motip.config import Config
 from motip.data.batch import ClipBatch
 from motip.data.clip_loader import ClipLoader, local_batches
-from motip.data.storage import location, read_json
+from motip.data.clips import ClipRef, rank_rows
+from motip.data.storage import Location, location, read_json
+from motip.data.stream import clip_dataset, data_resources, iterate
 from motip.errors import MotipError, find_motip_error
 from motip.train.communicate import SingleProcess, current_communicator
 from motip.train.job import EpochPlans, StageJob
@@ -50,14 +52,12 @@ class FitResult:
     """Epochs that were completed, and where each one's checkpoint lies."""
 
     epochs: dict[int, dict[str, float]] = field(default_factory=dict)
+    steps: dict[int, int] = field(default_factory=dict)
     checkpoints: dict[int, str] = field(default_factory=dict)
 
 
 def place(workers: int, config: Config, cluster: Cluster) -> Placement:
     """Share the cluster out among training workers and their decoding actors, or refuse with the arithmetic.
-
-    Workers get whole CPUs where there are enough. On a small machine they and the actors get shares of one, since Ray
-    Data hangs without a word where no CPU is left for it.
 
     Raises:
         MotipError: more workers than GPUs or CPUs allow.
@@ -71,25 +71,8 @@ def place(workers: int, config: Config, cluster: Cluster) -> Placement:
             expected=f"at most {cluster.gpus:g} (one GPU each)",
             fix=f"use --workers {int(cluster.gpus)} or add nodes",
         )
-    decoders = max(1, config.NUM_WORKERS)
-    whole = workers * (1 + 0.5 * decoders)
-    if whole + 1 <= cluster.cpus:
-        return Placement(workers, 1.0, decoders, 0.5, gpu)
-    # What is left must hold every worker, its actors, and one task of Ray Data besides.
-    share = (cluster.cpus - 0.5) / (workers * (1 + 0.5 * decoders))
-    while decoders > 1 and share < 0.5:
-        decoders -= 1
-        share = (cluster.cpus - 0.5) / (workers * (1 + 0.5 * decoders))
-    if share < 0.2:
-        raise MotipError(
-            "the cluster is too small for this many training workers",
-            where="--workers",
-            found=f"{workers} workers with a decoding actor each on {cluster.cpus:g} CPUs",
-            expected=f"at most {max(1, int((cluster.cpus - 0.5) / 0.3))} workers on {cluster.cpus:g} CPUs",
-            fix="lower --workers or add nodes",
-        )
-    share = int(min(share, 1.0) * 20) / 20
-    return Placement(workers, share, decoders, share / 2, gpu)
+    shares = data_resources(cluster.cpus, workers, config.NUM_WORKERS)
+    return Placement(workers, shares.worker_cpus, shares.actors_per_worker, shares.actor_cpus, gpu)
 
 
 def fit(job: StageJob, placement: Placement, folder: str, on_record: OnRecord) -> FitResult:
@@ -115,11 +98,13 @@ def completed(folder: str) -> FitResult:
     place = location(folder)
     if not place.is_dir():
         return result
-    for child in sorted(place.iterdir(), key=lambda child: child.name):
+    children: list[Location] = list(place.iterdir())
+    for child in sorted(children, key=lambda child: child.name):
         if child.name.startswith("epoch_") and (child / "metrics.json").is_file():
             stored = read_json(child / "metrics.json")
             epoch = int(stored["epoch"])
             result.epochs[epoch] = stored["metrics"]
+            result.steps[epoch] = int(stored["step"])
             result.checkpoints[epoch] = str(child / f"checkpoint_{epoch}.pth")
     return result
 
@@ -238,17 +223,24 @@ class RayReporter:
 
 
 class RayFeed:
-    """Batches decoded by Ray Data actors beside this worker."""
+    """Batches decoded by Ray Data actors beside this worker, or by the worker itself with NUM_WORKERS 0.
+
+    The actors go on through several epochs, so that short epochs do not wait for them to start, and decode ahead while
+    the validation runs.
+    """
+
+    ROWS_PER_DATASET = 8192
+    """Clips after which the actors are started anew."""
 
     def __init__(self, job: StageJob, config: Config, rank: int, world: int, placement: Placement) -> None:
-        from motip.data.stream import ClipStream
-
         self._plans = EpochPlans(job, config, world)
         self._rank, self._world, self._batch = rank, world, config.BATCH_SIZE
-        loader = ClipLoader(config, job.class_maps(config), job.storage)
-        self._stream = ClipStream(
-            loader, actors=placement.decoders, actor_cpus=placement.decoder_cpus, prefetch=config.PREFETCH_FACTOR
-        )
+        self._epochs = config.EPOCHS
+        self._loader = ClipLoader(config, job.class_maps(config), job.storage)
+        self._placement, self._prefetch = placement, config.PREFETCH_FACTOR
+        self._stream: Iterator[ClipBatch] | None = None
+        self._next = (-1, -1)
+        self._until = -1
 
     def steps(self, epoch: int) -> int:
         return self._plans(epoch).steps
@@ -257,7 +249,28 @@ class RayFeed:
         return self._plans(epoch).counts
 
     def batches(self, epoch: int, start_step: int) -> Iterator[ClipBatch]:
-        return self._stream.batches(self._plans(epoch), self._rank, self._world, self._batch, start_step)
+        if self._placement.decoders == 0:
+            plan = self._plans(epoch)
+            yield from local_batches(plan, self._loader, self._rank, self._world, self._batch, start_step)
+            return
+        if self._stream is None or self._next != (epoch, start_step) or epoch > self._until:
+            self._stream = self._open(epoch, start_step)
+        for _ in range(start_step, self.steps(epoch)):
+            yield next(self._stream)
+        self._next = (epoch + 1, 0)
+
+    def _open(self, epoch: int, start_step: int) -> Iterator[ClipBatch]:
+        """A stream of this rank's rows from a position on, over as many epochs as fit one dataset."""
+        rows: list[ClipRef] = []
+        self._until = epoch - 1
+        while self._until + 1 < self._epochs and (not rows or len(rows) < self.ROWS_PER_DATASET):
+            self._until += 1
+            plan = self._plans(self._until).from_step(start_step if self._until == epoch else 0)
+            rows += rank_rows(plan, self._world, self._rank, self._batch)
+        dataset = clip_dataset(
+            rows, self._loader, actors=self._placement.decoders, actor_cpus=self._placement.decoder_cpus
+        )
+        return iterate(dataset, rows, self._batch, self._prefetch)
 
 
 def _worker(settings: dict[str, Any]) -> None:

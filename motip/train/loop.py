@@ -198,7 +198,7 @@ def _prepare(
     run = Run(job, config, comm, feed, reporter, device, model, optimizer, rates, step)
     first_epoch = restore_optimizer(run, stored)
     if transfer is not None:
-        run.record("transfer", transfer.to_dict())
+        run.record("transfer", {"summary": transfer.summary_line(), **transfer.to_dict()})
     if stored is not None:
         _log.info("stage %s goes on at epoch %d from %s", job.stage, first_epoch, resumed_from)
     return run, first_epoch

@@ -20,6 +20,7 @@ from motip.data.decode import decode_rgb, image_size, reduction_for
 from motip.data.id_labels import SLOT_FIELDS
 from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence
 from motip.data.shards import shard_path, write_shard
+from motip.data.stream import data_resources, pack, unpack
 from motip.errors import MotipError
 
 CLASS_MAP = ClassMap(("pedestrian", "car"), {"pedestrian": ("person",), "car": ("car", "van")})
@@ -52,7 +53,7 @@ def _frame(number: int, width: int, height: int) -> Frame:
     return Frame(
         number=number,
         image=_jpeg(number, height, width),
-        boxes_xyxy=np.hstack([corner, corner + [width / 4, height / 4]]).astype(np.float32),
+        boxes_xyxy=np.hstack([corner, corner + np.array([width, height]) / 4]).astype(np.float32),
         track_ids=ids.astype(np.int64),
         categories=("person", "person", "van", "person", "truck")[:count],
         ignore=np.array([False, False, False, True, False])[:count],
@@ -67,7 +68,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     storage = tmp_path_factory.mktemp("storage")
     entries = []
     for name, (width, height), frames in (("tall", (240, 320), 7), ("wide", (400, 240), 12)):
-        sequence = Sequence(name, "test", "train", 5.0, width, height, tuple(_frame(n, width, height) for n in range(frames)))  # fmt: skip
+        frame_list = tuple(_frame(n, width, height) for n in range(frames))
+        sequence = Sequence(name, "test", "train", 5.0, width, height, frame_list)
         shard = f"bdd/train/{name}.parquet"
         header = write_shard(sequence, shard_path(storage, shard), source="bdd")
         entries.append(SimpleNamespace(source="bdd", video=name, shard=shard, fps=5.0, frames=frames,
@@ -92,7 +94,7 @@ def _equal(a: ClipSample, b: ClipSample) -> bool:
 
 
 def test_the_plan_knows_objects_and_empty_frames(world: SimpleNamespace) -> None:
-    assert [video.objects for video in world.videos][0] == (3, 3, 3, 3, 0, 3, 3)
+    assert world.videos[0].objects == (3, 3, 3, 3, 0, 3, 3)
     assert world.videos[1].frame_numbers == tuple(range(12))
 
 
@@ -178,6 +180,38 @@ def test_a_source_without_classes_is_refused(world: SimpleNamespace) -> None:
     clip = replace(_plan(world).clips[0], source="dance")
     with pytest.raises(MotipError, match="dance"):
         world.loader.load(clip)
+
+
+def test_packed_clips_come_out_as_they_went_in(world: SimpleNamespace) -> None:
+    for clip in _plan(world).clips[:6]:
+        sample = world.loader.load(clip)
+        assert _equal(unpack(pack(sample)), sample)
+        encoded = sum(map(len, (sample.name,))) + sample.images.nbytes
+        assert pack(sample).nbytes < encoded + 16_384, "uint8 pixels and labels, nothing else"
+    no_slots = replace(sample, slots=None)
+    assert unpack(pack(no_slots)).slots is None
+    empty = replace(sample, boxes_cxcywh=[np.zeros((0, 4), np.float32)] * 3)
+    assert [boxes.shape for boxes in unpack(pack(empty)).boxes_cxcywh] == [(0, 4)] * 3
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "actors"), [(2, 1, 4), (2, 2, 1), (4, 1, 2), (16, 4, 2), (96, 8, 6), (1, 1, 1)]
+)
+def test_cpu_shares_fit_the_machine(cpus: float, workers: int, actors: int) -> None:
+    share = data_resources(cpus, workers, actors)
+    assert 1 <= share.actors_per_worker <= actors
+    assert workers * (share.worker_cpus + share.actors_per_worker * share.actor_cpus) < cpus
+    assert share.worker_cpus <= 1 and share.actor_cpus <= 1
+
+
+def test_cpus_that_would_never_become_free_are_refused_with_the_arithmetic() -> None:
+    with pytest.raises(MotipError, match="too few CPUs") as caught:
+        data_resources(2, workers=2, actors_per_worker=1, worker_cpus=1)
+    assert "2 CPUs" in str(caught.value) and "2 workers x (1 CPU + 1 decoding actors" in str(caught.value)
+    with pytest.raises(MotipError, match="too few CPUs"):
+        data_resources(2, workers=12, actors_per_worker=1)
+    alone = data_resources(2, workers=1, actors_per_worker=0, worker_cpus=1)
+    assert (alone.worker_cpus, alone.actor_cpus, alone.actors_per_worker) == (1, 0.0, 0)
 
 
 def _broken_video(storage: Path, images: list[bytes | None]) -> ClipRef:

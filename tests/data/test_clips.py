@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ def test_clips_stay_in_their_video_and_come_from_the_sets() -> None:
     by_name = {v.video: v for v in VIDEOS}
     for clip in plan.clips:
         assert len(clip.positions) in (3, 5) and clip.interval in (1, 2)
-        assert {b - a for a, b in zip(clip.positions, clip.positions[1:], strict=False)} == {clip.interval}
+        assert {b - a for a, b in itertools.pairwise(clip.positions)} == {clip.interval}
         assert clip.positions[-1] < len(by_name[clip.video].frame_numbers)
         assert clip.frame_numbers == tuple(40 + row for row in clip.positions)
     assert {len(clip.positions) for clip in plan.clips} == {3, 5}

@@ -70,9 +70,7 @@ def test_a_clip_without_objects_has_no_slots() -> None:
 
 
 def test_a_frame_without_objects_is_masked() -> None:
-    slots = draw_id_slots(
-        [np.array([1, 2]), np.zeros(0, np.int64), np.array([2])], SETTINGS, np.random.default_rng(0)
-    )
+    slots = draw_id_slots([np.array([1, 2]), np.zeros(0, np.int64), np.array([2])], SETTINGS, np.random.default_rng(0))
     assert slots.unknown_masks[:, 1].all() and (slots.unknown_ann[:, 1] == -1).all()
 
 

@@ -16,6 +16,13 @@ from motip.errors import MotipError
 from motip.model import deformable_attention as rooms
 from motip.model.deformable_attention import DeformableAttention, deformable_attention
 
+
+@pytest.fixture(params=["grid_sample", "embedding_bag"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(rooms, "_chosen", request.param)
+    return request.param
+
+
 _ODD_SHAPES = [(7, 5), (3, 9), (1, 4), (2, 1)]
 
 
@@ -62,7 +69,7 @@ def _case(levels: int, queries: int = 6, points: int = 2, seed: int = 0) -> tupl
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
-def test_forward_and_gradients_against_loops(levels: int) -> None:
+def test_forward_and_gradients_against_loops(levels: int, implementation: str) -> None:
     shapes, inputs = _case(levels)
     found = deformable_attention(inputs[0], shapes, inputs[1], inputs[2])
     expected = _loops(inputs[0], shapes, inputs[1], inputs[2])
@@ -74,12 +81,12 @@ def test_forward_and_gradients_against_loops(levels: int) -> None:
         assert (ours - theirs).abs().max() < 1e-4
 
 
-def test_gradcheck() -> None:
+def test_gradcheck(implementation: str) -> None:
     shapes, inputs = _case(2, queries=2)
     assert torch.autograd.gradcheck(lambda v, x, w: deformable_attention(v, shapes, x, w), inputs)
 
 
-def test_no_queries() -> None:
+def test_no_queries(implementation: str) -> None:
     shapes, inputs = _case(3, queries=0)
     out = deformable_attention(inputs[0], shapes, inputs[1], inputs[2])
     assert out.shape == (2, 0, 12)
@@ -96,11 +103,13 @@ def test_constant_maps_give_the_constant(shapes: list[tuple[int, int]], points: 
     locations = torch.full((1, 4, 2, len(shapes), points, 2), 0.5, dtype=torch.float64)
     locations += (torch.rand_like(locations) - 0.5) * (1.0 - 2.0 * least)
     weights = torch.rand(1, 4, 2, len(shapes), points, dtype=torch.float64).flatten(3).softmax(-1)
-    out = deformable_attention(value, shapes, locations, weights.unflatten(3, (len(shapes), points)))
-    torch.testing.assert_close(out, torch.full_like(out, 2.5))
+    weights = weights.unflatten(3, (len(shapes), points))
+    for implementation in ("grid_sample", "embedding_bag"):
+        out = rooms._implementations[implementation](value, shapes, locations, weights)
+        torch.testing.assert_close(out, torch.full_like(out, 2.5))
 
 
-def test_half_precision_values_keep_full_precision_locations() -> None:
+def test_half_precision_values_keep_full_precision_locations(implementation: str) -> None:
     shapes, (value, locations, weights) = _case(2)
     exact = deformable_attention(value.float(), shapes, locations.float(), weights.float())
     half = deformable_attention(value.bfloat16(), shapes, locations.float(), weights.float())
@@ -108,7 +117,7 @@ def test_half_precision_values_keep_full_precision_locations() -> None:
     assert (half.float() - exact).abs().max() < 0.05
 
 
-def test_padded_values_count_as_zero() -> None:
+def test_padded_values_count_as_zero(implementation: str) -> None:
     torch.manual_seed(0)
     module = DeformableAttention(32, 1, 4, 2)
     query, reference = torch.randn(1, 5, 32), torch.rand(1, 5, 1, 2)
@@ -122,7 +131,7 @@ def test_padded_values_count_as_zero() -> None:
     )
 
 
-def test_compiles_without_graph_break() -> None:
+def test_compiles_without_graph_break(implementation: str) -> None:
     module = DeformableAttention(32, 2, 4, 2)
     shapes = [(5, 6), (3, 3)]
     query, reference, value = torch.randn(1, 7, 32), torch.rand(1, 7, 2, 2), torch.randn(1, 39, 32)
@@ -134,7 +143,7 @@ def test_the_implementation_is_chosen_at_run_time_and_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(rooms, "_implementations", dict(rooms._implementations))
-    monkeypatch.setattr(rooms, "_chosen", "torch")
+    monkeypatch.setattr(rooms, "_chosen", "auto")
     monkeypatch.setattr(rooms, "_logged", set())
     shapes, inputs = _case(1)
     rooms.register_implementation("zero", lambda v, s, x, w: v.new_zeros(x.shape[0], x.shape[1], 12))

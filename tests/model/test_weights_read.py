@@ -43,7 +43,12 @@ def test_coco_file_is_told_by_its_91_rows_and_named_by_category_id(tmp_path: Pat
     file = read_weights(path)
     assert file.kind == "coco"
     assert file.classes is not None and len(file.classes) == 91
-    assert (file.classes[1], file.classes[3], file.classes[16], file.classes[90]) == ("person", "car", "bird", "toothbrush")
+    assert (file.classes[1], file.classes[3], file.classes[16], file.classes[90]) == (
+        "person",
+        "car",
+        "bird",
+        "toothbrush",
+    )
     assert file.classes[0] == file.classes[12] == ""
 
 
@@ -75,7 +80,7 @@ def test_ours_names_its_classes(tmp_path: Path) -> None:
 def test_plain_safetensors_of_somebody_else(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file(detector_state(tiny_model()) , tmp_path / "detector.safetensors")
+    save_file(detector_state(tiny_model()), tmp_path / "detector.safetensors")
     file = read_weights(tmp_path / "detector.safetensors")
     assert (file.kind, file.has_identity) == ("safetensors", False)
 
@@ -89,7 +94,7 @@ def test_class_names_can_be_given_but_must_fit(tmp_path: Path) -> None:
             read_weights(path, classes=wrong)
 
 
-# --- bad files -------------------------------------------------------------------------------------------------------
+# --- bad files ------------------------------------------------------------------------------------
 
 
 class _Bomb:
@@ -165,7 +170,10 @@ def test_the_wrong_container_is_refused(tmp_path: Path, content: object, reason:
 
 def test_another_models_state_dict_is_refused_with_its_first_key(tmp_path: Path) -> None:
     resnet = {"conv1.weight": torch.zeros(2), "layer1.0.conv1.weight": torch.zeros(2)}
-    detr = {"transformer.encoder.layers.0.self_attn.in_proj_weight": torch.zeros(2), "class_embed.weight": torch.zeros(2)}
+    detr = {
+        "transformer.encoder.layers.0.self_attn.in_proj_weight": torch.zeros(2),
+        "class_embed.weight": torch.zeros(2),
+    }
     for state, first in ((resnet, "conv1.weight"), (detr, "class_embed.weight")):
         torch.save({"model": state}, tmp_path / "other.pth")
         with pytest.raises(MotipError, match="another model") as caught:

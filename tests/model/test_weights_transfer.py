@@ -82,7 +82,7 @@ def test_detector_only_file_initialises_the_identity_half_loudly(tmp_path: Path)
     assert len(loud) == 1 and str(len(initialised)) in loud[0]
 
 
-# --- what is refused, and allowed by name ------------------------------------------------------------------------------
+# --- what is refused, and allowed by name ---------------------------------------------------------
 
 Change = Callable[[dict[str, Tensor]], object]
 BAD: dict[str, tuple[Change, str, str]] = {
@@ -180,7 +180,7 @@ def test_apply_refuses_another_model_and_leaves_it_alone(tmp_path: Path) -> None
     assert all(torch.equal(tensor, untouched[name]) for name, tensor in other.state_dict().items())
 
 
-# --- tensors with two names ----------------------------------------------------------------------------------------------
+# --- tensors with two names -----------------------------------------------------------------------
 
 
 def test_distinct_label_heads_of_a_shared_model_the_last_wins_and_is_said(tmp_path: Path) -> None:

@@ -7,14 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from motip.model import deformable_attention
 from motip.model.deformable_attention import DeformableAttention
 from tests.parity.recipe import fill
 from tests.parity.sizes import largest_difference, reference_files, stem, tensor
 
 
+@pytest.mark.parametrize("implementation", ["grid_sample", "embedding_bag"])
 @pytest.mark.parametrize("prefix", ["r2_", "r4_"])
 @pytest.mark.parametrize("path", reference_files("msda*.npz"), ids=stem)
-def test_deformable_attention_matches(path: Path, prefix: str) -> None:
+def test_deformable_attention_matches(
+    path: Path, prefix: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deformable_attention, "_chosen", implementation)
     with np.load(path) as file:
         module = DeformableAttention(
             int(file["d_model"]), int(file["n_levels"]), int(file["n_heads"]), int(file["n_points"])

@@ -34,6 +34,7 @@ def write_dancetrack(sequence: Sequence, root: Path | str, split: str, class_map
     objects: list[str] = []
     ignored: list[str] = []
     suffix = ".jpg"
+    size = (sequence.width, sequence.height)
     for position, frame in enumerate(sequence.frames, start=1):
         if frame.image is None:
             raise MotipError(
@@ -41,6 +42,7 @@ def write_dancetrack(sequence: Sequence, root: Path | str, split: str, class_map
                 fix="a DanceTrack folder needs images: export from shards or from raw data that has them",
             )  # fmt: skip
         data = frame.image if isinstance(frame.image, bytes) else frame.image.read_bytes()
+        size = size if all(size) else image_size(data, sequence.name)
         suffix = ".png" if data[:4] == b"\x89PNG" else ".jpg"
         with atomic_write(folder / "img1" / f"{position:08d}{suffix}") as temporary:
             temporary.write_bytes(data)
@@ -54,9 +56,7 @@ def write_dancetrack(sequence: Sequence, root: Path | str, split: str, class_map
     _write_text(folder / "gt" / "gt.txt", objects)
     _write_text(folder / "gt" / "ignore.txt", ignored)
     _write_text(folder / "gt" / "labels.txt", list(class_map.names))
-    write_seqinfo(
-        folder / "seqinfo.ini", sequence.name, sequence.fps, len(sequence.frames), _size(sequence), suffix=suffix
-    )
+    write_seqinfo(folder / "seqinfo.ini", sequence.name, sequence.fps, len(sequence.frames), size, suffix=suffix)
     return {"frames": len(sequence.frames), "objects": len(objects), "ignored": len(ignored)}
 
 
@@ -87,14 +87,6 @@ def write_seqmap(path: Path | str, names: Iterable[str]) -> None:
 
 def seqmap_path(root: Path | str, split: str) -> Path:
     return Path(os.fspath(root)) / f"{split}_seqmap.txt"
-
-
-def _size(sequence: Sequence) -> tuple[int, int]:
-    if sequence.width and sequence.height:
-        return sequence.width, sequence.height
-    image = sequence.frames[0].image
-    assert image is not None
-    return image_size(image if isinstance(image, bytes) else image.read_bytes(), sequence.name)
 
 
 def _write_text(path: Path | str, lines: list[str]) -> None:

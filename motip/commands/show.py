@@ -1,0 +1,52 @@
+"""How verbs print: tables, notes and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console() -> Console:
+    """Standard output; lines in a pipe or log file are never broken to a terminal's width."""
+    from rich.console import Console
+
+    screen = Console(soft_wrap=True)
+    return screen if screen.is_terminal else Console(soft_wrap=True, width=240)
+
+
+def note(text: str) -> None:
+    console().print(f"note: {text}", highlight=False)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print a table; the first column is names, the others are right-aligned where all their cells are numbers."""
+    from rich.table import Table
+
+    rows = [list(map(str, row)) for row in rows]
+    drawn = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        numeric = index > 0 and all(_is_number(row[index]) for row in rows)
+        drawn.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)
+    for row in rows:
+        drawn.add_row(*row)
+    console().print(drawn)
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> None:
+    """Print ``name  value`` lines; values that are None are left out."""
+    kept = [(name, value) for name, value in pairs if value is not None]
+    width = max((len(name) for name, _ in kept), default=0)
+    for name, value in kept:
+        console().print(f"{name.ljust(width)}  {value}", highlight=False, markup=False)
+
+
+def as_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, sort_keys=True, default=str))
+
+
+def _is_number(text: str) -> bool:
+    return not text.strip("0123456789.,-+% ")

@@ -1,0 +1,220 @@
+"""One stage's configuration as a curriculum of its own: the published keys say which data, weights and validation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from motip.config.curriculum_file import DEFAULT_CLASSES, DEFAULT_FPS, Curriculum, Mix, Source, Stage
+from motip.config.keys import Config
+from motip.errors import MotipError
+
+VALIDATION = "validation"
+"""Name of the source that val_config.GT_FOLDER becomes."""
+
+
+@dataclass(frozen=True)
+class KnownDataset:
+    """A name that DATASETS may hold: its raw format, domain, and the folders it is looked for in."""
+
+    format: Literal["bdd100k", "visdrone", "motchallenge"]
+    domain: Literal["dance", "ground", "aerial"]
+    folders: tuple[str, ...]
+
+
+KNOWN_DATASETS = {
+    "BDD100K": KnownDataset("bdd100k", "ground", ("bdd100k", "BDD100K")),
+    "VisDrone": KnownDataset("visdrone", "aerial", ("visdrone", "VisDrone")),
+    "DanceTrack": KnownDataset("motchallenge", "dance", ("DanceTrack", "dancetrack")),
+}
+
+
+@dataclass(frozen=True)
+class SingleStage:
+    """The curriculum, and what must be said about how it was derived."""
+
+    curriculum: Curriculum
+    notes: tuple[str, ...]
+
+
+def single_stage(
+    config: Config, data_root: str, category_names: Sequence[str], *, videos: int | None = None
+) -> SingleStage:
+    """Build the curriculum that trains ``config`` alone.
+
+    Sources come from DATASETS, DATASET_SPLITS and DATASET_WEIGHTS, looked for in DATA_ROOT under the data root and in
+    the data root itself. Each is validated on its own ``val`` split, DanceTrack-style data on val_config.GT_FOLDER
+    where that lies beside its training split. Weights are DETR_PRETRAIN's, fresh where it is null.
+
+    Args:
+        data_root: folder that holds the raw datasets.
+        category_names: what the readers call class 1, 2, … of a gt.txt that has no labels.txt beside it.
+        videos: training videos of each source, None for all.
+
+    Raises:
+        MotipError: an unknown dataset, lists of different lengths, a dataset or class that is not there.
+    """
+    roots = _search_roots(config, data_root)
+    notes: list[str] = []
+    sources: dict[str, Source] = {}
+    mixes: list[Mix] = []
+    for dataset, split, weight in _datasets(config):
+        source = _source(dataset, split, config, roots, category_names)
+        sources[source.name] = source
+        mixes.append(Mix(source=source.name, videos=videos, weight=weight))
+    notes += _unused_validation(config, data_root, sources)
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", config.name).lstrip("_.-") or "stage"
+    stage = Stage(name=name, config=config, data=tuple(mixes))
+    return SingleStage(Curriculum(name=name, sources=sources, stages=(stage,)), tuple(notes))
+
+
+def _search_roots(config: Config, data_root: str) -> list[Path]:
+    if "://" in data_root:
+        raise MotipError(
+            "a stage on its own is trained from a local data root",
+            where="--data-root",
+            found=data_root,
+            fix="mount the data, or name it in a curriculum file and run ray_jobs/curriculum.py",
+        )
+    root = Path(data_root).expanduser()
+    inner = root / config.DATA_ROOT
+    return [inner, root] if inner.is_dir() and inner.resolve() != root.resolve() else [root]
+
+
+def _datasets(config: Config) -> list[tuple[str, str, float]]:
+    """(dataset, training split, weight) for each entry of DATASETS."""
+    names = config.DATASETS
+    folded = {name.lower(): name for name in KNOWN_DATASETS}
+    strangers = [name for name in names if name.lower() not in folded]
+    if strangers or not names:
+        raise MotipError(
+            f"unknown dataset {strangers[0]}" if strangers else "no dataset to train on",
+            where=f"DATASETS ({config.origin('DATASETS')})",
+            found=", ".join(names) or "an empty list",
+            expected="some of " + ", ".join(KNOWN_DATASETS),
+            fix="data in another place or form is a source of a curriculum file (see configs/curriculum.yaml)",
+        )
+    if len({name.lower() for name in names}) < len(names):
+        raise MotipError("a dataset is named twice", where=f"DATASETS ({config.origin('DATASETS')})", found=names)
+    splits = config.DATASET_SPLITS * len(names) if len(config.DATASET_SPLITS) == 1 else config.DATASET_SPLITS
+    weights = config.DATASET_WEIGHTS or (1.0,) * len(names)
+    for key, values in (("DATASET_SPLITS", splits), ("DATASET_WEIGHTS", weights)):
+        if len(values) != len(names):
+            raise MotipError(
+                f"{key} needs an entry for every dataset",
+                where=f"{key} ({config.origin(key)})",
+                found=f"{len(values)} entries",
+                expected=f"{len(names)}, for {', '.join(names)}",
+            )
+    return [(folded[name.lower()], split, weight) for name, split, weight in zip(names, splits, weights, strict=True)]
+
+
+def _source(name: str, split: str, config: Config, roots: Sequence[Path], category_names: Sequence[str]) -> Source:
+    known = KNOWN_DATASETS[name]
+    candidates = [root / folder for root in roots for folder in known.folders]
+    root = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    if root is None:
+        raise MotipError(
+            f"the dataset {name} is not there",
+            where=f"DATASETS ({config.origin('DATASETS')}), --data-root",
+            expected=" or ".join(map(str, candidates)),
+            fix="put it there (a link will do), or pass --data-root the folder that holds it",
+        )
+    splits = {"train": split, "val": "val"}
+    if known.format == "motchallenge":
+        splits["val"] = _validation_split(config, root, roots[-1])
+        classes = _classes_by_number(config, [root / folder for folder in splits.values()], category_names)
+    else:
+        defaults = DEFAULT_CLASSES[known.format]
+        classes = {label: defaults.get(label, (label,)) for label in config.class_names}
+    return Source(
+        name=name.lower(),
+        format=known.format,
+        root=str(root.resolve()),
+        domain=known.domain,
+        splits=splits,
+        classes=classes,
+        fps=DEFAULT_FPS.get(known.format),
+    )
+
+
+def _validation_split(config: Config, root: Path, data_root: Path) -> str:
+    """The folder under ``root`` that is validated on: GT_FOLDER's where it lies here, else `val`."""
+    folder = _gt_folder(config, data_root)
+    if folder is None or folder.resolve().parent != root.resolve():
+        return "val"
+    _check_seqmap(config, folder, data_root)
+    return folder.name
+
+
+def _gt_folder(config: Config, data_root: Path) -> Path | None:
+    named = config.val_config.GT_FOLDER
+    return data_root / named if named and (data_root / named).is_dir() else None
+
+
+def _check_seqmap(config: Config, folder: Path, data_root: Path) -> None:
+    """A sequence map must list the folder's sequences: a score over others than it names would pass for its own."""
+    named = config.val_config.SEQMAP_FILE
+    if named is None or not (data_root / named).is_file():
+        return
+    lines = [line.strip() for line in (data_root / named).read_text().splitlines()]
+    listed = {line for line in lines[1 if lines[:1] == ["name"] else 0 :] if line}
+    there = {child.name for child in folder.iterdir() if (child / "img1").is_dir()}
+    if listed != there:
+        raise MotipError(
+            "the sequence map and the validation folder differ",
+            where=f"val_config.SEQMAP_FILE: {data_root / named}",
+            found=f"{len(listed)} names in the map, {len(there)} sequences in {folder}",
+            expected="the same names, such as " + ", ".join(sorted(listed ^ there)[:3]),
+            fix="correct the map, or point GT_FOLDER at a folder (of links) that holds what it lists",
+        )
+
+
+def _unused_validation(config: Config, data_root: str, sources: dict[str, Source]) -> list[str]:
+    """A note where GT_FOLDER is there and is none of the folders that are validated on."""
+    folder = _gt_folder(config, Path(data_root).expanduser())
+    used = {(Path(source.root) / source.splits["val"]).resolve() for source in sources.values()}
+    if folder is None or folder.resolve() in used:
+        return []
+    return [
+        f"val_config.GT_FOLDER {folder} is not used: each source is validated on its own val split "
+        f"({', '.join(sources)})"
+    ]
+
+
+def _classes_by_number(
+    config: Config, folders: Sequence[Path], category_names: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Class to the category that the reader makes of its number in gt.txt; CLASS_NAME_TO_ID holds the numbers."""
+    label_files = [file for folder in folders for file in sorted(folder.glob("*/gt/labels.txt"))]
+    ground_truths = [file for folder in folders for file in folder.glob("*/gt/gt.txt")]
+    if label_files and len(label_files) != len(ground_truths):
+        raise MotipError(
+            "some sequences name their classes and others do not",
+            where=label_files[0].parents[2],
+            found=f"{len(label_files)} labels.txt for {len(ground_truths)} gt.txt",
+            fix="write the whole folder with one tool",
+        )
+    names = list(category_names)
+    for file in label_files:
+        stated = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        if file != label_files[0] and stated != names:
+            raise MotipError("sequences name their classes differently", where=file, found=stated, expected=names)
+        names = stated
+    numbers = {name: number for number, name in enumerate(config.class_names, start=1)}
+    if label_files:
+        for name, number in numbers.items():
+            if names[number - 1 : number] != [name]:
+                raise MotipError(
+                    f"the class {name} has another number in the data",
+                    where=label_files[0],
+                    found=", ".join(f"{place} {label}" for place, label in enumerate(names, start=1)),
+                    expected=f"{number} {name}",
+                    fix="correct val_config.CLASS_NAME_TO_ID (or CLASSES)",
+                )
+    return {
+        name: (names[number - 1] if number <= len(names) else f"class {number}",) for name, number in numbers.items()
+    }

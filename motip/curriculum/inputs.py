@@ -1,0 +1,88 @@
+"""A stage's data chosen from the manifest, and everything that goes into it named by one digest."""
+
+from __future__ import annotations
+
+from motip.config import Config, Curriculum, Source, Stage
+from motip.curriculum.records import FORMAT, Options
+from motip.data.clip_loader import plan_videos
+from motip.data.manifest import Manifest, VideoEntry, entries_digest
+from motip.errors import MotipError
+from motip.files import digest
+from motip.lineage import DataUsed
+from motip.train.job import Parent, StageJob
+
+SPEED_ONLY = frozenset(
+    {"_name", "NUM_WORKERS", "PREFETCH_FACTOR", "LOG_EVERY_STEPS", "root_path", "OUTPUT_DIR", "OUTPUTS_DIR"}
+)
+"""Keys that change how fast or where a stage runs, not what comes out: they do not make it stale."""
+
+PROTOCOLS = {"bdd100k": "bdd100k", "visdrone": "visdrone", "motchallenge": "motchallenge"}
+PROTOCOL_CLASSES = {"pedestrian", "car"}
+
+
+def stage_job(
+    curriculum: Curriculum, stage: Stage, parent: Parent | None, manifest: Manifest, options: Options
+) -> tuple[StageJob, list[VideoEntry]]:
+    """The stage with its data chosen and its inputs named by one digest."""
+    config = stage.config
+    train: list[VideoEntry] = []
+    val: list[VideoEntry] = []
+    for mix in stage.data:
+        train += manifest.select(
+            mix.source, "train", videos=mix.videos, frame_budget=mix.frame_budget, allow_fewer=mix.allow_fewer
+        )
+        val += manifest.of(mix.source, "val")
+    if not val:
+        raise MotipError(
+            f"stage {stage.name} has no validation videos",
+            where="sources: " + ", ".join(mix.source for mix in stage.data),
+            expected="at least one labelled sequence in the val split",
+            fix="give the source a `val` split; the best checkpoint is chosen on it",
+        )
+    classes = {mix.source: dict(curriculum.sources[mix.source].classes) for mix in stage.data}
+    weights = {mix.source: mix.weight for mix in stage.data}
+    identity = {
+        "format": FORMAT,
+        "stage": stage.name,
+        "best": stage.best,
+        "config": {key: value for key, value in config.to_dict().items() if key not in SPEED_ONLY},
+        "train": entries_digest(train),
+        "val": entries_digest(val),
+        "classes": classes,
+        "weights": weights,
+        "parent": None if parent is None else parent.sha256,
+    }
+    job = StageJob(
+        stage=stage.name,
+        config=config.to_dict(),
+        train=(),
+        weights=weights,
+        val=tuple(val),
+        protocols={mix.source: protocol_of(curriculum.sources[mix.source], config) for mix in stage.data},
+        classes=classes,
+        storage=options.storage,
+        parent=parent,
+        inputs=digest(identity),
+    )
+    videos = plan_videos(train, job.class_maps(config), options.storage)
+    return StageJob(**{**vars(job), "train": tuple(videos)}), train
+
+
+def protocol_of(source: Source, config: Config) -> str:
+    """The benchmark's own rules where they are defined for the trained classes, else `plain`."""
+    names = set(config.class_names)
+    if source.format == "motchallenge":
+        return "motchallenge" if names == {"pedestrian"} else "plain"
+    return PROTOCOLS[source.format] if names == PROTOCOL_CLASSES else "plain"
+
+
+def datasets(train: list[VideoEntry], val: tuple[VideoEntry, ...]) -> list[DataUsed]:
+    """What the stage reads, source by source, for MLflow's dataset inputs."""
+    used: list[DataUsed] = []
+    for context, entries in (("training", train), ("validation", list(val))):
+        for source in sorted({entry.source for entry in entries}):
+            own = [entry for entry in entries if entry.source == source]
+            profile = {"videos": len(own), "frames": sum(entry.frames for entry in own)}
+            videos = {"videos": sorted(entry.video for entry in own)}
+            used.append(DataUsed(f"{source}/{own[0].split}", entries_digest(own), context, videos, profile))
+    return used

@@ -1,0 +1,95 @@
+"""What a curriculum run is told, and what it writes down of each finished stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from motip.config import Curriculum, Stage
+from motip.data.storage import Location, location, read_json, sha256
+
+FORMAT = 1
+"""Part of every stage's identity; raised when the meaning of a stage's inputs or outputs changes."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How and where a curriculum runs.
+
+    Attributes:
+        data_root: folder or URI that source roots and relative weights are found under.
+        storage: folder or URI for shards, checkpoints and the MLflow database.
+        workers: training workers; 0 trains in this process without Ray.
+        strict: undecodable images end the conversion.
+        config_path: for messages.
+        until: name of the last stage to run, None for all.
+    """
+
+    data_root: str
+    storage: str
+    workers: int = 1
+    strict: bool = False
+    config_path: str = ""
+    until: str | None = None
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A finished stage, as written to ``stage.json``; it is what the next stage starts from."""
+
+    stage: str
+    inputs: str
+    checkpoint: str
+    sha256: str
+    best_epoch: int
+    step: int
+    metrics: dict[str, float]
+    run_id: str | None
+    parent_sha256: str | None
+    data_digest: str
+    videos: int
+    frames: int
+    epochs: int
+    seconds: float
+    skipped: bool = False
+    status: str = "finished"
+    format: int = FORMAT
+    transfer: dict[str, Any] = field(default_factory=dict)
+
+
+def stage_folder(curriculum: Curriculum, stage: Stage, inputs: str, options: Options) -> Location:
+    """Checkpoints and records of a stage with these inputs; other inputs, other folder.
+
+    OUTPUTS_DIR (or OUTPUT_DIR) of the stage's configuration moves it elsewhere under the storage.
+    """
+    chosen = stage.config.OUTPUTS_DIR or stage.config.OUTPUT_DIR
+    storage = location(options.storage)
+    if isinstance(storage, Path):
+        storage = storage.resolve()
+    base = storage / "curricula" / curriculum.name / stage.name if chosen is None else storage / chosen
+    return base / inputs[:12]
+
+
+def finished_record(folder: Location, inputs: str) -> StageRecord | None:
+    """The record of a stage that is finished, of these inputs, and whose checkpoint is still what it was."""
+    path = folder / "stage.json"
+    if not path.is_file():
+        return None
+    stored = read_json(path)
+    if stored.get("status") != "finished" or stored.get("inputs") != inputs or stored.get("format") != FORMAT:
+        return None
+    record = StageRecord(**{**stored, "skipped": True})
+    checkpoint = location(record.checkpoint)
+    if not checkpoint.is_file() or sha256(checkpoint) != record.sha256:
+        return None
+    return record
+
+
+def unfinished_run(folder: Location) -> str | None:
+    """The MLflow run of an attempt that was cut off, so that one stage has one run."""
+    path = folder / "stage.json"
+    if not path.is_file():
+        return None
+    run_id = read_json(path).get("run_id")
+    return None if run_id is None else str(run_id)

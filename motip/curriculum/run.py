@@ -1,0 +1,95 @@
+"""The stage graph: what is done, what is stale, what runs next, and the hand-over between stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from motip.cluster import Cluster
+from motip.config import Curriculum, Source, without_effect_message
+from motip.curriculum.records import Options, StageRecord
+from motip.curriculum.stage import Session, Ui, run_stage
+from motip.curriculum.weights import check_given_weights, parent_of
+from motip.data.convert import convert, ray_map
+from motip.data.manifest import Manifest
+from motip.data.synthetic import write_world
+from motip.lineage import Lineage
+
+
+@dataclass(frozen=True)
+class CurriculumResult:
+    """What a run of a curriculum produced or found done."""
+
+    name: str
+    records: tuple[StageRecord, ...]
+    run_id: str
+    lineage: Lineage
+
+
+def run_curriculum(
+    curriculum: Curriculum, options: Options, cluster: Cluster | None, lineage: Lineage, ui: Ui
+) -> CurriculumResult:
+    """Convert what is missing, then run every stage whose inputs are new or changed, in order.
+
+    Args:
+        cluster: what Ray has to give; None with ``options.workers`` 0.
+
+    Raises:
+        MotipError: input that is wrong, naming place and remedy. Finished stages stay finished.
+    """
+    _announce(curriculum, ui)
+    curriculum = _with_worlds(curriculum, options, ui)
+    check_given_weights(curriculum, options)
+    report = convert(
+        curriculum,
+        options.data_root,
+        options.storage,
+        strict=options.strict,
+        map_fn=ray_map() if cluster is not None else None,
+    )
+    ui.converted(report)
+    manifest = Manifest.load(options.storage)
+    inputs = {"name": curriculum.name, "stages": [stage.name for stage in curriculum.stages]}
+    run_id = lineage.start_curriculum(
+        curriculum.name, inputs, {"motip.config": options.config_path}, reopen_finished=True
+    )
+    session = Session(curriculum, options, manifest, cluster, lineage, run_id, ui)
+    records: list[StageRecord] = []
+    try:
+        for stage in curriculum.stages:
+            record = run_stage(session, stage, parent_of(curriculum, stage, records, options))
+            records.append(record)
+            ui.stage_ends(record)
+            if stage.name == options.until:
+                break
+    except BaseException:
+        lineage.finish(run_id, "FAILED")
+        raise
+    lineage.finish(run_id, "FINISHED")
+    return CurriculumResult(curriculum.name, tuple(records), run_id, lineage)
+
+
+def _announce(curriculum: Curriculum, ui: Ui) -> None:
+    for stage in curriculum.stages:
+        message = without_effect_message(stage.config)
+        if message:
+            ui.note(f"warning: {stage.name}: {message}")
+
+
+def _with_worlds(curriculum: Curriculum, options: Options, ui: Ui) -> Curriculum:
+    """Draw the synthetic sources, if any, under the storage; their roots then point there."""
+    sources: dict[str, Source] = {}
+    for name, source in curriculum.sources.items():
+        if source.synthetic is None:
+            sources[name] = source
+            continue
+        root = Path(options.storage).expanduser().resolve() / "worlds" / name
+        world = source.synthetic
+        splits = {split: {"sequences": count, "crowd": world.crowd} for split, count in world.sequences.items()}
+        report = write_world(
+            root, seed=world.seed, domains={world.domain: splits}, frames=world.frames, size=world.size
+        )
+        ui.note(f"world {name}: {report.frames} frames {'drawn' if report.written else 'drawn before'}, {report.root}")
+        drawn = report.source(world.domain)
+        sources[name] = source.model_copy(update={"root": drawn["root"], "fps": drawn["fps"]})
+    return curriculum.model_copy(update={"sources": sources})

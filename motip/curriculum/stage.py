@@ -1,0 +1,198 @@
+"""Run one stage: train, choose the best checkpoint, write the record that the next stage starts from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from motip.cluster import Cluster
+from motip.config import Config, Curriculum, Stage
+from motip.curriculum.inputs import datasets, stage_job
+from motip.curriculum.records import Options, StageRecord, finished_record, stage_folder, unfinished_run
+from motip.data.convert import ConvertReport
+from motip.data.manifest import Manifest, VideoEntry, entries_digest
+from motip.data.storage import Location, fetch, location, sha256, write_json
+from motip.errors import MotipError
+from motip.lineage import Lineage
+from motip.train.fit import FitResult, Placement, fit, place
+from motip.train.job import EpochPlans, Parent, StageJob
+
+
+class Ui(Protocol):
+    """Where the driver shows what happens."""
+
+    def note(self, text: str) -> None: ...
+    def converted(self, report: ConvertReport) -> None: ...
+    def stage_begins(self, stage: Stage, job: StageJob, folder: str) -> None: ...
+    def record(self, kind: str, values: dict[str, Any]) -> None: ...
+    def stage_ends(self, record: StageRecord) -> None: ...
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all stages of one run of a curriculum share."""
+
+    curriculum: Curriculum
+    options: Options
+    manifest: Manifest
+    cluster: Cluster | None
+    lineage: Lineage
+    run_id: str
+    ui: Ui
+
+
+def run_stage(session: Session, stage: Stage, parent: Parent | None) -> StageRecord:
+    """Train a stage to its end, or return its record where it is finished and its inputs have not changed.
+
+    Raises:
+        MotipError: the stage's data, weights or configuration do not fit; what was trained so far is kept.
+    """
+    job, train = stage_job(session.curriculum, stage, parent, session.manifest, session.options)
+    folder = stage_folder(session.curriculum, stage, job.inputs, session.options)
+    done = finished_record(folder, job.inputs)
+    if done is not None:
+        return done
+    EpochPlans(job, stage.config, max(1, session.options.workers))(0)  # no trainable clip is said now, not by workers
+    placement = _placement(stage.config, session)
+    job = replace(job, run_id=_start_run(session, stage, job, train, folder))
+    session.ui.stage_begins(stage, job, str(folder))
+    return _train(session, stage, job, train, folder, placement)
+
+
+def _start_run(session: Session, stage: Stage, job: StageJob, train: list[VideoEntry], folder: Location) -> str:
+    """The stage's MLflow run, the same one where an attempt was cut off."""
+    parent = job.parent
+    run_id = session.lineage.start_stage(
+        session.run_id,
+        stage.name,
+        stage.config.to_dict(),
+        entries_digest([*train, *job.val]),
+        None if parent is None else {"path": parent.path, "sha256": parent.sha256, "run_id": parent.run_id},
+        datasets=datasets(train, job.val),
+        tags={"motip.stage_inputs": job.inputs},
+        resume_run_id=unfinished_run(folder),
+    )
+    write_json(folder / "stage.json", {"status": "running", "inputs": job.inputs, "run_id": run_id})
+    write_json(folder / "config.json", stage.config.to_dict())
+    return run_id
+
+
+def _train(
+    session: Session, stage: Stage, job: StageJob, train: list[VideoEntry], folder: Location, placement: Placement
+) -> StageRecord:
+    begin = time.monotonic()
+    run_id = str(job.run_id)
+    keeper = _Keeper(session.lineage, run_id, session.ui, folder)
+    try:
+        result = fit(job, placement, str(folder), keeper)
+        record = _conclude(stage, job, folder, result, train, keeper.transfer, time.monotonic() - begin)
+    except KeyboardInterrupt:
+        session.lineage.mark_interrupted(run_id)
+        raise
+    except BaseException:
+        session.lineage.finish(run_id, "FAILED")
+        raise
+    session.lineage.log_stage_result(run_id, record.checkpoint, record.sha256, record.metrics, step=record.step)
+    session.lineage.finish(run_id, "FINISHED")
+    return record
+
+
+def _placement(config: Config, session: Session) -> Placement:
+    if session.options.workers == 0 or session.cluster is None:
+        return Placement(workers=0)
+    return place(session.options.workers, config, session.cluster)
+
+
+def best_epoch(result: FitResult, stage: Stage) -> int:
+    """The epoch with the highest value of the stage's metric; the earliest of equals.
+
+    Raises:
+        MotipError: no epoch has that metric.
+    """
+    scored = {epoch: metrics[stage.best] for epoch, metrics in result.epochs.items() if stage.best in metrics}
+    if not scored:
+        known = sorted({name for metrics in result.epochs.values() for name in metrics})
+        raise MotipError(
+            f"no epoch of stage {stage.name} has the metric that chooses the best checkpoint",
+            where="best",
+            found=stage.best,
+            expected="one of " + ", ".join(name for name in known if "/" not in name),
+        )
+    return max(sorted(scored), key=lambda epoch: scored[epoch])
+
+
+def _conclude(
+    stage: Stage,
+    job: StageJob,
+    folder: Location,
+    result: FitResult,
+    train: list[VideoEntry],
+    transfer: dict[str, Any],
+    seconds: float,
+) -> StageRecord:
+    """Copy the best epoch's checkpoint and write the record last: a stage is finished when its record says so."""
+    best = best_epoch(result, stage)
+    source = location(result.checkpoints[best])
+    target = folder / "checkpoint_best.pth"
+    if isinstance(target, Path):
+        fetch(source, target)
+    else:
+        target.write_bytes(source.read_bytes())
+    record = StageRecord(
+        stage=stage.name,
+        inputs=job.inputs,
+        checkpoint=str(target),
+        sha256=sha256(target),
+        best_epoch=best,
+        step=result.steps[best],
+        metrics=result.epochs[best],
+        run_id=job.run_id,
+        parent_sha256=None if job.parent is None else job.parent.sha256,
+        data_digest=entries_digest([*train, *job.val]),
+        videos=len(train),
+        frames=sum(entry.frames for entry in train),
+        epochs=stage.config.EPOCHS,
+        seconds=seconds,
+        transfer=transfer,
+    )
+    write_json(folder / "stage.json", asdict(record))
+    return record
+
+
+class _Keeper:
+    """Pass a training's records on to MLflow, the folder and the screen."""
+
+    def __init__(self, lineage: Lineage, run_id: str, ui: Ui, folder: Location) -> None:
+        self._lineage = lineage
+        self._run_id = run_id
+        self._ui = ui
+        self._folder = folder
+        self.transfer: dict[str, Any] = {}
+        self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
+            "step": self._metrics,
+            "epoch": self._metrics,
+            "scores": self._scores,
+            "transfer": self._transferred,
+        }
+
+    def __call__(self, kind: str, values: dict[str, Any]) -> None:
+        handler = self._handlers.get(kind)
+        if handler is not None:
+            handler(values)
+        self._ui.record(kind, values)
+
+    def _metrics(self, values: dict[str, Any]) -> None:
+        self._lineage.log_metrics(self._run_id, values["metrics"], int(values["step"]))
+
+    def _scores(self, values: dict[str, Any]) -> None:
+        name = f"scores/epoch_{values['epoch']:03d}.json"
+        self._lineage.log_dict(self._run_id, values["scores"], name)
+        write_json(self._folder / "scores" / f"epoch_{values['epoch']:03d}.json", values["scores"])
+
+    def _transferred(self, values: dict[str, Any]) -> None:
+        self.transfer = {key: value for key, value in values.items() if key not in ("file", "model")}
+        self._lineage.log_dict(self._run_id, values, "transfer.json")
+        write_json(self._folder / "transfer.json", values)

@@ -1,0 +1,85 @@
+"""Where a stage's weights come from: an earlier stage, a given file, or fresh initialisation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from motip.config import Curriculum, Stage, load_config
+from motip.curriculum.records import Options, StageRecord
+from motip.data.storage import location, sha256
+from motip.errors import MotipError
+from motip.files import digest
+from motip.model import ModelSpec
+from motip.model.weights import plan_transfer, read_weights, save_checkpoint
+from motip.train.build import fresh_model
+from motip.train.job import Parent
+
+
+def check_given_weights(curriculum: Curriculum, options: Options) -> None:
+    """Read weights that are given as a file now, not after an hour of conversion."""
+    for stage in curriculum.stages:
+        if curriculum.parent_of(stage) is None and not stage.initialise:
+            named = stage.weights or stage.config.DETR_PRETRAIN
+            if named:
+                path = find_weights(named, stage, options)
+                weights = read_weights(path, classes=stage.config.PRETRAIN_CLASSES)
+                plan_transfer(
+                    weights,
+                    ModelSpec.from_config(stage.config),
+                    stage.config.class_names,
+                    new_class_from=stage.config.CLASS_INIT,
+                )
+
+
+def find_weights(named: str, stage: Stage, options: Options) -> Path:
+    """A weights file: absolute, under the data root, or under the working directory.
+
+    Raises:
+        MotipError: it is nowhere.
+    """
+    path = Path(named).expanduser()
+    root = location(options.data_root)
+    candidates = [path] if path.is_absolute() else [Path.cwd() / path]
+    if isinstance(root, Path) and not path.is_absolute():
+        candidates.insert(0, root / path)
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise MotipError(
+        f"the weights that stage {stage.name} starts from are not there",
+        where=f"DETR_PRETRAIN of {stage.config.name} ({stage.config.origin('DETR_PRETRAIN')})"
+        if stage.weights is None
+        else f"weights of stage {stage.name} in {options.config_path or 'the curriculum file'}",
+        found=named,
+        expected=" or ".join(str(candidate) for candidate in candidates),
+        fix="put the file there (motip_dancetrack.pth is in the MOTIP model zoo), or name another one in `weights:`",
+    )
+
+
+def parent_of(curriculum: Curriculum, stage: Stage, records: list[StageRecord], options: Options) -> Parent | None:
+    """What the stage starts from: an earlier stage's best checkpoint, a given file, or fresh weights."""
+    earlier = curriculum.parent_of(stage)
+    if earlier is not None:
+        record = next(record for record in records if record.stage == earlier.name)
+        return Parent(record.checkpoint, record.sha256, record.run_id, record.stage)
+    if stage.initialise:
+        path = fresh_weights(stage, options)
+    elif stage.weights or stage.config.DETR_PRETRAIN:
+        path = find_weights(str(stage.weights or stage.config.DETR_PRETRAIN), stage, options)
+    else:
+        return None
+    return Parent(str(path), sha256(path))
+
+
+def fresh_weights(stage: Stage, options: Options) -> Path:
+    """Saved, freshly initialised weights of the configuration that `initialise` names; made once."""
+    config = load_config(str(stage.initialise))
+    spec = ModelSpec.from_config(config)
+    identity = digest({"spec": spec.to_dict(), "seed": config.SEED, "classes": config.class_names})
+    folder = Path(options.storage).expanduser().resolve() / "weights"
+    path = folder / f"{config.name}_{identity[:12]}.pth"
+    if not path.is_file():
+        save_checkpoint(
+            path, model=fresh_model(config), classes=config.class_names, config=config.to_dict(), epoch=-1, step=0
+        )
+    return path

@@ -1,0 +1,8 @@
+"""Where every checkpoint came from: runs, data, parents and scores in MLflow, which is spoken to in this room only."""
+
+from motip.lineage.null import NullLineage
+from motip.lineage.provenance import provenance
+from motip.lineage.tracking import Lineage
+from motip.lineage.walk import DataUsed, FileCheck, LineageStep
+
+__all__ = ["DataUsed", "FileCheck", "Lineage", "LineageStep", "NullLineage", "provenance"]

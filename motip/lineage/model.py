@@ -1,0 +1,90 @@
+"""Checkpoints as MLflow models that stay where they are: address and sha256 instead of an upload."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from motip.lineage.store import Store
+from motip.lineage.tags import Tag
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+REGISTERED = "motip-curriculum"
+"""Name in the model registry; each stage has an alias in it."""
+
+
+def alias_of(stage: str) -> str:
+    """The registry alias of a stage: lower case, words joined by hyphens (``bdd-foundation``)."""
+    return re.sub(r"[^a-z0-9_]+", "-", stage.lower()).strip("-")
+
+
+def latest_model(client: MlflowClient, run_id: str | None) -> str:
+    """Id of the model that a run put out last, or an empty string."""
+    return str(client.get_run(run_id).data.tags.get(Tag.MODEL, "")) if run_id else ""
+
+
+def register(store: Store, run_id: str, uri: str, sha256: str, step: int) -> None:
+    """Make the checkpoint a model of the run, a version of the registered model and what the stage's alias means.
+
+    Telling it twice makes one model: a repeated call goes on where the first was cut off.
+    """
+    client = store.client()
+    run = client.get_run(run_id)
+    stage = run.data.tags.get(Tag.STAGE, run.info.run_name)
+    model = _existing(client, run.data.tags.get(Tag.MODEL, ""), sha256)
+    if model is None:
+        model = _create(store, client, run_id, stage, uri, sha256)
+        client.set_tag(run_id, Tag.MODEL, model.model_id)
+    outputs = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
+    if model.model_id not in outputs:
+        from mlflow.entities import LoggedModelOutput
+
+        client.log_outputs(run_id, [LoggedModelOutput(model_id=model.model_id, step=step)])
+    _set_alias(store, client, run_id, stage, model, sha256)
+
+
+def _existing(client: MlflowClient, model_id: str, sha256: str) -> LoggedModel | None:
+    if not model_id:
+        return None
+    model = client.get_logged_model(model_id)
+    return model if model.params.get("sha256") == sha256 else None
+
+
+def _create(store: Store, client: MlflowClient, run_id: str, stage: str, uri: str, sha256: str) -> LoggedModel:
+    """What ``mlflow.create_external_model`` does, with this client: that function follows MLflow's global address."""
+    from mlflow.models.utils import get_external_mlflow_model_spec
+
+    model = client.create_logged_model(
+        store.experiment_id,
+        name=alias_of(stage),
+        source_run_id=run_id,
+        params={"uri": uri, "sha256": sha256},
+        tags={"mlflow.model.isExternal": "true", Tag.STAGE: stage},
+        model_type="motip-checkpoint",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        get_external_mlflow_model_spec(model).save(str(Path(folder) / "MLmodel"))
+        client.log_model_artifacts(model.model_id, folder)
+    return client.finalize_logged_model(model.model_id, "READY")
+
+
+def _set_alias(store: Store, client: MlflowClient, run_id: str, stage: str, model: LoggedModel, sha256: str) -> None:
+    try:
+        client.create_registered_model(REGISTERED, description="Best checkpoint of every stage, by alias")
+    except Exception as error:
+        if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
+            raise
+    versions = client.search_model_versions(f"name = '{REGISTERED}' and run_id = '{run_id}'")
+    version = next((each for each in versions if each.tags.get("sha256") == sha256), None)
+    if version is None:
+        # Without a server, MLflow resolves models:/ through its global address, which this room never sets.
+        source = f"models:/{model.model_id}" if store.is_server else model.artifact_location
+        version = client.create_model_version(
+            REGISTERED, source, run_id, tags={"stage": stage, "sha256": sha256}, model_id=model.model_id
+        )
+    client.set_registered_model_alias(REGISTERED, alias_of(stage), version.version)

@@ -1,0 +1,226 @@
+"""The MLflow server or database: where it is, its first start, and what its errors mean."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from motip.errors import MotipError
+from motip.lineage.provenance import redact
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Result = TypeVar("Result")
+
+_PASSING = {
+    *("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"),
+    *("RESOURCE_EXHAUSTED", "CANCELLED", "ABORTED"),
+}
+"""MLflow error codes that another try may not meet."""
+
+
+_TRANSPORTS = ("requests", "urllib3", "botocore", "boto3", "google", "azure")
+"""Packages whose errors mean that something between here and an artifact store failed."""
+
+
+class Unreachable(Exception):
+    """The tracking server or database cannot be used now; a later try may succeed."""
+
+
+class Store:
+    """A client made on first use, from explicit addresses: nothing depends on MLflow's global state.
+
+    Can be pickled into workers; each process makes its own client.
+    """
+
+    def __init__(self, tracking_uri: str | None, storage: Path | str, experiment: str) -> None:
+        self.storage = local_storage(storage)
+        self.folder = self.storage / "mlflow"
+        self.uri = _absolute(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None, self.storage)
+        self.experiment = experiment
+        self._client: MlflowClient | None = None
+        self._experiment_id = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_client": None}
+
+    @property
+    def shown_uri(self) -> str:
+        """The address without user name and password."""
+        return str(redact(self.uri))
+
+    @property
+    def is_server(self) -> bool:
+        return self.uri.startswith(("http://", "https://"))
+
+    @property
+    def experiment_id(self) -> str:
+        self.client()
+        return self._experiment_id
+
+    def client(self) -> MlflowClient:
+        """The client; the first call of all processes creates the database and the experiment once.
+
+        Raises:
+            Unreachable: the server does not answer.
+            MotipError: the address is not one that MLflow understands, or access is refused.
+        """
+        if self._client is None:
+            with quiet_mlflow(), self._first_start(), self.errors():
+                from mlflow import MlflowClient
+
+                # The registry gets the same address, or MLflow would look for it in its global settings.
+                client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+                self._experiment_id = self._find_experiment(client)
+                self._client = client
+        return self._client
+
+    def patiently(self, action: Callable[[], Result], patience: float) -> Result:
+        """The result of ``action``, tried again for ``patience`` seconds while the server is away."""
+        deadline, pause = time.monotonic() + patience, 0.5
+        while True:
+            try:
+                with self.errors():
+                    return action()
+            except Unreachable as error:
+                if time.monotonic() + pause > deadline:
+                    raise MotipError(
+                        "MLflow cannot be reached",
+                        where=self.shown_uri,
+                        found=str(redact(str(error)))[:300],
+                        expected=f"an answer within {patience:g} s",
+                        fix="start the server, correct MLFLOW_TRACKING_URI, or unset it to use a database "
+                        f"under {self.folder}",
+                    ) from error
+            time.sleep(pause)
+            pause = min(2 * pause, 10)
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn what MLflow and its transports raise into Unreachable or into a MotipError."""
+        try:
+            yield
+        except (Unreachable, MotipError):
+            raise
+        except Exception as error:
+            code = getattr(error, "error_code", None)
+            text = str(redact(str(error)))
+            if code in _PASSING or (code is None and _is_passing(error)):
+                raise Unreachable(text) from error
+            if code is None and not type(error).__module__.startswith("sqlalchemy."):
+                raise
+            raise MotipError(
+                f"MLflow refuses: {text[:500]}",
+                where=self.shown_uri,
+                found=code or type(error).__name__,
+                fix="check the address and the rights of MLFLOW_TRACKING_URI (or the database file); a run that was "
+                "deleted in MLflow cannot be continued",
+            ) from error
+
+    def _find_experiment(self, client: MlflowClient) -> str:
+        found = client.get_experiment_by_name(self.experiment)
+        if found is None:
+            location = None if self.is_server else (self.folder / "artifacts").as_uri()
+            try:
+                return str(client.create_experiment(self.experiment, artifact_location=location))
+            except Exception as error:
+                if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = client.get_experiment_by_name(self.experiment)
+        if found is None or found.lifecycle_stage != "active":
+            raise MotipError(
+                f"the MLflow experiment {self.experiment!r} was deleted",
+                where=self.shown_uri,
+                expected="an active experiment",
+                fix="restore it (mlflow experiments restore) or remove it for good (mlflow gc)",
+            )
+        return str(found.experiment_id)
+
+    @contextlib.contextmanager
+    def _first_start(self) -> Iterator[None]:
+        """One process at a time creates the schema: simultaneous migrations of a new database break it."""
+        if self.is_server:
+            yield
+            return
+        folder = self.folder
+        if self.uri.startswith("sqlite:"):
+            folder = Path(self.uri.removeprefix("sqlite:///").partition("?")[0]).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stream = (folder / ".first-start.lock").open("w")
+        except OSError as error:
+            raise MotipError(
+                f"cannot keep the MLflow database here: {error.strerror or error}",
+                where=folder,
+                expected="a writable folder",
+                fix="choose another --storage, or set MLFLOW_TRACKING_URI to a server",
+            ) from error
+        with stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+
+def local_storage(storage: Path | str) -> Path:
+    """The folder for the database and the spool: ``storage`` itself, or ~/motip where storage is a remote URI."""
+    text = str(storage)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    elif "://" in text:
+        text = "~/motip"
+    return Path(text).expanduser().resolve()
+
+
+@contextlib.contextmanager
+def quiet_mlflow() -> Iterator[None]:
+    """No telemetry, short waits for a server that is away (the spool does the waiting), no migration chatter."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    loggers = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
+    levels = [logger.level for logger in loggers]
+    import mlflow  # noqa: F401  (its import sets the levels of its own loggers)
+
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _absolute(uri: str | None, storage: Path) -> str:
+    """The address with every path in it absolute: a relative database would follow the working directory."""
+    if uri is None:
+        return f"sqlite:///{storage / 'mlflow' / 'mlflow.db'}"
+    if uri.startswith("sqlite:///"):
+        path, mark, options = uri.removeprefix("sqlite:///").partition("?")
+        return f"sqlite:///{(storage / path).resolve()}{mark}{options}"
+    if "://" not in uri or uri.startswith("file:"):
+        raise MotipError(
+            "MLflow no longer keeps runs in plain folders",
+            where="MLFLOW_TRACKING_URI",
+            found=uri,
+            expected="an address such as http://host:5000 or sqlite:////data/mlflow.db",
+            fix="unset it to use a database under --storage, or give one of these",
+        )
+    return uri
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether an error that MLflow did not wrap comes from the way to a server, an artifact store or a database."""
+    if isinstance(error, FileNotFoundError):
+        return False
+    module, name = type(error).__module__, type(error).__name__
+    if name == "HTTPError" and getattr(error, "response", None) is not None:
+        return bool(error.response.status_code >= 500)  # type: ignore[attr-defined]
+    if module.startswith("sqlalchemy."):
+        return name in ("OperationalError", "TimeoutError")
+    return isinstance(error, (ConnectionError, TimeoutError)) or module.split(".")[0] in _TRANSPORTS

@@ -1,0 +1,487 @@
+"""Record a curriculum: one parent run, one child per stage, what went in and what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import shlex
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from motip.errors import MotipError
+from motip.files import digest
+from motip.lineage import walk as lineage_walk
+from motip.lineage.model import latest_model, register
+from motip.lineage.provenance import provenance, redact
+from motip.lineage.spool import Entry, Spool
+from motip.lineage.store import Store, Unreachable
+from motip.lineage.tags import Tag, join_params, split_params
+from motip.lineage.walk import DataUsed, FileCheck, LineageStep
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+BATCH_METRICS = 1000
+"""MLflow takes at most this many metrics in one request."""
+BATCH_PARAMS = 100
+END_STATES = ("FINISHED", "FAILED", "KILLED")
+
+
+class Lineage:
+    """Everything the curriculum tells MLflow. Run ids are explicit, so that driver and workers can both write.
+
+    Starting a run needs the server. Whatever is told about a started run is kept in a spool under
+    ``storage/mlflow/spool`` while the server is away and delivered later with its own steps and times, in order.
+
+    Args:
+        tracking_uri: address of MLflow; None takes MLFLOW_TRACKING_URI, else SQLite under ``storage``.
+        storage: folder for database, artifacts and spool (``mlflow/`` under it).
+        experiment: name of the MLflow experiment.
+        patience: seconds that starting a run waits for a server that is away.
+        rest: seconds without a new try after the server was found to be away.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str | None = None,
+        storage: Path | str = "~/motip",
+        experiment: str = "motip-curriculum",
+        *,
+        patience: float = 120.0,
+        rest: float = 15.0,
+    ) -> None:
+        self._store = Store(tracking_uri, storage, experiment)
+        self._spool = Spool(self._store.folder / "spool")
+        self._patience, self._rest = patience, rest
+        self._away_until = 0.0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The clock that the rest is measured with starts anew on another machine.
+        self.__dict__.update(state, _away_until=0.0)
+
+    @property
+    def tracking_uri(self) -> str:
+        """The address in use, always absolute; may hold credentials, so show ``shown_uri`` instead."""
+        return self._store.uri
+
+    @property
+    def shown_uri(self) -> str:
+        return self._store.shown_uri
+
+    # ---- runs ----------------------------------------------------------------------------------------------------
+
+    def start_curriculum(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        tags: Mapping[str, str] | None = None,
+        *,
+        reopen_finished: bool = False,
+    ) -> str:
+        """The parent run of a curriculum: a new one, or the unfinished one of the same name and config.
+
+        Stages of that one that still count as running were cut off and are marked so.
+
+        Args:
+            reopen_finished: continue a finished run of the same inputs too, instead of starting another.
+
+        Raises:
+            MotipError: the server does not answer within the patience, or refuses.
+        """
+        inputs = digest([name, redact(config)])
+        self.flush()
+
+        def start() -> str:
+            client = self._store.client()
+            earlier = self._find_runs(f"tags.`{Tag.INPUTS}` = '{inputs}' and tags.`{Tag.KIND}` = 'curriculum'")
+            for run in earlier:
+                if run.info.status == "FINISHED" and not reopen_finished:
+                    continue
+                for child in self._find_runs(f"tags.`{Tag.PARENT_RUN}` = '{run.info.run_id}'"):
+                    if child.info.status == "RUNNING":
+                        self.mark_interrupted(child.info.run_id)
+                client.update_run(run.info.run_id, status="RUNNING")
+                return str(run.info.run_id)
+            created = client.create_run(
+                self._store.experiment_id,
+                run_name=name,
+                tags={Tag.KIND: "curriculum", Tag.CURRICULUM: name, Tag.INPUTS: inputs, **_clean(tags)},
+            )
+            return str(created.info.run_id)
+
+        run_id = self._store.patiently(start, self._patience)
+        self.log_dict(run_id, config, "curriculum.json")
+        return run_id
+
+    def start_stage(
+        self,
+        parent_run_id: str,
+        stage: str,
+        config: Mapping[str, Any],
+        data_digest: str,
+        parent_checkpoint: Mapping[str, str | None] | None,
+        resume_run_id: str | None = None,
+        *,
+        datasets: SequenceOf[DataUsed] = (),
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
+        """The run of one stage: exactly one, however often it is interrupted and started again.
+
+        Args:
+            parent_run_id: of the curriculum.
+            config: resolved configuration, names as in the YAML; logged as parameters and as ``config.json``.
+            data_digest: hex sha256 over everything the stage reads.
+            parent_checkpoint: ``{"path", "sha256", "run_id"}`` of the weights it starts from (run_id may be None for
+                weights that no run made); None for a start from scratch.
+            resume_run_id: continue this run; without it, an unfinished run of the same stage and inputs is looked for.
+            datasets: what the data consists of, for MLflow's dataset inputs; by default one entry.
+
+        Raises:
+            MotipError: the server does not answer within the patience, or a resumed run was started with other
+                parameters.
+        """
+        config = redact(config)
+        parent = dict(parent_checkpoint or {})
+        inputs = digest([stage, config, data_digest, parent.get("sha256")])
+
+        def start() -> str:
+            run_id = resume_run_id or self._unfinished_stage(parent_run_id, inputs)
+            if run_id:
+                self._resume(run_id, config)
+                return run_id
+            created = self._store.client().create_run(
+                self._store.experiment_id,
+                run_name=stage,
+                tags={
+                    Tag.PARENT_RUN: parent_run_id,
+                    Tag.KIND: "stage",
+                    Tag.STAGE: stage,
+                    Tag.INPUTS: inputs,
+                    Tag.DATA_SHA256: data_digest,
+                    **self._parent_tags(parent),
+                    **_provenance_tags(),
+                    **({Tag.SEED: str(config["SEED"])} if "SEED" in config else {}),
+                    **_clean(tags),
+                },
+            )
+            return str(created.info.run_id)
+
+        run_id = self._store.patiently(start, self._patience)
+        # Told again after a resume: a first attempt may have been cut off between creating the run and this.
+        self._store.patiently(lambda: self._log_params(run_id, config), self._patience)
+        used = tuple(datasets) or (DataUsed(f"{stage}-data", data_digest),)
+        self._store.patiently(lambda: self._log_inputs(run_id, used, parent), self._patience)
+        self.log_dict(run_id, config, "config.json")
+        return run_id
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        """End a run as FINISHED, FAILED or KILLED."""
+        if status not in END_STATES:
+            raise MotipError("unknown end state of a run", where=run_id, found=status, expected=", ".join(END_STATES))
+        self._deliver(run_id, {"kind": "status", "status": status, "time": _now()})
+
+    def mark_interrupted(self, run_id: str) -> None:
+        """End a run that was cut off, and say so."""
+        self.set_tags(run_id, {Tag.INTERRUPTED: datetime.now(UTC).isoformat(timespec="seconds")})
+        self.finish(run_id, "KILLED")
+
+    # ---- what a run tells ----------------------------------------------------------------------------------------
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+        """Append a point to each of the curves; never waits for a server that is away."""
+        now = _now()
+        points = [[name, float(value), now, int(step)] for name, value in metrics.items()]
+        self._deliver(run_id, {"kind": "metrics", "points": points})
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        self._deliver(run_id, {"kind": "tags", "tags": _clean(tags)})
+
+    def log_stage_result(
+        self, run_id: str, checkpoint: Path | str, sha256: str, scores: Mapping[str, float], *, step: int = 0
+    ) -> None:
+        """The stage's best checkpoint: scores as ``best_<name>``, and a model known by address and sha256.
+
+        The weights stay where they are. The model is registered as ``motip-curriculum`` with the stage as alias.
+
+        Args:
+            checkpoint: path or URI of the file.
+            sha256: of the file.
+            scores: name to value, such as HOTA or dance/HOTA.
+            step: training step of the checkpoint.
+        """
+        self.log_metrics(run_id, {f"best_{name}": value for name, value in scores.items()}, step)
+        place = lineage_walk.checkpoint_place(checkpoint, self._store.storage)
+        self.set_tags(
+            run_id,
+            {
+                Tag.CHECKPOINT_PATH: place.path,
+                Tag.CHECKPOINT_RELATIVE: place.relative,
+                Tag.CHECKPOINT_SHA256: sha256,
+                Tag.CHECKPOINT_STEP: str(step),
+            },
+        )
+        self._deliver(run_id, {"kind": "model", "uri": place.path, "sha256": sha256, "step": int(step)})
+
+    def log_artifact(self, run_id: str, path: Path | str, folder: str = "") -> None:
+        """Attach a file, under ``folder`` in the run's artifacts."""
+        source = Path(path)
+        if not source.is_file():
+            raise MotipError("a file to attach to a run is missing", where=source, fix="check that it was written")
+        self._deliver(run_id, {"kind": "artifact", "path": str(source), "folder": folder})
+
+    def log_text(self, run_id: str, text: str, name: str) -> None:
+        """Attach ``text`` as the file ``name`` (which may have folders in it)."""
+        with self._attachment(run_id, name) as path:
+            path.write_text(str(redact(text)))
+
+    def log_dict(self, run_id: str, value: Mapping[str, Any], name: str) -> None:
+        """Attach ``value`` as JSON."""
+        with self._attachment(run_id, name) as path:
+            path.write_text(json.dumps(redact(value), indent=1, sort_keys=True, default=str) + "\n")
+
+    def log_figure(self, run_id: str, figure: Figure, name: str) -> None:
+        """Attach a matplotlib figure; the format follows the name's suffix."""
+        with self._attachment(run_id, name) as path:
+            figure.savefig(path)
+
+    def flush(self) -> int:
+        """Deliver what waits from this and from earlier processes; returns how many entries still wait."""
+        self._away_until = 0.0
+        waiting = 0
+        for run_id in self._spool.runs():
+            away = time.monotonic() < self._away_until
+            waiting += self._spool.count(run_id) if away else self._replay(run_id)
+        return waiting
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+
+    def walk(self, run_id: str) -> list[LineageStep]:
+        """Everything the run came from, oldest first; see ``motip.lineage.walk.walk``."""
+        return self._store.patiently(lambda: lineage_walk.walk(self._store, run_id), self._patience)
+
+    def verify(self, run_id: str) -> list[FileCheck]:
+        """Recompute the sha256 of every checkpoint in the run's chain; see ``motip.lineage.walk.verify``."""
+        return lineage_walk.verify(self.walk(run_id), self._store.storage)
+
+    def compare_url_hint(self, run_ids: SequenceOf[str], port: int = 5000) -> tuple[str, str]:
+        """The command that opens the MLflow UI on this machine (empty for a server) and the page comparing the runs."""
+        command, base = "", self.shown_uri.rstrip("/")
+        if not self._store.is_server:
+            command = f"mlflow ui --backend-store-uri {shlex.quote(self.shown_uri)} --host 127.0.0.1 --port {port}"
+            base = f"http://127.0.0.1:{port}"
+        experiments = [self._store.patiently(lambda: self._store.experiment_id, self._patience)]
+        runs, experiments_text = (
+            urllib.parse.quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), experiments)
+        )
+        return command, f"{base}/#/compare-runs?runs={runs}&experiments={experiments_text}"
+
+    # ---- delivery ------------------------------------------------------------------------------------------------
+
+    def _deliver(self, run_id: str, entry: Entry) -> None:
+        """Tell the server now, or put the entry behind those that wait."""
+        if not self._spool.waiting(run_id) and time.monotonic() >= self._away_until:
+            try:
+                self._apply(run_id, [entry])
+                return
+            except Unreachable as error:
+                self._take_rest(error)
+        if entry["kind"] == "artifact":
+            entry = {**entry, "path": str(self._spool.keep_file(Path(entry["path"]))), "kept": True}
+        self._spool.append(run_id, entry)
+        if time.monotonic() >= self._away_until:
+            self._replay(run_id)
+
+    def _replay(self, run_id: str) -> int:
+        reasons: list[str] = []
+
+        def deliver(entries: list[Entry]) -> int:
+            reasons.clear()
+            batch = _batch(entries)
+            try:
+                self._apply(run_id, batch)
+            except Unreachable as error:
+                self._take_rest(error)
+                return 0
+            except MotipError as error:
+                reasons.append(error.what)
+                return 0
+            return len(batch)
+
+        def refused(entry: Entry) -> str:
+            if reasons:
+                logger.warning("MLflow refused what was kept for run %s, set aside: %s", run_id, reasons[0])
+            return reasons[0] if reasons else ""
+
+        return self._spool.replay(run_id, deliver, refused)
+
+    def _take_rest(self, error: Unreachable) -> None:
+        if time.monotonic() >= self._away_until:
+            logger.warning(
+                "MLflow at %s cannot be used now; keeping what is logged in %s and going on (%s)",
+                *(self.shown_uri, self._spool.folder, str(error)[:200]),
+            )
+        self._away_until = time.monotonic() + self._rest
+
+    def _apply(self, run_id: str, entries: list[Entry]) -> None:
+        """Deliver entries of one kind. Safe to repeat: an answer may get lost after the server has acted."""
+        entry = entries[0]
+        with self._store.errors():
+            client = self._store.client()
+            if entry["kind"] == "metrics":
+                from mlflow.entities import Metric
+
+                points = [Metric(*point) for each in entries for point in each["points"]]
+                for start in range(0, len(points), BATCH_METRICS):
+                    client.log_batch(run_id, metrics=points[start : start + BATCH_METRICS])
+            elif entry["kind"] == "tags":
+                from mlflow.entities import RunTag
+
+                client.log_batch(run_id, tags=[RunTag(key, value) for key, value in entry["tags"].items()])
+            elif entry["kind"] == "artifact":
+                self._attach(client, run_id, entry)
+            elif entry["kind"] == "model":
+                register(self._store, run_id, entry["uri"], entry["sha256"], entry["step"])
+            else:
+                client.set_terminated(run_id, entry["status"], entry["time"])
+
+    def _attach(self, client: MlflowClient, run_id: str, entry: Entry) -> None:
+        path, kept = Path(entry["path"]), entry.get("kept", False)
+        if kept and not path.exists():
+            return  # delivered by a process that ended before it could take the entry off the queue
+        client.log_artifact(run_id, str(path), entry["folder"] or None)
+        if kept:
+            self._spool.drop_file(path)
+
+    @contextlib.contextmanager
+    def _attachment(self, run_id: str, name: str) -> Iterator[Path]:
+        """A path to write the artifact ``name`` to; it is delivered on leaving."""
+        folder, _, filename = name.rpartition("/")
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / filename
+            yield path
+            self.log_artifact(run_id, path, folder)
+
+    # ---- starting ------------------------------------------------------------------------------------------------
+
+    def _find_runs(self, condition: str) -> list[Any]:
+        """Runs of the experiment, the newest first."""
+        return list(
+            self._store.client().search_runs(
+                [self._store.experiment_id], condition, max_results=200, order_by=["attributes.start_time DESC"]
+            )
+        )
+
+    def _unfinished_stage(self, parent_run_id: str, inputs: str) -> str:
+        condition = f"tags.`{Tag.PARENT_RUN}` = '{parent_run_id}' and tags.`{Tag.INPUTS}` = '{inputs}'"
+        unfinished = [run for run in self._find_runs(condition) if run.info.status != "FINISHED"]
+        return str(unfinished[0].info.run_id) if unfinished else ""
+
+    def _resume(self, run_id: str, config: Mapping[str, Any]) -> None:
+        client = self._store.client()
+        run = client.get_run(run_id)
+        logged, wanted = join_params(run.data.params), join_params(split_params(config))
+        changed = sorted(key for key in logged if logged[key] != wanted.get(key, ""))
+        if changed:
+            raise MotipError(
+                f"run {run_id} was started with other parameters: {', '.join(changed)}",
+                where=self.shown_uri,
+                found=", ".join(f"{key}={wanted.get(key)}" for key in changed[:5]),
+                expected=", ".join(f"{key}={logged[key]}" for key in changed[:5]),
+                fix="start the stage as a new run (without resume_run_id)",
+            )
+        times = int(run.data.tags.get(Tag.RESUMED, "0")) + 1
+        git = provenance()["git"]
+        client.update_run(run_id, status="RUNNING")
+        client.set_tag(run_id, Tag.RESUMED, str(times))
+        client.set_tag(run_id, f"{Tag.RESUMED}.{times}", json.dumps({**git, "time": datetime.now(UTC).isoformat()}))
+
+    def _log_params(self, run_id: str, config: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        client = self._store.client()
+        logged = client.get_run(run_id).data.params
+        params = [Param(key, value) for key, value in split_params(config).items() if key not in logged]
+        for start in range(0, len(params), BATCH_PARAMS):
+            client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
+
+    def _log_inputs(self, run_id: str, used: SequenceOf[DataUsed], parent: Mapping[str, str | None]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+
+        client = self._store.client()
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=data.name,
+                    digest=data.sha256[:32],
+                    source_type="motip",
+                    source=json.dumps({"sha256": data.sha256, **redact(data.source)}, sort_keys=True),
+                    profile=json.dumps({"sha256": data.sha256, **redact(data.profile)}, sort_keys=True),
+                ),
+                [InputTag("mlflow.data.context", data.context)],
+            )
+            for data in used
+        ]
+        run = client.get_run(run_id)
+        known = {model.model_id for model in run.inputs.model_inputs} if run.inputs else set()
+        model_id = latest_model(client, parent["run_id"]) if parent.get("run_id") else ""
+        models = [LoggedModelInput(model_id=model_id)] if model_id and model_id not in known else None
+        client.log_inputs(run_id, datasets=inputs, models=models)
+
+    def _parent_tags(self, parent: Mapping[str, str | None]) -> dict[str, str]:
+        if not parent:
+            return {}
+        place = lineage_walk.checkpoint_place(parent["path"] or "", self._store.storage)
+        return {
+            Tag.FROM_PATH: place.path,
+            Tag.FROM_RELATIVE: place.relative,
+            Tag.FROM_SHA256: parent["sha256"] or "",
+            Tag.FROM_RUN: parent.get("run_id") or "",
+        }
+
+
+def _batch(entries: list[Entry]) -> list[Entry]:
+    """The longest run of metric entries at the front (one request takes many points), else the first entry."""
+    batch: list[Entry] = []
+    points = 0
+    for entry in entries:
+        points += len(entry.get("points", ()))
+        if entry["kind"] != "metrics" or (batch and points > BATCH_METRICS):
+            break
+        batch.append(entry)
+    return batch or entries[:1]
+
+
+def _provenance_tags() -> dict[str, str]:
+    facts = provenance()
+    git = facts["git"]
+    tags = {
+        Tag.PYTHON: facts["python"],
+        Tag.VERSIONS: json.dumps(facts["versions"], sort_keys=True),
+        Tag.HARDWARE: json.dumps(facts["hardware"], sort_keys=True),
+        Tag.GIT_COMMIT: git["commit"] or "",
+        Tag.GIT_DIRTY: "" if git["dirty"] is None else str(git["dirty"]).lower(),
+    }
+    if git["commit"]:
+        # MLflow's own name for it, which its UI shows as the version.
+        tags["mlflow.source.git.commit"] = git["commit"]
+    return tags
+
+
+def _clean(tags: Mapping[str, str] | None) -> dict[str, str]:
+    return {key: str(redact(value, re.split(r"[.]", key)[-1])) for key, value in (tags or {}).items()}
+
+
+def _now() -> int:
+    """Milliseconds since 1970, as MLflow counts."""
+    return int(time.time() * 1000)

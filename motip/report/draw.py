@@ -1,0 +1,138 @@
+"""Tracks drawn on frames: box, id, class, score and trail in a colour that is the track's own."""
+
+from __future__ import annotations
+
+import colorsys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+Colour = tuple[int, int, int]
+
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+_GOLDEN_RATIO = 0.618033988749895
+_SHADES = ((0.85, 1.0), (0.55, 1.0), (0.9, 0.78))
+"""(saturation, value) in turn, so that hues that come close again still differ."""
+_DARK: Colour = (0, 0, 0)
+_LIGHT: Colour = (255, 255, 255)
+
+
+@lru_cache(maxsize=4096)
+def track_colour(track_id: int) -> Colour:
+    """RGB of a track id: always the same, and far from those of the ids around it."""
+    hue = (track_id * _GOLDEN_RATIO + 0.55) % 1.0
+    saturation, value = _SHADES[track_id % len(_SHADES)]
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
+    return red, green, blue
+
+
+def text_colour(background: Colour) -> Colour:
+    """Black or white, whichever has the higher contrast on ``background`` (WCAG 2.2 relative luminance)."""
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in (c / 255 for c in background)
+    ]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return _DARK if (luminance + 0.05) ** 2 > 0.05 * 1.05 else _LIGHT
+
+
+@dataclass(frozen=True)
+class DrawnTracks:
+    """The boxes of one frame: ids (n,), boxes_xyxy (n, 4) in pixels, class_ids (n,), scores (n,)."""
+
+    ids: np.ndarray
+    boxes_xyxy: np.ndarray
+    class_ids: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass
+class Painter:
+    """Draws frame after frame of one video; it remembers where each track was, for the trails.
+
+    Attributes:
+        class_names: names by class id.
+        trail: frames a trail reaches back; 0 draws none.
+    """
+
+    class_names: Sequence[str]
+    trail: int = 30
+    _paths: dict[int, deque[tuple[int, int, int]]] = field(default_factory=dict)
+    _frame: int = 0
+
+    def draw(self, image: np.ndarray, tracks: DrawnTracks, bar: str = "") -> np.ndarray:
+        """A copy of ``image`` ((H, W, 3) uint8 RGB) with the tracks drawn on it and ``bar`` written along its top."""
+        picture = image.copy()
+        height, width = picture.shape[:2]
+        line = max(1, round(min(height, width) / 400))
+        boxes = np.round(np.clip(tracks.boxes_xyxy, -width, [2 * width, 2 * height] * 2)).astype(int).tolist()
+        ids = tracks.ids.tolist()
+        self._extend_trails(ids, boxes)
+        for track_id in ids:
+            self._draw_trail(picture, track_id, line)
+        # Strong detections last, so that they lie on top.
+        for index in np.argsort(tracks.scores, kind="stable").tolist():
+            x0, y0, x1, y1 = boxes[index]
+            # The dark rim keeps a bright box visible on a bright ground.
+            cv2.rectangle(picture, (x0, y0), (x1, y1), _DARK, line + 2)
+            cv2.rectangle(picture, (x0, y0), (x1, y1), track_colour(ids[index]), line)
+        ceiling = _draw_bar(picture, bar) if bar else 0
+        for index in np.argsort(tracks.scores, kind="stable").tolist():
+            number, name = ids[index] + 1, self.class_names[int(tracks.class_ids[index])]
+            texts = [f"{number} {name} {float(tracks.scores[index]):.2f}", f"{number} {name[:3]}", str(number)]
+            _draw_label(picture, boxes[index], texts, track_colour(ids[index]), line, ceiling)
+        self._frame += 1
+        return picture
+
+    def _extend_trails(self, ids: list[int], boxes: list[list[int]]) -> None:
+        if not self.trail:
+            return
+        for track_id, (x0, _, x1, y1) in zip(ids, boxes, strict=True):
+            self._paths.setdefault(track_id, deque()).append((self._frame, (x0 + x1) // 2, y1))
+        for track_id in list(self._paths):
+            path = self._paths[track_id]
+            while path and path[0][0] <= self._frame - self.trail:
+                path.popleft()
+            if not path:
+                del self._paths[track_id]
+
+    def _draw_trail(self, picture: np.ndarray, track_id: int, line: int) -> None:
+        points = np.array([point[1:] for point in self._paths.get(track_id, ())], np.int32)
+        if len(points) > 1:
+            cv2.polylines(picture, [points], False, _DARK, line + 2, cv2.LINE_AA)
+            cv2.polylines(picture, [points], False, track_colour(track_id), line, cv2.LINE_AA)
+
+
+def _draw_label(picture: np.ndarray, box: list[int], texts: list[str], colour: Colour, line: int, ceiling: int) -> None:
+    """The first of ``texts`` that the box is wide enough for (in a crowd the last, the id) on a chip above the box."""
+    height, width = picture.shape[:2]
+    x0, y0, x1, _ = box
+    scale = max(0.35, min(height, width) / 1800)
+    for text in texts:
+        (text_width, text_height), below = cv2.getTextSize(text, _FONT, scale, line)
+        if text_width <= 1.6 * (x1 - x0):
+            break
+    pad = line + 1
+    chip_height = text_height + below + 2 * pad
+    left = min(max(x0, 0), max(width - text_width - 2 * pad, 0))
+    top = y0 - chip_height if y0 - chip_height >= ceiling else max(y0, ceiling)
+    cv2.rectangle(picture, (left, top), (left + text_width + 2 * pad, top + chip_height), colour, -1)
+    place = (left + pad, top + pad + text_height)
+    cv2.putText(picture, text, place, _FONT, scale, text_colour(colour), line, cv2.LINE_AA)
+
+
+def _draw_bar(picture: np.ndarray, text: str) -> int:
+    """One line of text on a darkened strip along the top; returns the strip's height in pixels."""
+    height, width = picture.shape[:2]
+    scale = max(0.35, min(height, width) / 1400)
+    thickness = max(1, round(scale * 1.5))
+    (text_width, text_height), below = cv2.getTextSize(text, _FONT, scale, thickness)
+    if text_width + 16 > width:
+        scale *= max(0.1, (width - 16) / text_width)
+    strip = picture[: text_height + below + 8]
+    strip //= 3
+    cv2.putText(picture, text, (8, text_height + 4), _FONT, scale, _LIGHT, thickness, cv2.LINE_AA)
+    return int(strip.shape[0])

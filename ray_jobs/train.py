@@ -1,0 +1,51 @@
+"""One stage on its own (the plan's train-start.sh): convert its data, train, validate, record.
+
+Examples:
+    python ray_jobs/train.py --config configs/bdd_stage2.yaml --data-root /data --set DETR_PRETRAIN=checkpoint_best.pth
+    python ray_jobs/train.py --config configs/samples/stage1.yaml --data-root ../shared/samples --videos 1
+    ray job submit --working-dir . -- python ray_jobs/train.py --config configs/visdrone_stage1.yaml \\
+        --data-root /data --storage /shared/motip --workers 4
+
+DATASETS of the configuration names the data (BDD100K, VisDrone, DanceTrack), looked for in DATA_ROOT under the data
+root and in the data root itself. DETR_PRETRAIN names the weights; null trains from fresh ones. Run again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from motip.errors import exit_on_error
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="configuration of the stage")
+    parser.add_argument("--data-root", help="folder with the raw datasets (default: root_path of the configuration)")
+    parser.add_argument("--storage", default="~/motip", help="shards, checkpoints, MLflow database (default: ~/motip)")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="training workers; 0 trains in this process (default: 1)"
+    )
+    parser.add_argument("--videos", type=int, help="training videos of each dataset (default: all)")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--strict", action="store_true", help="an undecodable image ends the conversion")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    with exit_on_error():
+        from motip.commands.stage import train_stage
+
+        train_stage(
+            args.config,
+            data_root=args.data_root,
+            storage=args.storage,
+            workers=args.workers,
+            overrides=args.overrides,
+            videos=args.videos,
+            strict=args.strict,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Local folders and S3 (a real S3-compatible server on loopback) through the same verbs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+
+from motip.data import storage
+from motip.data.convert import convert
+from motip.data.manifest import Manifest, entry_path
+from motip.data.shards import read_frames, read_labels
+from motip.data.storage import Location, RemotePath, location
+from motip.errors import MotipError
+from tests.data.raw_world import bdd_video, curriculum, mix, source
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """Address of an empty bucket on a server of this process."""
+    server_module = pytest.importorskip("moto.server", reason="moto[server] is a test dependency")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        environment.setenv("AWS_ACCESS_KEY_ID", "test")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        environment.setenv("AWS_REGION", "us-east-1")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        storage._s3.cache_clear()
+        pafs.S3FileSystem(
+            endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
+        ).create_dir("bucket")
+        yield "s3://bucket"
+    storage._s3.cache_clear()
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    if request.param == "local":
+        return tmp_path / "store"
+    return location(f"{request.getfixturevalue('s3')}/{request.node.name.replace('[', '-').replace(']', '')}")
+
+
+def test_addresses() -> None:
+    assert location("~/motip") == Path.home() / "motip"
+    assert location("file:///data") == Path("/data")
+    remote = location("s3://bucket/a/b.txt/")
+    assert isinstance(remote, RemotePath)
+    assert (remote.name, remote.stem, remote.suffix) == ("b.txt", "b", ".txt")
+    assert str(remote.parent / "c") == "s3://bucket/a/c"
+    assert location(remote) is remote
+    for bad in ("gs://bucket/a", "s3://"):
+        with pytest.raises(MotipError, match="cannot be used"):
+            location(bad)
+
+
+def test_verbs(place: Location, tmp_path: Path) -> None:
+    before = time.time() - 5
+    storage.write_json(place / "x" / "a.json", {"b": 1})
+    storage.write_bytes(place / "x" / "data.bin", b"0123456789")
+    assert storage.read_json(place / "x" / "a.json") == {"b": 1}
+    assert (place / "x" / "data.bin").read_bytes() == b"0123456789"
+    assert (place / "x").is_dir()
+    assert (place / "x" / "data.bin").is_file()
+    assert not (place / "x" / "none").is_file()
+    assert not (place / "x" / "none").exists()
+    assert sorted(item.name for item in (place / "x").iterdir()) == ["a.json", "data.bin"]
+    size, modified = storage.size_and_time(place / "x" / "data.bin")
+    assert size == 10
+    assert modified >= before
+    assert storage.sizes_and_times(place / "x")["data.bin"] == (size, modified)
+    assert (
+        storage.sha256(place / "x" / "data.bin") == "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"
+    )
+    assert storage.fetch(place / "x" / "data.bin", tmp_path / "copy").read_bytes() == b"0123456789"
+    with pytest.raises(MotipError):
+        storage.read_json(place / "x" / "none.json")
+
+
+def test_a_whole_file_appears_only_on_success(place: Location) -> None:
+    with pytest.raises(ValueError), storage.whole_file(place / "f.bin") as path:
+        path.write_bytes(b"half")
+        raise ValueError
+    assert not (place / "f.bin").exists()
+    with storage.whole_file(place / "f.bin") as path:
+        path.write_bytes(b"whole")
+    assert (place / "f.bin").read_bytes() == b"whole"
+
+
+def test_leftovers_of_killed_processes_are_removed_when_old(tmp_path: Path) -> None:
+    for name in (".a.1234.tmp.parquet", ".b.1234.tmp.parquet", "c.parquet"):
+        (tmp_path / name).write_bytes(b"x")
+    os.utime(tmp_path / ".a.1234.tmp.parquet", (0, 0))
+    os.utime(tmp_path / "c.parquet", (0, 0))
+    assert storage.remove_leftovers(tmp_path) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.1234.tmp.parquet", "c.parquet"]
+
+
+def test_raw_data_and_shards_may_both_lie_in_s3(s3: str, tmp_path: Path) -> None:
+    for split, video in (("train", "a"), ("train", "b"), ("val", "c")):
+        bdd_video(tmp_path / "raw", video, 10, split=split)
+    remote = location(f"{s3}/raw")
+    for path in (tmp_path / "raw").rglob("*.*"):
+        if path.is_file():
+            storage.write_bytes(remote / path.relative_to(tmp_path / "raw").as_posix(), path.read_bytes())
+    plan = curriculum([source("bdd", "bdd100k", ".", classes={"car": ("car",)})], [mix("bdd", 2)])
+    plan.sources["bdd"].root = f"{s3}/raw"
+    there = convert(plan, s3, f"{s3}/store")
+    plan.sources["bdd"].root = "raw"
+    here = convert(plan, tmp_path, tmp_path / "store")
+    assert there.manifest.digest() == here.manifest.digest()
+    assert [e.shard_sha256 for e in there.manifest.videos] == [e.shard_sha256 for e in here.manifest.videos]
+    loaded = Manifest.load(f"{s3}/store")
+    path = entry_path(f"{s3}/store", loaded.select("bdd", videos=1)[0])
+    assert [frame.number for frame in read_frames(path, [9, 0])] == [9, 0]
+    assert len(read_labels(path).frames) == 10
+    plan.sources["bdd"].root = f"{s3}/raw"
+    assert convert(plan, s3, f"{s3}/store").written == 0
+
+
+def test_a_bucket_that_is_not_there_is_one_clear_error(s3: str) -> None:
+    with pytest.raises(MotipError, match=r"S3|no such object"):
+        storage.write_bytes(location("s3://no-such-bucket/x"), b"1")
+    plan = curriculum([source("bdd", "bdd100k", "raw")], [mix("bdd", 1)])
+    with pytest.raises(MotipError, match="data root is missing"):
+        convert(plan, f"{s3}/nothing-here", f"{s3}/store")
