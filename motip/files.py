@@ -36,7 +36,9 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             fix="choose another output directory or storage, or free some space",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # A parent that is a file makes unlink fail too; the first error is the one to show.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json_atomic(path: Path | str, value: Any) -> None:

@@ -55,5 +55,6 @@ def train_stage(
             disconnect()
     ui.console.print(stage_table(result.records, list(config.class_names)))
     ui.note(f"final checkpoint: {result.records[-1].checkpoint}")
-    ui.note(lineage.how_to_open(result.run_id))
+    command, page = lineage.compare_url_hint([record.run_id for record in result.records if record.run_id])
+    ui.note(f"look at the run in MLflow:\n  {command}\n  {page}" if command else f"look at the run: {page}")
     return result

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from motip.config.curriculum_file import DEFAULT_CLASSES, DEFAULT_FPS, Curriculum, Mix, Source, Stage
 from motip.config.keys import Config
@@ -64,7 +64,7 @@ def single_stage(
     for dataset, split, weight in _datasets(config):
         source = _source(dataset, split, config, roots, category_names)
         sources[source.name] = source
-        mixes.append(Mix(source=source.name, videos=videos, weight=weight))
+        mixes.append(Mix(source=source.name, videos=videos, frame_budget=None, weight=weight))
     notes += _unused_validation(config, data_root, sources)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", config.name).lstrip("_.-") or "stage"
     stage = Stage(name=name, config=config, data=tuple(mixes))
@@ -130,15 +130,15 @@ def _source(name: str, split: str, config: Config, roots: Sequence[Path], catego
     else:
         defaults = DEFAULT_CLASSES[known.format]
         classes = {label: defaults.get(label, (label,)) for label in config.class_names}
-    return Source(
-        name=name.lower(),
-        format=known.format,
-        root=str(root.resolve()),
-        domain=known.domain,
-        splits=splits,
-        classes=classes,
-        fps=DEFAULT_FPS.get(known.format),
-    )
+    values: dict[str, Any] = {
+        "format": known.format,
+        "root": str(root.resolve()),
+        "domain": known.domain,
+        "splits": splits,
+        "classes": classes,
+        "fps": DEFAULT_FPS.get(known.format),
+    }
+    return Source(name=name.lower(), **values)
 
 
 def _validation_split(config: Config, root: Path, data_root: Path) -> str:

@@ -87,7 +87,7 @@ def run_stage(job: StageJob, comm: Communicator, feed: Feed, reporter: Reporter,
         evaluated = last or (epoch + 1) % config.EVALUATE_EVERY_EPOCHS == 0
         if evaluated:
             metrics |= validate(run, epoch)
-        save = last or evaluated or (epoch + 1) % config.SAVE_CHECKPOINT_PER_EPOCH == 0
+        save = (epoch + 1) % config.SAVE_CHECKPOINT_PER_EPOCH == 0 or evaluated  # a score needs its weights
         run.record("epoch", {"epoch": epoch, "step": run.global_step, "metrics": metrics})
         reporter.epoch_done(epoch, metrics, _save(run, epoch, metrics) if save and run.leads else None)
 

@@ -66,7 +66,7 @@ def test_trails_follow_a_track_and_end() -> None:
         drawn = painter.draw(empty, tracks([[x, 40, x + 20, 60]], [5]))
     # The line is smoothed, so its colour is near the track's own, not equal to it.
     row = (np.abs(drawn[60].astype(int) - track_colour(5)) < 60).all(axis=1)
-    assert row[190:270].all()  # between the points of the last three frames
+    assert row[190:266].all()  # between the points of the last three frames
     assert not row[:170].any()  # and no further back
     for _ in range(3):
         drawn = painter.draw(empty, tracks([], []))

@@ -142,7 +142,7 @@ def test_damage_in_the_middle_is_counted(tmp_path: Path) -> None:
     path.write_bytes(data)
     source = open_source(str(path))
     seen = sum(1 for _ in source)
-    assert 0 < seen and seen + source.damaged <= 30
+    assert seen > 0 and seen + source.damaged <= 30
 
 
 def test_a_writer_says_where_it_cannot_write() -> None:

@@ -1,0 +1,213 @@
+"""Track and score a checkpoint on converted videos: each video once, spread over workers, kept as it is finished."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from motip.cluster import Cluster
+from motip.data.clip_loader import read_video_frames
+from motip.data.formats.results import read_mot, write_mot
+from motip.data.manifest import VideoEntry
+from motip.data.sequence import ClassMap, TrackRows
+from motip.data.storage import Location, RemotePath, fetch, read_json, whole_file, write_json
+from motip.errors import MotipError
+from motip.evaluate.scores import Scores
+from motip.evaluate.validation import score_videos
+from motip.files import digest
+from motip.model import MOTIP
+from motip.track.run import track_sequence
+from motip.track.settings import TrackerSettings
+
+FORMAT = 1
+"""Part of every kept track's identity; raised when tracking comes to mean something else."""
+
+OnVideo = Callable[[VideoEntry, int, int], None]
+"""Called with a finished video, how many are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a model in eval mode on the CPU, its file's sha256, and how it tracks."""
+
+    model: MOTIP
+    sha256: str
+    settings: TrackerSettings
+
+    def inputs(self, video: VideoEntry) -> str:
+        """Hex digest of all that the tracks of a video follow from."""
+        return digest([FORMAT, self.sha256, asdict(self.settings), video.shard_sha256])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Outcome of an evaluation.
+
+    Attributes:
+        scores: by source; never pooled, since protocols and classes may differ.
+        tracked_only: sources without a label of the model's classes, and so without scores.
+        reused: videos whose tracks were there from an earlier, interrupted or equal run.
+        notes: what must stand beside the numbers.
+    """
+
+    scores: dict[str, Scores]
+    tracked_only: tuple[str, ...]
+    videos: int
+    reused: int
+    notes: tuple[str, ...]
+
+
+def evaluate(
+    subject: Subject,
+    videos: Sequence[VideoEntry],
+    storage: str,
+    folder: Location,
+    class_maps: Mapping[str, ClassMap],
+    protocols: Mapping[str, str],
+    split: str,
+    *,
+    cluster: Cluster | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    on_video: OnVideo | None = None,
+) -> Evaluation:
+    """Track ``videos`` and score those with labels.
+
+    Tracks are written to ``<folder>/tracks/<source>/<split>/<video>.txt`` as each video is finished; run again, the
+    finished ones are read back. Scores are always those of the written files.
+
+    Args:
+        class_maps, protocols: by source.
+        cluster: where Ray actors share the videos; None tracks in this process.
+        workers: actors at most; None takes one for every CPU (GPU with a CUDA ``device``).
+
+    Raises:
+        MotipError: a shard is missing or damaged, files cannot be written, more workers than there is room for.
+    """
+    place = {video.identity: folder / f"tracks/{video.source}/{video.split}/{video.video}.txt" for video in videos}
+    facts_of = {identity: path.parent / f"{path.stem}.json" for identity, path in place.items()}
+    waiting = [
+        video for video in videos if not _kept(place[video.identity], facts_of[video.identity], subject.inputs(video))
+    ]
+    reused = len(videos) - len(waiting)
+    if cluster is None:
+        finished = _here(subject, waiting, storage, device)
+    else:
+        finished = _on_ray(subject, waiting, storage, device, cluster, workers)
+    for done, (video, rows, facts) in enumerate(finished, start=reused + 1):
+        with whole_file(place[video.identity]) as path:
+            write_mot(path, rows)
+        # Written last: tracks count as finished once their facts are there.
+        write_json(facts_of[video.identity], {"inputs": subject.inputs(video), **facts})
+        if on_video is not None:
+            on_video(video, done, len(videos))
+    tracked = {(video.source, video.video): _read(place[video.identity]) for video in videos}
+    notes = dict.fromkeys(note for path in facts_of.values() for note in read_json(path)["notes"])
+    scores: dict[str, Scores] = {}
+    tracked_only = []
+    for source in sorted({video.source for video in videos}):
+        own = [video for video in videos if video.source == source]
+        if not _labelled(own, class_maps[source]):
+            tracked_only.append(source)
+            continue
+        rows_of = {key: rows for key, rows in tracked.items() if key[0] == source}
+        scores |= score_videos(own, rows_of, storage, class_maps, protocols, split).by_source
+    return Evaluation(scores, tuple(tracked_only), len(videos), reused, tuple(notes))
+
+
+def _kept(tracks: Location, facts: Location, inputs: str) -> bool:
+    return facts.is_file() and tracks.is_file() and read_json(facts).get("inputs") == inputs
+
+
+def _labelled(videos: Sequence[VideoEntry], class_map: ClassMap) -> bool:
+    raws = {raw for raws in class_map.mapping.values() for raw in raws}
+    return any(
+        count > video.ignored.get(raw, 0) for video in videos for raw, count in video.boxes.items() if raw in raws
+    )
+
+
+def _read(path: Location) -> TrackRows:
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="motip-") as folder:
+            return read_mot(fetch(path, Path(folder) / path.name))
+    return read_mot(path)
+
+
+class VideoTracker:
+    """Tracks one video after the other; an actor on the cluster, or a plain object here."""
+
+    def __init__(self, subject: Subject, storage: str, device: str, threads: int | None = None) -> None:
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._model = subject.model.to(torch.device(device))
+        self._settings = subject.settings
+        self._storage = storage
+
+    def track(self, video: VideoEntry) -> tuple[TrackRows, dict[str, Any]]:
+        """Tracks, and how they came about."""
+        result = track_sequence(self._model, read_video_frames(video, self._storage), self._settings)
+        facts = {
+            "frames": result.num_frames,
+            "seconds": result.seconds,
+            "counters": result.counters,
+            "notes": list(result.notes),
+        }
+        return result.rows, facts
+
+
+Finished = Iterator[tuple[VideoEntry, TrackRows, dict[str, Any]]]
+
+
+def _here(subject: Subject, videos: Sequence[VideoEntry], storage: str, device: str) -> Finished:
+    tracker = VideoTracker(subject, storage, device)
+    for video in videos:
+        yield video, *tracker.track(video)
+
+
+def _on_ray(
+    subject: Subject,
+    videos: Sequence[VideoEntry],
+    storage: str,
+    device: str,
+    cluster: Cluster,
+    workers: int | None,
+) -> Finished:
+    import ray
+
+    on_gpu = device.startswith("cuda")
+    room = int(cluster.gpus if on_gpu else cluster.cpus)
+    if workers is not None and workers > room:
+        raise MotipError(
+            f"more workers than {'GPUs' if on_gpu else 'CPUs'}",
+            where="--workers",
+            found=workers,
+            expected=f"at most {room}",
+            fix="lower --workers or add nodes",
+        )
+    count = min(workers or room, len(videos))
+    if not count:
+        return
+    actor: Any = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(VideoTracker)
+    shared = ray.put(subject)
+    actors: list[Any] = [actor.remote(shared, storage, "cuda" if on_gpu else "cpu", 1) for _ in range(count)]
+    # Long videos first, so that no actor is left alone with one at the end.
+    queue = sorted(videos, key=lambda video: (-video.frames, video.identity))
+    running: dict[Any, tuple[Any, VideoEntry]] = {}
+    try:
+        while queue or running:
+            idle = [each for each in actors if each not in [busy for busy, _ in running.values()]]
+            for each in idle[: len(queue)]:
+                video = queue.pop(0)
+                running[each.track.remote(video)] = each, video
+            done, _ = ray.wait(list(running), num_returns=1)
+            _, video = running.pop(done[0])
+            rows, facts = ray.get(done[0])
+            yield video, rows, facts
+    finally:
+        for each in actors:
+            ray.kill(each)
