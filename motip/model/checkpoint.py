@@ -87,7 +87,10 @@ def save_checkpoint(
     }
     plain = _Plain().convert(content, "checkpoint")
     with atomic_write(path) as temporary:
-        torch.save(plain, temporary)
+        # Through a handle, not a path: torch would write the temporary file's name into the archive, and equal
+        # checkpoints would have different digests.
+        with temporary.open("wb") as stream:
+            torch.save(plain, stream)
         _flush(temporary)
     return Path(path)
 

@@ -7,8 +7,9 @@ and reads the label off the ID half of the result.
 Memory: the relative position bias depends on (query time, key time) alone, and an additive mask that needs a gradient
 would turn fused attention off. So queries are handled in blocks of a few frames; the bias (and the mask) of a block's
 i-th frame is channel i of the keys, switched on by a one in channel i of that frame's queries. Attention stays fused,
-frames that lie in the future of the whole block are never touched, and nothing of size (T*N)^2 exists. The widened
-keys and the inner activations of the feed-forwards are made again in the backward pass instead of being kept.
+frames that lie in the future of the whole block are never touched, and nothing of size (T*N)^2 exists. The inner
+activations of self-attention and feed-forward are made again in the backward pass: keeping them would add half to the
+memory of a step. Attention to the past is kept: making it again saved 3 % of the peak and cost 13 % of the time.
 """
 
 from __future__ import annotations
@@ -277,7 +278,7 @@ class IdDecoder(nn.Module):
         attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
         keys, values = self._project_history(layer, features.flatten(1, 2), labels.flatten(1))
         queries = attention.project_query(tokens)
-        attended = recomputed(self._attend_in_blocks, layer, queries, keys, values, hidden, times)
+        attended = self._attend_in_blocks(layer, queries, keys, values, hidden, times)
         return attention.merge_heads(attended)
 
     def _attend_in_blocks(

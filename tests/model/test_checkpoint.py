@@ -335,3 +335,9 @@ def test_the_weights_room_needs_no_other_room(repo_root: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_equal_content_gives_an_equal_digest_whatever_the_name(tmp_path: Path) -> None:
+    _, one = write(tmp_path / "checkpoint_3.pth")
+    _, other = write(tmp_path / "elsewhere" / "checkpoint_best.pth")
+    assert sha256_file(one) == sha256_file(other)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from motip.config import Config, load_config
+from motip.config.single_stage import single_stage
+from motip.data.formats.motchallenge import CATEGORIES
+from motip.errors import MotipError
+from tests.small_world import write_dance_world, write_sequence
+
+
+def config(**values: Any) -> Config:
+    plain = {"NUM_CLASSES": 2, "DATASETS": ["DanceTrack"], "val_config": {}, **values}
+    return Config.from_dict(plain)
+
+
+def test_the_shipped_stages_find_their_data(tmp_path: Path, repo_root: Path) -> None:
+    (tmp_path / "bdd100k").mkdir()
+    (tmp_path / "datasets" / "visdrone").mkdir(parents=True)
+    stage2 = single_stage(load_config(repo_root / "configs/bdd_stage2.yaml"), str(tmp_path), CATEGORIES, videos=150)
+    curriculum = stage2.curriculum
+    assert curriculum.name == "bdd_stage2" and stage2.notes == ()
+    source = curriculum.sources["bdd100k"]
+    assert (source.format, source.root, source.fps) == ("bdd100k", str(tmp_path / "bdd100k"), 5.0)
+    assert source.splits == {"train": "train", "val": "val"}
+    assert source.classes == {"pedestrian": ("pedestrian",), "car": ("car",)}
+    assert curriculum.stages[0].data[0].videos == 150
+    assert curriculum.parent_of(curriculum.stages[0]) is None and curriculum.stages[0].weights is None
+    # DATA_ROOT below the data root goes first.
+    aerial = single_stage(load_config(repo_root / "configs/visdrone_stage1.yaml"), str(tmp_path), CATEGORIES)
+    assert aerial.curriculum.sources["visdrone"].root == str(tmp_path / "datasets" / "visdrone")
+    assert aerial.curriculum.sources["visdrone"].classes["car"] == ("car", "van")
+    assert aerial.curriculum.stages[0].data[0].videos is None
+
+
+def test_several_datasets_with_splits_and_weights(tmp_path: Path) -> None:
+    for name in ("BDD100K", "visdrone"):
+        (tmp_path / name).mkdir()
+    both = config(DATASETS=["bdd100k", "VisDrone"], DATASET_SPLITS=["train", "val"], DATASET_WEIGHTS=[1.0, 3.0])
+    made = single_stage(both, str(tmp_path), CATEGORIES, videos=3).curriculum
+    assert [source.splits["train"] for source in made.sources.values()] == ["train", "val"]
+    assert [(mix.source, mix.weight, mix.videos) for mix in made.stages[0].data] == [
+        ("bdd100k", 1.0, 3),
+        ("visdrone", 3.0, 3),
+    ]
+    with pytest.raises(MotipError, match="DATASET_WEIGHTS needs an entry"):
+        single_stage(both.replaced(DATASET_WEIGHTS=[1.0]), str(tmp_path), CATEGORIES)
+
+
+def test_gt_numbers_mean_the_names_beside_them_or_those_of_mot17(tmp_path: Path) -> None:
+    named = {"val_config": {"CLASS_NAME_TO_ID": {"car": 2, "pedestrian": 1}}}
+    write_dance_world(tmp_path / "with")
+    made = single_stage(config(**named), str(tmp_path / "with"), CATEGORIES).curriculum
+    assert made.sources["dancetrack"].classes == {"pedestrian": ("pedestrian",), "car": ("car",)}
+    write_dance_world(tmp_path / "without", labels=None)
+    made = single_stage(config(**named), str(tmp_path / "without"), CATEGORIES).curriculum
+    # The reader calls an unnamed 2 `person on vehicle`; the plan's files mean a car by it.
+    assert made.sources["dancetrack"].classes == {"pedestrian": ("pedestrian",), "car": ("person on vehicle",)}
+    swapped = {"val_config": {"CLASS_NAME_TO_ID": {"car": 1, "pedestrian": 2}}}
+    with pytest.raises(MotipError, match="class car has another number"):
+        single_stage(config(**swapped), str(tmp_path / "with"), CATEGORIES)
+    write_sequence(tmp_path / "with" / "DanceTrack" / "train" / "t2", 5, labels=None)
+    with pytest.raises(MotipError, match="some sequences name their classes"):
+        single_stage(config(**named), str(tmp_path / "with"), CATEGORIES)
+
+
+def test_gt_folder_beside_the_training_data_is_validated_on(tmp_path: Path) -> None:
+    base = write_dance_world(tmp_path / "datasets")
+    (base / "val").rename(base / "held_out")
+    val = {"GT_FOLDER": "./datasets/DanceTrack/held_out", "SEQMAP_FILE": "./datasets/DanceTrack/val_seqmap.txt"}
+    made = single_stage(config(val_config=val), str(tmp_path), CATEGORIES)
+    assert made.curriculum.sources["dancetrack"].splits == {"train": "train", "val": "held_out"} and not made.notes
+    (base / "val_seqmap.txt").write_text("name\nv0\n")
+    with pytest.raises(MotipError, match="sequence map and the validation folder differ"):
+        single_stage(config(val_config=val), str(tmp_path), CATEGORIES)
+
+
+def test_a_gt_folder_that_cannot_be_used_is_said(tmp_path: Path) -> None:
+    write_dance_world(tmp_path / "datasets")
+    (tmp_path / "bdd100k").mkdir()
+    ground = config(DATASETS=["BDD100K"], val_config={"GT_FOLDER": "./datasets/DanceTrack/val"})
+    assert "is not used" in single_stage(ground, str(tmp_path), CATEGORIES).notes[0]
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MotipError, match="unknown dataset MOT17") as caught:
+        single_stage(config(DATASETS=["MOT17"]), str(tmp_path), CATEGORIES)
+    assert "BDD100K, VisDrone, DanceTrack" in str(caught.value)
+    with pytest.raises(MotipError, match="dataset DanceTrack is not there"):
+        single_stage(config(), str(tmp_path), CATEGORIES)
+    with pytest.raises(MotipError, match="named twice"):
+        single_stage(config(DATASETS=["VisDrone", "visdrone"]), str(tmp_path), CATEGORIES)
+    with pytest.raises(MotipError, match="local data root"):
+        single_stage(config(), "s3://bucket/raw", CATEGORIES)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from motip.config import load_config
+from motip.data.formats.results import read_mot
+from motip.errors import MotipError
+from motip.model import MOTIP
+from motip.report.tracked_video import checked_output, track_video
+from motip.report.video import open_source
+from motip.track.run import track_sequence
+from motip.track.settings import TrackerSettings
+from motip.train.build import fresh_model
+from tests.report.videos import facts, write_video
+
+SETTINGS = TrackerSettings(
+    det_thresh=0.01, newborn_thresh=0.01, short_side=96, max_longer=160, miss_tolerance=4, longterm_patience=5
+)
+
+
+@pytest.fixture(scope="module")
+def model(repo_root: Path) -> MOTIP:
+    return fresh_model(load_config(repo_root / "configs/demo/motip_tiny.yaml"))
+
+
+def test_the_video_and_the_rows_say_the_same(tmp_path: Path, model: MOTIP) -> None:
+    source = open_source(str(write_video(tmp_path / "in.mp4")))
+    counts: list[int] = []
+    done = track_video(model, source, SETTINGS, tmp_path / "out.mp4", ("pedestrian",), on_frame=counts.append)
+    found = facts(done.video)
+    assert (found.codec, found.pixels, found.frames, found.fps) == ("h264", "yuv420p", 7, 12)
+    assert counts == list(range(1, 8)) and done.frames == 7
+    rows = read_mot(done.rows)
+    assert len(rows) == len(done.result.rows) > 0
+    assert done.tracks == len(set(rows.track_ids.tolist()))
+    # The tracks are those of the tracker without any drawing.
+    plain = track_sequence(model, open_source(source.path), SETTINGS).rows
+    order = np.lexsort((plain.track_ids, plain.frames))
+    assert (plain.track_ids[order] == rows.track_ids).all()
+    assert np.abs(plain.boxes_xyxy[order] - rows.boxes_xyxy).max() < 1e-3
+    # Something was drawn, and the bar darkens the top.
+    image = next(iter(source))[1]
+    assert np.abs(found.images[0][40:].astype(int) - image[40:]).max() > 60
+    assert found.images[0][:4, -30:].mean() < image[:4, -30:].mean() / 2
+
+
+def test_stopped_early_both_files_are_whole(tmp_path: Path, model: MOTIP) -> None:
+    done_frames: list[int] = []
+    done = track_video(
+        model, open_source(str(write_video(tmp_path / "in.mp4"))), SETTINGS, tmp_path / "out.mp4", ("pedestrian",),
+        on_frame=done_frames.append, stopped=lambda: len(done_frames) >= 3,
+    )  # fmt: skip
+    assert done.frames == facts(done.video).frames == 3
+    assert read_mot(done.rows).frames.max() == 2
+
+
+def test_frames_that_change_size_leave_nothing(tmp_path: Path, model: MOTIP) -> None:
+    import cv2
+
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, width in ((1, 160), (2, 160), (3, 120)):
+        cv2.imwrite(str(folder / f"{number:06d}.png"), np.zeros((96, width, 3), np.uint8))
+    with pytest.raises(MotipError, match="differ in size"):
+        track_video(model, open_source(str(folder)), SETTINGS, tmp_path / "out" / "x.mp4", ("pedestrian",))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_outputs_that_cannot_be_are_refused_before_the_work(tmp_path: Path) -> None:
+    assert checked_output(str(tmp_path / "new" / "a.mp4")) == tmp_path / "new" / "a.mp4"
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MotipError, match="cannot be written"):
+        checked_output(str(tmp_path / "file" / "a.mp4"))
+    with pytest.raises(MotipError, match="written as MP4"):
+        checked_output(str(tmp_path / "a.avi"))
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(MotipError, match="is a folder"):
+        checked_output(str(tmp_path / "folder.mp4"))
