@@ -1,4 +1,4 @@
-"""A DanceTrack folder of a few drawn frames, for tests of whole commands: red squares walk, blue ones are parked cars."""
+"""A DanceTrack folder of a few drawn frames, for tests of whole commands: red squares walk, blue ones stay (cars)."""
 
 from __future__ import annotations
 

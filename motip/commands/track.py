@@ -74,9 +74,11 @@ def track(
     if done.result.counters.get("newborns_refused"):
         note(f"{done.result.counters['newborns_refused']} times an object waited because every ID label was taken")
     what = f"{done.frames} frames" if not stop.is_set() else f"interrupted after {done.frames} frames"
+    again = f", {done.recalled} times re-identified" if loaded.settings.longterm_patience else ""
     boxes = len(done.result.rows)
     console().print(
-        f"{what}, {done.tracks} tracks, {boxes} boxes, {done.result.fps:.1f} frames/s: {done.video} and {done.rows}",
+        f"{what}, {done.tracks} tracks, {boxes} boxes{again}, {done.result.fps:.1f} frames/s: "
+        f"{done.video} and {done.rows}",
         highlight=False,
         soft_wrap=True,
     )
