@@ -88,6 +88,7 @@ def score(
     classes: Iterable[str],
     protocol: str = "plain",
     split: str = "val",
+    averaged: Collection[str] | None = None,
 ) -> Scores:
     """Score every sequence × class and combine.
 
@@ -96,6 +97,7 @@ def score(
         classes: names in the order of the class ids in the rows.
         protocol: see ``motip.evaluate.protocols``.
         split: kept with the numbers.
+        averaged: classes that the class average is taken over; None: all. The others are scored beside it.
 
     Returns:
         Scores, in percent where a metric is a share.
@@ -105,7 +107,8 @@ def score(
             predictions in frames that were not labelled, or no ground truth at all.
     """
     names = tuple(classes)
-    return combine([score_sequence(sequence, names, protocol) for sequence in sequences], names, protocol, split)
+    results = [score_sequence(sequence, names, protocol) for sequence in sequences]
+    return combine(results, names, protocol, split, averaged)
 
 
 def score_sequence(sequence: ScoredSequence, classes: tuple[str, ...], protocol: str = "plain") -> SequenceCounts:
@@ -136,7 +139,11 @@ def prepare(
 
 
 def combine(
-    results: list[SequenceCounts], classes: tuple[str, ...], protocol: str = "plain", split: str = "val"
+    results: list[SequenceCounts],
+    classes: tuple[str, ...],
+    protocol: str = "plain",
+    split: str = "val",
+    averaged: Collection[str] | None = None,
 ) -> Scores:
     """Scores over all sequences: sums within a class, then means over the classes that have ground truth."""
     names = [result.name for result in results]
@@ -146,12 +153,13 @@ def combine(
     per_class = {
         name: _combine_sequences({result.name: result.per_class[name] for result in results}) for name in classes
     }
-    labelled = {name: counts for name, counts in per_class.items() if _gt_boxes(counts)}
+    headline = tuple(name for name in classes if averaged is None or name in averaged)
+    labelled = {name: per_class[name] for name in headline if _gt_boxes(per_class[name])}
     if not labelled:
         raise MotipError(
             "there is no ground truth to score against",
             where=f"{len(results)} sequences, split {split}",
-            expected=f"labelled boxes of at least one of: {', '.join(classes)}",
+            expected=f"labelled boxes of at least one of: {', '.join(headline) or 'no class'}",
             fix="check the class map, or only track this split",
         )
     return Scores(
