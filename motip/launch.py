@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from motip.cluster import connect, disconnect
-from motip.config import load_curriculum
+from motip.config import Curriculum, load_curriculum
 from motip.curriculum import CurriculumResult, Options, run_curriculum
 from motip.data.storage import location
 from motip.errors import MotipError
@@ -24,18 +24,39 @@ def launch_curriculum(
     until: str | None = None,
     strict: bool = False,
 ) -> CurriculumResult:
-    """Run a curriculum file and print the stage table.
+    """Run a curriculum file and print the stage table; see :func:`launch`."""
+    return launch(
+        load_curriculum(config, overrides),
+        config_path=str(config),
+        data_root=data_root,
+        storage=storage,
+        workers=workers,
+        until=until,
+        strict=strict,
+    )
+
+
+def launch(
+    curriculum: Curriculum,
+    *,
+    config_path: str,
+    data_root: str,
+    storage: str,
+    workers: int = 1,
+    until: str | None = None,
+    strict: bool = False,
+) -> CurriculumResult:
+    """Run a curriculum and print the stage table.
 
     Raises:
         MotipError: anything the user can put right.
     """
-    curriculum = load_curriculum(config, overrides)
     options = Options(
         data_root=checked_data_root(data_root),
         storage=checked_storage(storage),
         workers=workers,
         strict=strict,
-        config_path=str(config),
+        config_path=config_path,
         until=until,
     )
     if workers < 0:

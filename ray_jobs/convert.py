@@ -36,11 +36,12 @@ def main() -> None:
     with exit_on_error():
         from motip.cluster import connect, disconnect
         from motip.config import load_curriculum
+        from motip.curriculum.worlds import with_worlds
         from motip.data.convert import check_data_root, convert, ray_map
         from motip.data.convert_report import ConversionUi
 
-        curriculum = load_curriculum(args.config)
         check_data_root(args.data_root)
+        curriculum = with_worlds(load_curriculum(args.config), args.storage, print)
         with ConversionUi() as ui:
             connect()
             try:

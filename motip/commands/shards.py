@@ -37,13 +37,14 @@ def convert(
     Example: motip convert --config configs/samples/curriculum.yaml --data-root ../shared/samples --storage outputs
     """
     from motip.config import load_curriculum
+    from motip.curriculum.worlds import with_worlds
     from motip.data.convert import convert as convert_all
     from motip.data.convert import process_map
     from motip.data.convert_report import ConversionUi
 
     if to is not None and to[0] != "dancetrack":
         raise MotipError("unknown layout", where="--to", found=to[0], expected="dancetrack")
-    curriculum = load_curriculum(config)
+    curriculum = with_worlds(load_curriculum(config), storage, print)
     with ConversionUi() as ui:
         report = convert_all(
             curriculum,

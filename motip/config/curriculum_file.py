@@ -51,6 +51,8 @@ class Source(BaseModel):
     domain: Literal["dance", "ground", "aerial"]
     splits: dict[str, str] = DEFAULT_SPLITS
     "Our split (train, val, test) to the folder name on disk."
+    sequences: dict[str, tuple[str, ...]] = {}
+    "Our split to the only sequences of it that are taken; a split without an entry is taken whole."
     classes: dict[str, tuple[str, ...]] = {}
     fps: float | None = Field(None, gt=0)
     max_frames_per_video: int = Field(200, ge=2)
@@ -79,6 +81,8 @@ class Stage(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     config: Config
     data: tuple[Mix, ...] = Field(min_length=1)
+    val: tuple[str, ...] | None = None
+    "Sources whose val split the stage is judged on; null = those it trains on."
     weights: str | None = None
     "`previous`, a stage's name, a path, or null for DETR_PRETRAIN of the stage's configuration."
     initialise: str | None = None
@@ -211,6 +215,9 @@ def _check(curriculum: Curriculum, path: Path) -> None:
                 )
             if (mix.videos is None) == (mix.frame_budget is None):
                 raise MotipError("give either videos or frame_budget", where=f"{where}, source {mix.source}")
+        for name in stage.val or ():
+            if name not in curriculum.sources or "val" not in curriculum.sources[name].splits:
+                raise MotipError(f"source {name} has no val split to judge the stage on", where=f"{where}, val")
         trained = {name for mix in stage.data for name in curriculum.sources[mix.source].classes}
         missing = [name for name in stage.config.class_names if name not in trained]
         if missing:

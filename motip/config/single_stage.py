@@ -32,22 +32,14 @@ KNOWN_DATASETS = {
 }
 
 
-@dataclass(frozen=True)
-class SingleStage:
-    """The curriculum, and what must be said about how it was derived."""
-
-    curriculum: Curriculum
-    notes: tuple[str, ...]
-
-
 def single_stage(
     config: Config, data_root: str, category_names: Sequence[str], *, videos: int | None = None
-) -> SingleStage:
+) -> Curriculum:
     """Build the curriculum that trains ``config`` alone.
 
     Sources come from DATASETS, DATASET_SPLITS and DATASET_WEIGHTS, looked for in DATA_ROOT under the data root and in
-    the data root itself. Each is validated on its own ``val`` split, DanceTrack-style data on val_config.GT_FOLDER
-    where that lies beside its training split. Weights are DETR_PRETRAIN's, fresh where it is null.
+    the data root itself. The stage is judged on their ``val`` splits, or on val_config.GT_FOLDER alone (of it,
+    the sequences in SEQMAP_FILE) where that folder is there. Weights are DETR_PRETRAIN's, fresh where it is null.
 
     Args:
         data_root: folder that holds the raw datasets.
@@ -58,17 +50,19 @@ def single_stage(
         MotipError: an unknown dataset, lists of different lengths, a dataset or class that is not there.
     """
     roots = _search_roots(config, data_root)
-    notes: list[str] = []
     sources: dict[str, Source] = {}
     mixes: list[Mix] = []
+    validation = _validation(config, roots[-1], category_names)
     for dataset, split, weight in _datasets(config):
-        source = _source(dataset, split, config, roots, category_names)
+        splits = {"train": split} if validation is not None else {"train": split, "val": "val"}
+        source = _source(dataset, splits, config, roots, category_names)
         sources[source.name] = source
         mixes.append(Mix(source=source.name, videos=videos, frame_budget=None, weight=weight))
-    notes += _unused_validation(config, data_root, sources)
+    if validation is not None:
+        sources[VALIDATION] = validation
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", config.name).lstrip("_.-") or "stage"
-    stage = Stage(name=name, config=config, data=tuple(mixes))
-    return SingleStage(Curriculum(name=name, sources=sources, stages=(stage,)), tuple(notes))
+    stage = Stage(name=name, config=config, data=tuple(mixes), val=None if validation is None else (VALIDATION,))
+    return Curriculum(name=name, sources=sources, stages=(stage,))
 
 
 def _search_roots(config: Config, data_root: str) -> list[Path]:
@@ -112,7 +106,9 @@ def _datasets(config: Config) -> list[tuple[str, str, float]]:
     return [(folded[name.lower()], split, weight) for name, split, weight in zip(names, splits, weights, strict=True)]
 
 
-def _source(name: str, split: str, config: Config, roots: Sequence[Path], category_names: Sequence[str]) -> Source:
+def _source(
+    name: str, splits: dict[str, str], config: Config, roots: Sequence[Path], category_names: Sequence[str]
+) -> Source:
     known = KNOWN_DATASETS[name]
     candidates = [root / folder for root in roots for folder in known.folders]
     root = next((candidate for candidate in candidates if candidate.is_dir()), None)
@@ -123,9 +119,7 @@ def _source(name: str, split: str, config: Config, roots: Sequence[Path], catego
             expected=" or ".join(map(str, candidates)),
             fix="put it there (a link will do), or pass --data-root the folder that holds it",
         )
-    splits = {"train": split, "val": "val"}
     if known.format == "motchallenge":
-        splits["val"] = _validation_split(config, root, roots[-1])
         classes = _classes_by_number(config, [root / folder for folder in splits.values()], category_names)
     else:
         defaults = DEFAULT_CLASSES[known.format]
@@ -141,48 +135,33 @@ def _source(name: str, split: str, config: Config, roots: Sequence[Path], catego
     return Source(name=name.lower(), **values)
 
 
-def _validation_split(config: Config, root: Path, data_root: Path) -> str:
-    """The folder under ``root`` that is validated on: GT_FOLDER's where it lies here, else `val`."""
-    folder = _gt_folder(config, data_root)
-    if folder is None or folder.resolve().parent != root.resolve():
-        return "val"
-    _check_seqmap(config, folder, data_root)
-    return folder.name
-
-
-def _gt_folder(config: Config, data_root: Path) -> Path | None:
+def _validation(config: Config, data_root: Path, category_names: Sequence[str]) -> Source | None:
+    """GT_FOLDER as a source, if it is there."""
     named = config.val_config.GT_FOLDER
-    return data_root / named if named and (data_root / named).is_dir() else None
+    if not named or not (data_root / named).is_dir():
+        return None
+    folder = (data_root / named).resolve()
+    values: dict[str, Any] = {
+        "format": "motchallenge",
+        "root": str(folder.parent),
+        "domain": KNOWN_DATASETS[_datasets(config)[0][0]].domain,
+        "splits": {"val": folder.name},
+        "sequences": _listed(config, data_root),
+        "classes": _classes_by_number(config, [folder], category_names),
+    }
+    return Source(name=VALIDATION, **values)
 
 
-def _check_seqmap(config: Config, folder: Path, data_root: Path) -> None:
-    """A sequence map must list the folder's sequences: a score over others than it names would pass for its own."""
+def _listed(config: Config, data_root: Path) -> dict[str, tuple[str, ...]]:
+    """The validation sequences that SEQMAP_FILE names, if it is there."""
     named = config.val_config.SEQMAP_FILE
-    if named is None or not (data_root / named).is_file():
-        return
-    lines = [line.strip() for line in (data_root / named).read_text().splitlines()]
-    listed = {line for line in lines[1 if lines[:1] == ["name"] else 0 :] if line}
-    there = {child.name for child in folder.iterdir() if (child / "img1").is_dir()}
-    if listed != there:
-        raise MotipError(
-            "the sequence map and the validation folder differ",
-            where=f"val_config.SEQMAP_FILE: {data_root / named}",
-            found=f"{len(listed)} names in the map, {len(there)} sequences in {folder}",
-            expected="the same names, such as " + ", ".join(sorted(listed ^ there)[:3]),
-            fix="correct the map, or point GT_FOLDER at a folder (of links) that holds what it lists",
-        )
-
-
-def _unused_validation(config: Config, data_root: str, sources: dict[str, Source]) -> list[str]:
-    """A note where GT_FOLDER is there and is none of the folders that are validated on."""
-    folder = _gt_folder(config, Path(data_root).expanduser())
-    used = {(Path(source.root) / source.splits["val"]).resolve() for source in sources.values()}
-    if folder is None or folder.resolve() in used:
-        return []
-    return [
-        f"val_config.GT_FOLDER {folder} is not used: each source is validated on its own val split "
-        f"({', '.join(sources)})"
-    ]
+    if not named or not (data_root / named).is_file():
+        return {}
+    lines = [line.strip() for line in (data_root / named).read_text().splitlines() if line.strip()]
+    names = tuple(lines[1:] if lines[:1] == ["name"] else lines)
+    if not names:
+        raise MotipError("the sequence map names no sequence", where=data_root / named, expected="one name a line")
+    return {"val": names}
 
 
 def _classes_by_number(

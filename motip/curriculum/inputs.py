@@ -31,15 +31,18 @@ def stage_job(
         train += manifest.select(
             mix.source, "train", videos=mix.videos, frame_budget=mix.frame_budget, allow_fewer=mix.allow_fewer
         )
-        val += manifest.of(mix.source, "val")
+    judges = stage.val if stage.val is not None else tuple(mix.source for mix in stage.data)
+    for name in judges:
+        val += manifest.of(name, "val")
     if not val:
         raise MotipError(
             f"stage {stage.name} has no validation videos",
-            where="sources: " + ", ".join(mix.source for mix in stage.data),
+            where="sources: " + ", ".join(judges),
             expected="at least one labelled sequence in the val split",
             fix="give the source a `val` split; the best checkpoint is chosen on it",
         )
-    classes = {mix.source: dict(curriculum.sources[mix.source].classes) for mix in stage.data}
+    used = list(dict.fromkeys([*(mix.source for mix in stage.data), *judges]))
+    classes = {name: dict(curriculum.sources[name].classes) for name in used}
     weights = {mix.source: mix.weight for mix in stage.data}
     identity = {
         "format": FORMAT,
@@ -58,7 +61,7 @@ def stage_job(
         train=(),
         weights=weights,
         val=tuple(val),
-        protocols={mix.source: protocol_of(curriculum.sources[mix.source], config) for mix in stage.data},
+        protocols={name: protocol_of(curriculum.sources[name], config) for name in used},
         classes=classes,
         storage=options.storage,
         parent=parent,

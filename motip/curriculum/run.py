@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from motip.cluster import Cluster
-from motip.config import Curriculum, Source, without_effect_message
+from motip.config import Curriculum, without_effect_message
 from motip.curriculum.records import Options, StageRecord
 from motip.curriculum.stage import Session, Ui, run_stage
 from motip.curriculum.weights import check_given_weights, parent_of
+from motip.curriculum.worlds import with_worlds
 from motip.data.convert import convert, ray_map
 from motip.data.manifest import Manifest
-from motip.data.synthetic import write_world
 from motip.lineage import Lineage
 
 
@@ -38,7 +37,7 @@ def run_curriculum(
         MotipError: input that is wrong, naming place and remedy. Finished stages stay finished.
     """
     _announce(curriculum, ui)
-    curriculum = _with_worlds(curriculum, options, ui)
+    curriculum = with_worlds(curriculum, options.storage, ui.note)
     check_given_weights(curriculum, options)
     report = convert(
         curriculum,
@@ -74,22 +73,3 @@ def _announce(curriculum: Curriculum, ui: Ui) -> None:
         message = without_effect_message(stage.config)
         if message:
             ui.note(f"warning: {stage.name}: {message}")
-
-
-def _with_worlds(curriculum: Curriculum, options: Options, ui: Ui) -> Curriculum:
-    """Draw the synthetic sources, if any, under the storage; their roots then point there."""
-    sources: dict[str, Source] = {}
-    for name, source in curriculum.sources.items():
-        if source.synthetic is None:
-            sources[name] = source
-            continue
-        root = Path(options.storage).expanduser().resolve() / "worlds" / name
-        world = source.synthetic
-        splits = {split: {"sequences": count, "crowd": world.crowd} for split, count in world.sequences.items()}
-        report = write_world(
-            root, seed=world.seed, domains={world.domain: splits}, frames=world.frames, size=world.size
-        )
-        ui.note(f"world {name}: {report.frames} frames {'drawn' if report.written else 'drawn before'}, {report.root}")
-        drawn = report.source(world.domain)
-        sources[name] = source.model_copy(update={"root": drawn["root"], "fps": drawn["fps"]})
-    return curriculum.model_copy(update={"sources": sources})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from motip.config import Curriculum, Stage, load_config
 from motip.curriculum.records import Options, StageRecord
-from motip.data.storage import location, sha256
+from motip.data.storage import Location, local_copy, location, sha256, whole_file
 from motip.errors import MotipError
 from motip.files import digest
 from motip.model import ModelSpec
@@ -28,23 +28,23 @@ def check_given_weights(curriculum: Curriculum, options: Options) -> None:
                     ModelSpec.from_config(stage.config),
                     stage.config.class_names,
                     new_class_from=stage.config.CLASS_INIT,
+                    allow=stage.config.PRETRAIN_ALLOW,
                 )
 
 
 def find_weights(named: str, stage: Stage, options: Options) -> Path:
-    """A weights file: absolute, under the data root, or under the working directory.
+    """A weights file: absolute, under the data root, beside the curriculum file, or under the working directory.
 
     Raises:
         MotipError: it is nowhere.
     """
-    path = Path(named).expanduser()
-    root = location(options.data_root)
-    candidates = [path] if path.is_absolute() else [Path.cwd() / path]
-    if isinstance(root, Path) and not path.is_absolute():
-        candidates.insert(0, root / path)
+    candidates: list[Location] = [location(named)]
+    if isinstance(candidates[0], Path) and not candidates[0].is_absolute():
+        beside = Path(options.config_path).expanduser().resolve().parent
+        candidates = [location(options.data_root) / named.removeprefix("./"), beside / named, Path.cwd() / named]
     for candidate in candidates:
         if candidate.is_file():
-            return candidate
+            return local_copy(candidate)
     raise MotipError(
         f"the weights that stage {stage.name} starts from are not there",
         where=f"DETR_PRETRAIN of {stage.config.name} ({stage.config.origin('DETR_PRETRAIN')})"
@@ -63,7 +63,7 @@ def parent_of(curriculum: Curriculum, stage: Stage, records: list[StageRecord], 
         record = next(record for record in records if record.stage == earlier.name)
         return Parent(record.checkpoint, record.sha256, record.run_id, record.stage)
     if stage.initialise:
-        path = fresh_weights(stage, options)
+        path: Location = fresh_weights(stage, options)
     elif stage.weights or stage.config.DETR_PRETRAIN:
         path = find_weights(str(stage.weights or stage.config.DETR_PRETRAIN), stage, options)
     else:
@@ -71,15 +71,20 @@ def parent_of(curriculum: Curriculum, stage: Stage, records: list[StageRecord], 
     return Parent(str(path), sha256(path))
 
 
-def fresh_weights(stage: Stage, options: Options) -> Path:
+def fresh_weights(stage: Stage, options: Options) -> Location:
     """Saved, freshly initialised weights of the configuration that `initialise` names; made once."""
     config = load_config(str(stage.initialise))
     spec = ModelSpec.from_config(config)
     identity = digest({"spec": spec.to_dict(), "seed": config.SEED, "classes": config.class_names})
-    folder = Path(options.storage).expanduser().resolve() / "weights"
-    path = folder / f"{config.name}_{identity[:12]}.pth"
+    path = location(options.storage) / "weights" / f"{config.name}_{identity[:12]}.pth"
     if not path.is_file():
-        save_checkpoint(
-            path, model=fresh_model(config), classes=config.class_names, config=config.to_dict(), epoch=-1, step=0
-        )
+        with whole_file(path) as temporary:
+            save_checkpoint(
+                temporary,
+                model=fresh_model(config),
+                classes=config.class_names,
+                config=config.to_dict(),
+                epoch=-1,
+                step=0,
+            )
     return path

@@ -196,15 +196,20 @@ def flip_cxcywh(boxes_cxcywh: np.ndarray) -> np.ndarray:
     return boxes_cxcywh * [-1, 1, 1, 1] + [1, 0, 0, 0]
 
 
-def render_frame(augmentation: ClipAugmentation, frame: int, decoded: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, decoded at ``augmentation.reduction`` -> (3, *size_hw) uint8."""
+def render_frame(
+    augmentation: ClipAugmentation, frame: int, decoded: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, decoded at ``augmentation.reduction`` -> (3, *size_hw) uint8, into ``out`` if given."""
+    if out is None:
+        out = np.empty((3, *augmentation.size_hw), dtype=np.uint8)
     x0, y0, x1, y1 = (-(-int(value) // augmentation.reduction) for value in augmentation.windows_xyxy[frame])
     image = resize_image(decoded[y0:y1, x0:x1], augmentation.size_hw)
     if augmentation.flip:
         image = cv2.flip(image, 1)
     if augmentation.jitter is not None:
         image = jitter_colours(image, augmentation.jitter)
-    return np.stack(cv2.split(np.ascontiguousarray(image)))
+    cv2.split(image, list(out))
+    return out
 
 
 def jitter_colours(image: np.ndarray, jitter: ColourJitter) -> np.ndarray:

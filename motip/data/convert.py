@@ -159,7 +159,19 @@ class _Lister:
             )
 
     def raw_sequences(self, role: str) -> list[RawSequence]:
-        return self.reader.list_sequences(self.root, self.source.splits[role])
+        raws = self.reader.list_sequences(self.root, self.source.splits[role])
+        wanted = getattr(self.source, "sequences", {}).get(role)
+        if wanted is None:
+            return raws
+        missing = sorted(set(wanted) - {raw.name for raw in raws})
+        if missing:
+            raise MotipError(
+                f"{len(missing)} {role} sequences of source {self.source.name!r} are not there, such as {missing[0]}",
+                where=self.root / self.source.splits[role],
+                expected=f"the {len(wanted)} sequences that are listed for it",
+                fix="correct the list (a sequence map, or `sequences:` of the source), or fetch what is missing",
+            )
+        return [raw for raw in raws if raw.name in wanted]
 
     def evaluation_jobs(self, plan: SourcePlan) -> list[SequenceJob]:
         """Whole sequences of every split but train; the first conversion locks which they are."""

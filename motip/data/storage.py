@@ -300,3 +300,11 @@ def fetch(path: Location, target: Path) -> Path:
         else:
             shutil.copyfile(path, temporary)
     return target
+
+
+def local_copy(path: Location) -> Path:
+    """The file itself, or a copy in the user's cache where it lies in an object store; copied once per content."""
+    if isinstance(path, Path):
+        return path
+    target = Path("~/.cache/motip").expanduser() / sha256(path)[:16] / path.name
+    return target if target.is_file() else fetch(path, target)

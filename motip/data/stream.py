@@ -6,12 +6,13 @@ in the order in which they happen to arrive, drops those that do not divide even
 epoch, while every epoch has another plan. A dataset may hold the rows of several epochs, which saves starting the
 decoding actors anew for each of them.
 
-Encoded frames are read and decoded in the actors; one packed buffer per clip crosses the object store (uint8 pixels
-and ragged labels side by side, no pickle), and the training worker reads it in place.
+Encoded frames are read and decoded in the actors; two buffers per clip cross the object store (uint8 pixels, and the
+ragged labels packed into one), no pickle, and the training worker reads them in place.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,9 +35,12 @@ BLOCK_BYTES = 64 << 20
 """Clips that one actor task decodes, as bytes of pixels: more clips mean fewer blocks to hand to Ray (1 to 3 ms each,
 before the first batch), fewer clips mean less that waits for its turn in the object store."""
 MOST_ROWS_PER_BLOCK = 16
+BYTES_AT_ONCE = 24 << 20
+"""Pixels that an actor collects before it hands them over: each hand-over costs Ray some milliseconds of CPU."""
 LEAST_SHARE = 0.1
 """CPUs below which a process is refused: ten processes per core only queue up."""
 _ALIGNMENT = 64
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def clip_dataset(
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    context.target_max_block_size = 1 << 20  # a clip leaves its actor as soon as it is ready, not with its block
+    context.target_max_block_size = BYTES_AT_ONCE  # what an actor yields leaves it as it is, at once
     limit = object_store_bytes or max(256 << 20, 4 * actors * per_block * pixels)
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
         object_store_memory=limit
@@ -127,7 +131,7 @@ def clip_dataset(
         return ray.data.from_arrow(blocks).map_batches(
             _DecodeActor,
             fn_constructor_kwargs={"loader": loader},
-            batch_size=None,  # a whole block; its clips are yielded one by one
+            batch_size=None,  # a whole block; its clips are yielded a few at a time
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=actor_cpus,
@@ -150,12 +154,12 @@ def iterate(
     delivered = 0
     try:
         tables: Any = dataset.iter_batches(
-            batch_size=1, batch_format="pyarrow", prefetch_batches=max(0, prefetch) * batch_size
+            batch_size=None, batch_format="pyarrow", prefetch_batches=max(0, prefetch) * batch_size
         )
-        for table in tables:
-            if delivered >= len(rows) or table["row"][0].as_py() != delivered:
-                raise _wrong_rows(f"row {table['row'][0].as_py()} in place {delivered}", rows)
-            samples.append(unpack(table["clip"].chunk(0)[0].as_buffer()))
+        for row, pixels, labels in _clips(tables):
+            if delivered >= len(rows) or row != delivered:
+                raise _wrong_rows(f"row {row} in place {delivered}", rows)
+            samples.append(unpack(pixels, labels))
             delivered += 1
             if len(samples) == batch_size:
                 yield collate(samples)
@@ -169,9 +173,20 @@ def iterate(
         raise _wrong_rows(f"{delivered} rows, {len(samples)} of them in no whole batch", rows)
 
 
-def pack(sample: ClipSample) -> np.ndarray:
-    """One clip as flat bytes: length of the header, JSON header, then the arrays, each on a 64-byte border."""
-    arrays = {"images": sample.images}
+def _clips(tables: Iterator[pa.Table]) -> Iterator[tuple[int, pa.Buffer, pa.Buffer]]:
+    """Row number, pixels and labels of each clip, without a copy."""
+    for table in tables:
+        for index in range(table.num_rows):
+            pixels, labels = (table[name][index].as_buffer() for name in ("pixels", "labels"))
+            yield table["row"][index].as_py(), pixels, labels
+
+
+def pack(sample: ClipSample) -> tuple[np.ndarray, np.ndarray]:
+    """One clip as two flat byte arrays: its pixels as they lie in memory, and everything else.
+
+    The latter are the length of the header, a JSON header, then the arrays, each on a 64-byte border.
+    """
+    arrays: dict[str, np.ndarray] = {}
     for name in ("boxes_cxcywh", "classes", "ignore_cxcywh"):
         parts: list[np.ndarray] = getattr(sample, name)
         arrays[name] = np.concatenate(parts)
@@ -183,19 +198,25 @@ def pack(sample: ClipSample) -> np.ndarray:
     for name, array in arrays.items():
         entries.append((name, array.dtype.str, array.shape, offset))
         offset += _aligned(array.nbytes)
-    slots = sample.slots and (sample.slots.distractors, sample.slots.dropped)
-    header = json.dumps({"name": sample.name, "weight": sample.weight, "slots": slots, "arrays": entries}).encode()
-    begin = _aligned(8 + len(header))
+    header = {
+        "name": sample.name,
+        "weight": sample.weight,
+        "slots": sample.slots and (sample.slots.distractors, sample.slots.dropped),
+        "pixels": sample.images.shape,
+        "arrays": entries,
+    }
+    text = json.dumps(header).encode()
+    begin = _aligned(8 + len(text))
     packed = np.zeros(begin + offset, dtype=np.uint8)
-    packed[:8].view(np.int64)[0] = len(header)
-    packed[8 : 8 + len(header)] = np.frombuffer(header, np.uint8)
+    packed[:8].view(np.int64)[0] = len(text)
+    packed[8 : 8 + len(text)] = np.frombuffer(text, np.uint8)
     for (_, _, _, at), array in zip(entries, arrays.values(), strict=True):
         packed[begin + at : begin + at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return packed
+    return np.ascontiguousarray(sample.images).reshape(-1), packed
 
 
-def unpack(packed: Any) -> ClipSample:
-    """Inverse of `pack`; the arrays are read-only views of the buffer."""
+def unpack(pixels: Any, packed: Any) -> ClipSample:
+    """Inverse of `pack`; the arrays are read-only views of the buffers."""
     raw = np.frombuffer(packed, np.uint8)
     length = int(raw[:8].view(np.int64)[0])
     header = json.loads(raw[8 : 8 + length].tobytes())
@@ -214,7 +235,7 @@ def unpack(packed: Any) -> ClipSample:
         labels: dict[str, Any] = {name: arrays[name] for name in SLOT_FIELDS}
         slots = ClipSlots(**labels, distractors=distractors, dropped=dropped)
     return ClipSample(
-        images=arrays["images"],
+        images=np.frombuffer(pixels, np.uint8).reshape(header["pixels"]),
         boxes_cxcywh=ragged("boxes_cxcywh"),
         classes=ragged("classes"),
         ignore_cxcywh=ragged("ignore_cxcywh"),
@@ -224,6 +245,21 @@ def unpack(packed: Any) -> ClipSample:
     )
 
 
+def keep_freed_memory() -> None:
+    """Have malloc keep what was freed for the next frame instead of giving it back to the system.
+
+    Frames and clips come and go thousands of times, and each time the system maps and clears their pages anew, which
+    takes as long as decoding a JPEG. Only glibc can be told so; elsewhere nothing changes.
+    """
+    keep, threshold = 256 << 20, 32 << 20  # the largest threshold that glibc takes
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_TRIM_THRESHOLD, keep)
+    mallopt(_M_MMAP_THRESHOLD, threshold)
+
+
 class _DecodeActor:
     """Lives in a process of its own; keeps shard footers open between clips."""
 
@@ -231,14 +267,32 @@ class _DecodeActor:
         import cv2
 
         cv2.setNumThreads(1)  # the pool is the parallelism; more threads would take the training worker's cores
+        keep_freed_memory()
         self.loader = loader
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        ready: list[tuple[int, np.ndarray, np.ndarray]] = []
         for row, clip in zip(block["row"].to_pylist(), block["clip"].to_pylist(), strict=True):
-            packed = pack(self.loader.load(ClipRef.from_json(clip)))
-            ends = pa.array([0, packed.nbytes], pa.int64()).buffers()[1]
-            column = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(packed)])
-            yield pa.table({"row": [row], "clip": column})
+            ready.append((row, *pack(self.loader.load(ClipRef.from_json(clip)))))
+            if sum(pixels.nbytes for _, pixels, _ in ready) >= BYTES_AT_ONCE:
+                yield _table(ready)
+                ready = []
+        if ready:
+            yield _table(ready)
+
+
+def _table(clips: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> pa.Table:
+    rows, pixels, labels = zip(*clips, strict=True)
+    return pa.table({"row": pa.array(rows, pa.int64()), "pixels": _binary(pixels), "labels": _binary(labels)})
+
+
+def _binary(arrays: Sequence[np.ndarray]) -> pa.ChunkedArray:
+    """One value per array, each a chunk of its own over the array's memory."""
+    chunks = []
+    for array in arrays:
+        ends = pa.array([0, array.nbytes], pa.int64()).buffers()[1]
+        chunks.append(pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(array)]))
+    return pa.chunked_array(chunks)
 
 
 def _wrong_rows(found: str, rows: Sequence[ClipRef]) -> MotipError:

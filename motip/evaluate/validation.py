@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from motip.data.clip_loader import read_video_frames
@@ -67,8 +67,14 @@ def score_videos(
     class_maps: Mapping[str, ClassMap],
     protocols: Mapping[str, str],
     split: str,
+    averaged: Collection[str] | None = None,
+    notes: Sequence[str] = (),
 ) -> StageScores:
     """Score every video exactly once, each source by its protocol.
+
+    Args:
+        averaged: classes the class average is taken over (CLASSES_TO_EVAL); None: all.
+        notes: what must stand beside the numbers.
 
     Raises:
         MotipError: a video was not tracked, or was tracked without being listed.
@@ -90,7 +96,9 @@ def score_videos(
         )
     return StageScores(
         {
-            source: score(sequences, class_maps[source].names, protocol=protocols[source], split=split)
+            source: replace(
+                score(sequences, class_maps[source].names, protocols[source], split, averaged), notes=tuple(notes)
+            )
             for source, sequences in prepared.items()
         }
     )

@@ -43,11 +43,11 @@ class MultiHeadAttention(nn.Module):
         query, key = both.unflatten(-1, (2, self.heads, self.head_dim)).unbind(-3)
         return query, key
 
-    def project_key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., E) -> keys and values, each (..., heads, head_dim), in one product."""
-        both = F.linear(x, self.in_proj_weight[self.dim :], self.in_proj_bias[self.dim :])
-        key, value = both.unflatten(-1, (2, self.heads, self.head_dim)).unbind(-3)
-        return key, value
+    def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., E) -> queries, keys and values, each (..., heads, head_dim), in one product."""
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = projected.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        return query, key, value
 
     def merge_heads(self, attended: Tensor) -> Tensor:
         """(..., heads, head_dim) -> (..., E) through the output projection."""

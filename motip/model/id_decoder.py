@@ -36,24 +36,43 @@ _BLOCK_FRAMES = 8
 
 
 class HistoryTokens(NamedTuple):
-    """Trajectory tokens as each layer's cross-attention sees them: keys and values, each (layers, S, heads, head_dim).
+    """S trajectory tokens as each layer's cross-attention sees them, behind the zero token that it always sees.
 
     They depend on feature and label only, so a tracker computes them once when a frame is appended.
+
+    Attributes:
+        keys, values: (layers, 1 + S, heads, head_dim); row 0 is zero (see ``with_zero_token``). It is stored because
+            putting it in front of a long history in every layer of every frame was an eighth of the tracker's time.
     """
 
     keys: Tensor
     values: Tensor
 
     def __len__(self) -> int:
-        return self.keys.shape[1]
+        return self.keys.shape[1] - 1
 
     def append(self, newer: HistoryTokens) -> HistoryTokens:
         """These tokens followed by `newer`."""
-        return HistoryTokens(torch.cat([self.keys, newer.keys], 1), torch.cat([self.values, newer.values], 1))
+        keys = torch.cat([self.keys, newer.keys[:, 1:]], 1)
+        return HistoryTokens(keys, torch.cat([self.values, newer.values[:, 1:]], 1))
 
     def select(self, index: Tensor) -> HistoryTokens:
         """Tokens `index`, a (S,) bool mask or a vector of positions."""
-        return HistoryTokens(self.keys[:, index], self.values[:, index])
+        rows = index.nonzero().flatten() if index.dtype == torch.bool else index
+        rows = F.pad(rows + 1, (1, 0))
+        return HistoryTokens(self.keys[:, rows], self.values[:, rows])
+
+
+class HistoryProjection(NamedTuple):
+    """What ``encode_history`` multiplies with, for all layers at once.
+
+    Attributes:
+        weight: (layers * 2E, D), from a feature to every layer's key and value.
+        table: (V+1, layers * 2E), what the label adds to them.
+    """
+
+    weight: Tensor
+    table: Tensor
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -179,18 +198,27 @@ class IdDecoder(nn.Module):
         return torch.stack(logits).unflatten(1, lead)
 
     @torch.no_grad()
-    def encode_history(self, features: Tensor, labels: Tensor) -> HistoryTokens:
+    def history_projection(self) -> HistoryProjection:
+        """The weights of ``encode_history``; they hold for as long as the weights of the decoder do."""
+        parts = [self._history_weights(layer) for layer in range(len(self.cross_attn_layers))]
+        return HistoryProjection(torch.cat([weight for weight, _ in parts]), torch.cat([t for _, t in parts], 1))
+
+    @torch.no_grad()
+    def encode_history(
+        self, features: Tensor, labels: Tensor, projection: HistoryProjection | None = None
+    ) -> HistoryTokens:
         """Project history tokens once, for ``decode``.
 
         Args:
-            features: (S,D) after ``TrajectoryModeling``. labels: (S,) in 0..V-1.
+            features: (S,D) after ``TrajectoryModeling``. labels: (S,) in 0..V-1. projection: from
+                ``history_projection``, for callers that encode frame after frame; making it costs as much as encoding
+                a frame.
         """
-        labels = self._clean_labels(labels)
-        keys, values = zip(
-            *(self._project_history(layer, features, labels) for layer in range(len(self.cross_attn_layers))),
-            strict=True,
-        )
-        return HistoryTokens(torch.stack(keys), torch.stack(values))
+        weight, table = projection or self.history_projection()
+        both = F.linear(features, weight).add_(F.embedding(self._clean_labels(labels), table))
+        both = both.unflatten(-1, (len(self.cross_attn_layers), 2, self.heads, self.spec.head_dim))
+        keys, values = F.pad(both, (0, 0, 0, 0, 0, 0, 0, 0, 1, 0)).permute(2, 1, 0, 3, 4).unbind()
+        return HistoryTokens(keys, values)
 
     @torch.no_grad()
     def decode(
@@ -216,18 +244,19 @@ class IdDecoder(nn.Module):
                 fix="lower MISS_TOLERANCE or grow REL_PE_LENGTH",
             )
         tokens = self._unknown_tokens(unknown_features)
+        biases = self.rel_pos_embeds[:, ages].transpose(1, 2)  # (layers, heads, S)
+        if history_masks is not None:
+            biases = biases.masked_fill(history_masks, _HIDDEN)
+        biases = F.pad(biases, (1, 0)).to(tokens.dtype)
         for layer in range(len(self.cross_attn_layers)):
             if layer > 0:
                 tokens = self._look_around(layer, tokens[None], None)[0]
             attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
-            bias = self.rel_pos_embeds[layer][ages].t()  # (heads, S)
-            if history_masks is not None:
-                bias = bias.masked_fill(history_masks, _HIDDEN)
             attended = F.scaled_dot_product_attention(
                 attention.project_query(tokens).transpose(0, 1)[None],
-                with_zero_token(history.keys[layer]).transpose(0, 1)[None],
-                with_zero_token(history.values[layer]).transpose(0, 1)[None],
-                attn_mask=F.pad(bias, (1, 0))[None, :, None].to(tokens.dtype),
+                history.keys[layer].transpose(0, 1)[None],
+                history.values[layer].transpose(0, 1)[None],
+                attn_mask=biases[layer][None, :, None],
             )
             attended = attention.merge_heads(attended[0].transpose(0, 1))
             tokens = self._feed_forward(layer, self.cross_attn_norm_layers[layer](tokens + attended))
@@ -254,9 +283,9 @@ class IdDecoder(nn.Module):
         attention: MultiHeadAttention = self.self_attn_layers[layer - 1]  # type: ignore[assignment]
 
         def attend(tokens: Tensor) -> Tensor:
-            key, value = attention.project_key_value(tokens)
+            query, key, value = attention.project_all(tokens)
             attended = F.scaled_dot_product_attention(
-                attention.project_query(tokens).transpose(1, 2),
+                query.transpose(1, 2),
                 with_zero_token(key).transpose(1, 2),
                 with_zero_token(value).transpose(1, 2),
                 attn_mask=None if hidden is None else ~F.pad(hidden, (1, 0))[:, None, None, :],
@@ -324,13 +353,17 @@ class IdDecoder(nn.Module):
 
         The ID half of a token takes V+1 values, so its projection is a table that is looked up.
         """
+        weight, table = self._history_weights(layer)
+        both = F.linear(features, weight).add_(F.embedding(labels, table))
+        keys, values = both.unflatten(-1, (2, self.heads, self.spec.head_dim)).unbind(-3)
+        return keys, values
+
+    def _history_weights(self, layer: int) -> tuple[Tensor, Tensor]:
+        """From feature to key and value (2E,D), and what each label adds to them (V+1,2E)."""
         attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
         width, dim = self.spec.feature_dim, self.spec.embed_dim
         weight, bias = attention.in_proj_weight[dim:], attention.in_proj_bias[dim:]
-        table = F.linear(self.word_to_embed.weight.t(), weight[:, width:], bias)
-        both = F.linear(features, weight[:, :width]).add_(F.embedding(labels, table))
-        keys, values = both.unflatten(-1, (2, self.heads, self.spec.head_dim)).unbind(-3)
-        return keys, values
+        return weight[:, :width], F.linear(self.word_to_embed.weight.t(), weight[:, width:], bias)
 
     def _feed_forward(self, layer: int, tokens: Tensor) -> Tensor:
         return self.ffn_norm_layers[layer](tokens + recomputed(self.ffn_layers[layer], tokens))

@@ -147,7 +147,7 @@ class _Planner:
                 continue
             # Loading a state dict in its order leaves the last of several values of one tensor in place.
             source = sources[-1]
-            moved = self._move(source, slots[first], words)
+            moved = self._move(source, slots[first], words) if self._agree(sources) else None
             if moved is None:
                 self._set_aside(names, sources, slots[first])
                 continue
@@ -160,9 +160,24 @@ class _Planner:
                 )
             self._account_for_sources(sources, category, detail)
 
+    def _agree(self, sources: list[str]) -> bool:
+        """Whether all names of one model tensor have one shape in the file, or those that differ are allowed."""
+        shape = self.file.tensors[sources[-1]].shape
+        other = [key for key in sources if self.file.tensors[key].shape != shape]
+        if not other or self._allowed(*other):
+            return True
+        found = f"shape {tuple(self.file.tensors[other[0]].shape)}, but {tuple(shape)} as {sources[-1]}"
+        self._problem(other[0], found, "these are two names of one tensor: the file is damaged")
+        return False
+
     def _move(self, key: str, slot: Tensor, words: Mapping[str, Tensor]) -> tuple[Tensor, str, str] | None:
         """The value for a model tensor from the file's tensor `key`, its category and detail; None if it cannot be."""
         tensor = self.file.tensors[key]
+        if not tensor.is_floating_point():
+            if not self._allowed(key):
+                kind = str(tensor.dtype).removeprefix("torch.")
+                self._problem(key, f"{kind} numbers where the model has floating-point ones", "the file is damaged")
+            return None
         if _CLASS_HEAD.match(key) and tensor.shape[1:] == slot.shape[1:]:
             if self._classes_unchanged():
                 return tensor, COPIED, ""
@@ -295,7 +310,7 @@ class _Planner:
             where=f"{self.file.path}, key {key}" + (others if more else ""),
             found=wrong,
             expected="every tensor of the file and of the model accounted for",
-            fix=f"{advice}; if it is meant, allow it by name: --allow '{key}'",
+            fix=f"{advice}; if it is meant, allow it by name: PRETRAIN_ALLOW: ['{key}'] (or --allow '{key}')",
         )
 
     def report(self, class_names: tuple[str, ...]) -> TransferReport:

@@ -88,7 +88,7 @@ def read_weights(path: Path | str, *, classes: Sequence[str] | None = None) -> W
     container = read_container(path)
     raw = _state_dict_of(container, path)
     tensors, notes = _full_keys(raw, path)
-    _check_finite(tensors, path)
+    _check_values(tensors, path)
     meta: dict[str, Any] = {}
     if container is not raw:
         meta = {key: value for key, value in container.items() if key in _META_KEYS and value is not None}
@@ -275,10 +275,19 @@ def _first_foreign(tensors: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> 
     return "none, but class_embed.0.weight is missing"
 
 
-def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_values(tensors: Mapping[str, Tensor], path: Path) -> None:
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            form = "without values (meta)" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}"
+            raise MotipError(
+                "a tensor is stored in a form that no weight of this model has",
+                where=f"{path}, key {key}",
+                found=form.replace("torch.", ""),
+                expected="a dense tensor of floating-point numbers",
+            )
+        finite = torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)  # float8 has no isfinite
+        if not bool(finite.all()):
+            bad = int((~finite).sum())
             raise MotipError(
                 "a tensor holds NaN or infinity",
                 where=f"{path}, key {key}",
@@ -290,9 +299,10 @@ def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _class_rows(tensors: Mapping[str, Tensor], path: Path) -> int:
     heads = {key: tensor for key, tensor in tensors.items() if key.startswith("detr.class_embed.")}
-    first, rows = next((key, tensor.shape[0]) for key, tensor in heads.items() if _CLASS_WEIGHT.match(key))
+    weights = ((key, tensor.shape) for key, tensor in heads.items() if _CLASS_WEIGHT.match(key))
+    first, rows = next((key, shape[0] if shape else 0) for key, shape in weights)
     for key, tensor in heads.items():
-        if tensor.ndim == 0 or tensor.shape[0] != rows:
+        if tensor.ndim == 0 or tensor.shape[0] != rows:  # a weight without rows counts as one of 0 rows
             raise MotipError(
                 "the class heads of the decoder layers have different numbers of rows",
                 where=f"{path}, key {key}",

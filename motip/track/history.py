@@ -13,21 +13,22 @@ class TokenHistory:
     """A queue of history tokens in order of time: appended at one end, forgotten at the other.
 
     Only detections that were seen are stored (a hidden token has no influence). Tokens lie contiguous in a buffer with
-    spare room, so a frame costs one small copy; the buffer is compacted when its end is reached.
+    spare room, so a frame costs one small copy; the buffer is compacted when its end is reached. The zero token stands
+    before the first of them and moves with it, over the tokens that are forgotten.
     """
 
     def __init__(self) -> None:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
-        self._start = 0
-        self._end = 0
+        self._start = 0  # of the zero token
+        self._end = 1
         self.frames = np.zeros(0, np.int64)
         """(S,) frame of each token."""
         self.labels = np.zeros(0, np.int64)
         """(S,) ID label of each token; -1 where its track was dropped."""
 
     def __len__(self) -> int:
-        return self._end - self._start
+        return self._end - self._start - 1
 
     def append(self, tokens: HistoryTokens, labels: np.ndarray, frame: int) -> None:
         """Add the tokens of the objects of one frame."""
@@ -35,8 +36,8 @@ class TokenHistory:
         if self._keys is None or self._values is None or self._end + count > self._keys.shape[1]:
             self._make_room(tokens, count)
         assert self._keys is not None and self._values is not None
-        self._keys[:, self._end : self._end + count] = tokens.keys
-        self._values[:, self._end : self._end + count] = tokens.values
+        self._keys[:, self._end : self._end + count] = tokens.keys[:, 1:]
+        self._values[:, self._end : self._end + count] = tokens.values[:, 1:]
         self._end += count
         self.frames = np.append(self.frames, np.full(count, frame))
         self.labels = np.append(self.labels, labels)
@@ -44,7 +45,10 @@ class TokenHistory:
     def forget_before(self, frame: int) -> None:
         """Drop the tokens of frames earlier than `frame`."""
         old = int(np.searchsorted(self.frames, frame))
-        self._start += old
+        if old and self._keys is not None and self._values is not None:
+            self._start += old
+            self._keys[:, self._start] = 0.0
+            self._values[:, self._start] = 0.0
         self.frames, self.labels = self.frames[old:], self.labels[old:]
 
     def drop_labels(self, labels: np.ndarray) -> None:
@@ -52,17 +56,18 @@ class TokenHistory:
         self.labels[np.isin(self.labels, labels)] = -1
 
     def tokens(self) -> HistoryTokens:
-        """Views of all S tokens, hidden ones included (``labels == -1``)."""
+        """Views of the zero token and all S tokens, hidden ones included (``labels == -1``)."""
         assert self._keys is not None and self._values is not None
         return HistoryTokens(self._keys[:, self._start : self._end], self._values[:, self._start : self._end])
 
     def _make_room(self, like: HistoryTokens, count: int) -> None:
         capacity = 2 * (len(self) + count) + 64
         layers, _, heads, head_dim = like.keys.shape
-        keys = torch.empty(layers, capacity, heads, head_dim, dtype=like.keys.dtype, device=like.keys.device)
-        values = torch.empty_like(keys)
+        keys = torch.zeros(layers, capacity, heads, head_dim, dtype=like.keys.dtype, device=like.keys.device)
+        values = torch.zeros_like(keys)
+        rows = 1 + len(self)
         if len(self):
             kept = self.tokens()
-            keys[:, : len(self)] = kept.keys
-            values[:, : len(self)] = kept.values
-        self._keys, self._values, self._start, self._end = keys, values, 0, len(self)
+            keys[:, :rows] = kept.keys
+            values[:, :rows] = kept.values
+        self._keys, self._values, self._start, self._end = keys, values, 0, rows

@@ -22,6 +22,7 @@ _CONFIG_KEYS = {
     "assignment_protocol": "ASSIGNMENT_PROTOCOL",
     "memory_rule": "MEMORY_RULE",
     "newborn_order": "NEWBORN_ORDER",
+    "mask_unused_labels": "MASK_UNUSED_LABELS",
     "use_sigmoid": "USE_FOCAL_LOSS",
     "short_side": "INFERENCE_SHORT_SIDE",
     "max_longer": "INFERENCE_MAX_LONGER",
@@ -50,6 +51,8 @@ class TrackerSettings:
     """``published`` keeps miss_tolerance - 1 frames, so an object may be missing two frames fewer."""
     newborn_order: Literal["score", "query"] = "score"
     """Who gets a label when there are fewer labels than objects."""
+    mask_unused_labels: bool = True
+    """Labels that no remembered track holds cannot be the answer: they are taken out of the scores."""
     use_sigmoid: bool = False
     """ID scores by sigmoid (models trained with focal ID loss) instead of softmax."""
     short_side: int = 800

@@ -103,6 +103,7 @@ class RuntimeTracker:
         self._frame = 0
         self._next_id = 0
         self._history = TokenHistory()
+        self._projection = model.id_decoder.history_projection()
         self._queue = np.arange(self._vocabulary)  # labels, the longest unused first
         self._ids = np.full(self._vocabulary, -1)  # label -> track id, -1: label free
         self._last_seen = np.full(self._vocabulary, -1)
@@ -196,11 +197,13 @@ class RuntimeTracker:
         ages = np.minimum(self._frame - self._history.frames, self._oldest_age)
         hidden = self._history.labels < 0
         device = embeds.device
+        not_in_use = np.append(~tracked, False)  # newborn can always be the answer
         logits = self._decoder.decode(
             embeds,
             self._history.tokens(),
             torch.from_numpy(ages).to(device),
             torch.from_numpy(hidden).to(device) if hidden.any() else None,
+            torch.from_numpy(not_in_use).to(device) if self.settings.mask_unused_labels else None,
         ).float()
         scores = (logits.sigmoid() if self.settings.use_sigmoid else logits.softmax(dim=-1)).cpu().numpy()
         if not np.isfinite(scores).all():
@@ -252,7 +255,8 @@ class RuntimeTracker:
         if len(labels):
             features = self._trajectory_modeling(found.embeds)
             on_device = torch.from_numpy(labels).to(features.device)
-            self._history.append(self._decoder.encode_history(features, on_device), labels, self._frame)
+            tokens = self._decoder.encode_history(features, on_device, self._projection)
+            self._history.append(tokens, labels, self._frame)
             self._last_seen[labels] = self._frame
             np.add.at(self._votes, (labels, found.classes), found.scores)
             # Published order within a frame is query order; by score, the weakest of a frame is given up first.

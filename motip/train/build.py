@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from motip.config import Config
+from motip.data.storage import local_copy, location
 from motip.errors import MotipError
 from motip.model import MOTIP, ModelSpec, build_model
 from motip.model.init import init_copy_id_decoder, init_grid_queries
@@ -45,7 +46,7 @@ def build_model_for(
         return model, None
     if job.parent is None:
         return model, None
-    weights = read_weights(job.parent.path, classes=config.PRETRAIN_CLASSES)
+    weights = read_weights(local_copy(location(job.parent.path)), classes=config.PRETRAIN_CLASSES)
     if weights.sha256 != job.parent.sha256:
         raise MotipError(
             "the parent checkpoint has changed since the stage was planned",
@@ -54,7 +55,9 @@ def build_model_for(
             expected=job.parent.sha256[:12],
             fix="run the curriculum again: the stage is planned anew from the file as it is",
         )
-    plan = plan_transfer(weights, model.spec, config.class_names, new_class_from=config.CLASS_INIT)
+    plan = plan_transfer(
+        weights, model.spec, config.class_names, new_class_from=config.CLASS_INIT, allow=config.PRETRAIN_ALLOW
+    )
     return model, apply_transfer(model, plan)
 
 
@@ -78,7 +81,7 @@ def restore_optimizer(run: Run, stored: dict[str, Any] | None) -> int:
 
 
 def _prolong(run: Run, path: str, optimizer: bool, scheduler: bool) -> None:
-    parent = load_checkpoint(path)
+    parent = load_checkpoint(local_copy(location(path)))
     if (parent.get("config") or {}).get("_name") != run.config.name:
         return
     if optimizer and parent.get("optimizer"):

@@ -120,12 +120,23 @@ def validate(run: Run, epoch: int) -> dict[str, float]:
     begin = time.perf_counter()
     job, config = run.job, run.config
     mine = job.val[run.comm.rank :: run.comm.world_size]
-    tracked = track_videos(run.model, mine, job.storage, TrackerSettings.from_config(config))
-    everyone = {key: rows for part in gather_objects(run.comm, tracked) for key, rows in part.items()}
+    notes: set[str] = set()
+    tracked = track_videos(
+        run.model, mine, job.storage, TrackerSettings.from_config(config), lambda _, result: notes.update(result.notes)
+    )
+    parts = gather_objects(run.comm, (tracked, notes))
     if not run.leads:
         return {}
-    maps = job.class_maps(config)
-    scores = score_videos(job.val, everyone, job.storage, maps, job.protocols, config.val_config.SPLIT_TO_EVAL)
+    scores = score_videos(
+        job.val,
+        {key: rows for own, _ in parts for key, rows in own.items()},
+        job.storage,
+        job.class_maps(config),
+        job.protocols,
+        config.val_config.SPLIT_TO_EVAL,
+        averaged=config.val_config.CLASSES_TO_EVAL,
+        notes=sorted(set().union(*(said for _, said in parts))),
+    )
     run.record("scores", {"epoch": epoch, "step": run.global_step, "scores": scores.to_json()})
     return {**scores.flat(), "time/validation_s": time.perf_counter() - begin}
 

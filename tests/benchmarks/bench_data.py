@@ -135,10 +135,17 @@ def in_process(world: World) -> Iterator[object]:
 
 
 def through_ray(world: World) -> Iterator[object]:
+    import ray
+
     from motip.data.stream import clip_dataset, iterate
 
-    dataset = clip_dataset(world.clips, world.loader, actors=2, actor_cpus=0.5)
-    return iterate(dataset, world.clips, batch_size=1)
+    # Started and stopped here, so that Ray's processes cost the other ways nothing.
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        dataset = clip_dataset(world.clips, world.loader, actors=2, actor_cpus=0.5)
+        yield from iterate(dataset, world.clips, batch_size=1)
+    finally:
+        ray.shutdown()
 
 
 WORKERS = {"batch_size": None, "num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": True}
@@ -160,11 +167,12 @@ def cost(way: Callable[[World], Iterator[object]], world: World, rounds: int) ->
         if index in (total // 3, 2 * total // 3):
             marks.append((index, tree_cpu_seconds(), time.perf_counter()))
     (first, cpu, wall), (last, cpu_after, wall_after) = marks
-    return (cpu_after - cpu) / (last - first), (wall_after - wall) / (last - first)
+    spent = sum(seconds - cpu.get(pid, 0.0) for pid, seconds in cpu_after.items())
+    return spent / (last - first), (wall_after - wall) / (last - first)
 
 
-def tree_cpu_seconds() -> float:
-    """User and system time of this process and its descendants, those that have ended included."""
+def tree_cpu_seconds() -> dict[int, float]:
+    """User and system time of this process and its living descendants, by process id."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
@@ -174,14 +182,15 @@ def tree_cpu_seconds() -> float:
             except OSError:  # ended while we were looking
                 continue
             parents[int(entry.name)] = int(fields[1])
-            ticks[int(entry.name)] = sum(map(int, fields[11:15]))
-    total = 0
+            ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
+    tree: dict[int, float] = {}
     for pid, own in ticks.items():
         ancestor = pid
         while ancestor and ancestor != os.getpid():
             ancestor = parents.get(ancestor, 0)
-        total += own if ancestor else 0
-    return total / os.sysconf("SC_CLK_TCK")
+        if ancestor:
+            tree[pid] = own / os.sysconf("SC_CLK_TCK")
+    return tree
 
 
 def main() -> None:
@@ -189,14 +198,11 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=30, help="clips per run at T=5, fewer for longer ones")
     parser.add_argument("--lengths", type=int, nargs="+", default=[5, 30])
     parser.add_argument("--ray", action="store_true", help="also through Ray Data with two actors")
+    parser.add_argument("--only", default="", help="only the ways whose name contains this")
     options = parser.parse_args()
     samples = Path(os.environ.get("MOTIP_SAMPLES_DIR", "../shared/samples")).resolve()
     torch.set_num_threads(1)
     if options.ray:
-        import ray
-
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-
         WAYS.update(RAY_WAY)
     print(f"{'T':>3}  {'way':<34}{'CPU-s/clip':>11}{'clips/CPU-s':>13}{'clips/s':>9}{'ratio':>7}")
     for length in options.lengths:
@@ -204,6 +210,8 @@ def main() -> None:
             world = build(Path(folder), samples, length, max(24, options.clips * 5 // length))
             baseline = 0.0
             for name, (way, rounds) in WAYS.items():
+                if options.only not in name:
+                    continue
                 cpu, wall = cost(way, world, rounds)
                 baseline = baseline or cpu
                 print(

@@ -32,7 +32,7 @@ from tests.benchmarks.bench_id_decoder import NaiveIdDecoder
 from tests.parity import recipe
 
 HISTORY = 29
-SETTINGS = TrackerSettings(memory_rule="published", newborn_order="query", newborn_thresh=0.5)
+SETTINGS = TrackerSettings(memory_rule="published", newborn_order="query", mask_unused_labels=False, newborn_thresh=0.5)
 Detections = tuple[Tensor, Tensor, Tensor]
 
 

@@ -21,8 +21,8 @@ def test_the_shipped_stages_find_their_data(tmp_path: Path, repo_root: Path) -> 
     (tmp_path / "bdd100k").mkdir()
     (tmp_path / "datasets" / "visdrone").mkdir(parents=True)
     stage2 = single_stage(load_config(repo_root / "configs/bdd_stage2.yaml"), str(tmp_path), CATEGORIES, videos=150)
-    curriculum = stage2.curriculum
-    assert curriculum.name == "bdd_stage2" and stage2.notes == ()
+    curriculum = stage2
+    assert curriculum.name == "bdd_stage2" and curriculum.stages[0].val is None
     source = curriculum.sources["bdd100k"]
     assert (source.format, source.root, source.fps) == ("bdd100k", str(tmp_path / "bdd100k"), 5.0)
     assert source.splits == {"train": "train", "val": "val"}
@@ -31,16 +31,16 @@ def test_the_shipped_stages_find_their_data(tmp_path: Path, repo_root: Path) -> 
     assert curriculum.parent_of(curriculum.stages[0]) is None and curriculum.stages[0].weights is None
     # DATA_ROOT below the data root goes first.
     aerial = single_stage(load_config(repo_root / "configs/visdrone_stage1.yaml"), str(tmp_path), CATEGORIES)
-    assert aerial.curriculum.sources["visdrone"].root == str(tmp_path / "datasets" / "visdrone")
-    assert aerial.curriculum.sources["visdrone"].classes["car"] == ("car", "van")
-    assert aerial.curriculum.stages[0].data[0].videos is None
+    assert aerial.sources["visdrone"].root == str(tmp_path / "datasets" / "visdrone")
+    assert aerial.sources["visdrone"].classes["car"] == ("car", "van")
+    assert aerial.stages[0].data[0].videos is None
 
 
 def test_several_datasets_with_splits_and_weights(tmp_path: Path) -> None:
     for name in ("BDD100K", "visdrone"):
         (tmp_path / name).mkdir()
     both = config(DATASETS=["bdd100k", "VisDrone"], DATASET_SPLITS=["train", "val"], DATASET_WEIGHTS=[1.0, 3.0])
-    made = single_stage(both, str(tmp_path), CATEGORIES, videos=3).curriculum
+    made = single_stage(both, str(tmp_path), CATEGORIES, videos=3)
     assert [source.splits["train"] for source in made.sources.values()] == ["train", "val"]
     assert [(mix.source, mix.weight, mix.videos) for mix in made.stages[0].data] == [
         ("bdd100k", 1.0, 3),
@@ -53,10 +53,10 @@ def test_several_datasets_with_splits_and_weights(tmp_path: Path) -> None:
 def test_gt_numbers_mean_the_names_beside_them_or_those_of_mot17(tmp_path: Path) -> None:
     named = {"val_config": {"CLASS_NAME_TO_ID": {"car": 2, "pedestrian": 1}}}
     write_dance_world(tmp_path / "with")
-    made = single_stage(config(**named), str(tmp_path / "with"), CATEGORIES).curriculum
+    made = single_stage(config(**named), str(tmp_path / "with"), CATEGORIES)
     assert made.sources["dancetrack"].classes == {"pedestrian": ("pedestrian",), "car": ("car",)}
     write_dance_world(tmp_path / "without", labels=None)
-    made = single_stage(config(**named), str(tmp_path / "without"), CATEGORIES).curriculum
+    made = single_stage(config(**named), str(tmp_path / "without"), CATEGORIES)
     # The reader calls an unnamed 2 `person on vehicle`; the plan's files mean a car by it.
     assert made.sources["dancetrack"].classes == {"pedestrian": ("pedestrian",), "car": ("person on vehicle",)}
     swapped = {"val_config": {"CLASS_NAME_TO_ID": {"car": 1, "pedestrian": 2}}}
@@ -67,22 +67,48 @@ def test_gt_numbers_mean_the_names_beside_them_or_those_of_mot17(tmp_path: Path)
         single_stage(config(**named), str(tmp_path / "with"), CATEGORIES)
 
 
-def test_gt_folder_beside_the_training_data_is_validated_on(tmp_path: Path) -> None:
+def test_gt_folder_judges_alone_and_only_what_the_map_lists(tmp_path: Path) -> None:
     base = write_dance_world(tmp_path / "datasets")
-    (base / "val").rename(base / "held_out")
-    val = {"GT_FOLDER": "./datasets/DanceTrack/held_out", "SEQMAP_FILE": "./datasets/DanceTrack/val_seqmap.txt"}
-    made = single_stage(config(val_config=val), str(tmp_path), CATEGORIES)
-    assert made.curriculum.sources["dancetrack"].splits == {"train": "train", "val": "held_out"} and not made.notes
-    (base / "val_seqmap.txt").write_text("name\nv0\n")
-    with pytest.raises(MotipError, match="sequence map and the validation folder differ"):
-        single_stage(config(val_config=val), str(tmp_path), CATEGORIES)
-
-
-def test_a_gt_folder_that_cannot_be_used_is_said(tmp_path: Path) -> None:
-    write_dance_world(tmp_path / "datasets")
     (tmp_path / "bdd100k").mkdir()
-    ground = config(DATASETS=["BDD100K"], val_config={"GT_FOLDER": "./datasets/DanceTrack/val"})
-    assert "is not used" in single_stage(ground, str(tmp_path), CATEGORIES).notes[0]
+    val = {"GT_FOLDER": "./datasets/DanceTrack/val", "SEQMAP_FILE": "./datasets/DanceTrack/val_seqmap.txt"}
+    for datasets in (["BDD100K"], ["DanceTrack"]):
+        made = single_stage(config(DATASETS=datasets, val_config=val), str(tmp_path), CATEGORIES)
+        assert made.stages[0].val == ("validation",)
+        source = made.sources["validation"]
+        assert (source.format, source.root, source.splits) == ("motchallenge", str(base), {"val": "val"})
+        assert source.sequences == {"val": ("v0", "v1")} and source.classes["car"] == ("car",)
+        assert made.sources[datasets[0].lower()].splits == {"train": "train"}
+    (base / "val_seqmap.txt").write_text("name\nv1\n")
+    assert single_stage(config(val_config=val), str(tmp_path), CATEGORIES).sources["validation"].sequences == {
+        "val": ("v1",)
+    }
+    (base / "val_seqmap.txt").unlink()
+    assert single_stage(config(val_config=val), str(tmp_path), CATEGORIES).sources["validation"].sequences == {}
+
+
+def test_the_stage_trains_on_one_and_is_judged_on_the_other(tmp_path: Path, repo_root: Path) -> None:
+    from motip.config import load_config
+    from motip.curriculum.inputs import stage_job
+    from motip.curriculum.records import Options
+    from motip.data.convert import convert
+    from motip.data.manifest import Manifest
+
+    base = write_dance_world(tmp_path / "datasets")
+    (base / "val_seqmap.txt").write_text("name\nv1\n")
+    settings = load_config(repo_root / "configs/demo/motip_tiny.yaml", [
+        "NUM_CLASSES=2", "sampler_lengths=[2]", "sample_intervals=[1]", "val_config.GT_FOLDER=datasets/DanceTrack/val",
+        "val_config.SEQMAP_FILE=datasets/DanceTrack/val_seqmap.txt",
+    ])  # fmt: skip
+    made = single_stage(settings, str(tmp_path), CATEGORIES)
+    convert(made, tmp_path, tmp_path / "s")
+    manifest = Manifest.load(tmp_path / "s")
+    job, train = stage_job(made, made.stages[0], None, manifest, Options(str(tmp_path), str(tmp_path / "s")))
+    assert [video.identity for video in job.val] == [("validation", "val", "v1")]
+    assert [video.identity for video in train] == [("dancetrack", "train", "t0"), ("dancetrack", "train", "t1")]
+    assert set(job.protocols) == set(job.classes) == {"dancetrack", "validation"}
+    (base / "val_seqmap.txt").write_text("name\nv1\nv9\n")
+    with pytest.raises(MotipError, match="are not there, such as v9"):
+        convert(single_stage(settings, str(tmp_path), CATEGORIES), tmp_path, tmp_path / "s2")
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from motip.config import Config
 from motip.data.id_labels import SLOT_FIELDS, IdSettings, draw_id_slots
 
 SETTINGS = IdSettings(
@@ -40,6 +41,13 @@ def test_every_object_has_exactly_one_slot_when_distractors_are_kept() -> None:
         for t, own in enumerate(ids):
             present = slots.unknown_ann[group, t]
             assert sorted(present[present >= 0].tolist()) == list(range(len(own)))
+
+
+def test_settings_come_from_the_configuration_keys() -> None:
+    config = Config(SUBSET_OVERFLOW="drop", NUM_ID_VOCABULARY=40, NUM_TRAINING_IDS=30, AUG_NUM_GROUPS=3)
+    found = IdSettings.from_config(config)
+    assert (found.overflow, found.vocabulary, found.training_ids, found.groups) == ("drop", 40, 30, 3)
+    assert IdSettings.from_config(Config()).overflow == "distractor"
 
 
 def test_dropped_objects_are_counted() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from motip.errors import MotipError
 from motip.model.class_names import COCO_CATEGORY_IDS
-from motip.model.weights import read_weights, save_checkpoint
+from motip.model.weights import load_pretrained, read_weights, save_checkpoint
 from tests.model.weight_cases import detector_state, save_published, tiny_model
 
 
@@ -194,8 +194,50 @@ def test_nan_and_infinity_are_refused_with_the_key(tmp_path: Path, value: float)
 def test_a_class_list_that_contradicts_the_head_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     torch.save({"model": tiny_model(num_classes=2).state_dict(), "classes": ["pedestrian"], "config": {}}, path)
-    with pytest.raises(MotipError, match="names 1 classes, but the class head has 2 rows"):
+    with pytest.raises(MotipError, match="names 1 classes, but the class head has 2 rows") as caught:
         read_weights(path)
+    assert str(caught.value.where) == f"{path}, classes"
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize("form", ["sparse", "meta"])
+def test_a_tensor_without_plain_values_is_refused_with_the_key(tmp_path: Path, form: str) -> None:
+    state = dict(tiny_model().state_dict())
+    key = "id_decoder.rel_pos_embeds"
+    state[key] = state[key].to_sparse() if form == "sparse" else state[key].to("meta")
+    with pytest.raises(MotipError, match="form that no weight") as caught:
+        read_weights(save_published(tmp_path / "a.pth", state))
+    assert f"key {key}" in str(caught.value.where) and form in str(caught.value.found)
+
+
+def test_a_class_head_without_rows_is_refused_with_the_key(tmp_path: Path) -> None:
+    state = dict(tiny_model(num_classes=2).state_dict())
+    state["detr.class_embed.0.weight"] = torch.tensor(1.0)
+    with pytest.raises(MotipError, match="different numbers of rows") as caught:
+        read_weights(save_published(tmp_path / "a.pth", state))
+    assert "detr.class_embed." in str(caught.value.where)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "code", "other model", "nan", "classes"])
+def test_a_refused_file_leaves_the_model_as_it_was(tmp_path: Path, fault: str) -> None:
+    model, path = tiny_model(2), tmp_path / "a.pth"
+    state, content = dict(tiny_model(1).state_dict()), {}
+    if fault == "nan":
+        state["id_decoder.rel_pos_embeds"] = torch.full_like(state["id_decoder.rel_pos_embeds"], float("nan"))
+    elif fault == "other model":
+        state = {"conv1.weight": torch.zeros(2)}
+    elif fault == "code":
+        content = {"extra": _Bomb(tmp_path / "it_ran")}
+    elif fault == "classes":
+        content = {"classes": ["pedestrian", "car"], "config": {}}
+    torch.save({"model": state, **content}, path)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-500])
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(MotipError) as caught:
+        load_pretrained(model, path, ["pedestrian"])
+    assert str(path) in str(caught.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_class_heads_of_different_height_are_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,13 +16,24 @@ from motip.model import ModelSpec
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def reference_files(pattern: str) -> list[Path]:
-    """Files to parametrise a test with; empty (pytest then skips) where there is no reference directory."""
-    return sorted(Path(os.environ.get("MOTIP_REFERENCE_DIR", ROOT / "../shared/reference")).resolve().glob(pattern))
+def directory() -> Path:
+    return Path(os.environ.get("MOTIP_REFERENCE_DIR", ROOT / "../shared/reference")).resolve()
 
 
-def stem(path: Path) -> str:
-    return path.stem
+def present(pattern: str) -> list[Path]:
+    """The reference files of one kind; none where there is no reference directory."""
+    return sorted(directory().glob(pattern))
+
+
+def or_skip(cases: list[Any], what: str, values: int = 1) -> list[Any]:
+    """`cases` for a test of so many `values`, or one that is skipped and says which files are absent."""
+    reason = f"no {what} in {directory()}; set MOTIP_REFERENCE_DIR to a folder that holds it"
+    return cases or [pytest.param(*[None] * values, marks=pytest.mark.skip(reason), id="absent")]
+
+
+def reference_files(pattern: str) -> list[Any]:
+    """Files of one kind to parametrise a test with."""
+    return or_skip([pytest.param(path, id=path.stem) for path in present(pattern)], pattern)
 
 
 def tensor(array: np.ndarray) -> Tensor:

@@ -18,25 +18,18 @@ from motip.errors import MotipError
 from motip.model import ModelSpec, build_model
 from motip.model.transfer_report import COPIED, DROPPED, INITIALISED, ROWS_MOVED, TransferReport
 from motip.model.weights import load_checkpoint, load_pretrained, save_checkpoint
-from tests.conftest import _directory
 from tests.model.weight_cases import TINY, detector_logits, detector_state, save_published, tiny_model
 from tests.parity.recipe import fill
-
-
-def layouts() -> list[Path]:
-    try:
-        folder = _directory("MOTIP_REFERENCE_DIR", "../shared/reference", "reference numbers")
-    except pytest.skip.Exception:
-        return []
-    return sorted(folder.glob("checkpoint_layout*.json"))
+from tests.parity.sizes import or_skip, present, reference_files
 
 
 def cases() -> list[Any]:
-    return [
+    found = [
         pytest.param(name, outcome, id=f"{path.stem}: {name}")
-        for path in layouts()
+        for path in present("checkpoint_layout*.json")
         for name, outcome in json.loads(path.read_text())["detr_pretrain_acceptance"].items()
     ]
+    return or_skip(found, "checkpoint_layout*.json", 2)
 
 
 @dataclass
@@ -207,7 +200,7 @@ def check_resume(tmp_path: Path, name: str) -> None:
     assert content["states"] == {"start_epoch": 1, "global_step": 5}
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in layouts()])
+@pytest.mark.parametrize("path", reference_files("checkpoint_layout*.json"))
 def test_our_checkpoint_has_the_published_container(tmp_path: Path, path: Path) -> None:
     layout = json.loads(path.read_text())
     model = tiny_model(1)
@@ -240,7 +233,7 @@ def test_our_checkpoint_has_the_published_container(tmp_path: Path, path: Path) 
     assert written == layout["scheduler"]["milestones"]
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in layouts()])
+@pytest.mark.parametrize("path", reference_files("checkpoint_layout*.json"))
 def test_the_default_model_has_the_published_number_of_entries(path: Path) -> None:
     layout = json.loads(path.read_text())
     with torch.device("meta"):

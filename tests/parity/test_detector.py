@@ -15,7 +15,7 @@ from motip.model.detector import DetectorOutput
 from motip.model.preprocess import normalise
 from motip.model.spec import ModelSpec
 from tests.parity.recipe import fill, image, padded_batch
-from tests.parity.sizes import largest_difference, reference_files, stem, tiny_spec
+from tests.parity.sizes import largest_difference, reference_files, tiny_spec
 
 
 def _batch(file: Any) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def _check_predictions(out: DetectorOutput, file: Any, aux: dict[str, int]) -> N
     assert largest_difference(out.outputs, file["outputs"]) < 1e-4
 
 
-@pytest.mark.parametrize("path", reference_files("detector_full*.npz"), ids=stem)
+@pytest.mark.parametrize("path", reference_files("detector_full*.npz"))
 def test_full_size_detector(path: Path) -> None:
     with np.load(path) as file:
         spec = ModelSpec(num_classes=file["pred_logits"].shape[-1], only_detr=True)
@@ -45,7 +45,7 @@ def test_full_size_detector(path: Path) -> None:
         _check_predictions(out, file, {"aux_first": 0, "aux_last": -1})
 
 
-@pytest.mark.parametrize("path", reference_files("detector_tiny*.npz"), ids=stem)
+@pytest.mark.parametrize("path", reference_files("detector_tiny*.npz"))
 def test_tiny_detector_and_its_intermediate_tensors(path: Path) -> None:
     with np.load(path) as file:
         spec = _spec_of(file)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,18 +14,16 @@ from torch import Tensor
 
 from motip.losses.detection import DetectionCriterion
 from motip.losses.matcher import DetectionTargets
-
-ROOT = Path(__file__).resolve().parents[2]
-DIRECTORY = Path(os.environ.get("MOTIP_REFERENCE_DIR", ROOT / "../shared/reference")).resolve()
+from tests.parity.sizes import or_skip, present
 
 
-def _files(with_layers: bool) -> list[str]:
+def _files(with_layers: bool) -> list[Any]:
     found = []
-    for path in sorted(DIRECTORY.glob("detr_criterion_*.npz")):
+    for path in present("detr_criterion_*.npz"):
         with np.load(path) as stored:
             if ("layer0_logits" in stored.files) == with_layers:
-                found.append(path.name)
-    return found
+                found.append(pytest.param(path, id=path.stem))
+    return or_skip(found, f"detr_criterion_*.npz {'with' if with_layers else 'without'} decoder layers")
 
 
 def _targets(boxes: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> DetectionTargets:
@@ -39,9 +37,9 @@ def _output(layers: list[tuple[Tensor, Tensor]]) -> SimpleNamespace:
     return SimpleNamespace(pred_logits=layers[-1][0], pred_boxes=layers[-1][1], aux=layers[:-1])
 
 
-@pytest.mark.parametrize("name", _files(with_layers=True))
-def test_layers(name: str) -> None:
-    with np.load(DIRECTORY / name) as stored:
+@pytest.mark.parametrize("path", _files(with_layers=True))
+def test_layers(path: Path) -> None:
+    with np.load(path) as stored:
         saved = dict(stored)
     depth = len([key for key in saved if re.fullmatch(r"layer\d+_logits", key)])
     layers = [
@@ -52,14 +50,19 @@ def test_layers(name: str) -> None:
         for n in range(depth)
     ]
     targets = _targets(saved["tgt_boxes"], saved["tgt_labels"], saved["counts"])
-    criterion = DetectionCriterion(log_chunk=int(saved["batch_len"]))
+    weights = dict(zip(saved["loss_keys"].tolist(), saved["loss_weights"].tolist(), strict=True))
+    criterion = DetectionCriterion(
+        class_weight=weights["loss_ce"],
+        bbox_weight=weights["loss_bbox"],
+        giou_weight=weights["loss_giou"],
+        log_chunk=int(saved["batch_len"]),
+    )
     result = criterion(_output(layers), targets, num_boxes=targets.num_objects)
 
     values = {**result.losses, **result.logs}
     for key, expected in zip(saved["loss_keys"].tolist(), saved["loss_values"], strict=True):
         np.testing.assert_allclose(values[key].item(), expected, rtol=1e-5, atol=1e-6, err_msg=key)
     np.testing.assert_allclose(result.total.item(), saved["total"], rtol=1e-5)
-    weights = dict(zip(saved["loss_keys"].tolist(), saved["loss_weights"].tolist(), strict=True))
     assert {key for key, weight in weights.items() if weight} == set(result.losses)
 
     matching = criterion.matcher(
@@ -88,9 +91,9 @@ def _saved_pairs(saved: dict[str, np.ndarray], prefix: str) -> set[tuple[int, in
     return set(zip(*columns, strict=True))
 
 
-@pytest.mark.parametrize("name", _files(with_layers=False))
-def test_frames_and_chunks_without_objects(name: str) -> None:
-    with np.load(DIRECTORY / name) as stored:
+@pytest.mark.parametrize("path", _files(with_layers=False))
+def test_frames_and_chunks_without_objects(path: Path) -> None:
+    with np.load(path) as stored:
         saved = dict(stored)
     cases = [match[1] for key in saved if (match := re.fullmatch(r"(\w+)_counts", key))]
     assert cases

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from motip.losses.identity import count_supervised, id_loss
-
-ROOT = Path(__file__).resolve().parents[2]
-DIRECTORY = Path(os.environ.get("MOTIP_REFERENCE_DIR", ROOT / "../shared/reference")).resolve()
+from tests.parity.sizes import or_skip, present, reference_files
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor, focal: bool) -> torch.Tensor:
@@ -23,9 +21,9 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor, focal
     return id_loss(stacked, labels[:, :, 1:], masks[:, :, 1:], int(count_supervised(masks).sum()), focal=focal)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in DIRECTORY.glob("id_criterion*.npz")))
-def test_id_criterion(name: str) -> None:
-    with np.load(DIRECTORY / name) as stored:
+@pytest.mark.parametrize("path", reference_files("id_criterion*.npz"))
+def test_id_criterion(path: Path) -> None:
+    with np.load(path) as stored:
         saved = dict(stored)
     cases = [match[1] for key in saved if (match := re.fullmatch(r"(\w+)_masks", key))]
     assert cases
@@ -42,18 +40,18 @@ def test_id_criterion(name: str) -> None:
             np.testing.assert_allclose(loss.item(), expected, rtol=1e-5, atol=1e-12, err_msg=f"{case} {kind}")
 
 
-def _decoder_cases() -> list[tuple[str, str, str]]:
+def _decoder_cases() -> list[Any]:
     found = []
-    for path in sorted(DIRECTORY.glob("id_decoder_*.npz")):
+    for path in present("id_decoder_*.npz"):
         with np.load(path) as stored:
             tags = [re.fullmatch(r"(.+)_id_loss_(ce|focal)", key) for key in stored.files]
-        found += [(path.name, tag[1], tag[2]) for tag in tags if tag]
-    return found
+        found += [pytest.param(path, tag[1], tag[2], id=f"{path.stem}-{tag[1]}-{tag[2]}") for tag in tags if tag]
+    return or_skip(found, "id_decoder_*.npz", 3)
 
 
-@pytest.mark.parametrize(("name", "mode", "kind"), _decoder_cases())
-def test_loss_of_decoder_logits(name: str, mode: str, kind: str) -> None:
-    with np.load(DIRECTORY / name) as stored:
+@pytest.mark.parametrize(("path", "mode", "kind"), _decoder_cases())
+def test_loss_of_decoder_logits(path: Path, mode: str, kind: str) -> None:
+    with np.load(path) as stored:
         saved = {key: stored[key] for key in stored.files if key.startswith(mode)}
         clips = stored["in_unknown_id_labels"].shape[0]
     logits = torch.from_numpy(saved[f"{mode}_logits"])

@@ -10,12 +10,12 @@ import pytest
 from motip.model import deformable_attention
 from motip.model.deformable_attention import DeformableAttention
 from tests.parity.recipe import fill
-from tests.parity.sizes import largest_difference, reference_files, stem, tensor
+from tests.parity.sizes import largest_difference, reference_files, tensor
 
 
 @pytest.mark.parametrize("implementation", ["grid_sample", "embedding_bag"])
 @pytest.mark.parametrize("prefix", ["r2_", "r4_"])
-@pytest.mark.parametrize("path", reference_files("msda*.npz"), ids=stem)
+@pytest.mark.parametrize("path", reference_files("msda*.npz"))
 def test_deformable_attention_matches(
     path: Path, prefix: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -16,14 +14,13 @@ from motip.data.augment import (
     resize_size,
 )
 from tests.parity import recipe
+from tests.parity.sizes import reference_files
 
 
-@pytest.fixture(scope="module")
-def preprocess(reference_dir: Path) -> dict[str, np.ndarray]:
-    path = reference_dir / "preprocess.npz"
-    if not path.is_file():
-        pytest.skip(f"no {path}")
-    return dict(np.load(path))
+@pytest.fixture(scope="module", params=reference_files("preprocess*.npz"))
+def preprocess(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
+    with np.load(request.param) as file:
+        return dict(file)
 
 
 def test_inference_sizes_are_exact(preprocess: dict[str, np.ndarray]) -> None:

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from motip.data.clips import PlanVideo, published_order
+from tests.parity.sizes import reference_files
 
 
-def _runs(reference_dir: Path) -> tuple[dict, list[PlanVideo]]:
-    path = reference_dir / "sampler.json"
-    if not path.is_file():
-        pytest.skip(f"no {path}")
+def _runs(path: Path) -> tuple[dict, list[PlanVideo]]:
     data = json.loads(path.read_text())
     videos = []
     for name, frames in data["lengths"].items():
@@ -23,8 +21,9 @@ def _runs(reference_dir: Path) -> tuple[dict, list[PlanVideo]]:
     return data["runs"], videos
 
 
-def test_published_order_equals_the_published_sampler(reference_dir: Path) -> None:
-    runs, videos = _runs(reference_dir)
+@pytest.mark.parametrize("path", reference_files("sampler*.json"))
+def test_published_order_equals_the_published_sampler(path: Path) -> None:
+    runs, videos = _runs(path)
     compared = 0
     for key, expected in runs.items():
         tag, _, epoch = key.partition("_epoch")

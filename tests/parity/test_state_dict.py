@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from motip.model import MOTIP, ModelSpec, build_model
-from tests.parity.sizes import reference_files, stem
+from tests.parity.sizes import reference_files
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def _kinds(model: MOTIP) -> dict[str, str]:
     return {key: kind(key) for key in model.state_dict()}
 
 
-@pytest.mark.parametrize("path", reference_files("state_dict*.tsv"), ids=stem)
+@pytest.mark.parametrize("path", reference_files("state_dict*.tsv"))
 def test_every_entry_of_the_state_dict(path: Path, model: MOTIP) -> None:
     kinds = _kinds(model)
     ours = [
@@ -51,7 +51,7 @@ def test_every_entry_of_the_state_dict(path: Path, model: MOTIP) -> None:
     assert ours == expected
 
 
-@pytest.mark.parametrize("path", reference_files("param_groups*.tsv"), ids=stem)
+@pytest.mark.parametrize("path", reference_files("param_groups*.tsv"))
 def test_parameters_come_in_the_published_optimiser_order(path: Path, model: MOTIP) -> None:
     rows = _rows(path)
     order = {name: index for index, (name, p) in enumerate(model.named_parameters()) if p.requires_grad}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from motip.train.communicate import SingleProcess
 from motip.train.optimizer import LearningRates, build_optimizer
 from motip.train.step import TrainStep
 from tests.parity import recipe
+from tests.parity.sizes import reference_files
 
-ROOT = Path(__file__).resolve().parents[2]
-DIRECTORY = Path(os.environ.get("MOTIP_REFERENCE_DIR", ROOT / "../shared/reference")).resolve()
 PADDED_COLUMNS = 8
 TINY = {
     "DETR_HIDDEN_DIM": 64,
@@ -99,9 +97,9 @@ def _batch(trace: dict[str, np.ndarray], clips: list[int]) -> ClipBatch:
     )
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in DIRECTORY.glob("train_*.npz")))
-def test_trace(name: str) -> None:
-    with np.load(DIRECTORY / name) as stored:
+@pytest.mark.parametrize("path", reference_files("train_*.npz"))
+def test_trace(path: Path) -> None:
+    with np.load(path) as stored:
         trace = dict(stored)
     options = json.loads(str(trace["opt_json"]))
     config = _config(trace, options)

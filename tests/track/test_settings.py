@@ -19,6 +19,35 @@ def test_settings_come_from_the_configuration_keys() -> None:
     assert (settings.det_thresh, settings.miss_tolerance, settings.use_sigmoid) == (0.4, 12, True)
 
 
+def test_every_key_reaches_its_setting() -> None:
+    changed = {
+        "DET_THRESH": 0.41,
+        "NEWBORN_THRESH": 0.42,
+        "ID_THRESH": 0.43,
+        "AREA_THRESH": 44.0,
+        "MISS_TOLERANCE": 12,
+        "ASSIGNMENT_PROTOCOL": "id-max",
+        "MEMORY_RULE": "published",
+        "NEWBORN_ORDER": "query",
+        "MASK_UNUSED_LABELS": False,
+        "USE_FOCAL_LOSS": True,
+        "INFERENCE_SHORT_SIDE": 320,
+        "INFERENCE_MAX_LONGER": 640,
+        "INFERENCE_DTYPE": "BF16",
+        "LONGTERM_PATIENCE": 7,
+        "LONGTERM_SIMILARITY": 0.5,
+    }
+    assert set(changed) == set(_CONFIG_KEYS.values())
+    settings = TrackerSettings.from_config(_config(**changed))  # type: ignore[arg-type]
+    assert {key: getattr(settings, name) for name, key in _CONFIG_KEYS.items()} == changed
+
+
+def test_exports_carry_every_tracker_key() -> None:
+    from motip.model.export import TRACKING_KEYS
+
+    assert set(TRACKING_KEYS) == set(_CONFIG_KEYS.values())
+
+
 def test_every_key_exists_in_the_configuration() -> None:
     from motip.config import Config
 
