@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 
 from motip.errors import MotipError
@@ -33,9 +34,12 @@ def connect(num_cpus: int | None = None) -> Cluster:
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
+    from ray.exceptions import RayError
 
     address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
+        if address:
+            _check_answers(address)
         try:
             if address:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -47,7 +51,7 @@ def connect(num_cpus: int | None = None) -> Cluster:
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                 )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
             raise MotipError(
                 f"cannot {'join the Ray cluster' if address else 'start Ray on this machine'}: {error}",
                 where=f"RAY_ADDRESS={address}" if address else "ray.init",
@@ -58,6 +62,22 @@ def connect(num_cpus: int | None = None) -> Cluster:
     resources = ray.cluster_resources()
     nodes = sum(1 for node in ray.nodes() if node["Alive"])
     return Cluster(resources.get("CPU", 0.0), resources.get("GPU", 0.0), nodes, bool(address))
+
+
+def _check_answers(address: str) -> None:
+    """Fail in seconds where nobody listens; Ray itself would try for minutes without a word."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdigit():
+        return  # `auto`, `local` and ray:// addresses are left to Ray
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise MotipError(
+            f"no Ray head answers: {error.strerror or error}",
+            where=f"RAY_ADDRESS={address}",
+            expected="the address that `ray start --head` printed",
+            fix="start the head, or unset RAY_ADDRESS to start Ray on this machine",
+        ) from error
 
 
 def disconnect() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from motip.cluster import connect, disconnect
 from motip.config import Curriculum, load_curriculum
 from motip.curriculum import CurriculumResult, Options, run_curriculum
+from motip.curriculum.weights import check_given_weights
 from motip.data.storage import location
 from motip.errors import MotipError
 from motip.lineage import Lineage
@@ -64,8 +65,13 @@ def launch(
     if until is not None and until not in [stage.name for stage in curriculum.stages]:
         names = ", ".join(stage.name for stage in curriculum.stages)
         raise MotipError("there is no such stage", where="--until", found=until, expected=f"one of {names}")
+    check_given_weights(curriculum, options)  # said here it costs no start of Ray
     ui = DriverUi()
     cluster = connect() if workers > 0 else None
+    if cluster is not None and cluster.gpus < 1:
+        for stage in curriculum.stages:
+            if stage.config.DEVICE == "cuda":
+                ui.note(f"warning: {stage.name}: DEVICE is cuda, but the cluster has no GPU: it trains on the CPU")
     try:
         lineage = Lineage(storage=options.storage)
         result = run_curriculum(curriculum, options, cluster, lineage, ui)
@@ -86,6 +92,7 @@ def checked_data_root(named: str) -> str:
     """Raises MotipError where a local data root is no folder."""
     place = location(named)
     if isinstance(place, Path):
+        _refuse_relative_in_a_job("--data-root", place)
         if not place.is_dir():
             raise MotipError(
                 "the data root is not there",
@@ -98,6 +105,18 @@ def checked_data_root(named: str) -> str:
     return named
 
 
+def _refuse_relative_in_a_job(flag: str, place: Path) -> None:
+    """A submitted job runs in a copy of the working directory that Ray throws away."""
+    if not place.is_absolute() and "working_dir_files" in Path.cwd().parts:
+        raise MotipError(
+            "a submitted job needs absolute paths: it runs in a copy of the folder that is thrown away",
+            where=flag,
+            found=place,
+            expected="an absolute path, the same on every node, or an s3:// URI",
+            fix=f"give {flag} an absolute path",
+        )
+
+
 def checked_storage(named: str) -> str:
     """Absolute storage that can be written: a submitted job's working directory is thrown away.
 
@@ -107,6 +126,7 @@ def checked_storage(named: str) -> str:
     place = location(named)
     if not isinstance(place, Path):
         return named
+    _refuse_relative_in_a_job("--storage", place)
     place = place.resolve()
     try:
         place.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 
 Examples:
     python ray_jobs/train.py --config configs/bdd_stage2.yaml --data-root /data --set DETR_PRETRAIN=checkpoint_best.pth
-    python ray_jobs/train.py --config configs/samples/stage1.yaml --data-root ../shared/samples --videos 1
+    python ray_jobs/train.py --config configs/samples/stage1.yaml --data-root ../shared/samples --videos 1 \\
+        --set DATASETS=[BDD100K] --set NUM_CLASSES=1 --set CLASSES=[car]
     ray job submit --working-dir . -- python ray_jobs/train.py --config configs/visdrone_stage1.yaml \\
         --data-root /data --storage /shared/motip --workers 4
 

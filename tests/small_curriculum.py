@@ -67,11 +67,15 @@ class QuietUi:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
+        self.phases: list[tuple[str, int, int]] = []
         self.begun: list[str] = []
         self.records: list[tuple[str, dict[str, Any]]] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def converting(self, phase: str, done: int, total: int) -> None:
+        self.phases.append((phase, done, total))
 
     def converted(self, report: Any) -> None:
         self.notes.append(report.summary_line())

@@ -19,7 +19,8 @@ from motip.files import sha256_file
 from motip.lineage import Lineage
 from motip.model.weights import load_checkpoint
 from motip.train.build import build_model_for
-from motip.train.fit import RayFeed, place
+from motip.train.feeds import RayFeed
+from motip.train.fit import place
 from motip.train.job import Parent, StageJob
 from tests.small_curriculum import run, write_files
 
@@ -44,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
         stage = curriculum.stages[1]
         placement = place(1, stage.config, Cluster(cpus=2, gpus=0, nodes=1, joined=False))
         job = StageJob(stage.name, stage.config.to_dict(), (), {}, (), {}, {}, "", None, "")
-        RayFeed(job, stage.config, rank=0, world=1, placement=placement)
+        RayFeed(job, stage.config, 0, 1, placement.decoders, placement.decoder_cpus)
         given = stage.config.replaced(DETR_PRETRAIN=result.records[0].checkpoint)
         alone = stage.model_copy(update={"config": given, "weights": None})
         assert parent_of(curriculum, alone, [], Options(str(folder), str(folder))).sha256 == result.records[0].sha256

@@ -53,6 +53,10 @@ def transfer(
     classes: Annotated[
         str | None, typer.Option(help="Class names of the file's rows, comma-separated, where it does not say.")
     ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="Key or pattern of a tensor that may differ."),
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
     output: Annotated[
         str | None, typer.Option(help="Write the transferred weights as a checkpoint of the configuration.")
@@ -74,7 +78,13 @@ def transfer(
     named = None if classes is None else tuple(name.strip() for name in classes.split(","))
     weights = read_weights(path, classes=named or settings.PRETRAIN_CLASSES)
     names = settings.class_names
-    plan = plan_transfer(weights, ModelSpec.from_config(settings), names, new_class_from=settings.CLASS_INIT)
+    plan = plan_transfer(
+        weights,
+        ModelSpec.from_config(settings),
+        names,
+        new_class_from=settings.CLASS_INIT,
+        allow=[*settings.PRETRAIN_ALLOW, *(allow or [])],
+    )
     report = plan.report
     if output is not None:
         from motip.train.build import fresh_model

@@ -19,6 +19,8 @@ SAME_MEANING: tuple[tuple[str, str], ...] = (
     ("LR_BACKBONE", "LR_BACKBONE_SCALE"),
     ("sampler_lengths", "SAMPLE_LENGTHS"),
     ("sample_intervals", "SAMPLE_INTERVALS"),
+    ("sample_interval_seconds", "sample_intervals"),
+    ("sample_interval_seconds", "SAMPLE_INTERVALS"),
     ("OUTPUT_DIR", "OUTPUTS_DIR"),
 )
 """Pairs of keys that say the same thing: the one nearest the leaf of the chain wins."""

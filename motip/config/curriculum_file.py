@@ -89,6 +89,8 @@ class Stage(BaseModel):
     "Configuration file whose freshly initialised weights stand in for a base checkpoint."
     best: str = "HOTA"
     "Metric (class-averaged, on the stage's own validation videos) that chooses the best checkpoint."
+    allow_unlabelled: tuple[str, ...] = ()
+    "Classes that the stage may train although none of its training videos has a label of them."
 
 
 class Curriculum(BaseModel):
@@ -218,6 +220,13 @@ def _check(curriculum: Curriculum, path: Path) -> None:
         for name in stage.val or ():
             if name not in curriculum.sources or "val" not in curriculum.sources[name].splits:
                 raise MotipError(f"source {name} has no val split to judge the stage on", where=f"{where}, val")
+        strangers = [name for name in stage.allow_unlabelled if name not in stage.config.class_names]
+        if strangers:
+            raise MotipError(
+                f"{strangers[0]} is no class of this stage",
+                where=f"{where}, allow_unlabelled",
+                expected="some of " + ", ".join(stage.config.class_names),
+            )
         trained = {name for mix in stage.data for name in curriculum.sources[mix.source].classes}
         missing = [name for name in stage.config.class_names if name not in trained]
         if missing:

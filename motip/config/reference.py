@@ -40,7 +40,7 @@ published code run unchanged. An unknown key is an error that names file, line a
 4. `KEY:` without a value means "not set": the default applies, or null where the key may be null.
 5. Two keys that say the same thing: the one nearest the leaf wins, both in one file is an error. The pairs are
    `LR_DROP` / `SCHEDULER_MILESTONES`, `LR_BACKBONE` / `LR_BACKBONE_SCALE`, `sampler_lengths` / `SAMPLE_LENGTHS`,
-   `sample_intervals` / `SAMPLE_INTERVALS`, `OUTPUT_DIR` / `OUTPUTS_DIR`.
+   `sample_interval_seconds` / `sample_intervals` / `SAMPLE_INTERVALS`, `OUTPUT_DIR` / `OUTPUTS_DIR`.
 
 ## The plan's short keys
 
@@ -54,10 +54,10 @@ The published code never read these; here they mean:
 | `sample_intervals: [a, b]` | the distance between a clip's frames is drawn from this set, per clip |
 | `root_path` | the data root, where `--data-root` is not given |
 | `OUTPUT_DIR: null` | the stage's own folder under the storage |
-| `MEMORY_EFFICIENT: True` | less memory for more time: frames with gradient are recomputed one by one |
+| `MEMORY_EFFICIENT: True` | a clip that does not fit the memory is tried again with less memory and more time |
 
-Clip lengths and intervals are in frames. A length or interval that does not fit behind a start frame is drawn again
-from those that do.
+Clip lengths and intervals are in frames; `sample_interval_seconds` is converted with each dataset's frame rate. A
+length or interval that does not fit behind a start frame is drawn again from those that do.
 """
 
 MEANINGS: dict[str, str] = {

@@ -21,6 +21,9 @@ def _check_lists(values: dict[str, Any]) -> None:
     for key in ("AUG_RESIZE_SCALES", "AUG_RANDOM_RESIZE", "sampler_lengths", "sample_intervals", "SAMPLE_LENGTHS"):
         if values[key] is not None and (not values[key] or min(values[key]) < 1):
             raise MotipError("a list of positive numbers is needed", where=key, found=list(values[key]))
+    seconds = values["sample_interval_seconds"]
+    if seconds is not None and (not seconds or not all(0 < value < float("inf") for value in seconds)):
+        raise MotipError("a list of positive numbers is needed", where="sample_interval_seconds", found=list(seconds))
 
 
 def _check_schedule(values: dict[str, Any]) -> None:
@@ -28,6 +31,8 @@ def _check_schedule(values: dict[str, Any]) -> None:
     if not steps or steps[0] != 0 or list(steps) != sorted(set(steps)):
         raise MotipError("the schedule must start at epoch 0 and rise", where="SAMPLE_STEPS", found=list(steps))
     for key, other in (("SAMPLE_LENGTHS", "sampler_lengths"), ("SAMPLE_INTERVALS", "sample_intervals")):
+        if key == "SAMPLE_INTERVALS" and values["sample_interval_seconds"] is not None:
+            continue
         if values[key] is None and values[other] is None:
             raise MotipError(f"neither {key} nor {other} is set", where=key, fix=f"set {other}, e.g. [1, 2]")
         if values[key] is not None and values[other] is None and len(values[key]) != len(steps):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from motip.config import Config, Curriculum, Source, Stage
 from motip.curriculum.records import FORMAT, Options
 from motip.data.clip_loader import plan_videos
@@ -13,11 +15,13 @@ from motip.train.job import Parent, StageJob
 
 SPEED_ONLY = frozenset(
     {"_name", "NUM_WORKERS", "PREFETCH_FACTOR", "LOG_EVERY_STEPS", "root_path", "OUTPUT_DIR", "OUTPUTS_DIR"}
+    | {"CHECKPOINT_EVERY_STEPS", "CHECKPOINT_EVERY_MINUTES", "CHECKPOINTS_KEPT"}
+    | {"COLLECTIVE_TIMEOUT_S", "NONFINITE_LIMIT"}
 )
 """Keys that change how fast or where a stage runs, not what comes out: they do not make it stale."""
 
-PROTOCOLS = {"bdd100k": "bdd100k", "visdrone": "visdrone", "motchallenge": "motchallenge"}
-PROTOCOL_CLASSES = {"pedestrian", "car"}
+PLANNED_CLASSES = {"pedestrian", "car"}
+"""The class list, beside its own, that the BDD100K and VisDrone protocols are defined for here."""
 
 
 def stage_job(
@@ -68,7 +72,7 @@ def stage_job(
         inputs=digest(identity),
     )
     videos = plan_videos(train, job.class_maps(config), options.storage)
-    return StageJob(**{**vars(job), "train": tuple(videos)}), train
+    return replace(job, train=tuple(videos)), train
 
 
 def protocol_of(source: Source, config: Config) -> str:
@@ -76,7 +80,7 @@ def protocol_of(source: Source, config: Config) -> str:
     names = set(config.class_names)
     if source.format == "motchallenge":
         return "motchallenge" if names == {"pedestrian"} else "plain"
-    return PROTOCOLS[source.format] if names == PROTOCOL_CLASSES else "plain"
+    return source.format if names == PLANNED_CLASSES else "plain"
 
 
 def datasets(train: list[VideoEntry], val: tuple[VideoEntry, ...]) -> list[DataUsed]:

@@ -45,6 +45,7 @@ def run_curriculum(
         options.storage,
         strict=options.strict,
         map_fn=ray_map() if cluster is not None else None,
+        progress=ui.converting,
     )
     ui.converted(report)
     manifest = Manifest.load(options.storage)

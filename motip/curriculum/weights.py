@@ -21,7 +21,7 @@ def check_given_weights(curriculum: Curriculum, options: Options) -> None:
         if curriculum.parent_of(stage) is None and not stage.initialise:
             named = stage.weights or stage.config.DETR_PRETRAIN
             if named:
-                path = find_weights(named, stage, options)
+                path = local_copy(find_weights(named, stage, options))
                 weights = read_weights(path, classes=stage.config.PRETRAIN_CLASSES)
                 plan_transfer(
                     weights,
@@ -32,7 +32,7 @@ def check_given_weights(curriculum: Curriculum, options: Options) -> None:
                 )
 
 
-def find_weights(named: str, stage: Stage, options: Options) -> Path:
+def find_weights(named: str, stage: Stage, options: Options) -> Location:
     """A weights file: absolute, under the data root, beside the curriculum file, or under the working directory.
 
     Raises:
@@ -44,7 +44,7 @@ def find_weights(named: str, stage: Stage, options: Options) -> Path:
         candidates = [location(options.data_root) / named.removeprefix("./"), beside / named, Path.cwd() / named]
     for candidate in candidates:
         if candidate.is_file():
-            return local_copy(candidate)
+            return candidate
     raise MotipError(
         f"the weights that stage {stage.name} starts from are not there",
         where=f"DETR_PRETRAIN of {stage.config.name} ({stage.config.origin('DETR_PRETRAIN')})"
@@ -63,7 +63,7 @@ def parent_of(curriculum: Curriculum, stage: Stage, records: list[StageRecord], 
         record = next(record for record in records if record.stage == earlier.name)
         return Parent(record.checkpoint, record.sha256, record.run_id, record.stage)
     if stage.initialise:
-        path: Location = fresh_weights(stage, options)
+        path = fresh_weights(stage, options)
     elif stage.weights or stage.config.DETR_PRETRAIN:
         path = find_weights(str(stage.weights or stage.config.DETR_PRETRAIN), stage, options)
     else:

@@ -97,23 +97,8 @@ def resize_size(height: int, width: int, short: int, longest: int | None) -> tup
     return (short, long) if height <= width else (long, short)
 
 
-def inference_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
-    """(height, width) of a frame at run time: torchvision's truncating arithmetic, unlike training (spec 6)."""
-    small, large = min(height, width), max(height, width)
-    new_short, new_long = short, int(short * large / small)
-    if new_long > longest:
-        new_short, new_long = max(int(longest * new_short / new_long), 1), longest
-    return (new_short, new_long) if height <= width else (new_long, new_short)
-
-
-def resize_for_inference(image: np.ndarray, short: int, longest: int) -> np.ndarray:
-    """An (H, W, 3) uint8 frame at the size the tracker sees, averaging pixels wherever it shrinks."""
-    height, width = image.shape[:2]
-    return resize_image(image, inference_size(height, width, short, longest), average_from=1.0)
-
-
-def resize_image(image: np.ndarray, size_hw: tuple[int, int], average_from: float = 2.0) -> np.ndarray:
-    """(H, W, 3) uint8 -> (*size_hw, 3). Bilinear; pixels are averaged from a shrink factor of ``average_from`` on.
+def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 -> (*size_hw, 3). Bilinear; pixels are averaged from a shrink factor of 2 on.
 
     Below a factor of 2 bilinear sampling skips no source pixel and costs a sixth of averaging, which training takes;
     the published resampler is nearer to averaging.
@@ -121,7 +106,7 @@ def resize_image(image: np.ndarray, size_hw: tuple[int, int], average_from: floa
     if image.shape[:2] == size_hw:
         return image
     shrink = min(image.shape[0] / size_hw[0], image.shape[1] / size_hw[1])
-    method = cv2.INTER_AREA if shrink >= average_from else cv2.INTER_LINEAR
+    method = cv2.INTER_AREA if shrink >= 2 else cv2.INTER_LINEAR
     return cv2.resize(image, (size_hw[1], size_hw[0]), interpolation=method)
 
 

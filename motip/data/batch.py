@@ -48,6 +48,8 @@ class ClipBatch:
         slots: ID slots, or None when only the detector is trained.
         names: one readable name per clip (sequence and frame numbers), for logs.
         weights: (B,) float32, 1 for real clips, 0 for padding that only keeps ranks in step.
+        distractors: objects of the real clips beyond the ID vocabulary, kept as newborn detections.
+        dropped: objects of the real clips that got no ID slot at all; the detector still learns them.
     """
 
     images: Tensor
@@ -58,6 +60,8 @@ class ClipBatch:
     slots: IdSlots | None
     names: list[str]
     weights: Tensor
+    distractors: int = 0
+    dropped: int = 0
 
     def to(self, device: torch.device | str) -> ClipBatch:
         def moved(nested: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -72,4 +76,6 @@ class ClipBatch:
             slots=None if self.slots is None else self.slots.to(device),
             names=self.names,
             weights=self.weights.to(device, non_blocking=True),
+            distractors=self.distractors,
+            dropped=self.dropped,
         )

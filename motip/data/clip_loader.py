@@ -10,7 +10,7 @@ import numpy as np
 
 from motip.data.augment import AugmentSettings, ClipAugmentation, draw_augmentation, place_boxes, render_frame
 from motip.data.clips import ClipPlan, ClipRef, PlanVideo, rank_rows
-from motip.data.decode import decode_rgb, image_size
+from motip.data.decode import decode_rgb, image_height_width
 from motip.data.id_labels import SLOT_FIELDS, ClipSlots, IdSettings, draw_id_slots
 from motip.data.sequence import ClassMap, Frame
 from motip.data.shards import open_shard, read_labels, shard_path
@@ -67,7 +67,7 @@ class ClipLoader:
         """Raises MotipError where the shard is missing or a frame cannot be decoded, naming sequence and frame."""
         frames = open_shard(shard_path(self.storage, clip.shard)).read_frames(clip.positions)
         labels = [self._class_map(clip).split(frame) for frame in frames]
-        height, width = _common_size(clip, frames)
+        height, width = _common_height_width(clip, frames)
         augmentation = draw_augmentation(
             self.augment,
             height,
@@ -182,6 +182,7 @@ def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
         return [[torch.from_numpy(array.copy()) for array in getattr(sample, name)] for sample in samples]
 
     with_slots = samples[0].slots is not None
+    counted = [sample.slots for sample in samples if sample.slots is not None and sample.weight]
     return ClipBatch(
         images=torch.from_numpy(images),
         masks=torch.from_numpy(masks),
@@ -193,6 +194,8 @@ def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
         else None,
         names=[sample.name for sample in samples],
         weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
+        distractors=sum(slots.distractors for slots in counted),
+        dropped=sum(slots.dropped for slots in counted),
     )
 
 
@@ -218,8 +221,8 @@ def _render(clip: ClipRef, frames: Sequence[Frame], augmentation: ClipAugmentati
     return images
 
 
-def _common_size(clip: ClipRef, frames: Sequence[Frame]) -> tuple[int, int]:
-    sizes = [image_size(_encoded(frame, _where(clip, frame)), _where(clip, frame)) for frame in frames]
+def _common_height_width(clip: ClipRef, frames: Sequence[Frame]) -> tuple[int, int]:
+    sizes = [image_height_width(_encoded(frame, _where(clip, frame)), _where(clip, frame)) for frame in frames]
     for frame, size in zip(frames, sizes, strict=True):
         if size != sizes[0]:
             raise MotipError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from motip.data.convert_report import ConvertReport, build_report, check_classes, check_leakage
 from motip.data.convert_sequence import Inspection, Piece, SequenceJob, SequenceResult, convert_sequence, inspect
-from motip.data.formats.common import RawSequence
+from motip.data.formats.common import RawSequence, files_with
 from motip.data.formats.registry import reader
 from motip.data.manifest import Manifest, VideoEntry, manifest_path
 from motip.data.overlay import write_overlays
@@ -101,6 +101,7 @@ def convert(
     notes += check_leakage(manifest, [plan.name for plan in plans], strict=strict)
     notes += check_classes(curriculum, manifest)
     _check_requests(curriculum, manifest, allow_fewer)
+    notes += _unused_shards(manifest, storage)
     overlays = write_overlays(manifest, curriculum, storage)
     manifest.save(storage)
     report = build_report(curriculum, manifest, results, {plan.name: plan.found for plan in plans}, notes, overlays)
@@ -174,8 +175,12 @@ class _Lister:
         return [raw for raw in raws if raw.name in wanted]
 
     def evaluation_jobs(self, plan: SourcePlan) -> list[SequenceJob]:
-        """Whole sequences of every split but train; the first conversion locks which they are."""
+        """Whole sequences of every split but train; the first conversion locks which they are.
+
+        Splits that only earlier conversions handled stay locked as they are.
+        """
         jobs = []
+        plan.locked = {role: list(names) for role, names in self.locked_before.items()}
         for role in sorted(set(self.source.splits) - {"train"}):
             by_name = {raw.name: raw for raw in self.raw_sequences(role)}
             names = self.locked_before.get(role, sorted(by_name))
@@ -216,7 +221,8 @@ class _Lister:
                 f"{len(names)} {role} sequences of source {self.source.name!r} are also in train, such as {names[0]}",
                 where=self.root,
                 expected="no sequence on both sides: scores on trained videos mean nothing",
-                fix="correct the source's root and splits, or remove the sequences from one side",
+                fix="correct the source's root and splits, or remove the sequences from one side; a lock of an earlier "
+                "conversion ends with its --storage",
             )
         ordered = sorted(raws, key=lambda name: rank(name, 0, seed))
         asked = max((mix.videos for mix in mixes if mix.videos), default=0)
@@ -320,12 +326,16 @@ def _run(map_fn: MapFn, function: Callable[[Any], Any], jobs: list[Any], phase: 
 
 
 def _manifest(plans: list[SourcePlan], results: list[SequenceResult], previous: Manifest, seed: int) -> Manifest:
-    """This curriculum's sources as converted now; other sources of the same storage as they were."""
-    ours = {plan.name for plan in plans}
+    """What was converted now, beside other sources and evaluation splits of the same storage as they were."""
+    ours = {plan.name: {"train", *plan.found} for plan in plans}
+
+    def stays(source: str, split: str) -> bool:
+        return split not in ours.get(source, ())
+
     entries = [entry for result in results for entry in result.entries]
-    entries += [entry for entry in previous.videos if entry.source not in ours]
+    entries += [entry for entry in previous.videos if stays(entry.source, entry.split)]
     sequences = [result.to_dict() for result in results]
-    sequences += [sequence for sequence in previous.sequences if sequence["source"] not in ours]
+    sequences += [item for item in previous.sequences if stays(item["source"], item["split"])]
     locked = {**previous.locked, **{plan.name: plan.locked for plan in plans}}
     limits = {**previous.settings.get("limits", {}), **{plan.name: plan.limit for plan in plans if plan.limit}}
     return Manifest(
@@ -334,6 +344,22 @@ def _manifest(plans: list[SourcePlan], results: list[SequenceResult], previous: 
         tuple(sorted(sequences, key=lambda item: (item["source"], item["split"], item["sequence"]))),
         {"seed": seed, "rows_per_group": ROWS_PER_GROUP, "shard_version": SHARD_VERSION, "limits": limits},
     )
+
+
+def _unused_shards(manifest: Manifest, storage: Location) -> list[str]:
+    """A note on shards that no video of the manifest is stored in any more: sequences that are cut otherwise now."""
+    used = {entry.shard for entry in manifest.videos}
+    unused = [
+        f"{source}/{split}/{item.name}"
+        for source, split in sorted({(entry.source, entry.split) for entry in manifest.videos})
+        for item in files_with(storage / "shards" / source / split, ".parquet")
+        if f"{source}/{split}/{item.name}" not in used
+    ]
+    if not unused:
+        return []
+    return [
+        f"{len(unused)} shards of earlier conversions are not used any more and may be deleted, such as {unused[0]}"
+    ]
 
 
 def _check_requests(curriculum: Any, manifest: Manifest, allow_fewer: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -14,10 +15,13 @@ from motip.data.sequence import ReadReport
 from motip.errors import MotipError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from motip.data.convert_sequence import SequenceResult
 
+PLAIN_EVERY_S = 10.0
+"""Seconds between progress lines where there is no terminal to redraw."""
 SHOWN = 5
 """Names listed of a long list; the rest is counted."""
 
@@ -136,26 +140,17 @@ def describe_split(
 
 
 def check_classes(curriculum: Any, manifest: Manifest) -> list[str]:
-    """Notes on mapped categories that no label has.
+    """Notes on mapped categories that no label has, and on classes that a stage may go without (allow_unlabelled).
 
     Raises:
-        MotipError: a class that is trained, and of which no training label of the whole curriculum is an example.
+        MotipError: a class that a stage trains, and of which its own training videos have no example: every query
+            would learn that there is none, and what earlier stages learned of it would be undone.
     """
-    seen = {name: _training_boxes(manifest, name) for name in curriculum.sources}
-    used = {mix.source for stage in curriculum.stages for mix in stage.data}
-    for stage in curriculum.stages:
-        for class_name in stage.config.class_names:
-            raws = {(name, raw) for name in used for raw in curriculum.sources[name].classes.get(class_name, ())}
-            if not any(seen[name][raw] for name, raw in raws):
-                raise MotipError(
-                    f"the class {class_name!r} of stage {stage.name!r} has no label in any training video",
-                    where="classes of " + ", ".join(sorted(used)),
-                    found="; ".join(f"{name}: {_listed(seen[name])}" for name in sorted(used)),
-                    expected=" or ".join(sorted(f"{name}: {raw}" for name, raw in raws)) or "a category mapped to it",
-                    fix="spell the categories as the labels do, or drop the class",
-                )
     notes = []
-    for name in sorted(used):
+    for stage in curriculum.stages:
+        notes += _check_stage_classes(curriculum, stage, manifest)
+    seen = {name: _boxes(manifest.of(name, "train")) for name in curriculum.sources}
+    for name in sorted({mix.source for stage in curriculum.stages for mix in stage.data}):
         mapped = {raw for raws in curriculum.sources[name].classes.values() for raw in raws}
         absent = sorted(raw for raw in mapped if not seen[name][raw])
         if absent:
@@ -165,9 +160,35 @@ def check_classes(curriculum: Any, manifest: Manifest) -> list[str]:
     return notes
 
 
-def _training_boxes(manifest: Manifest, source: str) -> Counter[str]:
+def _check_stage_classes(curriculum: Any, stage: Any, manifest: Manifest) -> list[str]:
+    seen: dict[str, Counter[str]] = {}
+    for mix in stage.data:
+        chosen = manifest.select(
+            mix.source, "train", videos=mix.videos, frame_budget=mix.frame_budget, allow_fewer=True
+        )
+        seen[mix.source] = seen.get(mix.source, Counter()) + _boxes(chosen)
+    notes = []
+    for class_name in stage.config.class_names:
+        raws = {(name, raw) for name in seen for raw in curriculum.sources[name].classes.get(class_name, ())}
+        if any(seen[name][raw] for name, raw in raws):
+            continue
+        there = "; ".join(f"{name}: {_listed(boxes)}" for name, boxes in sorted(seen.items()))
+        if class_name not in stage.allow_unlabelled:
+            raise MotipError(
+                f"the class {class_name!r} of stage {stage.name!r} has no label in any of its training videos",
+                where="classes of " + ", ".join(sorted(seen)),
+                found=there,
+                expected=" or ".join(sorted(f"{name}: {raw}" for name, raw in raws)) or "a category mapped to it",
+                fix="spell the categories as the labels do, take other or more videos, or drop the class (CLASSES, "
+                f"NUM_CLASSES); where it is meant, put `allow_unlabelled: [{class_name}]` in the stage of the curriculum file",
+            )
+        notes.append(f"stage {stage.name} trains {class_name} without any label of it, as allowed; there are {there}")
+    return notes
+
+
+def _boxes(entries: SequenceOf[VideoEntry]) -> Counter[str]:
     total: Counter[str] = Counter()
-    for entry in manifest.of(source, "train"):
+    for entry in entries:
         total.update({name: count - entry.ignored.get(name, 0) for name, count in entry.boxes.items()})
     return total
 
@@ -211,18 +232,23 @@ def _full_name(entry: VideoEntry) -> str:
 
 
 class ConversionUi:
-    """A progress bar while a conversion runs, its table and notes afterwards."""
+    """A progress bar while a conversion runs, its table and notes afterwards; in a log file, lines in its place.
 
-    def __init__(self) -> None:
+    Args:
+        console: where to show it; None = the terminal, or a wide file.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        terminal = Console()
+        terminal = console or Console()
         # A job's log is a file: a table folded at 80 columns cannot be read there.
-        self.console = terminal if terminal.is_terminal else Console(width=160)
+        self.console = terminal if console or terminal.is_terminal else Console(width=160)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._tasks: dict[str, Any] = {}
+        self._printed = 0.0
 
     def __enter__(self) -> ConversionUi:
         self._bar.start()
@@ -232,12 +258,14 @@ class ConversionUi:
         self._bar.stop()
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """What :func:`motip.data.convert.convert` calls; in a log file one line per phase."""
-        if phase not in self._tasks:
+        """What :func:`motip.data.convert.convert` calls; a log file gets a line per phase and one every ten seconds."""
+        begins = phase not in self._tasks
+        if begins:
             self._tasks[phase] = self._bar.add_task(phase, total=total)
-            if not self.console.is_terminal:
-                self.console.print(f"{phase}: {total} sequences", highlight=False)
         self._bar.update(self._tasks[phase], completed=done, total=total)
+        if not self.console.is_terminal and (begins or time.monotonic() - self._printed >= PLAIN_EVERY_S):
+            self._printed = time.monotonic()
+            self.console.print(f"{phase}: {'' if begins else f'{done} of '}{total} sequences", highlight=False)
 
     def show(self, report: ConvertReport) -> None:
         self.console.print(report.table())

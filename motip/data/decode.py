@@ -22,23 +22,26 @@ _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})
 _START_OF_SCAN = 0xDA
 
 
-def image_size(encoded: bytes, where: object = None) -> tuple[int, int]:
-    """(height, width) of an encoded image, from the header alone for JPEG and PNG.
+def image_height_width(encoded: bytes, where: object = None, *, whole: bool = True) -> tuple[int, int]:
+    """(height, width) of a JPEG or PNG, from its header: nothing is decoded.
 
     The orientation tag is not applied: labels are drawn on the stored pixels.
 
+    Args:
+        where: sequence and frame, for the error.
+        whole: the file must also have its end; without, a header that can be read is enough.
+
     Raises:
-        MotipError: no image, or a JPEG or PNG that ends before its data does.
+        MotipError: neither of the two, or cut off.
     """
     if encoded[:2] == b"\xff\xd8":
-        return _jpeg_size(encoded, where)
+        return _jpeg_height_width(encoded, where, whole)
     if encoded[:8] == b"\x89PNG\r\n\x1a\n" and len(encoded) >= 24:
-        if b"IEND" not in encoded[-64:]:
+        if whole and b"IEND" not in encoded[-64:]:
             raise _broken(where, f"a PNG cut off after {len(encoded)} bytes")
         width, height = struct.unpack(">II", encoded[16:24])
         return height, width
-    height, width = decode_rgb(encoded, where=where).shape[:2]
-    return height, width
+    raise _broken(where, _start_of(encoded))
 
 
 def reduction_for(window_hw: tuple[int, int], target_hw: tuple[int, int]) -> int:
@@ -62,18 +65,18 @@ def decode_rgb(encoded: bytes, reduction: int = 1, where: object = None) -> np.n
         MotipError: the bytes are no image or end too early.
     """
     if encoded[:2] == b"\xff\xd8":
-        _jpeg_size(encoded, where)  # OpenCV fills what is missing with grey and only prints a warning
+        image_height_width(encoded, where)  # OpenCV fills what is missing with grey and only prints a warning
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), REDUCED_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:  # an empty buffer raises instead of returning None
         image = None
     if image is None:
-        raise _broken(where, f"{len(encoded)} bytes that start with {encoded[:4]!r}")
+        raise _broken(where, _start_of(encoded))
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _jpeg_size(encoded: bytes, where: object) -> tuple[int, int]:
-    """Walk the segments to the frame header, then make sure that the scan is closed.
+def _jpeg_height_width(encoded: bytes, where: object, whole: bool) -> tuple[int, int]:
+    """Walk the segments to the frame header, and if ``whole`` on to the scan, to make sure that it is closed.
 
     Inside a scan 0xFF is always followed by 0x00 or a restart marker, so an end marker behind the scan's start is
     the image's own; thumbnails, which have end markers too, lie in segments that the walk steps over.
@@ -87,12 +90,18 @@ def _jpeg_size(encoded: bytes, where: object) -> tuple[int, int]:
             continue
         if marker in _START_OF_FRAME and at + 9 <= len(encoded):
             size = struct.unpack(">HH", encoded[at + 5 : at + 9])
+            if not whole:
+                return size
         if marker == _START_OF_SCAN:
             if size is None or encoded.rfind(b"\xff\xd9", at) < 0:
                 break
             return size
         at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
     raise _broken(where, f"a JPEG cut off after {len(encoded)} bytes")
+
+
+def _start_of(encoded: bytes) -> str:
+    return f"{len(encoded)} bytes that start with {encoded[:4]!r}"
 
 
 def _broken(where: object, found: str) -> MotipError:

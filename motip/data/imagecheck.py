@@ -9,7 +9,7 @@ from collections.abc import Sequence as SequenceOf
 import cv2
 import numpy as np
 
-from motip.data.formats.common import image_size
+from motip.data.decode import image_height_width
 from motip.errors import MotipError
 
 NEAR_BITS = 3
@@ -28,11 +28,11 @@ def problem_of(data: bytes, size: tuple[int, int]) -> str | None:
     if not data:
         return "empty file"
     try:
-        found = image_size(data)
+        height, width = image_height_width(data, whole=False)
     except MotipError:
         return "no JPEG or PNG"
-    if found != size:
-        return f"is {found[0]}x{found[1]}, the sequence is {size[0]}x{size[1]}"
+    if (width, height) != size:
+        return f"is {width}x{height}, the sequence is {size[0]}x{size[1]}"
     if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-64:]:
         return "truncated JPEG"
     if decode_small(data) is None:

@@ -141,7 +141,8 @@ class Manifest:
                 f"fewer videos than asked for: the manifest has {len(entries)} {split} videos of source {source!r}",
                 where="shards/manifest.json",
                 expected=f"{videos} videos",
-                fix="run the conversion again with this curriculum, ask for fewer, or pass --allow-fewer",
+                fix="run the conversion again with this curriculum, ask for fewer, or set `allow_fewer: true` in the "
+                "stage's data",
             )
         return pick(entries, [entry.frames for entry in entries], videos=videos, frame_budget=frame_budget)
 

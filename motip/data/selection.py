@@ -121,7 +121,8 @@ def fewer_than_asked(
         found=f"{len(lengths)} training sequences with {frames} frames = {at_limit} videos of at most {max_frames} "
         f"frames, or {at_floor} of at least {min(FLOOR_FRAMES, max_frames)}",
         expected=f"{asked} videos",
-        fix="ask for fewer videos, add sequences, or pass --allow-fewer to go on with what is there",
+        fix="ask for fewer videos, add sequences, or set `allow_fewer: true` in the stage's data to go on with what is "
+        "there (a conversion alone also takes --allow-fewer)",
     )
 
 

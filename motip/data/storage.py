@@ -238,7 +238,8 @@ def open_parquet(path: Location) -> pq.ParquetFile:
     try:
         if isinstance(path, RemotePath):
             return pq.ParquetFile(path.open_input(), pre_buffer=True)
-        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+        # Not mapped into memory: every page that was ever read would stay in the process, up to the whole data set.
+        return pq.ParquetFile(path, memory_map=False, pre_buffer=False)
     except FileNotFoundError as error:
         raise MotipError(
             "the shard is missing", where=path, fix="run the conversion again: it adds what is missing"

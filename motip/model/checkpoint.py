@@ -51,7 +51,7 @@ def save_checkpoint(
         classes: one name per class-head row.
         config: ``Config.to_dict()``.
         epoch: 0-based epoch that was finished (or is in progress, then `position` says how far).
-        step: optimiser steps taken so far.
+        step: batches trained on so far.
         spec: architecture; needed only where `model` is a state dict.
         optimizer, scheduler, scaler: objects with ``state_dict()``, or such a dict, or None.
         position, rng, counters: whatever the training loop needs to go on, in plain containers. NumPy arrays come

@@ -160,9 +160,17 @@ def _torch_load(path: Path) -> Any:
                 expected="tensors and plain containers only",
                 fix="get the weights from a source you trust, and let it save ['model'] alone",
             ) from None
-        raise _cut_off(path, reason.splitlines()[0] if reason else "unreadable pickle") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
-        raise _cut_off(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        # Not PyTorch's own words: they advise to load the file without the protection.
+        raise _cut_off(path, _start_of(path)) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise _cut_off(path, str(error).splitlines()[0] if str(error) else _start_of(path)) from None
+    except (ValueError, KeyError, IndexError, AttributeError):  # opcodes that are none
+        raise _cut_off(path, _start_of(path)) from None
+
+
+def _start_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return f"{path.stat().st_size} bytes that start with {stream.read(16)!r}"
 
 
 def _first_foreign_global(path: Path) -> str | None:

@@ -12,8 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_EVERY_S = 10.0
-"""Seconds between progress lines where there is no terminal to redraw."""
+from motip.data.convert_report import PLAIN_EVERY_S, ConversionUi
 
 
 class ProgressLine:
@@ -131,12 +130,20 @@ class DriverUi:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or wide_console()
         self._line: ProgressLine | None = None
+        self._conversion: ConversionUi | None = None
         self._stage = ""
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False)
 
+    def converting(self, phase: str, done: int, total: int) -> None:
+        """A bar on a terminal, a line every ten seconds elsewhere."""
+        if self._conversion is None:
+            self._conversion = ConversionUi(self.console).__enter__()
+        self._conversion.progress(phase, done, total)
+
     def converted(self, report: Any) -> None:
+        self.close()
         self.note(report.summary_line())
 
     def stage_begins(self, stage: Any, job: Any, folder: str) -> None:
@@ -163,6 +170,9 @@ class DriverUi:
             self.note(f"{record.stage}: best epoch {record.best_epoch + 1}, {record.checkpoint}")
 
     def close(self) -> None:
+        if self._conversion is not None:
+            self._conversion.__exit__()
+            self._conversion = None
         if self._line is not None:
             self._line.close()
             self._line = None

@@ -64,28 +64,44 @@ def build_model_for(
 def restore_optimizer(run: Run, stored: dict[str, Any] | None) -> int:
     """Bring optimiser, schedule, loss scale and position to where training goes on; returns the next epoch.
 
-    An interrupted stage resumes with everything. A new stage starts them afresh: the parent's moments belong to another
-    objective. Only where the weights come from a checkpoint of the same configuration (a run prolonged by hand) do
-    RESUME_OPTIMIZER and RESUME_SCHEDULER say whether they are taken along.
+    An interrupted stage resumes with everything. A stage that is handed its parent's weights starts afresh: the
+    parent's moments belong to another objective. Only where a file was given that the same configuration wrote (a run
+    prolonged by hand) RESUME_OPTIMIZER takes its moments along, and RESUME_SCHEDULER its epoch.
+
+    Raises:
+        MotipError: RESUME_SCHEDULER finds no epoch left to train.
     """
     if stored is not None:
         run.optimizer.load_state_dict(stored["optimizer"])
         run.rates.load_state_dict(stored["scheduler"])
         run.step.load_state_dict(stored["scaler"])
         run.global_step = int(stored["step"])
-        return int(stored["position"]["epoch"])
+        position = stored["position"]
+        run.first_step, run.first_meter = int(position["step"]), position.get("meter")
+        run.clips = int(position.get("clips", 0))
+        return int(position["epoch"])
     wanted = run.config.RESUME_OPTIMIZER, run.config.RESUME_SCHEDULER
-    if run.job.parent is not None and any(wanted):
-        _prolong(run, run.job.parent.path, *wanted)
+    if run.job.parent is not None and run.job.parent.stage is None and any(wanted):
+        return _prolong(run, run.job.parent.path, *wanted)
     return 0
 
 
-def _prolong(run: Run, path: str, optimizer: bool, scheduler: bool) -> None:
-    parent = load_checkpoint(local_copy(location(path)))
-    if (parent.get("config") or {}).get("_name") != run.config.name:
-        return
-    if optimizer and parent.get("optimizer"):
-        run.optimizer.load_state_dict(parent["optimizer"])
-    if scheduler and parent.get("scheduler"):
-        run.rates.load_state_dict(parent["scheduler"])
-    run.record("note", {"text": f"optimiser {optimizer}, schedule {scheduler} taken along from {path}"})
+def _prolong(run: Run, path: str, optimizer: bool, scheduler: bool) -> int:
+    given = load_checkpoint(local_copy(location(path)))
+    if (given.get("config") or {}).get("_name") != run.config.name:
+        return 0
+    if optimizer and given.get("optimizer"):
+        run.optimizer.load_state_dict(given["optimizer"])
+        run.record("note", {"text": f"optimiser moments taken along from {path}"})
+    if not scheduler:
+        return 0
+    first = int(given["epoch"]) + 1
+    if first >= run.config.EPOCHS:
+        raise MotipError(
+            "the given checkpoint has trained all epochs of this configuration",
+            where=path,
+            found=f"epoch {first} of {run.config.EPOCHS}",
+            fix="raise EPOCHS to go on, or set RESUME_SCHEDULER: False to train all epochs again from its weights",
+        )
+    run.record("note", {"text": f"goes on at epoch {first + 1} of {run.config.EPOCHS}, where {path} ended"})
+    return first

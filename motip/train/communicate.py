@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from motip.errors import MotipError
+
 _BUCKET_BYTES = 32 * 2**20
+_PATIENCE = timedelta(days=1)
+
+_log = logging.getLogger(__name__)
 
 
 class Communicator(Protocol):
@@ -33,6 +43,13 @@ class Communicator(Protocol):
         """True where every rank says yes."""
         ...
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank. For small results such as tracks, not for tensors.
+
+        Waits as long as it takes: how long a rank's validation videos take to track is nobody's stall.
+        """
+        ...
+
     def barrier(self) -> None:
         """Return when every rank has arrived."""
         ...
@@ -53,6 +70,9 @@ class SingleProcess:
     def all_agree(self, yes: bool) -> bool:
         return yes
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
     def barrier(self) -> None:
         return
 
@@ -68,6 +88,7 @@ class TorchDistributed:
         self.rank = dist.get_rank()
         nccl = "nccl" in dist.get_backend()
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         carried = self._carried(tensor)
@@ -84,6 +105,11 @@ class TorchDistributed:
         dist.all_reduce(against, op=dist.ReduceOp.SUM)
         return int(against.item()) == 0
 
+    def gather(self, value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self._patient)
+        return gathered
+
     def barrier(self) -> None:
         dist.barrier()
 
@@ -91,6 +117,83 @@ class TorchDistributed:
         if tensor.device.type == self._device.type and tensor.is_contiguous():
             return tensor
         return tensor.detach().to(self._device).contiguous()
+
+
+class WorkerLost(RuntimeError):
+    """Another rank died or stalled. No MotipError: Ray starts the workers again after it, and that may cure it."""
+
+
+class Watched:
+    """A communicator that says where training stood when another rank did not answer in time.
+
+    Args:
+        inner: the ranks.
+        timeout_s: for the message; the process group itself keeps the time.
+
+    Attributes:
+        where: says which stage, epoch, step and clips training is at.
+    """
+
+    def __init__(self, inner: Communicator, timeout_s: int) -> None:
+        self._inner = inner
+        self._timeout_s = timeout_s
+        self.world_size = inner.world_size
+        self.rank = inner.rank
+        self.where: Callable[[], str] = lambda: "before the first step"
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        with self._watching():
+            return self._inner.sum_(tensor)
+
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        with self._watching():
+            return self._inner.broadcast_(tensor, source)
+
+    def all_agree(self, yes: bool) -> bool:
+        with self._watching():
+            return self._inner.all_agree(yes)
+
+    def gather(self, value: Any) -> list[Any]:
+        with self._watching():
+            return self._inner.gather(value)
+
+    def barrier(self) -> None:
+        with self._watching():
+            self._inner.barrier()
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        # Where NCCL's watchdog ends the process without an exception, this line is what the log has.
+        alarm = threading.Timer(0.9 * self._timeout_s, self._waiting)
+        alarm.daemon = True
+        if self.world_size > 1:
+            alarm.start()
+        begin = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            problem = MotipError(
+                f"rank {self.rank} of {self.world_size} got no answer from another worker",
+                where=self.where(),
+                found=f"{str(error).splitlines()[0][:200]} (after {time.monotonic() - begin:.0f} s)",
+                expected=f"an answer within {self._timeout_s} s (COLLECTIVE_TIMEOUT_S)",
+                fix="look for the worker that stopped or is far slower than the others (its own log, its memory); "
+                "run the same command again to go on from the last checkpoint",
+            )
+            raise WorkerLost(problem.render()) from error
+        finally:
+            alarm.cancel()
+
+    def _waiting(self) -> None:
+        _log.error(
+            "rank %d has waited %.0f s for another worker: %s; at %d s training ends",
+            self.rank,
+            0.9 * self._timeout_s,
+            self.where(),
+            self._timeout_s,
+        )
 
 
 def current_communicator() -> Communicator:
@@ -144,12 +247,3 @@ def _buckets(parameters: list[nn.Parameter], bucket_bytes: int) -> Iterator[list
         size += parameter.nbytes
     if bucket:
         yield bucket
-
-
-def gather_objects(comm: Communicator, value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank. For small results such as tracks, not for tensors."""
-    if comm.world_size == 1:
-        return [value]
-    gathered: list[Any] = [None] * comm.world_size
-    dist.all_gather_object(gathered, value)
-    return gathered

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +20,15 @@ import torch
 
 from motip.cluster import Cluster
 from motip.config import Config
-from motip.data.batch import ClipBatch
-from motip.data.clip_loader import ClipLoader, local_batches
-from motip.data.clips import ClipRef, rank_rows
-from motip.data.storage import Location, location, read_json
-from motip.data.stream import clip_dataset, data_resources, iterate
+from motip.data.storage import Location, RemotePath, location, read_json, write_bytes
+from motip.data.stream import data_resources
 from motip.errors import MotipError, find_motip_error
 from motip.train.communicate import SingleProcess, current_communicator
-from motip.train.job import EpochPlans, StageJob
+from motip.train.feeds import LocalFeed, RayFeed
+from motip.train.job import StageJob
 from motip.train.loop import run_stage
+
+_log = logging.getLogger(__name__)
 
 OnRecord = Callable[[str, dict[str, Any]], None]
 
@@ -86,7 +91,7 @@ def fit(job: StageJob, placement: Placement, folder: str, on_record: OnRecord) -
         MotipError: the stage's inputs are wrong, or training failed for another reason that is named.
     """
     if placement.workers == 0:
-        _fit_here(job, Path(folder), on_record)
+        _fit_here(job, folder, on_record)
     else:
         _fit_on_ray(job, placement, folder, on_record)
     return completed(folder)
@@ -120,50 +125,62 @@ def pick_device(config: Config) -> torch.device:
     return torch.device("cuda" if wanted else "cpu")
 
 
-class LocalFeed:
-    """Batches loaded in this process."""
-
-    def __init__(self, job: StageJob, config: Config) -> None:
-        self._plans = EpochPlans(job, config, world=1)
-        self._loader = ClipLoader(config, job.class_maps(config), job.storage)
-        self._batch = config.BATCH_SIZE
-
-    def steps(self, epoch: int) -> int:
-        return self._plans(epoch).steps
-
-    def counts(self, epoch: int) -> dict[str, int]:
-        return self._plans(epoch).counts
-
-    def batches(self, epoch: int, start_step: int) -> Iterator[ClipBatch]:
-        return local_batches(self._plans(epoch), self._loader, 0, 1, self._batch, start_step)
-
-
 class FolderReporter:
     """Checkpoints in a local folder, records to a callback: training without Ray."""
 
-    def __init__(self, folder: Path, on_record: OnRecord) -> None:
+    def __init__(self, folder: Path, on_record: OnRecord, kept: int = 2) -> None:
         self._folder = folder
         self._on_record = on_record
+        self._kept = kept
 
     def latest(self) -> Path | None:
-        found = sorted(self._folder.glob("epoch_*/checkpoint_*.pth"))
-        return found[-1] if found else None
+        """The newest of the finished epochs and the positions inside epochs; what is half-written is neither."""
+        found = [(int(path.parent.name[5:]), 0, path) for path in self._folder.glob("step_*/checkpoint_step_*.pth")]
+        for done in self._folder.glob("epoch_*/metrics.json"):
+            stored = read_json(done)
+            path = done.parent / f"checkpoint_{stored['epoch']}.pth"
+            if path.is_file():
+                found.append((int(stored["step"]), 1, path))
+        return max(found)[-1] if found else None
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         self._on_record(kind, values)
 
-    def folder(self, epoch: int) -> Path:
-        path = self._folder / Path(checkpoint_name(epoch)).parent
+    def folder(self, name: str) -> Path:
+        path = self._folder / name
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
+        if folder is not None:
+            drop_steps(self._folder, self._kept)
+
+    def notice(self) -> str:
+        return ""
+
     def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
-        return
+        if folder is not None:
+            drop_steps(self._folder, 0)
 
 
-def _fit_here(job: StageJob, folder: Path, on_record: OnRecord) -> None:
+def drop_steps(folder: Path, kept: int) -> None:
+    """Remove the checkpoints inside epochs but for the last ``kept``. Their empty folders stay for Ray's own list."""
+    files = sorted(folder.glob("step_*/checkpoint_step_*.pth"), key=lambda path: path.parent.name)
+    for path in files[: len(files) - kept]:
+        path.unlink(missing_ok=True)
+
+
+def _fit_here(job: StageJob, folder: str, on_record: OnRecord) -> None:
+    if isinstance(location(folder), RemotePath):
+        raise MotipError(
+            "without Ray workers a stage can only write to a local folder",
+            where="--storage",
+            found=folder,
+            fix="use --workers 1 or more, or a local --storage",
+        )
     config = Config.from_dict(job.config)
-    run_stage(job, SingleProcess(), LocalFeed(job, config), FolderReporter(folder, on_record), pick_device(config))
+    reporter = FolderReporter(Path(folder), on_record, config.CHECKPOINTS_KEPT)
+    run_stage(job, SingleProcess(), LocalFeed(job, config), reporter, pick_device(config))
 
 
 # ------------------------------------------------------------------------------------------------ on Ray
@@ -174,6 +191,7 @@ class _Mailbox:
 
     def __init__(self) -> None:
         self._records: list[tuple[str, dict[str, Any]]] = []
+        self._failure: tuple[MotipError, str] | None = None
 
     def put(self, kind: str, values: dict[str, Any]) -> None:
         self._records.append((kind, values))
@@ -182,12 +200,30 @@ class _Mailbox:
         records, self._records = self._records, []
         return records
 
+    def give_up(self, error: MotipError, traceback: str) -> None:
+        """Keep the first error that no restart of the workers can cure."""
+        self._failure = self._failure or (error, traceback)
+
+    def failure(self) -> tuple[MotipError, str] | None:
+        return self._failure
+
 
 class RayReporter:
-    """Checkpoints through ray.train.report, records through the mailbox."""
+    """Checkpoints through ray.train.report, records through the mailbox.
 
-    def __init__(self, mailbox: Any) -> None:
+    Args:
+        folder: where Ray Train puts the checkpoints, for removing the older ones (local folders only).
+        kept: checkpoints inside an epoch that are kept.
+    """
+
+    POLL_EVERY = 20
+    """Optimiser steps between two looks at Ray's preemption information, which makes all ranks wait for each other."""
+
+    def __init__(self, mailbox: Any, folder: str, kept: int) -> None:
         self._mailbox = mailbox
+        self._folder = location(folder)
+        self._kept = kept
+        self._asked = 0
         self._local: list[Path] = []
 
     def latest(self) -> Path | None:
@@ -206,10 +242,36 @@ class RayReporter:
 
         ray.get(self._mailbox.put.remote(kind, values))
 
-    def folder(self, epoch: int) -> Path:
-        path = Path(tempfile.mkdtemp(prefix="motip_epoch_"))
-        self._local.append(path)
+    def folder(self, name: str) -> Path:
+        path = Path(tempfile.mkdtemp(prefix=f"motip_{name}_"))
+        if name.startswith("epoch_"):
+            self._local.append(path)
         return path
+
+    def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
+        import ray.train
+
+        # Uploaded while training goes on; Ray lists a checkpoint only once it is whole, and removes the local copy.
+        mode = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
+        ray.train.report(
+            {"step": step},
+            checkpoint=None if folder is None else ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=f"step_{step:08d}",
+            checkpoint_upload_mode=mode,
+            delete_local_checkpoint_after_upload=True,
+        )
+        if folder is not None and isinstance(self._folder, Path):
+            # The newest may still be on its way, so one more than asked for stays.
+            drop_steps(self._folder, self._kept + 1)
+
+    def notice(self) -> str:
+        import ray.train
+
+        self._asked += 1
+        if self._asked % self.POLL_EVERY:
+            return ""
+        told = ray.train.get_preemption_info()
+        return "" if told is None else f"preemption of {', '.join(told.preempted_node_ids)}"
 
     def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
         import ray.train
@@ -220,65 +282,43 @@ class RayReporter:
         for path in self._local:
             shutil.rmtree(path, ignore_errors=True)
         self._local.clear()
+        if folder is not None and isinstance(self._folder, Path):
+            drop_steps(self._folder, 1)
 
 
-class RayFeed:
-    """Batches decoded by Ray Data actors beside this worker, or by the worker itself with NUM_WORKERS 0.
-
-    The actors go on through several epochs, so that short epochs do not wait for them to start, and decode ahead while
-    the validation runs.
-    """
-
-    ROWS_PER_DATASET = 8192
-    """Clips after which the actors are started anew."""
-
-    def __init__(self, job: StageJob, config: Config, rank: int, world: int, placement: Placement) -> None:
-        self._plans = EpochPlans(job, config, world)
-        self._rank, self._world, self._batch = rank, world, config.BATCH_SIZE
-        self._epochs = config.EPOCHS
-        self._loader = ClipLoader(config, job.class_maps(config), job.storage)
-        self._placement, self._prefetch = placement, config.PREFETCH_FACTOR
-        self._stream: Iterator[ClipBatch] | None = None
-        self._next = (-1, -1)
-        self._until = -1
-
-    def steps(self, epoch: int) -> int:
-        return self._plans(epoch).steps
-
-    def counts(self, epoch: int) -> dict[str, int]:
-        return self._plans(epoch).counts
-
-    def batches(self, epoch: int, start_step: int) -> Iterator[ClipBatch]:
-        if self._placement.decoders == 0:
-            plan = self._plans(epoch)
-            yield from local_batches(plan, self._loader, self._rank, self._world, self._batch, start_step)
-            return
-        if self._stream is None or self._next != (epoch, start_step) or epoch > self._until:
-            self._stream = self._open(epoch, start_step)
-        for _ in range(start_step, self.steps(epoch)):
-            yield next(self._stream)
-        self._next = (epoch + 1, 0)
-
-    def _open(self, epoch: int, start_step: int) -> Iterator[ClipBatch]:
-        """A stream of this rank's rows from a position on, over as many epochs as fit one dataset."""
-        rows: list[ClipRef] = []
-        self._until = epoch - 1
-        while self._until + 1 < self._epochs and (not rows or len(rows) < self.ROWS_PER_DATASET):
-            self._until += 1
-            plan = self._plans(self._until).from_step(start_step if self._until == epoch else 0)
-            rows += rank_rows(plan, self._world, self._rank, self._batch)
-        dataset = clip_dataset(
-            rows, self._loader, actors=self._placement.decoders, actor_cpus=self._placement.decoder_cpus
-        )
-        return iterate(dataset, rows, self._batch, self._prefetch)
+LASTING_ERRORS: tuple[type[Exception], ...] = (
+    MotipError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    TypeError,
+    ValueError,
+)
+"""Errors that come again however often the workers are restarted: wrong input, or a defect of the program."""
 
 
 def _worker(settings: dict[str, Any]) -> None:
     """What each training worker runs."""
+    import ray
+
+    mailbox = settings["mailbox"]
+    if ray.get(mailbox.failure.remote()) is not None:
+        return  # restarted by Ray after an error that would only come again; the driver raises it
+    try:
+        _train(settings["job"], settings["placement"], mailbox, settings["folder"])
+    except LASTING_ERRORS as error:
+        told = error if isinstance(error, MotipError) else MotipError(f"{type(error).__name__}: {error}")
+        ray.get(mailbox.give_up.remote(told, traceback.format_exc()))
+        raise
+
+
+def _train(job: StageJob, placement: Placement, mailbox: Any, folder: str) -> None:
     import ray.train
     import ray.train.torch
 
-    job, placement = settings["job"], settings["placement"]
     config = Config.from_dict(job.config)
     # [1] Ray Train has set up the process group.
     comm = current_communicator()
@@ -286,30 +326,30 @@ def _worker(settings: dict[str, Any]) -> None:
         device = ray.train.torch.get_device()
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, settings["threads"]))
+        here = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     # [2] The batches come from Ray Data, this rank's rows of the clip plan in order.
-    feed = RayFeed(job, config, comm.rank, comm.world_size, placement)
-    run_stage(job, comm, feed, RayReporter(settings["mailbox"]), device)
+    feed = RayFeed(job, config, comm.rank, comm.world_size, placement.decoders, placement.decoder_cpus)
+    reporter = RayReporter(mailbox, folder, config.CHECKPOINTS_KEPT)
+    run_stage(job, comm, feed, reporter, device)
 
 
 def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnRecord) -> None:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    # On the driver's own node: as long as the driver lives, so does what the workers told it.
+    beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=beside).remote()
     parent, _, name = folder.rpartition("/")
-    cores = ray.cluster_resources().get("CPU", 1.0)
-    settings = {
-        "job": job,
-        "placement": placement,
-        "mailbox": mailbox,
-        "threads": int(cores // max(1, placement.workers)),
-    }
     # [4] One run name per set of inputs: a stale run of other inputs can never be resumed by accident.
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=settings,
+        train_loop_config={"job": job, "placement": placement, "mailbox": mailbox, "folder": folder},
+        # [5] A worker that does not answer ends the wait of the others, instead of half an hour of silence.
+        torch_config=TorchConfig(timeout_s=int(job.config["COLLECTIVE_TIMEOUT_S"])),
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpu,
@@ -322,15 +362,52 @@ def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnR
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
-    with _listening(mailbox, on_record):
+    with _listening(mailbox, on_record), _interruptible():
         try:
             trainer.fit()
         except Exception as error:
-            raise find_motip_error(error) or MotipError(
-                f"training of stage {job.stage} failed: {_last_line(error)}",
-                where=folder,
-                fix="the checkpoints so far are kept; run the same command again to go on",
-            ) from error
+            _raise_told(mailbox, folder)
+            raise find_motip_error(error) or _failed(job, folder, error, str(error)) from error
+        _raise_told(mailbox, folder)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C as KeyboardInterrupt: Ray Train sets a handler of its own, which leaves by SystemExit and stays set."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if main else None
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+def _raise_told(mailbox: Any, folder: str) -> None:
+    """Raise what a worker gave up on, if any; a defect of the program comes with its traceback in a file."""
+    import ray
+
+    told = ray.get(mailbox.failure.remote())
+    if told is None:
+        return
+    error, text = told
+    if error.where is None and error.fix is None:
+        place = location(folder) / "failure.txt"
+        write_bytes(place, text.encode())
+        raise MotipError(error.what, where=f"{place} (traceback)", fix="this is a defect of the program: report it")
+    raise error
+
+
+def _failed(job: StageJob, folder: str, error: BaseException, text: str) -> MotipError:
+    place = location(folder) / "failure.txt"
+    write_bytes(place, text.encode())
+    return MotipError(
+        f"training of stage {job.stage} failed: {_last_line(error)}",
+        where=f"{place} (all that the workers said)",
+        fix="the checkpoints so far are kept; run the same command again to go on",
+    )
 
 
 def _last_line(error: BaseException) -> str:
@@ -339,7 +416,8 @@ def _last_line(error: BaseException) -> str:
 
 
 class _listening:
-    """Fetch the mailbox's records every half second, in order, until the block ends; errors surface at its end."""
+    """Fetch the mailbox's records every half second, in order, until the block ends; a record that cannot be handled
+    is an error at its end."""
 
     def __init__(self, mailbox: Any, on_record: OnRecord) -> None:
         self._mailbox = mailbox
@@ -360,13 +438,16 @@ class _listening:
     def _listen(self) -> None:
         import ray
 
-        try:
-            while True:
-                last = self._stop.is_set()
+        while True:
+            last = self._stop.is_set()
+            try:
                 for kind, values in ray.get(self._mailbox.drain.remote()):
                     self._on_record(kind, values)
-                if last:
-                    return
-                time.sleep(0.5)
-        except BaseException as error:
-            self._error = error
+            except Exception as error:
+                # Said at once, raised at the end: a full disk on the driver must not cost hours of training.
+                if self._error is None:
+                    _log.error("what the training says cannot be recorded: %s", error)
+                self._error = self._error or error
+            if last:
+                return
+            time.sleep(0.5)

@@ -25,10 +25,12 @@ class FramePlan:
         train_frames: DETR_NUM_TRAIN_FRAMES, frames of each clip with gradient; the others only feed the ID decoder.
         chunk: DETR_NUM_CHECKPOINT_FRAMES; 0 = no chunks. Images with gradient that do not fit one chunk are computed
             again in the backward pass, chunk by chunk; images without gradient go in chunks four times as large.
+        recompute: compute images with gradient again in the backward pass even where they fit one chunk.
     """
 
     train_frames: int
     chunk: int
+    recompute: bool = False
 
 
 def detect_frames(model: MOTIP, batch: ClipBatch, order: list[int], plan: FramePlan) -> DetectorOutput:
@@ -57,7 +59,7 @@ def detect_frames(model: MOTIP, batch: ClipBatch, order: list[int], plan: FrameP
     parts: list[DetectorOutput] = []
     with torch.no_grad():
         parts += _run(detect, without, 4 * plan.chunk, images.device)
-    whole = plan.chunk == 0 or plan.chunk >= len(with_gradient)
+    whole = not plan.recompute and (plan.chunk == 0 or plan.chunk >= len(with_gradient))
     parts += _run(detect if whole else detect_again, with_gradient, plan.chunk, images.device)
 
     position = torch.tensor(without + with_gradient).argsort().to(images.device)

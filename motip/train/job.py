@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from motip.config import Config
 from motip.data.batch import ClipBatch
-from motip.data.clips import ClipPlan, PlanVideo, pad_to, plan_clips
+from motip.data.clips import ClipPlan, ClipRef, PlanVideo, pad_to, plan_clips
 from motip.data.manifest import VideoEntry
 from motip.data.sequence import ClassMap
 
@@ -75,14 +75,24 @@ class Feed(Protocol):
         """This rank's batches from ``start_step`` on."""
         ...
 
+    def started_with(self, first_world: int) -> None:
+        """Share out the global batches of a run that began with this many ranks; called before anything else."""
+        ...
+
 
 class EpochPlans:
-    """The clip plan of each epoch for a given number of ranks, made once and kept while it is in use."""
+    """The clip plan of each epoch for a given number of ranks, made once and kept while it is in use.
 
-    def __init__(self, job: StageJob, config: Config, world: int) -> None:
+    Args:
+        world: ranks of this attempt.
+        first_world: ranks that the run began with, where it goes on with others: its steps keep their clips.
+    """
+
+    def __init__(self, job: StageJob, config: Config, world: int, first_world: int | None = None) -> None:
         self._job = job
         self._config = config
-        self._global_batch = world * config.BATCH_SIZE
+        self._world = world
+        self._global_batch = (first_world or world) * config.BATCH_SIZE
         self._kept: dict[int, ClipPlan] = {}
 
     def __call__(self, epoch: int) -> ClipPlan:
@@ -93,14 +103,30 @@ class EpochPlans:
 
     def _make(self, epoch: int) -> ClipPlan:
         config = self._config
+        schedule = config.clip_schedule(epoch)
         plan = plan_clips(
             self._job.train,
-            config.clip_schedule(epoch),
+            schedule,
             epoch=epoch,
             seed=config.SEED,
             global_batch=self._global_batch,
             weights=self._job.weights,
             max_clips=config.CLIPS_PER_EPOCH,
             length_per_iteration=config.LENGTH_PER_ITERATION,
+            interval_seconds=schedule.interval_seconds,
         )
-        return pad_to(plan, self._global_batch)
+        return shared_among(pad_to(plan, self._global_batch), self._world)
+
+
+def shared_among(plan: ClipPlan, world: int) -> ClipPlan:
+    """The same steps of the same clips for another number of ranks: uneven shares are filled with weight-0 repeats."""
+    per_rank = -(-plan.global_batch // world)
+    if per_rank * world == plan.global_batch:
+        return plan
+    clips: list[ClipRef] = []
+    for begin in range(0, len(plan.clips), plan.global_batch):
+        step = plan.clips[begin : begin + plan.global_batch]
+        missing = per_rank * world - len(step)
+        clips += [*step, *(replace(step[i % len(step)], weight=0) for i in range(missing))]
+    counts = {**plan.counts, "padding_for_workers": len(clips) - len(plan.clips)}
+    return replace(plan, clips=tuple(clips), counts=counts, global_batch=per_rank * world)

@@ -6,22 +6,24 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from motip.config import Config
 from motip.data.batch import ClipBatch
 from motip.evaluate.validation import score_videos, track_videos
-from motip.files import write_json_atomic
 from motip.model import MOTIP
-from motip.model.weights import load_checkpoint, save_checkpoint
+from motip.model.weights import load_checkpoint
 from motip.track.settings import TrackerSettings
 from motip.train.build import build_model_for, restore_optimizer
-from motip.train.communicate import Communicator, gather_objects
+from motip.train.checkpoints import Cadence, save_epoch, save_step
+from motip.train.communicate import Communicator, Watched
 from motip.train.job import Feed, StageJob
+from motip.train.notice import Notice, Stopped
 from motip.train.optimizer import LearningRates, build_optimizer
 from motip.train.step import StepLosses, TrainStep
 
@@ -39,8 +41,16 @@ class Reporter(Protocol):
         """Something worth showing or storing; called on rank 0 only."""
         ...
 
-    def folder(self, epoch: int) -> Path:
-        """A local folder to write the epoch's files into."""
+    def folder(self, name: str) -> Path:
+        """A local folder to write the files of a checkpoint into; called on rank 0 only."""
+        ...
+
+    def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
+        """Hand over a checkpoint inside an epoch and drop the oldest; every rank calls it, rank 0 gives the folder."""
+        ...
+
+    def notice(self) -> str:
+        """Why this machine will be taken away, or nothing. Every rank calls it equally often."""
         ...
 
     def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
@@ -63,6 +73,20 @@ class Run:
     rates: LearningRates
     step: TrainStep
     global_step: int = 0
+    clips: int = 0
+    """Clips learnt from so far, over all ranks."""
+    first_step: int = 0
+    """Where in its epoch a resumed run goes on, with these sums of the epoch's first part; then 0 and None."""
+    first_meter: dict[str, Any] | None = None
+    first_world: int = 1
+    """Ranks that the run began with; their batches are kept whatever the number of ranks is now."""
+    notice: Notice | None = None
+    noticed: str = ""
+    where: str = "before the first step"
+    cadence: Cadence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cadence = Cadence(self.config, self.comm)
 
     @property
     def leads(self) -> bool:
@@ -80,16 +104,20 @@ def run_stage(job: StageJob, comm: Communicator, feed: Feed, reporter: Reporter,
         MotipError: weights, data or configuration do not fit together.
     """
     config = Config.from_dict(job.config)
-    run, first_epoch = _prepare(job, config, comm, feed, reporter, device)
-    for epoch in range(first_epoch, config.EPOCHS):
-        last = epoch == config.EPOCHS - 1
-        metrics = train_epoch(run, epoch)
-        evaluated = last or (epoch + 1) % config.EVALUATE_EVERY_EPOCHS == 0
-        if evaluated:
-            metrics |= validate(run, epoch)
-        save = (epoch + 1) % config.SAVE_CHECKPOINT_PER_EPOCH == 0 or evaluated  # a score needs its weights
-        run.record("epoch", {"epoch": epoch, "step": run.global_step, "metrics": metrics})
-        reporter.epoch_done(epoch, metrics, _save(run, epoch, metrics) if save and run.leads else None)
+    watched = Watched(comm, config.COLLECTIVE_TIMEOUT_S)
+    run, first_epoch = _prepare(job, config, watched, feed, reporter, device)
+    watched.where = lambda: run.where
+    with Notice(watched.where) as run.notice:
+        for epoch in range(first_epoch, config.EPOCHS):
+            last = epoch == config.EPOCHS - 1
+            metrics = train_epoch(run, epoch)
+            run.where = f"stage {job.stage}, after epoch {epoch + 1}"
+            evaluated = last or (epoch + 1) % config.EVALUATE_EVERY_EPOCHS == 0
+            if evaluated:
+                metrics |= validate(run, epoch)
+            save = (epoch + 1) % config.SAVE_CHECKPOINT_PER_EPOCH == 0 or evaluated  # a score needs its weights
+            run.record("epoch", {"epoch": epoch, "step": run.global_step, "metrics": metrics})
+            reporter.epoch_done(epoch, metrics, save_epoch(run, epoch, metrics) if save else None)
 
 
 def train_epoch(run: Run, epoch: int) -> dict[str, float]:
@@ -99,19 +127,40 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     """
     config, steps = run.config, run.feed.steps(epoch)
     run.model.train()
-    meter = Meter()
-    batches = timed(run.feed.batches(epoch, 0), meter)
-    for index, batch in enumerate(batches):
+    meter, start = Meter.resumed(run.first_meter, run.leads), run.first_step
+    run.first_step, run.first_meter = 0, None
+    # A position at the end of an epoch has no batches left.
+    batches = timed(run.feed.batches(epoch, start), meter) if start < steps else iter(())
+    for index, batch in enumerate(batches, start):
         group = index % config.ACCUMULATE_STEPS
         divisor = min(config.ACCUMULATE_STEPS, steps - (index - group))
         rates = run.rates.set(epoch, index)
-        losses = run.step.accumulate(batch, generator=frame_order(config.SEED, epoch, index), divisor=divisor)
+        run.where = f"stage {run.job.stage}, epoch {epoch + 1}, step {index + 1}/{steps}, {'; '.join(batch.names)}"
+        meter.count(batch)
+        losses = run.step.accumulate(
+            batch,
+            generator=frame_order(config.SEED, epoch, index),
+            divisor=divisor,
+            seed=network_seed(config.SEED, epoch, index, run.comm.rank),
+        )
         norms = run.step.apply(run.optimizer) if group == divisor - 1 else {}
         run.global_step += 1
+        run.clips += 0 if losses.skipped else losses.clips
         meter.add(losses, norms)
+        for line in losses.left_out:
+            run.record("note", {"text": f"epoch {epoch + 1}, step {index + 1}: clips left out: {line}"})
         if (index + 1) % config.LOG_EVERY_STEPS == 0 or index == steps - 1:
             run.record("step", _step_record(run, epoch, index, steps, losses, norms, rates, meter))
-    return {**meter.means(), **{f"plan/{name}": float(count) for name, count in run.feed.counts(epoch).items()}}
+        if group == divisor - 1:
+            _save_where_due(run, epoch, index + 1, meter)
+    beyond = run.comm.sum_(torch.tensor([float(meter.distractors), float(meter.without_slot)])).tolist()
+    overflow = dict(zip(("distractors", "objects_without_id_slot"), beyond, strict=True))
+    return {
+        **meter.means(),
+        **overflow,
+        **_memory_counts(run.step),
+        **{f"plan/{name}": float(count) for name, count in run.feed.counts(epoch).items()},
+    }
 
 
 def validate(run: Run, epoch: int) -> dict[str, float]:
@@ -124,7 +173,7 @@ def validate(run: Run, epoch: int) -> dict[str, float]:
     tracked = track_videos(
         run.model, mine, job.storage, TrackerSettings.from_config(config), lambda _, result: notes.update(result.notes)
     )
-    parts = gather_objects(run.comm, (tracked, notes))
+    parts = run.comm.gather((tracked, notes))
     if not run.leads:
         return {}
     scores = score_videos(
@@ -151,8 +200,15 @@ class Meter:
     objects: float = 0.0
     steps: int = 0
     skipped: int = 0
+    distractors: int = 0
+    without_slot: int = 0
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     norms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def count(self, batch: ClipBatch) -> None:
+        """What this rank's clips hold beyond the ID vocabulary."""
+        self.distractors += batch.distractors
+        self.without_slot += batch.dropped
 
     def add(self, losses: StepLosses, norms: dict[str, float]) -> None:
         self.steps += 1
@@ -164,6 +220,31 @@ class Meter:
                 self.sums[name] += value
         for name, value in norms.items():
             self.norms[name].append(value)
+
+    @staticmethod
+    def resumed(state: dict[str, Any] | None, leads: bool) -> Meter:
+        """A new meter, or one that goes on with the sums of an epoch's first part."""
+        if state is None:
+            return Meter()
+        state = {**state, "begin": time.perf_counter() - state["begin"]}
+        if not leads:  # what is counted by rank was added up for rank 0
+            state |= {"distractors": 0, "without_slot": 0}
+        meter = Meter(**state)
+        meter.sums, meter.norms = defaultdict(float, meter.sums), defaultdict(list, meter.norms)
+        return meter
+
+    def state_dict(self, comm: Communicator) -> dict[str, Any]:
+        """Everything as plain values, `begin` as seconds so far; every rank calls it."""
+        own = torch.tensor([float(self.distractors), float(self.without_slot)])
+        distractors, without_slot = comm.sum_(own).tolist()
+        state = {each.name: getattr(self, each.name) for each in fields(self)}
+        return state | {
+            "begin": time.perf_counter() - self.begin,
+            "distractors": int(distractors),
+            "without_slot": int(without_slot),
+            "sums": dict(self.sums),
+            "norms": dict(self.norms),
+        }
 
     def means(self) -> dict[str, float]:
         seconds = max(time.perf_counter() - self.begin, 1e-9)
@@ -196,46 +277,74 @@ def frame_order(seed: int, epoch: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 1_000_003 + step)
 
 
+def network_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """Seed of what is random inside the network at a step: a resumed run has no other past to remember."""
+    return int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _save_where_due(run: Run, epoch: int, step: int, meter: Meter) -> None:
+    """Save the position between two optimiser steps where it is time, or where the machine will be taken away.
+
+    Raises:
+        Stopped: this process was told to end; its position is saved.
+    """
+    told = run.reporter.notice()
+    signalled = run.notice is not None and run.notice.given
+    reason = run.cadence.due(run.global_step, signalled or bool(told and told != run.noticed))
+    if not reason:
+        return
+    begin = time.monotonic()
+    save_step(run, epoch, step, meter, wait=reason == "notice")
+    if reason != "notice":
+        return
+    run.noticed = told
+    took = run.notice.committed() if signalled and run.notice is not None else f"in {time.monotonic() - begin:.1f} s"
+    text = f"notice to stop ({told or 'SIGTERM'}): epoch {epoch + 1}, step {step} saved {took}"
+    _log.warning(text)
+    run.record("note", {"text": text})
+    if run.comm.sum_(torch.tensor([float(signalled)])).item():
+        raise Stopped
+
+
+def _memory_counts(step: TrainStep) -> dict[str, float]:
+    """Of the stage so far: clips that took a lower rung, and clips left out, by objects in their fullest frame."""
+    counters = step.counters
+    counts = {
+        "memory/rungs_lowered": counters.lowered,
+        "memory/batches_left_out": counters.out_of_memory,
+        "nonfinite/losses": counters.nonfinite_losses,
+        "nonfinite/gradients": counters.nonfinite_gradients,
+        "nonfinite/gradient_jumps": counters.gradient_jumps,
+    }
+    counts |= {f"memory/clips_left_out_objects_{name}": n for name, n in sorted(counters.skipped_objects.items())}
+    return {name: float(count) for name, count in counts.items()}
+
+
 def _prepare(
     job: StageJob, config: Config, comm: Communicator, feed: Feed, reporter: Reporter, device: torch.device
 ) -> tuple[Run, int]:
     resumed_from = reporter.latest()
     stored = load_checkpoint(resumed_from) if resumed_from is not None else None
+    first_world = int(((stored or {}).get("position") or {}).get("world", comm.world_size))
+    feed.started_with(first_world)
     model, transfer = build_model_for(job, config, stored)
     model.to(device)
     optimizer = build_optimizer(model, config)
     rates = LearningRates(optimizer, config, feed.steps(0))
     step = TrainStep(model, config, comm)
-    run = Run(job, config, comm, feed, reporter, device, model, optimizer, rates, step)
+    run = Run(job, config, comm, feed, reporter, device, model, optimizer, rates, step, first_world=first_world)
     first_epoch = restore_optimizer(run, stored)
+    run.cadence.saved(run.global_step)
+    if first_world != comm.world_size:
+        run.record(
+            "note",
+            {"text": f"goes on with {comm.world_size} workers; it began with {first_world}, whose batches it keeps"},
+        )
     if transfer is not None:
         run.record("transfer", {"summary": transfer.summary_line(), **transfer.to_dict()})
     if stored is not None:
-        _log.info("stage %s goes on at epoch %d from %s", job.stage, first_epoch, resumed_from)
+        _log.info("stage %s goes on at epoch %d, step %d from %s", job.stage, first_epoch, run.first_step, resumed_from)
     return run, first_epoch
-
-
-def _save(run: Run, epoch: int, metrics: dict[str, float]) -> Path:
-    """Write checkpoint_<epoch>.pth and metrics.json into the reporter's folder; returns the folder."""
-    folder = run.reporter.folder(epoch)
-    parent = run.job.parent
-    save_checkpoint(
-        folder / f"checkpoint_{epoch}.pth",
-        model=run.model,
-        classes=run.config.class_names,
-        config=run.config.to_dict(),
-        epoch=epoch,
-        step=run.global_step,
-        optimizer=run.optimizer,
-        scheduler=run.rates,
-        scaler=run.step.state_dict(),
-        position={"epoch": epoch + 1, "step": 0},
-        counters={name: float(value) for name, value in metrics.items() if name.startswith("steps_")},
-        run_id=run.job.run_id,
-        parent=None if parent is None else {"path": parent.path, "sha256": parent.sha256, "run_id": parent.run_id},
-    )
-    write_json_atomic(folder / "metrics.json", {"epoch": epoch, "step": run.global_step, "metrics": metrics})
-    return folder
 
 
 def _step_record(

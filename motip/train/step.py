@@ -19,7 +19,21 @@ from motip.losses.identity import count_supervised, id_loss
 from motip.losses.matcher import DetectionTargets
 from motip.model import MOTIP
 from motip.train.communicate import Communicator, all_reduce_gradients
-from motip.train.frames import FramePlan, detect_frames, slot_features
+from motip.train.frames import detect_frames, slot_features
+from motip.train.guard import GradientWatch, LeftOut
+from motip.train.memory import (
+    MemoryOfFailures,
+    Rung,
+    SetAside,
+    batch_size,
+    crowd,
+    decoder_as,
+    give_back_memory,
+    is_out_of_memory,
+    ladder,
+    object_bucket,
+    shrunk,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -30,11 +44,14 @@ class StepLosses:
 
     Attributes:
         values: `loss`, `detr_loss`, `id_loss` and the unweighted losses and logged values of each layer by their
-            published names, before the division by the accumulation.
-        skipped: True where a loss was not finite on some rank; no rank has added a gradient then.
+            published names, before the division by the accumulation. Empty where the batch was left out for memory.
+        skipped: True where a loss was not finite on some rank, or a rank had no memory left on any rung; no rank has
+            added a gradient then.
         clips: real clips (weight above 0) over all ranks.
         objects: boxes of those clips.
         id_targets: supervised ID slots of those clips.
+        lowered: how often a rank went down a rung of the memory ladder for this batch.
+        left_out: one readable line per rank whose clips were left out.
     """
 
     values: dict[str, float]
@@ -42,6 +59,8 @@ class StepLosses:
     clips: int
     objects: float
     id_targets: float
+    lowered: int = 0
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -50,8 +69,32 @@ class StepCounters:
 
     nonfinite_losses: int = 0
     nonfinite_gradients: int = 0
+    gradient_jumps: int = 0
+    out_of_memory: int = 0
+    """Batches left out because a rank ran out of memory on the last rung."""
+    lowered: int = 0
+    """How often a rank went down a rung of the memory ladder."""
+    skipped_objects: dict[str, int] = field(default_factory=dict)
+    """Clips left out for want of memory, by objects in their most crowded frame."""
     names: list[str] = field(default_factory=list)
-    """This rank's clips of the batches that were left out, the last hundred."""
+    """Clips of the batches that were left out, the last hundred."""
+
+
+@dataclass
+class _Attempt:
+    """How far one rank has come with its share of a batch.
+
+    Attributes:
+        rung: index of the rung of the memory ladder in use.
+        loss: with its graph, between forward and backward; None before, after, and without clips.
+        host: this rank's part of the logged values, from the last forward pass.
+        state: `start`, `forward` (a loss is there), `done` (its gradient is there too) or `failed` (out of memory).
+    """
+
+    rung: int
+    host: Tensor
+    loss: Tensor | None = None
+    state: str = "start"
 
 
 class TrainStep:
@@ -85,13 +128,15 @@ class TrainStep:
         self.accumulate_steps = config.ACCUMULATE_STEPS
         self.max_norm = config.MAX_CLIP_NORM
         self.separate_norms = config.SEPARATE_CLIP_NORM
-        # Recomputing one image at a time is the least memory the detector's backward pass can do with.
-        chunk = 1 if config.MEMORY_EFFICIENT else config.DETR_NUM_CHECKPOINT_FRAMES
-        self.plan = FramePlan(config.DETR_NUM_TRAIN_FRAMES, chunk)
+        self.rungs = ladder(config)
+        self._failures = MemoryOfFailures(self.rungs)
         self.autocast_dtype = autocast_dtype(config.MIXED_PRECISION, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
         self.counters = StepCounters()
+        self.left_out = LeftOut(config.NONFINITE_LIMIT)
+        self.gradient_watch = GradientWatch()
         self.gathered = 0
+        self._recent: list[str] = []
         self._metric_names = _metric_names(model.spec.dec_layers if model.spec.detr_aux_loss else 1)
 
     def accumulate(
@@ -100,17 +145,24 @@ class TrainStep:
         permutation: Tensor | None = None,
         generator: torch.Generator | None = None,
         divisor: int | None = None,
+        seed: int | None = None,
     ) -> StepLosses:
         """Add the gradient of a batch of clips.
+
+        A rank that runs out of memory tries its clips again one rung lower, while the others keep what they have;
+        where a rank fails on the last rung, the batch is left out on all. Each rank takes part in the same collectives
+        whatever happens to its own clips.
 
         Args:
             batch: clips of one length; on the host, where it is checked, or already on the device.
             permutation: (T,) order of the frames, of which the first DETR_NUM_TRAIN_FRAMES get a gradient.
             generator: draws the permutation where none is given. Ranks that shall act as one batch seed it alike.
             divisor: batches of this optimiser step; ACCUMULATE_STEPS where not given (an epoch's last may have fewer).
+            seed: of everything random in the network (dropout), the same for a second try and after a resume.
 
         Raises:
-            MotipError: the annotations and ID slots of the batch contradict each other or the model.
+            MotipError: the annotations and ID slots of the batch contradict each other or the model; or too many
+                batches in a row were left out.
         """
         length = batch.images.shape[1]
         order = torch.randperm(length, generator=generator) if permutation is None else permutation
@@ -125,23 +177,54 @@ class TrainStep:
             self._check(batch)
         own_clips, own_objects, _ = (own := self._counts(batch)).tolist()
         clips, objects, id_targets = self.comm.sum_(own).tolist()
-        clip_share = own_clips / max(clips, 1)
-        loss: Tensor | None = None
-        local: dict[str, Tensor] = {}
-        if batch.names:
-            loss, local = self._losses(batch, order.tolist(), objects, id_targets)
-        host = self._on_host(local, clip_share, own_objects / objects if objects else clip_share)
-        # Asked before backward: a rank that stopped alone would leave the others waiting in the next collective.
-        finite = self.comm.all_agree(math.isfinite(host[0]))
-        values = dict(zip(self._metric_names, self.comm.sum_(host.clone()).tolist(), strict=True))
-        if finite:
-            if loss is not None and loss.requires_grad:
-                self.scaler.scale(loss / (divisor or self.accumulate_steps)).backward()
+        shares = own_clips / max(clips, 1), own_objects / objects if objects else own_clips / max(clips, 1)
+        size = batch_size(batch)
+        attempt = _Attempt(self._failures.first_rung(size), self._on_host({}, *shares))
+        gathered = SetAside(self.model.parameters())
+        lowered = 0
+        while True:
+            if attempt.state == "start":
+                self._forward(attempt, batch, order.tolist(), objects, id_targets, shares, seed)
+            # Asked before backward: a rank that stopped alone would leave the others waiting in the next collective.
+            finite = attempt.state == "failed" or math.isfinite(attempt.host[0])
+            failed, hopeless, bad = self._tell(attempt, not finite)
+            lowered += failed
+            if hopeless:
+                outcome = "memory"
+            elif failed:
+                self._lower(attempt, batch, size)
+                continue
+            elif bad:
+                outcome = "not finite"
+            else:
+                self._backward(attempt, gathered, divisor or self.accumulate_steps)
+                failed, hopeless, _ = self._tell(attempt, False)
+                lowered += failed
+                if failed and not hopeless:
+                    self._lower(attempt, batch, size)
+                    continue
+                outcome = "memory" if hopeless else "done"
+            break
+        self.counters.lowered += lowered
+        # A rank that ran out of memory has no values: then there are none of the whole batch.
+        values = [] if outcome == "memory" else self.comm.sum_(attempt.host.clone()).tolist()
+        losses = StepLosses(
+            dict(zip(self._metric_names, values, strict=False)),
+            outcome != "done",
+            int(clips),
+            objects,
+            id_targets,
+            lowered,
+        )
+        if outcome == "done":
+            gathered.merge()
             self.gathered += 1
+            self._recent += batch.names
         else:
-            self.counters.nonfinite_losses += 1
-            self._name_clips(batch, dict(zip(self._metric_names, host.tolist(), strict=True)))
-        return StepLosses(values, not finite, int(clips), objects, id_targets)
+            attempt.loss = None
+            gathered.restore()
+            losses.left_out = self._leave_out(batch, attempt, outcome)
+        return losses
 
     def apply(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Sum the gathered gradients over ranks, clip them, step, and forget them.
@@ -161,34 +244,148 @@ class TrainStep:
         finite = all(math.isfinite(norm) for norm in norms.values())
         if not finite:
             self.counters.nonfinite_gradients += 1
-            _log.warning("step left out: a gradient is not finite (%s)", _first_nonfinite(self.model))
+            what = f"step left out: a gradient is not finite ({_first_nonfinite(self.model)})"
+            _log.warning(what)
+            # A loss scale that is still coming down overflows a few times in a healthy run.
+            if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
+                self.left_out.add(f"{what}; clips {'; '.join(self._recent) or 'none'}")
+        else:
+            self.left_out.reset()
+            for jump in self.gradient_watch.see(norms):
+                self.counters.gradient_jumps += 1
+                _log.warning("%s; clips %s", jump, "; ".join(self._recent))
         if finite or self.scaler.is_enabled():
             # A scaler leaves the step out by itself, and must see the overflow to lower its scale.
             self.scaler.step(optimizer)
             self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         self.gathered = 0
+        self._recent = []
         return norms
 
     def state_dict(self) -> dict[str, Any]:
         """Loss scale and counters, plain values; call it between `apply` and the next `accumulate`."""
-        return {"scaler": self.scaler.state_dict(), "counters": asdict(self.counters)}
+        return {
+            "scaler": self.scaler.state_dict(),
+            "counters": asdict(self.counters),
+            "left_out_in_a_row": self.left_out.in_a_row,
+            "gradient_norms": self.gradient_watch.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.counters = StepCounters(**state["counters"])
+        self.left_out.in_a_row = int(state.get("left_out_in_a_row", 0))
+        self.gradient_watch.load_state_dict(state.get("gradient_norms", {}))
+
+    def _forward(
+        self,
+        attempt: _Attempt,
+        batch: ClipBatch,
+        order: list[int],
+        objects: float,
+        id_targets: float,
+        shares: tuple[float, float],
+        seed: int | None,
+    ) -> None:
+        """This rank's loss on its rung, or a note that there was no memory for it."""
+        if seed is not None:
+            torch.manual_seed(seed)
+        attempt.state = "forward"
+        if not batch.names:
+            return
+        rung = self.rungs[attempt.rung]
+        try:
+            attempt.loss, local = self._losses(shrunk(batch, rung.scale), order, objects, id_targets, rung)
+            attempt.host = self._on_host(local, *shares)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            attempt.state = "failed"
+        if attempt.state == "failed":
+            attempt.loss = None
+            give_back_memory(self.device)
+
+    def _backward(self, attempt: _Attempt, gathered: SetAside, divisor: int) -> None:
+        """The gradient of this rank's loss, or none of it where there was no memory for it."""
+        if attempt.state == "done":
+            return
+        loss, attempt.loss = attempt.loss, None
+        attempt.state = "done"
+        if loss is None or not loss.requires_grad:
+            return
+        try:
+            self.scaler.scale(loss / divisor).backward()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            attempt.state = "failed"
+        if attempt.state == "failed":
+            del loss
+            gathered.drop()
+            give_back_memory(self.device)
+
+    def _tell(self, attempt: _Attempt, bad: bool) -> tuple[int, int, int]:
+        """How many ranks ran out of memory, how many of them on the last rung, and how many have a bad loss."""
+        failed = attempt.state == "failed"
+        hopeless = failed and attempt.rung == len(self.rungs) - 1
+        told = self.comm.sum_(torch.tensor([float(failed), float(hopeless), float(bad)])).tolist()
+        return int(told[0]), int(told[1]), int(told[2])
+
+    def _lower(self, attempt: _Attempt, batch: ClipBatch, size: tuple[int, int]) -> None:
+        """Let a rank that ran out of memory begin again on the next rung; the others keep what they have."""
+        if attempt.state != "failed":
+            return
+        self._failures.add(attempt.rung, size)
+        attempt.rung += 1
+        attempt.state = "start"
+        _log.warning(
+            "out of memory on rank %d, trying again: %s; %s",
+            self.comm.rank,
+            self.rungs[attempt.rung].name,
+            _described(batch),
+        )
+
+    def _leave_out(self, batch: ClipBatch, attempt: _Attempt, outcome: str) -> list[str]:
+        """Count and name a batch that no rank adds a gradient of; the same lines on every rank."""
+        rank = self.comm.rank
+        if outcome == "memory":
+            reason = "out of memory on the last rung" if attempt.state == "failed" else "left out with another rank's"
+        else:
+            local = zip(self._metric_names, attempt.host.tolist(), strict=True)
+            bad = ", ".join(name for name, value in local if not math.isfinite(value))
+            reason = f"not finite: {bad}" if bad else "left out with another rank's, whose loss is not finite"
+        own = (f"rank {rank}: {reason}; {_described(batch)}" if batch.names else "", batch.names, crowd(batch))
+        lines: list[str] = []
+        for line, names, crowds in self.comm.gather(own):
+            if line:
+                lines.append(line)
+            self.counters.names = [*self.counters.names, *names][-100:]
+            if outcome == "memory":
+                for objects in crowds:
+                    bucket = object_bucket(objects)
+                    self.counters.skipped_objects[bucket] = self.counters.skipped_objects.get(bucket, 0) + 1
+        if outcome == "memory":
+            self.counters.out_of_memory += 1
+        else:
+            self.counters.nonfinite_losses += 1
+        what = "batch left out: " + " | ".join(lines)
+        _log.warning(what)
+        self.left_out.add(what)
+        return lines
 
     def _losses(
-        self, batch: ClipBatch, order: list[int], objects: float, id_targets: float
+        self, batch: ClipBatch, order: list[int], objects: float, id_targets: float, rung: Rung
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss of the global batch, and everything that is logged of it."""
         # Flattened before they move, the annotations of all frames travel in a few transfers instead of hundreds.
         targets = _targets(batch, self.device)
         batch = replace(batch, boxes_cxcywh=[], classes=[], ignore_cxcywh=[]).to(self.device)
         frame_weights = batch.weights.repeat_interleave(batch.images.shape[1])
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            output = detect_frames(self.model, batch, order, self.plan)
+        autocast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        with autocast, decoder_as(self.model, rung):
+            output = detect_frames(self.model, batch, order, rung.plan)
             detection = self.criterion(output, targets, objects, frame_weights)
             matching = detection.matching_published if self.published_matching else detection.matching_last
             identity = detection.total.new_zeros(())
@@ -267,15 +464,6 @@ class TrainStep:
         values = torch.stack(norms).tolist()
         return {"detr_grad_norm": values[0], "other_grad_norm": values[-1]}
 
-    def _name_clips(self, batch: ClipBatch, local: dict[str, float]) -> None:
-        bad = ", ".join(name for name, value in local.items() if not math.isfinite(value))
-        names = "; ".join(batch.names) or "none"
-        if bad:
-            _log.warning("batch left out: not finite on rank %d: %s; clips %s", self.comm.rank, bad, names)
-        else:
-            _log.warning("batch left out with another rank's, whose loss is not finite; clips %s", names)
-        self.counters.names = [*self.counters.names, *batch.names][-100:]
-
     def _check(self, batch: ClipBatch) -> None:
         """Annotations against the model and the slots against the annotations, while both are on the host."""
         classes = self.model.spec.num_classes
@@ -333,6 +521,16 @@ def _without_padding_clips(batch: ClipBatch) -> ClipBatch:
         slots=slots,
         names=[batch.names[clip] for clip in kept],
         weights=batch.weights[kept],
+    )
+
+
+def _described(batch: ClipBatch) -> str:
+    """Sequence, frames and objects of the clips, for messages."""
+    frames = batch.images.shape[1]
+    clips = zip(batch.names, batch.boxes_cxcywh, crowd(batch), strict=True)
+    return "; ".join(
+        f"{name} ({frames} frames, {sum(map(len, clip))} objects, at most {most} in a frame)"
+        for name, clip, most in clips
     )
 
 

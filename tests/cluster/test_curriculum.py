@@ -128,3 +128,17 @@ def test_the_uploaded_package_is_small() -> None:
         assert "tests/" not in names and "docs/" not in names
     finally:
         target.unlink(missing_ok=True)
+
+
+def test_an_error_in_a_worker_is_one_message(tmp_path: Path) -> None:
+    """It would come again however often the workers are restarted, so they are not, and it is not wrapped in Ray's."""
+    path = write_files(tmp_path)
+    command = [sys.executable, "ray_jobs/curriculum.py", "--config", str(path), "--data-root", str(tmp_path)]
+    command += ["--storage", str(tmp_path / "storage"), "--until", "BDD-Foundation"]
+    command += ["--set", "ONLY_DETR=True", "--set", "DETR_NUM_TRAIN_FRAMES=0"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 2, result.stdout[-2000:] + result.stderr[-4000:]
+    message = result.stderr[result.stderr.index("error:") :]
+    assert "Traceback" not in message and "ray" not in message.lower()
+    assert "fix:" in message

@@ -61,6 +61,31 @@ def test_lengths_from_the_plan_keep_the_published_interval_rule(tmp_path: Path) 
     assert (schedule.lengths, schedule.intervals, schedule.max_interval) == ((2,), None, 4)
 
 
+@pytest.mark.parametrize(
+    ("base", "leaf", "expected"),
+    [
+        ("sample_intervals: [1, 2]\n", "sample_interval_seconds: [0.2, 1]\n", (None, None, (0.2, 1.0))),
+        ("SAMPLE_INTERVALS: [3]\n", "sample_interval_seconds: [0.4]\n", (None, None, (0.4,))),
+        ("sample_interval_seconds: [0.4]\n", "sample_intervals: [2]\n", ((2,), None, None)),
+        ("sample_interval_seconds: [0.4]\n", "SAMPLE_INTERVALS: [3]\n", (None, 3, None)),
+    ],
+)
+def test_intervals_in_seconds_and_in_frames_are_one_setting(
+    tmp_path: Path, base: str, leaf: str, expected: tuple[object, ...]
+) -> None:
+    write(tmp_path / "base.yaml", base)
+    schedule = load_config(write(tmp_path / "leaf.yaml", "SUPER_CONFIG_PATH: base.yaml\n" + leaf)).clip_schedule(0)
+    assert (schedule.intervals, schedule.max_interval, schedule.interval_seconds) == expected
+    with pytest.raises(MotipError, match="say the same thing"):
+        load_config(write(tmp_path / "both.yaml", base + leaf))
+
+
+@pytest.mark.parametrize("value", ["[]", "[0]", "[-1.0]", "[.inf]", "[.nan]"])
+def test_intervals_in_seconds_are_positive(tmp_path: Path, value: str) -> None:
+    with pytest.raises(MotipError, match="sample_interval_seconds"):
+        load_config(write(tmp_path / "leaf.yaml", f"sample_interval_seconds: {value}\n"))
+
+
 def test_published_schedule_changes_at_its_epochs(tmp_path: Path) -> None:
     text = "SAMPLE_STEPS: [0, 4]\nSAMPLE_LENGTHS: [3, 5]\nSAMPLE_INTERVALS: [4, 2]\n"
     config = load_config(write(tmp_path / "leaf.yaml", text))

@@ -73,6 +73,7 @@ def test_overrides_reach_all_stages_or_one() -> None:
         ("videos: 56", "videos: 56, frame_budget: 100", "either videos or frame_budget"),
         ("name: BDD-Refinement", "name: BDD-Foundation", "same name"),
         ("config: bdd_stage2.yaml", "config: bdd_stage9.yaml", "file not found"),
+        ("name: BDD-Refinement", "name: BDD-Refinement\n    allow_unlabelled: [cat]", "cat is no class of this stage"),
     ],
 )
 def test_wrong_curricula_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -127,13 +127,23 @@ def mix(
     return SimpleNamespace(source=source, videos=videos, frame_budget=frame_budget, weight=1.0, allow_fewer=allow_fewer)
 
 
-def curriculum(sources: Iterable[Any], *stages: Iterable[Any], classes: tuple[str, ...] = ("car",)) -> SimpleNamespace:
+def curriculum(
+    sources: Iterable[Any],
+    *stages: Iterable[Any],
+    classes: tuple[str, ...] = ("car",),
+    allow_unlabelled: tuple[str, ...] = (),
+) -> SimpleNamespace:
     """Stages given by their mixes."""
     return SimpleNamespace(
         name="test",
         sources={item.name: item for item in sources},
         stages=[
-            SimpleNamespace(name=f"stage{number}", config=SimpleNamespace(class_names=classes), data=list(mixes))
+            SimpleNamespace(
+                name=f"stage{number}",
+                config=SimpleNamespace(class_names=classes),
+                data=list(mixes),
+                allow_unlabelled=allow_unlabelled,
+            )
             for number, mixes in enumerate(stages, start=1)
         ],
     )

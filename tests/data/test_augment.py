@@ -18,7 +18,6 @@ from motip.data.augment import (
     ColourJitter,
     draw_augmentation,
     flip_cxcywh,
-    inference_size,
     jitter_colours,
     place_boxes,
     render_frame,
@@ -90,9 +89,9 @@ def test_reduced_decoding_still_holds_the_pixels_of_the_result(size, seed) -> No
 @settings(max_examples=100, deadline=None)
 @given(st.integers(32, 4000), st.integers(32, 4000), st.integers(32, 1000), st.integers(200, 2000))
 def test_resized_images_respect_the_limit_and_the_shape(height, width, short, longest) -> None:
-    for size in (resize_size(height, width, short, longest), inference_size(height, width, short, longest)):
-        assert min(size) >= 1 and max(size) <= max(longest, short)
-        assert (size[0] <= size[1]) == (height <= width) or size[0] == size[1]
+    size = resize_size(height, width, short, longest)
+    assert min(size) >= 1 and max(size) <= max(longest, short)
+    assert (size[0] <= size[1]) == (height <= width) or size[0] == size[1]
 
 
 @given(st.integers(0, 2**31))

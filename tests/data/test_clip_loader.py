@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,11 +19,12 @@ import torch
 from motip.config import Config
 from motip.data.clip_loader import ClipLoader, ClipSample, collate, local_batches, plan_videos, read_video_frames
 from motip.data.clips import ClipRef, pad_to, plan_clips
-from motip.data.decode import decode_rgb, image_size, reduction_for
+from motip.data.decode import decode_rgb, image_height_width, reduction_for
+from motip.data.imagecheck import problem_of
 from motip.data.id_labels import SLOT_FIELDS
 from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence
 from motip.data.shards import shard_path, write_shard
-from motip.data.stream import data_resources, pack, unpack
+from motip.data.stream import _one_ahead, data_resources, pack, unpack
 from motip.errors import MotipError
 
 CLASS_MAP = ClassMap(("pedestrian", "car"), {"pedestrian": ("person",), "car": ("car", "van")})
@@ -154,6 +158,17 @@ def test_batches_are_padded_and_masked(world: SimpleNamespace) -> None:
     assert divisible.images.shape[3] % 32 == 0 and divisible.images.shape[4] % 32 == 0
 
 
+def test_objects_beyond_the_vocabulary_are_counted_in_the_batch(world: SimpleNamespace) -> None:
+    clip = ClipRef("bdd", "wide", "bdd/train/wide.parquet", (0, 1, 2), (0, 1, 2), 1, seed=5)
+    plain = {"AUG_RANDOM_RESIZE": (10_000,), "AUG_RANDOM_CROP_MIN": 10_000, "AUG_RANDOM_CROP_MAX": 10_000}
+    for rule, expected in (("distractor", (4, 0)), ("drop", (0, 4))):
+        config = CONFIG.replaced(NUM_ID_VOCABULARY=1, SUBSET_OVERFLOW=rule, **plain)
+        sample = ClipLoader(config, {"bdd": CLASS_MAP}, world.storage).load(clip)
+        batch = collate([sample, sample, replace(sample, weight=0)])
+        assert (batch.distractors, batch.dropped) == expected, "two of three objects in each of two real clips"
+        assert (batch.to("cpu").distractors, batch.to("cpu").dropped) == expected
+
+
 def test_ranks_and_resumed_runs_see_the_plans_batches(world: SimpleNamespace) -> None:
     plan = pad_to(_plan(world, global_batch=4), 4)
     names = [clip.name for clip in plan.clips]
@@ -193,6 +208,29 @@ def test_packed_clips_come_out_as_they_went_in(world: SimpleNamespace) -> None:
     assert unpack(*pack(no_slots)).slots is None
     empty = replace(sample, boxes_cxcywh=[np.zeros((0, 4), np.float32)] * 3)
     assert [boxes.shape for boxes in unpack(*pack(empty)).boxes_cxcywh] == [(0, 4)] * 3
+
+
+def test_batches_made_ahead_are_the_same_and_end_with_the_caller() -> None:
+    made: list[int] = []
+
+    def numbers(last: int) -> Iterator[Any]:
+        for number in range(last):
+            made.append(number)
+            yield number
+        raise MotipError("the shard is missing", where="v")
+
+    ahead = _one_ahead(numbers(3))
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(MotipError, match="shard is missing"):
+        next(ahead)
+    made.clear()
+    unfinished = _one_ahead(numbers(1000))
+    assert next(unfinished) == 0
+    unfinished.close()
+    for thread in [thread for thread in threading.enumerate() if thread.name == "motip-batches"]:
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+    assert len(made) <= 3, "one waits, one is being made"
 
 
 @pytest.mark.parametrize(
@@ -245,7 +283,7 @@ def test_broken_frames_are_named(tmp_path: Path, broken: bytes | None, match: st
 
 def test_header_sizes_and_reduced_decoding() -> None:
     encoded = _jpeg(0, 240, 400)
-    assert image_size(encoded) == (240, 400)
+    assert image_height_width(encoded) == (240, 400)
     assert [decode_rgb(encoded, k).shape for k in (1, 2, 4, 8)] == [
         (240, 400, 3),
         (120, 200, 3),
@@ -262,16 +300,30 @@ def test_header_sizes_and_reduced_decoding() -> None:
 def test_grey_and_transparent_and_tagged_images_become_upright_rgb() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (40, 64), dtype=np.uint8)
     grey = cv2.imencode(".png", picture)[1].tobytes()
-    assert image_size(grey) == (40, 64)
+    assert image_height_width(grey) == (40, 64)
     assert (decode_rgb(grey) == picture[..., None]).all()
     alpha = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_GRAY2BGRA))[1].tobytes()
     assert decode_rgb(alpha).shape == (40, 64, 3)
     jpeg = cv2.imencode(".jpg", picture)[1].tobytes()
     rotate = bytes.fromhex("45786966000049492a0008000000010012010300010000000600000000000000")
     tagged = jpeg[:2] + b"\xff\xe1" + (len(rotate) + 2).to_bytes(2, "big") + rotate + jpeg[2:]
-    assert image_size(tagged) == (40, 64) and decode_rgb(tagged).shape == (40, 64, 3)
+    assert image_height_width(tagged) == (40, 64) and decode_rgb(tagged).shape == (40, 64, 3)
     with pytest.raises(MotipError, match="cannot be decoded"):
-        image_size(grey[:-20])
+        image_height_width(grey[:-20])
+
+
+def test_one_function_reads_sizes_of_whole_and_of_cut_off_files() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    for suffix in (".jpg", ".png"):
+        encoded = cv2.imencode(suffix, picture)[1].tobytes()
+        cut_off = encoded[: len(encoded) * 3 // 4]
+        assert image_height_width(cut_off, whole=False) == image_height_width(encoded) == (40, 64)
+        with pytest.raises(MotipError, match="cannot be decoded"):
+            image_height_width(cut_off)
+        with pytest.raises(MotipError, match="cannot be decoded"):
+            image_height_width(encoded[:12], whole=False)
+        assert problem_of(encoded, (64, 40)) is None
+        assert problem_of(encoded, (40, 64)) == "is 64x40, the sequence is 40x64"
 
 
 def test_real_frames_decode(samples_dir: Path) -> None:
@@ -279,7 +331,7 @@ def test_real_frames_decode(samples_dir: Path) -> None:
     assert paths
     for path in paths:
         encoded = path.read_bytes()
-        height, width = image_size(encoded, path)
+        height, width = image_height_width(encoded, path)
         assert decode_rgb(encoded, 2, path).shape == (-(-height // 2), -(-width // 2), 3)
         with pytest.raises(MotipError, match="cannot be decoded"):
             decode_rgb(encoded[: len(encoded) // 2], where=path)

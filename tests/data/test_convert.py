@@ -24,7 +24,7 @@ from motip.data.imagecheck import fingerprint, look_alikes, problem_of
 from motip.data.manifest import Manifest, entry_path
 from motip.data.shards import read_labels
 from motip.errors import MotipError
-from tests.data.raw_world import bdd_video, curriculum, jpeg, mix, source, visdrone_video, write_images
+from tests.data.raw_world import bdd_video, curriculum, jpeg, mix, source, visdrone_video, write_images, write_mot
 
 BDD = ("bdd", "bdd100k", "bdd")
 
@@ -57,8 +57,18 @@ def test_real_samples_end_to_end(samples_dir: Path, tmp_path: Path) -> None:
         ),
         source("dance", "motchallenge", "dancetrack", splits={"val": "val"}, classes={"pedestrian": ("pedestrian",)}),
     ]
-    both = curriculum(sources, [mix("bdd", 1)], [mix("visdrone", 1)], classes=("pedestrian", "car"))
+    stages = ([mix("bdd", 1)], [mix("visdrone", 1)])
+    # The one street video has cars, the stand-ins for aerial video people: neither stage may lean on the other's.
+    for allowed, missing in (((), "'pedestrian' of stage 'stage1'"), (("pedestrian",), "'car' of stage 'stage2'")):
+        one_sided = curriculum(sources, *stages, classes=("pedestrian", "car"), allow_unlabelled=allowed)
+        with pytest.raises(MotipError, match=f"class {missing} has no label in any of its training videos"):
+            convert(one_sided, samples_dir, tmp_path)
+    both = curriculum(sources, *stages, classes=("pedestrian", "car"), allow_unlabelled=("pedestrian", "car"))
     report = convert(both, samples_dir, tmp_path)
+    assert [note.partition(",")[0] for note in report.notes if "as allowed" in note] == [
+        "stage stage1 trains pedestrian without any label of it",
+        "stage stage2 trains car without any label of it",
+    ]
     rows = {(s, split): c["rows"] for s, splits in report.splits.items() for split, c in splits.items()}
     assert {key: value["raw"] for key, value in rows.items()} == {
         ("bdd", "train"): 167,
@@ -181,6 +191,38 @@ def test_the_result_does_not_depend_on_how_jobs_are_run(bdd: Path, tmp_path: Pat
     assert convert(plan(4), bdd, tmp_path / "c", map_fn=process_map(2)).manifest == one.manifest
 
 
+def test_the_order_of_directory_listings_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "raw"
+    for split, prefix in (("train", "t"), ("val", "v")):
+        for index in range(2):
+            bdd_video(root / "bdd", f"{prefix}{index}", 10, split=split)
+            visdrone_video(root / "vis", f"{prefix}{index}", 10, split=split)
+            rows = [[frame, 1, 5, 6, 10 + index, 12, 1, 1, 1] for frame in range(1, 11)]
+            folder = write_mot(root / "mot", f"{prefix}{index}", rows, 10, split=split)
+            write_images(folder / "img1", [f"{n:08d}.jpg" for n in range(1, 11)], seed=900 + 7 * index + ord(prefix))
+    sources = [
+        source("bdd", "bdd100k", "bdd"),
+        source("vis", "visdrone", "vis"),
+        source("mot", "motchallenge", "mot"),
+    ]
+    stages = curriculum(sources, [mix("bdd", 2), mix("vis", 2), mix("mot", 2)])
+    listed = convert(stages, root, tmp_path / "listed")
+    plain = Path.iterdir
+
+    def shuffled(folder: Path) -> Iterator[Path]:
+        items = sorted(plain(folder))
+        return iter(np.random.default_rng(len(items)).permutation(np.array(items, dtype=object)).tolist())
+
+    monkeypatch.setattr(Path, "iterdir", shuffled)
+    assert [p.name for p in (root / "mot" / "train" / "t0" / "img1").iterdir()] != sorted(
+        p.name for p in plain(root / "mot" / "train" / "t0" / "img1")
+    )
+    other = convert(stages, root, tmp_path / "shuffled")
+    assert len(other.manifest.videos) == 12
+    assert other.manifest.digest() == listed.manifest.digest()
+    assert [e.shard_sha256 for e in other.manifest.videos] == [e.shard_sha256 for e in listed.manifest.videos]
+
+
 def test_validation_is_locked_by_the_first_conversion(bdd: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = convert(plan(2), bdd, store)
@@ -193,6 +235,24 @@ def test_validation_is_locked_by_the_first_conversion(bdd: Path, tmp_path: Path)
     os.rename(bdd / "bdd" / "images" / "track" / "val" / "val0", bdd / "gone")
     with pytest.raises(MotipError, match=r"1 locked val sequences .* are gone, such as val0"):
         convert(plan(4), bdd, store)
+
+
+def test_what_a_run_with_fewer_splits_does_not_handle_stays_locked(bdd: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    first = convert(plan(2), bdd, store)
+    second = convert(plan(4, splits={"train": "train"}), bdd, store)
+    assert second.manifest.locked == first.manifest.locked == {"bdd": {"val": ["val0", "val1"]}}
+    assert second.manifest.of("bdd", "val") == first.manifest.of("bdd", "val")
+    assert [item for item in second.manifest.sequences if item["split"] == "val"] == [
+        item for item in first.manifest.sequences if item["split"] == "val"
+    ]
+    assert {entry.sequence for entry in second.manifest.of("bdd", "train")}.isdisjoint({"val0", "val1"})
+    with pytest.raises(MotipError, match="2 val sequences of source 'bdd' are also in train, such as val0"):
+        convert(plan(1, splits={"train": "val"}), bdd, store)
+    bdd_video(bdd / "bdd", "val2", 10, split="val")
+    third = convert(plan(4), bdd, store)
+    assert third.manifest.locked == first.manifest.locked
+    assert third.written == 0
 
 
 def test_long_sequences_are_cut_and_every_row_is_accounted_for(tmp_path: Path) -> None:
@@ -228,9 +288,15 @@ def test_a_shortage_cuts_shorter_and_says_so(tmp_path: Path) -> None:
     report = ask(mix("vis", 4))
     assert len(report.manifest.of("vis", "train")) == 4
     assert any("make 2 videos of at most 200 frames; 4 were asked for" in note for note in report.notes)
-    with pytest.raises(MotipError, match="fewer videos than asked for: source 'vis' has 5 at most, a stage asks for 9"):
+    assert not any("not used any more" in note for note in report.notes)
+    with pytest.raises(
+        MotipError, match="fewer videos than asked for: source 'vis' has 5 at most, a stage asks for 9"
+    ) as caught:
         ask(mix("vis", 9))
-    assert len(ask(mix("vis", 9), allow_fewer=True).manifest.of("vis", "train")) == 2
+    assert "`allow_fewer: true`" in str(caught.value.fix)
+    fewer = ask(mix("vis", 9), allow_fewer=True)
+    assert len(fewer.manifest.of("vis", "train")) == 2
+    assert any("4 shards of earlier conversions are not used any more" in note for note in fewer.notes)
     tolerant = ask(mix("vis", 9, allow_fewer=True), mix("vis", 3))
     assert len(tolerant.manifest.of("vis", "train")) >= 3
     with pytest.raises(MotipError, match="fewer videos than asked for"):
@@ -345,6 +411,50 @@ def test_bad_input_is_one_clear_error(bdd: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(MotipError, match="the folder cannot be made"):
         convert(plan(1), bdd, tmp_path / "file" / "store")
+
+
+def test_every_stage_needs_labels_of_its_classes_in_its_own_videos(tmp_path: Path) -> None:
+    bdd_video(tmp_path / "bdd", "a", 10, categories=("car", "rider"))
+    bdd_video(tmp_path / "bdd", "v", 10, split="val")
+    for sequence in ("a", "b"):
+        visdrone_video(tmp_path / "vis", sequence, 20)
+    visdrone_video(tmp_path / "vis", "v", 20, split="val")
+    sources = [
+        source("bdd", "bdd100k", "bdd", classes={"pedestrian": ("rider",), "car": ("car",)}),
+        source("vis", "visdrone", "vis"),
+    ]
+
+    def ask(*stages: Any, **options: Any) -> Any:
+        wanted = curriculum(sources, *stages, classes=("pedestrian", "car"), **options)
+        return convert(wanted, tmp_path, tmp_path / "store")
+
+    with pytest.raises(MotipError, match="class 'car' of stage 'stage2' has no label") as caught:
+        ask([mix("bdd", 1)], [mix("vis", 1)])
+    assert caught.value.where == "classes of vis"
+    assert caught.value.found == "vis: pedestrian 20"
+    assert caught.value.expected == "vis: car"
+    assert "allow_unlabelled: [car]" in str(caught.value.fix)
+    # A second source in the stage itself will do.
+    mixed = ask([mix("vis", 1), mix("bdd", 1)])
+    assert not any("as allowed" in note for note in mixed.notes)
+    allowed = ask([mix("bdd", 1)], [mix("vis", 2)], allow_unlabelled=("car",))
+    assert [note for note in allowed.notes if "as allowed" in note] == [
+        "stage stage2 trains car without any label of it, as allowed; there are vis: pedestrian 40"
+    ]
+
+
+def test_only_the_videos_that_a_stage_takes_count(tmp_path: Path) -> None:
+    for name in "abcdef":
+        bdd_video(tmp_path / "bdd", name, 10, categories=("car",) if name == "c" else ("bus",))
+    bdd_video(tmp_path / "bdd", "v", 10, split="val")
+    one = source("bdd", "bdd100k", "bdd", classes={"car": ("car",)})
+    every = convert(curriculum([one], [mix("bdd", 6)]), tmp_path, tmp_path / "store")
+    first = [entry.sequence for entry in every.manifest.select("bdd", videos=6)].index("c")
+    assert first > 0
+    with pytest.raises(MotipError, match="class 'car' of stage 'stage2' has no label") as caught:
+        convert(curriculum([one], [mix("bdd", 6)], [mix("bdd", first)]), tmp_path, tmp_path / "store")
+    assert caught.value.found == f"bdd: bus {10 * first}"
+    convert(curriculum([one], [mix("bdd", 6)], [mix("bdd", first + 1)]), tmp_path, tmp_path / "store")
 
 
 def test_a_category_that_no_label_has_is_noted(bdd: Path, tmp_path: Path) -> None:

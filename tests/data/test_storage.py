@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
+import torch
 
+from motip.config import Config
 from motip.data import storage
+from motip.data.clip_loader import ClipLoader, local_batches, plan_videos
+from motip.data.clips import plan_clips
 from motip.data.convert import convert
 from motip.data.manifest import Manifest, entry_path
+from motip.data.sequence import ClassMap
 from motip.data.shards import read_frames, read_labels
 from motip.data.storage import Location, RemotePath, location
 from motip.errors import MotipError
@@ -123,6 +128,29 @@ def test_raw_data_and_shards_may_both_lie_in_s3(s3: str, tmp_path: Path) -> None
     assert len(read_labels(path).frames) == 10
     plan.sources["bdd"].root = f"{s3}/raw"
     assert convert(plan, s3, f"{s3}/store").written == 0
+
+
+def test_clips_from_s3_are_those_from_disk(s3: str, tmp_path: Path) -> None:
+    for split, video in (("train", "a"), ("val", "b")):
+        bdd_video(tmp_path / "raw", video, 12, split=split)
+    plan = curriculum([source("bdd", "bdd100k", "raw", classes={"car": ("car",)})], [mix("bdd", 1)])
+    classes = {"bdd": ClassMap(("car",), {"car": ("car",)})}
+    config = Config(
+        NUM_CLASSES=1, CLASSES=("car",), AUG_RESIZE_SCALES=(48,), AUG_RANDOM_RESIZE=(48,), AUG_RANDOM_CROP_MIN=20,
+        AUG_RANDOM_CROP_MAX=40, AUG_NUM_GROUPS=2, sampler_lengths=(3,), sample_intervals=(1, 2),
+    )  # fmt: skip
+    batches = []
+    for store in (f"{s3}/clips", tmp_path / "clips"):
+        entries = convert(plan, tmp_path, store).manifest.of("bdd", "train")
+        videos = plan_videos(entries, classes, store)
+        clips = plan_clips(videos, config.clip_schedule(0), epoch=0, seed=1)
+        batches.append(list(local_batches(clips, ClipLoader(config, classes, store))))
+    assert len(batches[0]) == len(batches[1]) > 5
+    for there, here in zip(*batches, strict=True):
+        assert there.names == here.names
+        assert torch.equal(there.images, here.images)
+        assert there.slots is not None and here.slots is not None
+        assert torch.equal(there.slots.unknown_labels, here.slots.unknown_labels)
 
 
 def test_a_bucket_that_is_not_there_is_one_clear_error(s3: str) -> None:

@@ -129,6 +129,18 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float, new_format: b
     assert "cut.pth" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "content", [b"hello world", b"# MOTIP\n", bytes(100), b"garbage" * 40, b"\x80\x02x", pickle.dumps({"a": 1})[:-3]]
+)
+def test_what_is_no_checkpoint_is_told_without_advice_to_drop_the_protection(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "none.pth"
+    path.write_bytes(content)
+    with pytest.raises(MotipError, match="cut off, damaged, or no weights file") as caught:
+        read_weights(path)
+    assert caught.value.found == f"{len(content)} bytes that start with {content[:16]!r}"
+    assert "weights_only" not in str(caught.value)
+
+
 def test_truncated_safetensors_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from motip.data.augment import (
-    ClipAugmentation,
-    inference_size,
-    place_boxes,
-    render_frame,
-    resize_for_inference,
-    resize_size,
-)
+from motip.data.augment import ClipAugmentation, place_boxes, render_frame, resize_size
+from motip.track.run import inference_size, resize_frame
+from motip.track.settings import TrackerSettings
 from tests.parity import recipe
 from tests.parity.sizes import reference_files
 
@@ -39,7 +35,8 @@ def test_inference_frames_agree(preprocess: dict[str, np.ndarray]) -> None:
     assert cases
     for case in cases:
         height, width, short, longest, _, seed = preprocess[f"{case}_cfg"].tolist()
-        ours = resize_for_inference(recipe.image(seed, height, width), short, longest)
+        pixels = torch.from_numpy(recipe.image(seed, height, width)).permute(2, 0, 1)
+        ours = resize_frame(pixels, TrackerSettings(short_side=short, max_longer=longest)).permute(1, 2, 0).numpy()
         mask = preprocess[f"{case}_mask"][0]
         rows, columns = int((~mask[:, 0]).sum()), int((~mask[0]).sum())
         assert ours.shape[:2] == (rows, columns)

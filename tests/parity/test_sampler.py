@@ -3,12 +3,55 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
-from motip.data.clips import PlanVideo, published_order
+from motip.data.clips import PlanVideo
 from tests.parity.sizes import reference_files
+
+PUBLISHED_SEED = 1025
+"""The published sampler seeds every epoch with this plus the epoch."""
+
+
+def published_order(
+    videos: Sequence[PlanVideo],
+    *,
+    epoch: int,
+    sample_steps: Sequence[int],
+    sample_lengths: Sequence[int],
+    sample_intervals: Sequence[int],
+    length_per_iteration: int | None = None,
+    repeats: int = 1,
+) -> list[tuple[str, tuple[int, ...]]]:
+    """The published sampler's epoch, exactly: (video, rows) in training order.
+
+    Unlike ``plan_clips`` it depends on the order of ``videos``, drops every clip that touches a frame without objects
+    and, with ``length_per_iteration``, never uses the tail of the list. ``repeats`` is the integer dataset weight.
+    """
+    stage = max(index for index, step in enumerate(sample_steps) if step <= epoch)
+    length, max_interval = sample_lengths[stage], sample_intervals[stage]
+    draw = random.Random(PUBLISHED_SEED + epoch)
+    entries: list[tuple[str, tuple[int, ...]]] = []
+    for video in videos:
+        frames = len(video.frame_numbers)
+        if frames == 1:
+            entries += [(video.video, (0,) * length)] * repeats
+            continue
+        for start in range(frames - length + 1):
+            interval = draw.randint(1, max_interval)
+            if length > 1:
+                interval = min(interval, (frames - 1 - start) // (length - 1))
+            rows = tuple(start + interval * step for step in range(length))
+            if all(video.objects[row] > 0 for row in rows):
+                entries += [(video.video, rows)] * repeats
+    if length_per_iteration:
+        entries = entries[: len(entries) // (length // length_per_iteration)]
+    generator = torch.Generator().manual_seed(PUBLISHED_SEED + epoch)
+    return [entries[index] for index in torch.randperm(len(entries), generator=generator).tolist()]
 
 
 def _runs(path: Path) -> tuple[dict, list[PlanVideo]]:

@@ -7,7 +7,6 @@ can also lie in S3 without a reader knowing.
 from __future__ import annotations
 
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from motip.data.decode import image_height_width
 from motip.data.sequence import UNTRACKED, Frame, ReadReport, Sequence
 from motip.errors import MotipError
 
@@ -130,42 +130,12 @@ def numbered_images(folder: Any, report: ReadReport) -> dict[int, Any]:
     return dict(sorted(images.items()))
 
 
-def image_size(data: bytes, where: object = None) -> tuple[int, int]:
-    """(width, height) from the header of a JPEG or PNG, without decoding.
-
-    Raises:
-        MotipError: neither of the two, or cut off before the size.
-    """
-    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
-        width, height = struct.unpack(">II", data[16:24])
-        return width, height
-    position = 2
-    while data[:2] == b"\xff\xd8" and position + 9 <= len(data):
-        if data[position] != 0xFF:
-            break
-        marker = data[position + 1]
-        if marker == 0xFF:
-            position += 1
-        elif 0xD0 <= marker <= 0xD9 or marker == 0x01:
-            position += 2
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", data[position + 5 : position + 9])
-            return width, height
-        else:
-            position += 2 + struct.unpack(">H", data[position + 2 : position + 4])[0]
-    raise MotipError(
-        "the image has no readable header",
-        where=where,
-        expected="a JPEG or PNG file",
-        fix="fetch the file again, or remove the sequence",
-    )
-
-
 def first_size(images: Mapping[int, Any], where: object) -> tuple[int, int]:
-    """Size of the first image whose header can be read; the broken ones are found and named at conversion."""
+    """(width, height) of the first image whose header can be read; the broken ones are found and named at conversion."""
     for image in images.values():
         try:
-            return image_size(image.read_bytes(), image)
+            height, width = image_height_width(image.read_bytes(), image, whole=False)
+            return width, height
         except MotipError:
             continue
     raise MotipError(

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from motip.data.formats.common import image_size
+from motip.data.decode import image_height_width
 from motip.data.sequence import ClassMap, Sequence
 from motip.errors import MotipError
 from motip.files import atomic_write
@@ -42,7 +42,9 @@ def write_dancetrack(sequence: Sequence, root: Path | str, split: str, class_map
                 fix="a DanceTrack folder needs images: export from shards or from raw data that has them",
             )  # fmt: skip
         data = frame.image if isinstance(frame.image, bytes) else frame.image.read_bytes()
-        size = size if all(size) else image_size(data, sequence.name)
+        if not all(size):
+            height, width = image_height_width(data, sequence.name)
+            size = (width, height)
         suffix = ".png" if data[:4] == b"\x89PNG" else ".jpg"
         with atomic_write(folder / "img1" / f"{position:08d}{suffix}") as temporary:
             temporary.write_bytes(data)
