@@ -61,12 +61,13 @@ def write_curriculum(path: Path, repo_root: Path) -> Path:
     return path
 
 
-def write_checkpoint(path: Path, stage_yaml: Path) -> Path:
+def write_checkpoint(path: Path, stage_yaml: Path, *overrides: str) -> Path:
     """Freshly initialised weights of the tiny preset that let everything through: many boxes, none meaningful."""
     from motip.config import load_config
     from motip.train.build import fresh_model
 
-    config = load_config(stage_yaml, ["DET_THRESH=0.01", "NEWBORN_THRESH=0.01", "CLASSES=[pedestrian, car]"])
+    settings = ["DET_THRESH=0.01", "NEWBORN_THRESH=0.01", "CLASSES=[pedestrian, car]", *overrides]
+    config = load_config(stage_yaml, settings)
     return save_checkpoint(
         path, model=fresh_model(config), classes=config.class_names, config=config.to_dict(), epoch=0, step=1
     )

@@ -211,6 +211,41 @@ def test_resuming_with_other_parameters_is_refused_by_name(lineage: Lineage) -> 
     assert "LR=0.0001" in str(error.value)
 
 
+def _go_on(storage: str, config: dict, start: dict, run_id: str) -> tuple[str, list[str]]:
+    warned: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("motip.lineage.tracking").addHandler(handler)
+    lineage = Lineage(None, storage)
+    parent = lineage.start_curriculum("demo", {})
+    found = lineage.start_stage(parent, "b", config, DIGEST, start, resume_run_id=run_id)
+    lineage.finish(found)
+    return found, warned
+
+
+def test_a_stage_goes_on_in_a_new_run_where_its_run_is_gone(lineage: Lineage, storage: Path) -> None:
+    parent = lineage.start_curriculum("demo", {})
+    start = run_stage(lineage, storage, parent, "a", CONFIG, None, {"HOTA": 1.0})
+    run_id = lineage.start_stage(parent, "b", CONFIG, DIGEST, start)
+    # A process of its own, as after an interruption: this one holds the deleted file open.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        (storage / "mlflow" / "mlflow.db").unlink()
+        found, warned = pool.apply(_go_on, (str(storage), CONFIG, start, run_id))
+    assert found != run_id
+    assert len(warned) == 1 and run_id in warned[0]
+    with sqlite3.connect(storage / "mlflow" / "mlflow.db") as database:
+        assert database.execute("select status from runs where run_uuid = ?", (found,)).fetchone() == ("FINISHED",)
+        assert database.execute("select count(*) from runs where run_uuid = ?", (run_id,)).fetchone() == (0,)
+
+
+def test_a_run_that_was_deleted_in_mlflow_is_not_continued(lineage: Lineage, caplog: pytest.LogCaptureFixture) -> None:
+    parent = lineage.start_curriculum("demo", {})
+    run_id = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
+    client_of(lineage).delete_run(run_id)
+    assert lineage.start_stage(parent, "a", CONFIG, DIGEST, None, resume_run_id=run_id) != run_id
+    assert f"the run {run_id} that this stage began is not in MLflow" in caplog.text
+
+
 def test_five_hundred_parameters_and_a_long_one(lineage: Lineage) -> None:
     config = {f"KEY_{number}": number for number in range(500)} | {"LONG": list(range(4000))}
     parent = lineage.start_curriculum("demo", {})

@@ -66,6 +66,16 @@ def test_weights_that_are_named_and_absent_stop_a_stage(repo_root: Path, tmp_pat
     assert ended.returncode == 2 and "gone.pth" in ended.stderr and "Traceback" not in ended.stderr
 
 
+def test_a_class_without_a_label_in_the_stages_own_videos_is_named(
+    repo_root: Path, samples_dir: Path, tmp_path: Path
+) -> None:
+    arguments = ["--config", "configs/samples/stage1.yaml", "--data-root", samples_dir, "--workers", 0]
+    ended = run(repo_root, "train", *arguments, "--storage", tmp_path / "s", "--set", "DATASETS=[BDD100K]")
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "the class 'pedestrian' of stage 'stage1' has no label in any of its training videos" in ended.stderr
+    assert "car 143" in ended.stderr and "drop the class (CLASSES, NUM_CLASSES)" in ended.stderr
+
+
 def test_evaluate_without_shards_says_so(repo_root: Path, tmp_path: Path) -> None:
     from tests.small_world import write_checkpoint, write_curriculum
 

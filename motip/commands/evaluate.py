@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from motip.cluster import Cluster, connect, disconnect
-from motip.commands.checkpoint import open_checkpoint
+from motip.commands.checkpoint import open_checkpoint, pick_device
 from motip.commands.show import console, note, table
 from motip.config import Config, Curriculum, load_curriculum
 from motip.curriculum.inputs import protocol_of
@@ -41,7 +41,8 @@ def evaluate_checkpoint(
         config: curriculum file; says which raw categories count as which class, and by which protocol to score.
         data_root: convert what the shards lack from here first.
         sources: only these.
-        workers: Ray actors; 0 tracks in this process, None takes every CPU.
+        workers: Ray actors; 0 tracks in this process, None takes every GPU where there are some, else every CPU.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, of this process or of the actors.
 
     Raises:
         MotipError: anything the user can put right.
@@ -49,11 +50,12 @@ def evaluate_checkpoint(
     if workers is not None and workers < 0:
         raise MotipError("the number of workers is negative", where="--workers", found=workers, expected="0 or more")
     curriculum = load_curriculum(config)
-    loaded = open_checkpoint(checkpoint, device=device)
-    target = str(next(loaded.model.parameters()).device)
+    loaded = open_checkpoint(checkpoint)
+    averaged = ((loaded.meta["config"] or {}).get("val_config") or {}).get("CLASSES_TO_EVAL")
     storage = checked_storage(storage)
     cluster = None if workers == 0 else connect()
     try:
+        target = device_of_workers(device, cluster)
         if data_root is not None:
             _convert(curriculum, data_root, storage, cluster)
         videos = _videos(curriculum, Manifest.load(storage), split, sources)
@@ -61,7 +63,7 @@ def evaluate_checkpoint(
         rules = cast(Config, SimpleNamespace(class_names=loaded.classes))
         folder = location(storage) / "evaluations" / loaded.meta["sha256"][:12]
         done = evaluate(
-            Subject(loaded.model.cpu(), loaded.meta["sha256"], loaded.settings),
+            Subject(loaded.model, loaded.meta["sha256"], loaded.settings),
             videos,
             storage,
             folder,
@@ -71,6 +73,7 @@ def evaluate_checkpoint(
             cluster=cluster,
             workers=workers,
             device=target,
+            averaged=averaged,
             on_video=_say,
         )
     finally:
@@ -81,6 +84,7 @@ def evaluate_checkpoint(
         "sha256": loaded.meta["sha256"],
         "split": split,
         "settings": asdict(loaded.settings),
+        "averaged": averaged,
         "sources": {name: scores.to_json() for name, scores in done.scores.items()},
         "tracked_only": list(done.tracked_only),
         "notes": list(done.notes),
@@ -92,6 +96,28 @@ def evaluate_checkpoint(
     again = f", {done.reused} tracked before" if done.reused else ""
     console().print(f"{done.videos} videos{again}; tracks and scores_{split}.json are in {folder}", highlight=False)
     return done
+
+
+def device_of_workers(named: str, cluster: Cluster | None) -> str:
+    """Where the model runs: this process's device, or that of actors, whatever the machine of this process has.
+
+    Raises:
+        MotipError: no such device, or a GPU is asked for and the cluster has none.
+    """
+    if cluster is None:
+        return str(pick_device(named))
+    if named == "auto":
+        return "cuda" if cluster.gpus >= 1 else "cpu"
+    if not named.startswith("cuda"):
+        return str(pick_device(named))
+    if cluster.gpus < 1:
+        raise MotipError(
+            "the Ray cluster has no GPU",
+            where="--device",
+            found=named,
+            fix="pass --device cpu, start the nodes with --num-gpus, or track in this process with --workers 0",
+        )
+    return "cuda"
 
 
 def _convert(curriculum: Curriculum, data_root: str, storage: str, cluster: Cluster | None) -> None:
@@ -142,6 +168,6 @@ def _show(done: Evaluation) -> None:
         table(header, rows, title=source)
         console().print(scores.caption(), highlight=False)
     for source in done.tracked_only:
-        note(f"{source} has no label of the model's classes: tracked, not scored")
+        note(f"{source} has no label of the classes that are averaged: tracked, not scored")
     for text in done.notes:
         note(text)

@@ -39,13 +39,22 @@ def read_yaml(path: Path) -> YamlFile:
     """Parse one YAML mapping safely, remembering the line of each top-level key.
 
     Raises:
-        MotipError: the file is absent, no YAML, no mapping, or repeats a key.
+        MotipError: the file is absent, no text, no YAML, no mapping, or repeats a key.
     """
     if not path.is_file():
         raise MotipError(
             "configuration file not found", where=path, fix="check the path; shipped files are in configs/"
         )
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MotipError(
+            "the file is no text",
+            where=path,
+            found=f"the byte 0x{error.object[error.start]:02x} at position {error.start}",
+            expected="a YAML file in UTF-8",
+            fix="pass a configuration, not weights or an archive; save it as UTF-8",
+        ) from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)

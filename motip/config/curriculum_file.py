@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,14 @@ DEFAULT_CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
     "motchallenge": {"pedestrian": ("pedestrian",)},
 }
 """Raw categories that count as the plan's two classes; everything else is kept as ignore regions."""
+
+BEST_METRICS = (
+    *("HOTA", "DetA", "AssA", "DetRe", "DetPr", "AssRe", "AssPr", "LocA"),
+    *("MOTA", "IDF1", "IDR", "IDP"),
+)
+"""Percentages that grow as tracking improves. MOTP is not among them: papers give it as an overlap or a distance."""
+BEST_MEANS = ("det_avg", "agnostic")
+"""Means other than that over classes; `det_avg/HOTA`."""
 
 DEFAULT_SPLITS = {"train": "train", "val": "val"}
 DEFAULT_FPS = {"bdd100k": 5.0, "visdrone": 30.0}
@@ -126,12 +135,15 @@ def load_curriculum(path: str | Path, overrides: Sequence[str] = ()) -> Curricul
     file = read_yaml(Path(path).expanduser())
     _refuse_unknown(file.values, {"name", "sources", "stages"}, file.path)
     common, by_stage = _split_overrides(overrides)
-    sources = {
-        str(key): _source(str(key), value, file.path) for key, value in (file.values.get("sources") or {}).items()
-    }
-    stages = []
-    for number, raw in enumerate(file.values.get("stages") or []):
-        stages.append(_stage(number, raw, file.path, common, by_stage))
+    named, listed = file.values.get("sources") or {}, file.values.get("stages") or []
+    if not isinstance(named, dict):
+        raise MotipError(
+            "sources: holds a block, one name with its settings below it for each source", where=file.path, found=named
+        )
+    if not isinstance(listed, list):
+        raise MotipError("stages: holds a list, one `- name: …` for each stage", where=file.path, found=listed)
+    sources = {str(key): _source(str(key), value, file.path) for key, value in named.items()}
+    stages = [_stage(number, raw, file.path, common, by_stage) for number, raw in enumerate(listed)]
     strangers = sorted(set(by_stage) - {stage.name for stage in stages})
     if strangers:
         raise MotipError(
@@ -220,6 +232,7 @@ def _check(curriculum: Curriculum, path: Path) -> None:
         for name in stage.val or ():
             if name not in curriculum.sources or "val" not in curriculum.sources[name].splits:
                 raise MotipError(f"source {name} has no val split to judge the stage on", where=f"{where}, val")
+        _check_best(stage, curriculum, where)
         strangers = [name for name in stage.allow_unlabelled if name not in stage.config.class_names]
         if strangers:
             raise MotipError(
@@ -235,3 +248,28 @@ def _check(curriculum: Curriculum, path: Path) -> None:
                 where=where,
                 fix="map raw categories to the class under the source's `classes:`, or drop the class",
             )
+
+
+def _check_best(stage: Stage, curriculum: Curriculum, where: str) -> None:
+    """Before hours are trained: the metric is one that a stage's scores have (`Scores.to_dict`, `StageScores.flat`)."""
+    judges = stage.val if stage.val is not None else tuple(dict.fromkeys(mix.source for mix in stage.data))
+    prefixes = ["", *(f"{name}/" for name in judges if len(judges) > 1)]
+    classes = [re.sub(r"[^\w\-. :]", "_", name, flags=re.ASCII) for name in stage.config.class_names]
+    known = {
+        f"{prefix}{name}"
+        for prefix in prefixes
+        for metric in BEST_METRICS
+        for name in (
+            metric,
+            *(f"{metric}/{label}" for label in classes),
+            *(f"{mean}/{metric}" for mean in BEST_MEANS),
+        )
+    }
+    if stage.best not in known:
+        raise MotipError(
+            "no metric that can choose the best checkpoint",
+            where=f"{where}, best",
+            found=stage.best,
+            expected=f"one of {', '.join(BEST_METRICS)}; also as HOTA/{stage.config.class_names[0]}, det_avg/HOTA, …",
+            fix="write it as shown, capitals included",
+        )

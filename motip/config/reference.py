@@ -162,7 +162,6 @@ MEANINGS: dict[str, str] = {
     "LONGTERM_SIMILARITY": "Cosine similarity from which a new track is taken for a lost one.",
     "EVALUATE_EVERY_EPOCHS": "Epochs between validations; the last epoch is always validated.",
     "val_config": "Block of the plan, see below.",
-    "val_config.SPLIT_TO_EVAL": "Name of the evaluated split that stands beside the scores.",
     "Curriculum.name": "Name of the MLflow experiment's parent run and of the folder under the storage.",
     "Curriculum.sources": "Name to raw dataset.",
     "Curriculum.stages": "Stages in order.",

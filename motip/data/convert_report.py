@@ -180,7 +180,8 @@ def _check_stage_classes(curriculum: Any, stage: Any, manifest: Manifest) -> lis
                 found=there,
                 expected=" or ".join(sorted(f"{name}: {raw}" for name, raw in raws)) or "a category mapped to it",
                 fix="spell the categories as the labels do, take other or more videos, or drop the class (CLASSES, "
-                f"NUM_CLASSES); where it is meant, put `allow_unlabelled: [{class_name}]` in the stage of the curriculum file",
+                f"NUM_CLASSES); where it is meant, put `allow_unlabelled: [{class_name}]` in the stage of the "
+                "curriculum file",
             )
         notes.append(f"stage {stage.name} trains {class_name} without any label of it, as allowed; there are {there}")
     return notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Evaluation:
 
     Attributes:
         scores: by source; never pooled, since protocols and classes may differ.
-        tracked_only: sources without a label of the model's classes, and so without scores.
+        tracked_only: sources without a label of the averaged classes, and so without scores.
         reused: videos whose tracks were there from an earlier, interrupted or equal run.
         notes: what must stand beside the numbers.
     """
@@ -72,6 +72,7 @@ def evaluate(
     cluster: Cluster | None = None,
     workers: int | None = None,
     device: str = "cpu",
+    averaged: Collection[str] | None = None,
     on_video: OnVideo | None = None,
 ) -> Evaluation:
     """Track ``videos`` and score those with labels.
@@ -83,6 +84,7 @@ def evaluate(
         class_maps, protocols: by source.
         cluster: where Ray actors share the videos; None tracks in this process.
         workers: actors at most; None takes one for every CPU (GPU with a CUDA ``device``).
+        averaged: classes the class average is taken over (CLASSES_TO_EVAL); None: all.
 
     Raises:
         MotipError: a shard is missing or damaged, files cannot be written, more workers than there is room for.
@@ -110,11 +112,11 @@ def evaluate(
     tracked_only = []
     for source in sorted({video.source for video in videos}):
         own = [video for video in videos if video.source == source]
-        if not _labelled(own, class_maps[source]):
+        if not _labelled(own, class_maps[source], averaged):
             tracked_only.append(source)
             continue
         rows_of = {key: rows for key, rows in tracked.items() if key[0] == source}
-        scores |= score_videos(own, rows_of, storage, class_maps, protocols, split).by_source
+        scores |= score_videos(own, rows_of, storage, class_maps, protocols, split, averaged).by_source
     return Evaluation(scores, tuple(tracked_only), len(videos), reused, tuple(notes))
 
 
@@ -122,8 +124,9 @@ def _kept(tracks: Location, facts: Location, inputs: str) -> bool:
     return facts.is_file() and tracks.is_file() and read_json(facts).get("inputs") == inputs
 
 
-def _labelled(videos: Sequence[VideoEntry], class_map: ClassMap) -> bool:
-    raws = {raw for raws in class_map.mapping.values() for raw in raws}
+def _labelled(videos: Sequence[VideoEntry], class_map: ClassMap, averaged: Collection[str] | None) -> bool:
+    wanted = class_map.names if averaged is None else averaged
+    raws = {raw for name, raws in class_map.mapping.items() if name in wanted for raw in raws}
     return any(
         count > video.ignored.get(raw, 0) for video in videos for raw, count in video.boxes.items() if raw in raws
     )

@@ -12,7 +12,7 @@ from motip.lineage.tags import Tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import LoggedModel, Run
 
 REGISTERED = "motip-curriculum"
 """Name in the model registry; each stage has an alias in it."""
@@ -23,9 +23,21 @@ def alias_of(stage: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", stage.lower()).strip("-")
 
 
+def find_run(client: MlflowClient, run_id: str) -> Run | None:
+    """The run, or None where MLflow does not have it any more: another database, or the run was deleted."""
+    try:
+        run = client.get_run(run_id)
+    except Exception as error:
+        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
 def latest_model(client: MlflowClient, run_id: str | None) -> str:
-    """Id of the model that a run put out last, or an empty string."""
-    return str(client.get_run(run_id).data.tags.get(Tag.MODEL, "")) if run_id else ""
+    """Id of the model that a run put out last, or an empty string, also where the run is not there any more."""
+    run = find_run(client, run_id) if run_id else None
+    return str(run.data.tags.get(Tag.MODEL, "")) if run is not None else ""
 
 
 def register(store: Store, run_id: str, uri: str, sha256: str, step: int) -> None:

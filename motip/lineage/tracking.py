@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from motip.errors import MotipError
 from motip.files import digest
 from motip.lineage import walk as lineage_walk
-from motip.lineage.model import latest_model, register
+from motip.lineage.model import find_run, latest_model, register
 from motip.lineage.provenance import provenance, redact
 from motip.lineage.spool import Entry, Spool
 from motip.lineage.store import Store, Unreachable
@@ -144,7 +144,8 @@ class Lineage:
             data_digest: hex sha256 over everything the stage reads.
             parent_checkpoint: ``{"path", "sha256", "run_id"}`` of the weights it starts from (run_id may be None for
                 weights that no run made); None for a start from scratch.
-            resume_run_id: continue this run; without it, an unfinished run of the same stage and inputs is looked for.
+            resume_run_id: continue this run; without it, or where MLflow does not have it any more, an unfinished run
+                of the same stage and inputs is looked for.
             datasets: what the data consists of, for MLflow's dataset inputs; by default one entry.
 
         Raises:
@@ -156,7 +157,7 @@ class Lineage:
         inputs = digest([stage, config, data_digest, parent.get("sha256")])
 
         def start() -> str:
-            run_id = resume_run_id or self._unfinished_stage(parent_run_id, inputs)
+            run_id = self._still_there(resume_run_id) or self._unfinished_stage(parent_run_id, inputs)
             if run_id:
                 self._resume(run_id, config)
                 return run_id
@@ -386,6 +387,17 @@ class Lineage:
         condition = f"tags.`{Tag.PARENT_RUN}` = '{parent_run_id}' and tags.`{Tag.INPUTS}` = '{inputs}'"
         unfinished = [run for run in self._find_runs(condition) if run.info.status != "FINISHED"]
         return str(unfinished[0].info.run_id) if unfinished else ""
+
+    def _still_there(self, run_id: str | None) -> str:
+        if not run_id or find_run(self._store.client(), run_id) is not None:
+            return run_id or ""
+        logger.warning(
+            "the run %s that this stage began is not in MLflow at %s any more (moved or deleted); a new run goes on "
+            "with the stage, without the earlier epochs' curves",
+            run_id,
+            self.shown_uri,
+        )
+        return ""
 
     def _resume(self, run_id: str, config: Mapping[str, Any]) -> None:
         client = self._store.client()

@@ -46,7 +46,7 @@ class Communicator(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank. For small results such as tracks, not for tensors.
 
-        Waits as long as it takes: how long a rank's validation videos take to track is nobody's stall.
+        Waits as long as it takes: tracking and scoring the validation videos, or writing a checkpoint, is no stall.
         """
         ...
 
@@ -154,8 +154,7 @@ class Watched:
             return self._inner.all_agree(yes)
 
     def gather(self, value: Any) -> list[Any]:
-        with self._watching():
-            return self._inner.gather(value)
+        return self._inner.gather(value)
 
     def barrier(self) -> None:
         with self._watching():

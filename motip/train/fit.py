@@ -114,11 +114,6 @@ def completed(folder: str) -> FitResult:
     return result
 
 
-def checkpoint_name(epoch: int) -> str:
-    """Where an epoch's checkpoint lies under the stage's folder."""
-    return f"epoch_{epoch:03d}/checkpoint_{epoch}.pth"
-
-
 def pick_device(config: Config) -> torch.device:
     """CUDA where it is wanted and there, else the CPU."""
     wanted = config.DEVICE in ("cuda", "auto") and torch.cuda.is_available()

@@ -112,7 +112,7 @@ def run_stage(job: StageJob, comm: Communicator, feed: Feed, reporter: Reporter,
             last = epoch == config.EPOCHS - 1
             metrics = train_epoch(run, epoch)
             run.where = f"stage {job.stage}, after epoch {epoch + 1}"
-            evaluated = last or (epoch + 1) % config.EVALUATE_EVERY_EPOCHS == 0
+            evaluated = (epoch + 1) % config.EVALUATE_EVERY_EPOCHS == 0 or last
             if evaluated:
                 metrics |= validate(run, epoch)
             save = (epoch + 1) % config.SAVE_CHECKPOINT_PER_EPOCH == 0 or evaluated  # a score needs its weights

@@ -126,6 +126,15 @@ def test_wrong_files_are_refused_with_place_and_remedy(tmp_path: Path, text: str
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [b"PK\x03\x04\xff\xfe\x80", b"LR: 1\n# caf\xe9\n", b"\x80\x02}q\x00."])
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
+    leaf = tmp_path / "leaf.yaml"
+    leaf.write_bytes(content)
+    with pytest.raises(MotipError, match="the file is no text") as caught:
+        load_config(leaf)
+    assert caught.value.where == leaf
+
+
 def test_a_circle_in_the_chain_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", "SUPER_CONFIG_PATH: b.yaml\n")
     write(tmp_path / "b.yaml", "SUPER_CONFIG_PATH: a.yaml\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from motip.config import load_config, load_curriculum
+from motip.config import Curriculum, load_config, load_curriculum
 from motip.errors import MotipError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +28,8 @@ def test_stage_files_load(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CURRICULA, ids=lambda path: str(path.relative_to(ROOT)))
-def test_curricula_load(path: Path) -> None:
-    assert len(load_curriculum(path).stages) == (1 if path.name == "base.yaml" else 4)
+def test_curricula_load_and_have_four_stages(path: Path) -> None:
+    assert len(load_curriculum(path).stages) == 4
 
 
 def test_the_plan_in_numbers() -> None:
@@ -74,6 +74,10 @@ def test_overrides_reach_all_stages_or_one() -> None:
         ("name: BDD-Refinement", "name: BDD-Foundation", "same name"),
         ("config: bdd_stage2.yaml", "config: bdd_stage9.yaml", "file not found"),
         ("name: BDD-Refinement", "name: BDD-Refinement\n    allow_unlabelled: [cat]", "cat is no class of this stage"),
+        ("    best: HOTA ", "    best: hota ", "no metric that can choose the best checkpoint"),
+        ("    best: HOTA ", "    best: IDSW ", "no metric that can choose"),
+        ("    best: HOTA ", "    best: HOTA/truck ", "no metric that can choose"),
+        ("    best: HOTA ", "    best: bdd100k/HOTA ", "no metric that can choose"),
     ],
 )
 def test_wrong_curricula_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -90,3 +94,42 @@ def test_wrong_curricula_are_refused(tmp_path: Path, old: str, new: str, message
     broken.write_text(text)
     with pytest.raises(MotipError, match=message):
         load_curriculum(broken)
+
+
+@pytest.mark.parametrize("name", ["IDF1", "HOTA/car", "det_avg/AssA", "agnostic/MOTA"])
+def test_other_metrics_may_choose_the_best(tmp_path: Path, name: str) -> None:
+    assert _with_line(tmp_path, "    best: HOTA ", f"    best: {name} ").stages[-1].best == name
+
+
+def test_metrics_of_one_of_several_sources_may_choose_the_best(tmp_path: Path) -> None:
+    line = "    best: visdrone/HOTA/car\n    val: [visdrone, bdd100k] "
+    assert _with_line(tmp_path, "    best: HOTA ", line).stages[-1].best == "visdrone/HOTA/car"
+
+
+def _with_line(folder: Path, old: str, new: str) -> Curriculum:
+    text = (ROOT / "configs" / "curriculum.yaml").read_text()
+    assert old in text
+    path = folder / "curriculum.yaml"
+    path.write_text(text.replace(old, new, 1))
+    for stage_file in (ROOT / "configs").glob("*.yaml"):
+        if stage_file.name != path.name:
+            (folder / stage_file.name).write_text(stage_file.read_text())
+    return load_curriculum(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sources: [a]\nstages: []\n", "sources: holds a block"),
+        ("sources: a\nstages: []\n", "sources: holds a block"),
+        ("sources: {a: 1}\nstages: []\n", "a block of `key: value` lines is needed"),
+        ("stages: {name: a}\n", "stages: holds a list"),
+        ("stages: a\n", "stages: holds a list"),
+        ("stages: [a]\n", "a block of `key: value` lines is needed"),
+    ],
+)
+def test_blocks_and_lists_in_the_wrong_place_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "curriculum.yaml").write_text(text)
+    with pytest.raises(MotipError, match=message) as caught:
+        load_curriculum(tmp_path / "curriculum.yaml")
+    assert "curriculum.yaml" in str(caught.value)

@@ -20,8 +20,8 @@ from motip.config import Config
 from motip.data.clip_loader import ClipLoader, ClipSample, collate, local_batches, plan_videos, read_video_frames
 from motip.data.clips import ClipRef, pad_to, plan_clips
 from motip.data.decode import decode_rgb, image_height_width, reduction_for
-from motip.data.imagecheck import problem_of
 from motip.data.id_labels import SLOT_FIELDS
+from motip.data.imagecheck import problem_of
 from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence
 from motip.data.shards import shard_path, write_shard
 from motip.data.stream import _one_ahead, data_resources, pack, unpack

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from motip.cluster import connect, disconnect
+from motip.cluster import Cluster, connect, disconnect
 from motip.commands.checkpoint import open_checkpoint
+from motip.commands.evaluate import device_of_workers, evaluate_checkpoint
 from motip.config import load_curriculum
 from motip.data.convert import convert
 from motip.data.manifest import Manifest
@@ -66,6 +68,41 @@ def test_videos_without_a_label_of_the_classes_are_tracked_only(storage: Path, t
     done = run(storage, tmp_path, classes={"car": ("truck",)})
     assert done.scores == {} and done.tracked_only == ("dance",)
     assert (tmp_path / "tracks/dance/val/v1.txt").is_file()
+
+
+def test_the_checkpoints_own_choice_of_classes_is_averaged(storage: Path, tmp_path: Path) -> None:
+    root = storage.parent
+    checkpoint = write_checkpoint(tmp_path / "car.pth", root / "stage.yaml", "val_config.CLASSES_TO_EVAL=[car]")
+    done = evaluate_checkpoint(str(checkpoint), str(root / "curriculum.yaml"), storage=str(storage), workers=0)
+    scores = done.scores["dance"]
+    assert scores.class_averaged == scores.per_class["car"] and scores.per_class["pedestrian"]["GT"] == 2 * FRAMES
+    (written,) = (storage / "evaluations").rglob("scores_val.json")
+    assert json.loads(written.read_text())["averaged"] == ["car"]
+
+
+def test_a_source_without_a_label_of_the_averaged_classes_is_tracked_only(storage: Path, tmp_path: Path) -> None:
+    classes = {"pedestrian": ("pedestrian",), "car": ("truck",)}
+    assert run(storage, tmp_path, classes=classes, averaged=("car",)).tracked_only == ("dance",)
+    assert run(storage, tmp_path, classes=classes, averaged=("pedestrian",)).tracked_only == ()
+
+
+def test_actors_use_the_clusters_gpus_also_where_this_process_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with_gpus, without = Cluster(8, 2, 2, True), Cluster(8, 0, 2, True)
+    assert [device_of_workers(name, with_gpus) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda", "cuda", "cuda", "cpu",
+    ]  # fmt: skip
+    assert [device_of_workers(name, without) for name in ("auto", "cpu")] == ["cpu", "cpu"]
+    assert device_of_workers("auto", None) == "cpu"
+    with pytest.raises(MotipError, match="the Ray cluster has no GPU"):
+        device_of_workers("cuda", without)
+    for cluster, name in ((None, "cuda"), (with_gpus, "tpu")):
+        with pytest.raises(MotipError, match="no such device"):
+            device_of_workers(name, cluster)
+    # A driver with a GPU that Ray was not told of has no room for actors on it.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of_workers("auto", without) == "cpu"
 
 
 @pytest.fixture(scope="module")

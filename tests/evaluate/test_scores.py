@@ -3,15 +3,19 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from motip.config import load_curriculum
+from motip.config.curriculum_file import BEST_METRICS
 from motip.errors import MotipError
 from motip.evaluate.domains import DomainMatrix
 from motip.evaluate.metrics import score
 from motip.evaluate.protocols import ScoredSequence
-from motip.evaluate.scores import Scores, check_comparable, metric_name
+from motip.evaluate.scores import PERCENTAGES, Scores, check_comparable, metric_name
 from tests.evaluate.rows import disturbed, random_rows
+from tests.small_world import write_curriculum
 
 MLFLOW_NAME = re.compile(r"[\w\-. :/]+", re.ASCII)
 
@@ -29,6 +33,22 @@ def test_flat_names_are_those_mlflow_takes() -> None:
     assert "HOTA/on-road person" in flat and "agnostic/HOTA" in flat and "det_avg/IDSW" in flat
     assert all(MLFLOW_NAME.fullmatch(name) for name in flat)
     assert metric_name("a&b/ü") == "a_b__"
+
+
+def test_a_curriculum_may_choose_by_every_percentage_but_motp(tmp_path: Path, repo_root: Path) -> None:
+    assert set(BEST_METRICS) == set(PERCENTAGES) - {"MOTP"}
+    flat = _scores(classes=("pedestrian", "car")).to_dict()
+    wanted = {name for name in flat if set(name.split("/")) & set(BEST_METRICS)}
+    assert len(wanted) == len(BEST_METRICS) * 5
+    path = write_curriculum(tmp_path / "curriculum.yaml", repo_root)
+    text = path.read_text()
+    for name in sorted(wanted):
+        path.write_text(text.replace("config: stage.yaml", f"config: stage.yaml, best: {name}"))
+        assert load_curriculum(path).stages[0].best == name
+    for name in sorted(set(flat) - wanted):
+        path.write_text(text.replace("config: stage.yaml", f"config: stage.yaml, best: {name}"))
+        with pytest.raises(MotipError, match="no metric that can choose"):
+            load_curriculum(path)
 
 
 def test_stored_scores_come_back_equal() -> None:

