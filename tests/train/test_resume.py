@@ -236,6 +236,10 @@ def _rank(rank: int, world: int, folder: str, data: str, after: int | None) -> N
     loop.run_stage(job, comm, feed, FolderReporter(Path(folder), records), torch.device("cpu"))
     if rank == 0:
         torch.save(vars(records)["losses"], f"{folder}/losses_{world}_{after}.pt")
+    if world > 1:
+        # A rank that left while its peer's gloo threads still ran would bring the peer down with an abort.
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _job_again(folder: Path, config: Config) -> StageJob:
