@@ -117,10 +117,10 @@ def _percent(value: float | None) -> str:
 
 
 def wide_console() -> Console:
-    """A console that never folds lines below 120 columns: a job's log is a file, and tables must stay readable."""
+    """A console that never folds lines below 140 columns: a job's log is a file, and tables must stay readable."""
     console = Console(soft_wrap=True)
-    if console.width < 120:
-        console = Console(soft_wrap=True, width=120)
+    if console.width < 140:
+        console = Console(soft_wrap=True, width=140)
     return console
 
 
