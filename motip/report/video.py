@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import contextlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +29,7 @@ _BT709 = 1
 """Colour space, primaries and transfer of HD video; unsaid, players guess, and guess differently."""
 
 
-class VideoSource:
+class VideoSource(ABC):
     """Frames of a video, in order, decoded as they are asked for.
 
     Iterating yields (0-based frame number, (H, W, 3) uint8 RGB). A video's frames are counted; numbered images keep the
@@ -49,8 +50,9 @@ class VideoSource:
         self.notes = notes
         self.damaged = 0
 
+    @abstractmethod
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        raise NotImplementedError
+        """(frame number, (H, W, 3) uint8 RGB) in order."""
 
 
 def open_source(

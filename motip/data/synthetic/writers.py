@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
@@ -30,7 +31,7 @@ TRUNCATED_BELOW = 0.98
 """An object with less than this share inside the frame counts as truncated."""
 
 
-class SequenceWriter:
+class SequenceWriter(ABC):
     """Takes a sequence frame by frame; ``close`` writes what stands in one file per sequence."""
 
     def __init__(self, root: Path, split: str, name: str, fps: float, quality: int) -> None:
@@ -60,18 +61,21 @@ class SequenceWriter:
         (self._images / self._image_name()).write_bytes(encoded.tobytes())
         self._record(labels)
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Write the annotations: called once, after the last frame."""
 
     def paths(self) -> tuple[Path, Path]:
         """The folder of the images and the file of the annotations."""
         return self._images, self._annotations
 
+    @abstractmethod
     def _image_name(self) -> str:
-        raise NotImplementedError
+        """File name of the frame at hand."""
 
+    @abstractmethod
     def _record(self, labels: SequenceOf[Label]) -> None:
-        raise NotImplementedError
+        """Keep the labels of the frame at hand for the annotations."""
 
 
 class Bdd100kWriter(SequenceWriter):
