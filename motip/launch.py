@@ -12,6 +12,7 @@ from motip.curriculum.weights import check_given_weights
 from motip.data.storage import location
 from motip.errors import MotipError
 from motip.lineage import Lineage
+from motip.report.domain_table import domain_table
 from motip.report.progress import DriverUi, stage_table
 
 
@@ -20,7 +21,7 @@ def launch_curriculum(
     *,
     data_root: str,
     storage: str,
-    workers: int = 1,
+    workers: str | int = 1,
     overrides: Sequence[str] = (),
     until: str | None = None,
     strict: bool = False,
@@ -43,31 +44,34 @@ def launch(
     config_path: str,
     data_root: str,
     storage: str,
-    workers: int = 1,
+    workers: str | int = 1,
     until: str | None = None,
     strict: bool = False,
 ) -> CurriculumResult:
     """Run a curriculum and print the stage table.
 
+    Args:
+        workers: training workers, a number or `MIN:MAX`; 0 trains in this process.
+
     Raises:
         MotipError: anything the user can put right.
     """
+    least, most = workers_range(workers)
     options = Options(
         data_root=checked_data_root(data_root),
         storage=checked_storage(storage),
-        workers=workers,
+        workers=most,
+        least_workers=least,
         strict=strict,
         config_path=config_path,
         until=until,
     )
-    if workers < 0:
-        raise MotipError("the number of workers is negative", where="--workers", found=workers, expected="0 or more")
     if until is not None and until not in [stage.name for stage in curriculum.stages]:
         names = ", ".join(stage.name for stage in curriculum.stages)
         raise MotipError("there is no such stage", where="--until", found=until, expected=f"one of {names}")
     check_given_weights(curriculum, options)  # said here it costs no start of Ray
     ui = DriverUi()
-    cluster = connect() if workers > 0 else None
+    cluster = connect() if most > 0 else None
     if cluster is not None and cluster.gpus < 1:
         for stage in curriculum.stages:
             if stage.config.DEVICE == "cuda":
@@ -81,11 +85,34 @@ def launch(
             disconnect()
     class_names = list(dict.fromkeys(name for stage in curriculum.stages for name in stage.config.class_names))
     ui.console.print(stage_table(result.records, class_names))
+    if result.domains is not None:
+        domains, wanted = result.domains, curriculum.domains
+        ui.console.print(domain_table(domains.matrix, domains.transfer, wanted.allowed_loss, wanted.each_class))
+        ui.note(f"domains as CSV and heat map: {domains.folder}/domains.csv, domains.png")
     last = result.records[-1]
     ui.note(f"final checkpoint: {last.checkpoint}")
     command, page = lineage.compare_url_hint([record.run_id for record in result.records if record.run_id])
     ui.note(f"compare the stages in MLflow:\n  {command}\n  {page}" if command else f"compare the stages: {page}")
     return result
+
+
+def workers_range(text: str | int) -> tuple[int | None, int]:
+    """`4` is (None, 4): always four workers. `2:4` is (2, 4): as many as the cluster has room for.
+
+    Raises:
+        MotipError: it is neither.
+    """
+    least, colon, most = str(text).rpartition(":")
+    numbers = [least, most] if colon else [most]
+    if not all(number.isdecimal() for number in numbers) or (colon and not 1 <= int(least) <= int(most)):
+        raise MotipError(
+            "this is no number of workers",
+            where="--workers",
+            found=text,
+            expected="a number such as 4, or MIN:MAX such as 2:4 with MIN at least 1",
+            fix="0 trains in this process, without Ray",
+        )
+    return (int(least) if colon else None), int(most)
 
 
 def checked_data_root(named: str) -> str:

@@ -22,7 +22,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", default="configs/curriculum.yaml", help="curriculum file (default: %(default)s)")
     parser.add_argument("--data-root", default=".", help="folder or s3:// URI with the raw datasets and base weights")
     parser.add_argument("--storage", default="~/motip", help="shards, checkpoints, MLflow database (default: ~/motip)")
-    parser.add_argument("--workers", type=int, default=1, help="training workers (default: 1)")
+    parser.add_argument(
+        "--workers",
+        default="1",
+        metavar="N|MIN:MAX",
+        help="training workers; MIN:MAX follows the room on the cluster; 0 trains in this process (default: 1)",
+    )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="[STAGE:]KEY=VALUE")
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
     parser.add_argument("--strict", action="store_true", help="an undecodable image ends the conversion")

@@ -6,6 +6,7 @@ Examples:
         --data-root ../shared/samples --sources visdrone --workers 0
     ray job submit --working-dir . -- python ray_jobs/evaluate.py --checkpoint /shared/motip/best.pth \\
         --storage /shared/motip
+    python ray_jobs/evaluate.py --checkpoint checkpoint_best.pth --sweep-thresholds
 
 The checkpoint carries its own configuration; the curriculum file says which raw categories are which class. Tracks (MOT
 rows) and scores_SPLIT.json go to STORAGE/evaluations/SHA256. Run again, videos that are finished are not tracked again.
@@ -28,6 +29,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sources", help="only these, comma-separated (default: all of the manifest)")
     parser.add_argument("--workers", type=int, help="Ray actors; 0 tracks in this process (default: every CPU or GPU)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--errors", action="store_true", help="also say which objects are lost")
+    parser.add_argument("--sweep-thresholds", action="store_true", help="find the DET_THRESH with the best HOTA on val")
+    parser.add_argument("--thresholds", help="of the sweep, comma-separated (default: 0.1 to 0.9 in steps of 0.05)")
     parser.add_argument("--json", dest="json_path", metavar="OUT", help="write the scores here too")
     return parser.parse_args()
 
@@ -35,11 +39,14 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with exit_on_error():
-        from motip.commands.evaluate import evaluate_checkpoint
+        from motip.commands.evaluate import evaluation
 
-        evaluate_checkpoint(
+        evaluation(
             args.checkpoint,
             args.config,
+            errors=args.errors,
+            sweep_thresholds=args.sweep_thresholds,
+            thresholds=args.thresholds,
             storage=args.storage,
             data_root=args.data_root,
             split=args.split,

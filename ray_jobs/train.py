@@ -24,7 +24,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-root", help="folder with the raw datasets (default: root_path of the configuration)")
     parser.add_argument("--storage", default="~/motip", help="shards, checkpoints, MLflow database (default: ~/motip)")
     parser.add_argument(
-        "--workers", type=int, default=1, help="training workers; 0 trains in this process (default: 1)"
+        "--workers",
+        default="1",
+        metavar="N|MIN:MAX",
+        help="training workers; MIN:MAX follows the room on the cluster; 0 trains in this process (default: 1)",
     )
     parser.add_argument("--videos", type=int, help="training videos of each dataset (default: all)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")

@@ -55,8 +55,8 @@ def room(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
     return root
 
 
-VERBS = ["track", "convert", "weights inspect", "weights transfer", "weights export", "shards inspect",
-         "results export", "lineage show", "lineage verify"]  # fmt: skip
+VERBS = ["track", "convert", "evaluate", "compare", "train preflight", "weights inspect", "weights transfer",
+         "weights export", "shards inspect", "results export", "lineage show", "lineage verify"]  # fmt: skip
 
 
 def test_help_is_fast_and_loads_nothing_heavy() -> None:

@@ -50,7 +50,7 @@ def show(
 
     from motip.commands.show import as_json, table
 
-    steps = _lineage(storage).walk(run)
+    steps = recorded(storage).walk(run)
     if json:
         as_json([asdict(step) for step in steps])
         return
@@ -71,7 +71,7 @@ def verify(run: RunArgument, storage: StorageOption = "~/motip") -> None:
     """
     from motip.commands.show import table
 
-    checks = _lineage(storage).verify(run)
+    checks = recorded(storage).verify(run)
     rows = [[check.stage, check.state, check.expected[:12], check.found[:12] or "-", check.path] for check in checks]
     table(["stage", "state", "recorded", "now", "file"], rows, title=f"Files of {run}")
     wrong = [check for check in checks if check.state != "same"]
@@ -86,7 +86,7 @@ def verify(run: RunArgument, storage: StorageOption = "~/motip") -> None:
     print(f"{len(checks)} checkpoints, all as recorded")
 
 
-def _lineage(storage: str) -> Lineage:
+def recorded(storage: str) -> Lineage:
     """Raises MotipError where nothing was ever recorded: asking must not create an empty database."""
     from motip.lineage import Lineage
 

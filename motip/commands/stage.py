@@ -16,7 +16,7 @@ def train_stage(
     *,
     data_root: str | None,
     storage: str,
-    workers: int = 1,
+    workers: str | int = 1,
     overrides: Sequence[str] = (),
     videos: int | None = None,
     strict: bool = False,

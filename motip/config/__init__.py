@@ -1,13 +1,14 @@
 """The only room that reads YAML: stage configurations and curriculum files, checked before hours are spent on them."""
 
 from motip.config.chain import load_config, without_effect_message
-from motip.config.curriculum_file import Curriculum, Mix, Source, Stage, load_curriculum
+from motip.config.curriculum_file import Curriculum, Domains, Mix, Source, Stage, load_curriculum
 from motip.config.keys import ClipSchedule, Config, record_reads
 
 __all__ = [
     "ClipSchedule",
     "Config",
     "Curriculum",
+    "Domains",
     "Mix",
     "Source",
     "Stage",

@@ -28,6 +28,9 @@ BEST_METRICS = (
 BEST_MEANS = ("det_avg", "agnostic")
 """Means other than that over classes; `det_avg/HOTA`."""
 
+BASE = "base"
+"""Row of the base weights in the table of domains; no stage may have this name."""
+
 DEFAULT_SPLITS = {"train": "train", "val": "val"}
 DEFAULT_FPS = {"bdd100k": 5.0, "visdrone": 30.0}
 """BDD100K box-track labels are at 5 frames per second; VisDrone does not say, its videos are about 30."""
@@ -102,6 +105,27 @@ class Stage(BaseModel):
     "Classes that the stage may train although none of its training videos has a label of them."
 
 
+class Domains(BaseModel):
+    """What is scored after every stage to see what it forgot, and what follows from a loss."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    score: Literal["seen", "all", "none"] = "seen"
+    "Domains scored after each stage: those its model has seen, all of the file (the others as zero-shot), or none."
+    videos: int | None = Field(None, ge=1)
+    "At most this many val videos of each source, always the same ones; null = all."
+    metric: str = "HOTA"
+    "Class-averaged metric of the matrix; one that grows as tracking improves."
+    allowed_loss: float = Field(5.0, ge=0)
+    "Points that a domain seen before may be below its best earlier value."
+    each_class: bool = True
+    "The same for every class of such a domain, since a mean hides a lost class behind a won one."
+    on_loss: Literal["warn", "stop"] = "warn"
+    "A larger loss is said, or ends the curriculum; the stage stays finished."
+    base: tuple[Literal["dance", "ground", "aerial"], ...] | None = None
+    "Domains the base weights have seen; null = those that no stage has as the first entry of its data."
+
+
 class Curriculum(BaseModel):
     """Stages in order, over named sources."""
 
@@ -110,6 +134,7 @@ class Curriculum(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     sources: dict[str, Source]
     stages: tuple[Stage, ...] = Field(min_length=1)
+    domains: Domains = Domains()
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
@@ -133,7 +158,7 @@ def load_curriculum(path: str | Path, overrides: Sequence[str] = ()) -> Curricul
         MotipError: naming file, line or key.
     """
     file = read_yaml(Path(path).expanduser())
-    _refuse_unknown(file.values, {"name", "sources", "stages"}, file.path)
+    _refuse_unknown(file.values, {"name", "sources", "stages", "domains"}, file.path)
     common, by_stage = _split_overrides(overrides)
     named, listed = file.values.get("sources") or {}, file.values.get("stages") or []
     if not isinstance(named, dict):
@@ -151,8 +176,12 @@ def load_curriculum(path: str | Path, overrides: Sequence[str] = ()) -> Curricul
             where="--set",
             expected="one of " + ", ".join(stage.name for stage in stages),
         )
+    named_domains = file.values.get("domains")
+    domains = _domains({} if named_domains is None else named_domains, file.path)
     try:
-        curriculum = Curriculum(name=file.values.get("name", file.path.stem), sources=sources, stages=tuple(stages))
+        curriculum = Curriculum(
+            name=file.values.get("name", file.path.stem), sources=sources, stages=tuple(stages), domains=domains
+        )
     except ValidationError as error:
         raise MotipError(describe(error), where=file.path) from None
     _check(curriculum, file.path)
@@ -177,6 +206,23 @@ def _source(name: str, raw: Any, path: Path) -> Source:
         return Source(name=name, **values)
     except ValidationError as error:
         raise MotipError(describe(error), where=where) from None
+
+
+def _domains(raw: Any, path: Path) -> Domains:
+    where = f"{path}, domains"
+    _refuse_unknown(raw, set(Domains.model_fields), where)
+    try:
+        domains = Domains(**raw)
+    except ValidationError as error:
+        raise MotipError(describe(error), where=where) from None
+    if domains.metric not in BEST_METRICS:
+        raise MotipError(
+            "no metric that the domains can be judged by",
+            where=f"{where}, metric",
+            found=domains.metric,
+            expected="one of " + ", ".join(BEST_METRICS),
+        )
+    return domains
 
 
 def _stage(number: int, raw: Any, path: Path, common: list[str], by_stage: dict[str, list[str]]) -> Stage:
@@ -214,6 +260,7 @@ def _check(curriculum: Curriculum, path: Path) -> None:
     names = [stage.name for stage in curriculum.stages]
     if len(set(names)) != len(names):
         raise MotipError("two stages have the same name", where=path, found=", ".join(names))
+    _check_domains(curriculum, path)
     for number, stage in enumerate(curriculum.stages):
         where = f"{path}, stage {stage.name}"
         if stage.weights == "previous" and number == 0:
@@ -248,6 +295,22 @@ def _check(curriculum: Curriculum, path: Path) -> None:
                 where=where,
                 fix="map raw categories to the class under the source's `classes:`, or drop the class",
             )
+
+
+def _check_domains(curriculum: Curriculum, path: Path) -> None:
+    if curriculum.domains.score != "none" and BASE in [stage.name for stage in curriculum.stages]:
+        raise MotipError(
+            f"{BASE} is the name of the base weights in the table of domains", where=path, fix="rename the stage"
+        )
+    shown = {source.domain for source in curriculum.sources.values() if "val" in source.splits}
+    strangers = [name for name in curriculum.domains.base or () if name not in shown]
+    if strangers:
+        raise MotipError(
+            f"no source shows the domain {strangers[0]} in a val split",
+            where=f"{path}, domains.base",
+            expected="some of " + (", ".join(sorted(shown)) or "none"),
+            fix="add a source of this domain with a val split; no stage has to train on it",
+        )
 
 
 def _check_best(stage: Stage, curriculum: Curriculum, where: str) -> None:

@@ -232,8 +232,15 @@ class Config(BaseModel):
     "Minutes between two checkpoints inside an epoch, the most that an interruption costs; null = not by time."
     CHECKPOINTS_KEPT: int = Field(2, ge=1)
     "Checkpoints inside an epoch that are kept; a finished epoch replaces them by its own."
+    EPOCH_CHECKPOINTS_KEPT: int | None = Field(None, ge=1)
+    """Finished epochs whose weights are kept: the best by the stage's metric, and the newest besides; null = all. What
+    the others scored stays."""
     COLLECTIVE_TIMEOUT_S: int = Field(300, ge=1)
     "Seconds after which workers stop waiting for one that does not answer."
+    WORKER_RESTARTS: int = Field(8, ge=0)
+    "How often in a stage the workers are started again after one was lost; errors of the program are not repeated."
+    RESIZE_EVERY_S: int = Field(60, ge=1)
+    "With --workers MIN:MAX: seconds between two looks at how many workers the cluster has room for."
     LOG_EVERY_STEPS: int = Field(10, ge=1)
 
     # Weights

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from motip.config.curriculum_file import Curriculum, Mix, Source, Stage, Synthetic
+from motip.config.curriculum_file import Curriculum, Domains, Mix, Source, Stage, Synthetic
 from motip.config.keys import WITHOUT_EFFECT, Config, ValConfig
 
 HEAD = """\
@@ -165,6 +165,7 @@ MEANINGS: dict[str, str] = {
     "Curriculum.name": "Name of the MLflow experiment's parent run and of the folder under the storage.",
     "Curriculum.sources": "Name to raw dataset.",
     "Curriculum.stages": "Stages in order.",
+    "Curriculum.domains": "What is scored after every stage to see what it forgot.",
     "Source.format": "Which reader reads it; DanceTrack and MOT17 are `motchallenge`.",
     "Source.domain": "What it shows.",
     "Source.classes": "Class name to the raw categories that count as it; all others are ignore regions. "
@@ -222,7 +223,7 @@ def page() -> str:
         parts.append(_table(f"### {group}", [key for key in keys if key.group == group]))
     parts.append(_table("### The `val_config` block", keys_of(ValConfig, "val_config.")))
     parts.append(
-        "## The curriculum file\n\nThree keys: `name`, `sources` and `stages`. The shipped one is "
+        "## The curriculum file\n\nFour keys: `name`, `sources`, `stages` and `domains`. The shipped one is "
         "[configs/curriculum.yaml](../configs/curriculum.yaml). A stage after the first that gives neither `weights` "
         "nor `initialise` starts from the one before it.\n"
     )
@@ -232,6 +233,7 @@ def page() -> str:
         ("### A stage", Stage),
         ("### An entry of a stage's `data`", Mix),
         ("### A source's `synthetic` block", Synthetic),
+        ("### The `domains` block", Domains),
     ):
         # A source's name is its key in the file, not a line of its block.
         rows = [key for key in keys_of(model, f"{model.__name__}.") if (model, key.name) != (Source, "name")]
@@ -253,7 +255,7 @@ def _meaning(full_name: str, name: str, line: str | None) -> str:
 def unused_meanings() -> list[str]:
     """Entries of MEANINGS that no table shows: their key is gone, or carries a line of its own."""
     shown = set()
-    for model in (Config, ValConfig, Curriculum, Source, Stage, Mix, Synthetic):
+    for model in (Config, ValConfig, Curriculum, Source, Stage, Mix, Synthetic, Domains):
         prefix = {Config: "", ValConfig: "val_config."}.get(model, f"{model.__name__}.")
         shown |= {prefix + name for name, _, line in _annotated_fields(model) if line is None}
     return sorted(name for name in MEANINGS if name not in shown or name in WITHOUT_EFFECT)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from motip.config.curriculum_file import DEFAULT_CLASSES, DEFAULT_FPS, Curriculum, Mix, Source, Stage
+from motip.config.curriculum_file import DEFAULT_CLASSES, DEFAULT_FPS, Curriculum, Domains, Mix, Source, Stage
 from motip.config.keys import Config
 from motip.errors import MotipError
 
@@ -62,7 +62,8 @@ def single_stage(
         sources[VALIDATION] = validation
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", config.name).lstrip("_.-") or "stage"
     stage = Stage(name=name, config=config, data=tuple(mixes), val=None if validation is None else (VALIDATION,))
-    return Curriculum(name=name, sources=sources, stages=(stage,))
+    # Alone, a stage knows one domain only: its own, which it is judged on as it is.
+    return Curriculum(name=name, sources=sources, stages=(stage,), domains=Domains(score="none"))
 
 
 def _search_roots(config: Config, data_root: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from motip.config import Config, Curriculum, Source, Stage
@@ -15,7 +16,7 @@ from motip.train.job import Parent, StageJob
 
 SPEED_ONLY = frozenset(
     {"_name", "NUM_WORKERS", "PREFETCH_FACTOR", "LOG_EVERY_STEPS", "root_path", "OUTPUT_DIR", "OUTPUTS_DIR"}
-    | {"CHECKPOINT_EVERY_STEPS", "CHECKPOINT_EVERY_MINUTES", "CHECKPOINTS_KEPT"}
+    | {"CHECKPOINT_EVERY_STEPS", "CHECKPOINT_EVERY_MINUTES", "CHECKPOINTS_KEPT", "EPOCH_CHECKPOINTS_KEPT"}
     | {"COLLECTIVE_TIMEOUT_S", "NONFINITE_LIMIT"}
 )
 """Keys that change how fast or where a stage runs, not what comes out: they do not make it stale."""
@@ -70,6 +71,7 @@ def stage_job(
         storage=options.storage,
         parent=parent,
         inputs=digest(identity),
+        best=stage.best,
     )
     videos = plan_videos(train, job.class_maps(config), options.storage)
     return replace(job, train=tuple(videos)), train
@@ -77,7 +79,12 @@ def stage_job(
 
 def protocol_of(source: Source, config: Config) -> str:
     """The benchmark's own rules where they are defined for the trained classes, else `plain`."""
-    names = set(config.class_names)
+    return protocol_for(source, config.class_names)
+
+
+def protocol_for(source: Source, class_names: Collection[str]) -> str:
+    """The benchmark's own rules where they are defined for these classes, else `plain`."""
+    names = set(class_names)
     if source.format == "motchallenge":
         return "motchallenge" if names == {"pedestrian"} else "plain"
     return source.format if names == PLANNED_CLASSES else "plain"

@@ -21,6 +21,7 @@ class Options:
         data_root: folder or URI that source roots and relative weights are found under.
         storage: folder or URI for shards, checkpoints and the MLflow database.
         workers: training workers; 0 trains in this process without Ray.
+        least_workers: with fewer the training waits, with `workers` it is complete; None: always `workers`.
         strict: undecodable images end the conversion.
         config_path: for messages.
         until: name of the last stage to run, None for all.
@@ -29,6 +30,7 @@ class Options:
     data_root: str
     storage: str
     workers: int = 1
+    least_workers: int | None = None
     strict: bool = False
     config_path: str = ""
     until: str | None = None

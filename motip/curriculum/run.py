@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from motip.cluster import Cluster
 from motip.config import Curriculum, without_effect_message
+from motip.curriculum.domain_report import DomainReport
+from motip.curriculum.domains import DomainWatch
 from motip.curriculum.records import Options, StageRecord
 from motip.curriculum.stage import Session, Ui, run_stage
 from motip.curriculum.weights import check_given_weights, parent_of
@@ -17,12 +19,13 @@ from motip.lineage import Lineage
 
 @dataclass(frozen=True)
 class CurriculumResult:
-    """What a run of a curriculum produced or found done."""
+    """What a run of a curriculum produced or found done; ``domains`` is None where no domain was scored."""
 
     name: str
     records: tuple[StageRecord, ...]
     run_id: str
     lineage: Lineage
+    domains: DomainReport | None = None
 
 
 def run_curriculum(
@@ -30,11 +33,14 @@ def run_curriculum(
 ) -> CurriculumResult:
     """Convert what is missing, then run every stage whose inputs are new or changed, in order.
 
+    After each stage the domains its model has seen are scored; see :class:`motip.curriculum.domains.DomainWatch`.
+
     Args:
         cluster: what Ray has to give; None with ``options.workers`` 0.
 
     Raises:
-        MotipError: input that is wrong, naming place and remedy. Finished stages stay finished.
+        MotipError: input that is wrong, naming place and remedy; or a stage forgot too much and `domains.on_loss` is
+            `stop`. Finished stages stay finished.
     """
     _announce(curriculum, ui)
     curriculum = with_worlds(curriculum, options.storage, ui.note)
@@ -54,19 +60,24 @@ def run_curriculum(
         curriculum.name, inputs, {"motip.config": options.config_path}, reopen_finished=True
     )
     session = Session(curriculum, options, manifest, cluster, lineage, run_id, ui)
+    watch = DomainWatch(session)
     records: list[StageRecord] = []
     try:
         for stage in curriculum.stages:
-            record = run_stage(session, stage, parent_of(curriculum, stage, records, options))
+            parent = parent_of(curriculum, stage, records, options)
+            watch.before(stage, parent)
+            record = run_stage(session, stage, parent)
             records.append(record)
             ui.stage_ends(record)
+            watch.after(stage, record)
             if stage.name == options.until:
                 break
+        domains = watch.finish()
     except BaseException:
         lineage.finish(run_id, "FAILED")
         raise
     lineage.finish(run_id, "FINISHED")
-    return CurriculumResult(curriculum.name, tuple(records), run_id, lineage)
+    return CurriculumResult(curriculum.name, tuple(records), run_id, lineage, domains)
 
 
 def _announce(curriculum: Curriculum, ui: Ui) -> None:

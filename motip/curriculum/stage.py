@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +15,12 @@ from motip.curriculum.inputs import datasets, stage_job
 from motip.curriculum.records import Options, StageRecord, finished_record, stage_folder, unfinished_run
 from motip.data.convert import ConvertReport
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
-from motip.data.storage import Location, fetch, location, sha256, write_json
+from motip.data.storage import Location, fetch, location, sha256, write_bytes, write_json
 from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.train.fit import FitResult, Placement, fit, place
 from motip.train.job import EpochPlans, Parent, StageJob
+from motip.train.retention import best_first
 
 
 class Ui(Protocol):
@@ -88,7 +90,10 @@ def _train(
     run_id = str(job.run_id)
     keeper = _Keeper(session.lineage, run_id, session.ui, folder)
     try:
-        result = fit(job, placement, str(folder), keeper)
+        try:
+            result = fit(job, placement, str(folder), keeper)
+        finally:
+            keeper.deliver_notes()
         record = _conclude(stage, job, folder, result, train, keeper.transfer, time.monotonic() - begin)
     except KeyboardInterrupt:
         session.lineage.mark_interrupted(run_id)
@@ -104,17 +109,17 @@ def _train(
 def _placement(config: Config, session: Session) -> Placement:
     if session.options.workers == 0 or session.cluster is None:
         return Placement(workers=0)
-    return place(session.options.workers, config, session.cluster)
+    return place(session.options.workers, config, session.cluster, session.options.least_workers)
 
 
 def best_epoch(result: FitResult, stage: Stage) -> int:
-    """The epoch with the highest value of the stage's metric; the earliest of equals.
+    """The epoch with the highest value of the stage's metric, of those whose weights are kept; the earliest of equals.
 
     Raises:
         MotipError: no epoch has that metric.
     """
-    scored = {epoch: metrics[stage.best] for epoch, metrics in result.epochs.items() if stage.best in metrics}
-    if not scored:
+    ranked = best_first({epoch: result.epochs[epoch] for epoch in result.checkpoints}, stage.best)
+    if not ranked:
         known = sorted({name for metrics in result.epochs.values() for name in metrics})
         raise MotipError(
             f"no epoch of stage {stage.name} has the metric that chooses the best checkpoint",
@@ -122,7 +127,7 @@ def best_epoch(result: FitResult, stage: Stage) -> int:
             found=stage.best,
             expected="one of " + ", ".join(name for name in known if "/" not in name),
         )
-    return max(sorted(scored), key=lambda epoch: scored[epoch])
+    return ranked[0]
 
 
 def _conclude(
@@ -172,11 +177,16 @@ class _Keeper:
         self._ui = ui
         self._folder = folder
         self.transfer: dict[str, Any] = {}
+        self._notes_file = folder / "notes.txt"
+        # Told again after a restart: the attempt before may have ended between writing a note and delivering it.
+        self._notes = self._notes_file.read_text() if self._notes_file.is_file() else ""
+        self._notes_delivered = not self._notes
         self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
             "step": self._metrics,
             "epoch": self._metrics,
             "scores": self._scores,
             "transfer": self._transferred,
+            "note": self._noted,
         }
 
     def __call__(self, kind: str, values: dict[str, Any]) -> None:
@@ -185,8 +195,22 @@ class _Keeper:
             handler(values)
         self._ui.record(kind, values)
 
+    def deliver_notes(self) -> None:
+        """Bring the notes in MLflow up to date. Not at every note: each time it is the whole file."""
+        if not self._notes_delivered:
+            self._lineage.log_text(self._run_id, self._notes, "notes.txt")
+            self._notes_delivered = True
+
     def _metrics(self, values: dict[str, Any]) -> None:
         self._lineage.log_metrics(self._run_id, values["metrics"], int(values["step"]))
+        self.deliver_notes()
+
+    def _noted(self, values: dict[str, Any]) -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        step = f" step {values['step']}" if "step" in values else ""
+        self._notes += f"{now}{step}: {' '.join(str(values['text']).split())}\n"
+        self._notes_delivered = False
+        write_bytes(self._notes_file, self._notes.encode())
 
     def _scores(self, values: dict[str, Any]) -> None:
         name = f"scores/epoch_{values['epoch']:03d}.json"

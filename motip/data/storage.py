@@ -16,23 +16,33 @@ import posixpath
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from motip.data.retries import retried
 from motip.errors import MotipError
 from motip.files import atomic_write
 
 CHUNK_BYTES = 8 << 20
+STREAM_TRIES = 6
+"""Of each request while a file is read bit by bit, by the S3 client itself; nobody above it could repeat one."""
+
+Answer = TypeVar("Answer")
 
 
 @functools.cache
-def _s3() -> pafs.S3FileSystem:
+def s3(tries: int = 3) -> pafs.S3FileSystem:
+    """The object store that the environment names.
+
+    Args:
+        tries: of each request by the S3 client itself, silently, within about a second for 3.
+    """
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     scheme, _, host = endpoint.rpartition("://")
     return pafs.S3FileSystem(
@@ -42,6 +52,7 @@ def _s3() -> pafs.S3FileSystem:
         # A wrong endpoint should be an error within a minute, not a hang.
         connect_timeout=10,
         request_timeout=60,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=tries),
     )
 
 
@@ -60,6 +71,12 @@ def _s3_errors(uri: str) -> Iterator[None]:
             expected="a reachable endpoint, a bucket that exists and credentials that may use it",
             fix="check AWS_ENDPOINT_URL, AWS_REGION and the credentials in the environment of this process",
         ) from error
+
+
+def _ask(uri: str, verb: str, action: Callable[[], Answer]) -> Answer:
+    """What the store answers; passing failures are waited out and logged, others raised as MotipError."""
+    with _s3_errors(uri):
+        return retried(action, f"{verb} {uri}")
 
 
 @dataclass(frozen=True, order=True)
@@ -95,8 +112,7 @@ class RemotePath:
         return "s3://" + self.key
 
     def _info(self) -> pafs.FileInfo:
-        with _s3_errors(self.uri):
-            return _s3().get_file_info(self.key)
+        return _ask(self.uri, "looking at", lambda: s3().get_file_info(self.key))
 
     def exists(self) -> bool:
         return self._info().type != pafs.FileType.NotFound
@@ -111,42 +127,69 @@ class RemotePath:
         info = self._info()
         return int(info.size or 0), info.mtime.timestamp() if info.mtime else 0.0
 
+    def _listing(self, recursive: bool = False) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.key, recursive=recursive, allow_not_found=recursive)
+        return _ask(self.uri, "listing", lambda: s3().get_file_info(selector))
+
     def iterdir(self) -> Iterator[RemotePath]:
-        with _s3_errors(self.uri):
-            infos = _s3().get_file_info(pafs.FileSelector(self.key))
-        return iter([RemotePath("s3://" + info.path) for info in infos])
+        return iter([RemotePath("s3://" + info.path) for info in self._listing()])
+
+    def files_under(self) -> list[RemotePath]:
+        """All files here and below, in one listing; none where there is nothing."""
+        return [RemotePath("s3://" + info.path) for info in self._listing(recursive=True) if info.is_file]
 
     def sizes_and_times(self) -> dict[str, tuple[int, float]]:
         """Size and modification time of every file directly here, in one listing."""
-        with _s3_errors(self.uri):
-            infos = _s3().get_file_info(pafs.FileSelector(self.key))
         return {
             info.base_name: (int(info.size), info.mtime.timestamp())
-            for info in infos
+            for info in self._listing()
             if info.type == pafs.FileType.File
         }
 
     def read_bytes(self) -> bytes:
-        with _s3_errors(self.uri), _s3().open_input_file(self.key) as stream:
-            return stream.read()
+        def read() -> bytes:
+            with s3().open_input_file(self.key) as stream:
+                return bytes(stream.read())
+
+        return _ask(self.uri, "reading", read)
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
-    def write_bytes(self, data: bytes) -> None:
-        # An S3 object appears whole or not at all, so this is atomic without a temporary name.
-        with _s3_errors(self.uri), _s3().open_output_stream(self.key) as stream:
-            stream.write(data)
+    def write_bytes(self, data: bytes | pa.Buffer) -> None:
+        # An S3 object appears whole or not at all, so this is atomic without a temporary name. One call writes it
+        # all: an interruption between two would let the stream be closed, and half an object be published.
+        def write() -> None:
+            with s3().open_output_stream(self.key) as stream:
+                stream.write(data)
+
+        _ask(self.uri, "writing", write)
 
     def open_input(self) -> pa.NativeFile:
-        with _s3_errors(self.uri):
-            return _s3().open_input_file(self.key)
+        return _ask(self.uri, "opening", lambda: s3(STREAM_TRIES).open_input_file(self.key))
+
+    def chunks(self) -> Iterator[bytes]:
+        """The content in pieces of at most CHUNK_BYTES; a piece that fails is asked for again, not the whole."""
+        with self.open_input() as stream:
+            for begin in range(0, stream.size(), CHUNK_BYTES):
+                yield _ask(self.uri, "reading", functools.partial(stream.read_at, CHUNK_BYTES, begin))
 
     def upload(self, source: Path) -> None:
-        """Copy a finished local file here."""
-        with _s3_errors(self.uri), _s3().open_output_stream(self.key) as target, source.open("rb") as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                target.write(chunk)
+        """Copy a finished local file here; it is there whole or not at all."""
+        if source.stat().st_size == 0:
+            self.write_bytes(b"")
+            return
+        with pa.memory_map(str(source)) as mapped:
+            self.write_bytes(mapped.read_buffer())
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove a file; the folder that it empties stays, as on a disk."""
+        try:
+            _ask(self.uri, "removing", lambda: s3().delete_file(self.key))
+        except MotipError as error:
+            # Also where a first try removed it and its answer was lost.
+            if not (missing_ok and isinstance(error.__cause__, FileNotFoundError)):
+                raise
 
 
 Location = Path | RemotePath
@@ -272,9 +315,8 @@ def sha256(path: Location) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     total = hashlib.sha256()
-    with path.open_input() as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            total.update(chunk)
+    for chunk in path.chunks():
+        total.update(chunk)
     return total.hexdigest()
 
 
@@ -295,12 +337,30 @@ def fetch(path: Location, target: Path) -> Path:
     """Copy a file to a local ``target`` (whole or not at all) and return it."""
     with atomic_write(target) as temporary:
         if isinstance(path, RemotePath):
-            with path.open_input() as stream, temporary.open("wb") as output:
-                while chunk := stream.read(CHUNK_BYTES):
+            with temporary.open("wb") as output:
+                for chunk in path.chunks():
                     output.write(chunk)
         else:
             shutil.copyfile(path, temporary)
     return target
+
+
+def put(source: Path, target: Location) -> None:
+    """Copy a local file into the storage, whole or not at all."""
+    if isinstance(target, RemotePath):
+        target.upload(source)
+        return
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def files_under(folder: Location) -> list[Location]:
+    """All files in ``folder`` and below (one listing on S3), in no order; none where there is nothing."""
+    if isinstance(folder, RemotePath):
+        return list(folder.files_under())
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def local_copy(path: Location) -> Path:

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+from motip.data.manifest import VideoEntry
+from motip.data.selection import rank
 from motip.errors import MotipError
-from motip.evaluate.scores import Scores, check_comparable
+from motip.evaluate.scores import Scores, check_comparable, metric_name
+
+Column = tuple[str, str]
+"""A domain and one of its classes; an empty class stands for the mean over them."""
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """A domain that a later stage is worse in.
+    """A domain, or one class of it, that a later stage is worse in.
 
     Attributes:
         domain: the domain.
         best_stage, best: where the metric was highest before.
         value: the metric now.
+        class_name: the class; empty for the domain's class average.
     """
 
     domain: str
     best_stage: str
     best: float
     value: float
+    class_name: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.domain} {self.class_name}".rstrip()
 
     @property
     def loss(self) -> float:
@@ -30,9 +42,7 @@ class Forgetting:
         return self.best - self.value
 
     def describe(self, metric: str) -> str:
-        return (
-            f"{self.domain}: {metric} {self.best:.1f} after {self.best_stage}, {self.value:.1f} now (-{self.loss:.1f})"
-        )
+        return f"{self.name}: {metric} {self.best:.1f} after {self.best_stage}, {self.value:.1f} now (-{self.loss:.1f})"
 
 
 @dataclass(frozen=True)
@@ -41,81 +51,202 @@ class DomainMatrix:
 
     Attributes:
         metric: e.g. HOTA.
-        stages: in the order they were trained.
+        stages: in the order they were trained; the base weights may be the first.
         domains: in the order they first appear.
         values: stage -> domain -> value; a domain not scored after a stage is absent.
+        by_class: stage -> domain -> class -> value, for the classes with ground truth.
+        known: stage -> domains it has been trained on; a domain scored but not in it is a zero-shot value and neither
+            gained nor lost. None: all that are scored.
+        before: stage -> stages it descends from, oldest first. None: all that stand above it.
     """
 
     metric: str
     stages: tuple[str, ...]
     domains: tuple[str, ...]
     values: dict[str, dict[str, float]]
+    by_class: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    known: Mapping[str, Collection[str]] | None = None
+    before: Mapping[str, Sequence[str]] | None = None
 
     @classmethod
     def from_scores(cls, scores: Mapping[str, Mapping[str, Scores]], metric: str = "HOTA") -> DomainMatrix:
-        """Build from stage -> domain -> scores, stages in training order.
+        """Build from stage -> domain -> scores, stages in training order; see :meth:`from_sources`."""
+        return cls.from_sources(
+            {stage: {domain: {domain: cell} for domain, cell in cells.items()} for stage, cells in scores.items()},
+            metric,
+        )
+
+    @classmethod
+    def from_sources(
+        cls,
+        scores: Mapping[str, Mapping[str, Mapping[str, Scores]]],
+        metric: str = "HOTA",
+        *,
+        known: Mapping[str, Collection[str]] | None = None,
+        before: Mapping[str, Sequence[str]] | None = None,
+    ) -> DomainMatrix:
+        """Build from stage -> domain -> source -> scores; a domain's value is the mean over its sources.
 
         Raises:
-            MotipError: a domain was scored under different rules or sequences in two stages.
+            MotipError: a domain was scored on other sources, rules, classes or sequences in two stages.
         """
         domains = tuple(dict.fromkeys(domain for cells in scores.values() for domain in cells))
         for domain in domains:
-            check_comparable([cells[domain] for cells in scores.values() if domain in cells])
+            _check_same({stage: cells[domain] for stage, cells in scores.items() if domain in cells}, domain)
         values = {
-            stage: {domain: _headline(cell, metric) for domain, cell in cells.items()}
+            stage: {domain: _mean([_headline(cell, metric) for cell in own.values()]) for domain, own in cells.items()}
             for stage, cells in scores.items()
         }
-        return cls(metric, tuple(scores), domains, values)
+        by_class = {
+            stage: {domain: _class_values(own.values(), metric) for domain, own in cells.items()}
+            for stage, cells in scores.items()
+        }
+        return cls(metric, tuple(scores), domains, values, by_class, known, before)
 
-    def backward_transfer(self, learned: Mapping[str, str]) -> float | None:
-        """Mean over earlier domains of (value after the last stage) - (value after the stage that learned it).
+    def backward_transfer(self, learned: Mapping[str, str], stage: str | None = None) -> float | None:
+        """Mean over earlier domains of (value after ``stage``) - (value after the stage that learned it).
 
         Args:
             learned: domain -> the last stage that trained on it (Lopez-Paz and Ranzato 2017, equation 3).
+            stage: by default the last one.
 
         Returns:
             Negative where the curriculum forgot; None if no earlier domain has both values.
         """
         if not self.stages:
             return None
-        last = self.stages[-1]
+        last = self.stages[-1] if stage is None else stage
         changes = [
-            self.values[last][domain] - self.values[stage][domain]
-            for domain, stage in learned.items()
-            if stage != last and domain in self.values.get(stage, {}) and domain in self.values[last]
+            self.values[last][domain] - self.values[taught][domain]
+            for domain, taught in learned.items()
+            if taught != last and domain in self.values.get(taught, {}) and domain in self.values[last]
         ]
         return sum(changes) / len(changes) if changes else None
 
-    def forgotten(self, stage: str, allowed: float = 5.0) -> list[Forgetting]:
-        """Domains in which `stage` is more than `allowed` points below the best earlier stage."""
+    def forgotten(self, stage: str, allowed: float = 5.0, each_class: bool = False) -> list[Forgetting]:
+        """Domains in which ``stage`` is more than ``allowed`` points below the best stage before it.
+
+        Args:
+            each_class: single classes too: where a class is won, the mean hides that another was lost.
+        """
         if stage not in self.stages:
             raise MotipError("there are no scores of this stage", found=stage, expected=", ".join(self.stages))
-        earlier = self.stages[: self.stages.index(stage)]
-        found = []
-        for domain, value in self.values[stage].items():
-            best_stage = max(
-                (name for name in earlier if domain in self.values[name]),
-                key=lambda name: self.values[name][domain],
-                default=None,
-            )
-            if best_stage is not None and self.values[best_stage][domain] - value > allowed:
-                found.append(Forgetting(domain, best_stage, self.values[best_stage][domain], value))
-        return found
+        columns = [column for column in self.columns(each_class) if column[0] in self.values[stage]]
+        found = [self._change(stage, column) for column in columns]
+        return [change for change in found if change is not None and change.loss > allowed]
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
+    def columns(self, classes: bool = False) -> list[Column]:
+        """The domains; with ``classes`` each is followed by its classes, where it has more than one."""
+        columns: list[Column] = []
+        for domain in self.domains:
+            columns.append((domain, ""))
+            own = dict.fromkeys(name for cells in self.by_class.values() for name in cells.get(domain, {}))
+            if classes and len(own) > 1:
+                columns += [(domain, name) for name in own]
+        return columns
+
+    def value(self, stage: str, column: Column) -> float | None:
+        """The value of a cell, None where it was not scored."""
+        domain, name = column
+        return (
+            self.by_class.get(stage, {}).get(domain, {}).get(name) if name else self.values.get(stage, {}).get(domain)
+        )
+
+    def is_known(self, stage: str, domain: str) -> bool:
+        """Whether the stage's model has been trained on the domain."""
+        return self.known is None or domain in self.known.get(stage, ())
+
+    def table(self, classes: bool = False) -> tuple[list[str], list[list[str]]]:
         """Header and rows of text, one row per stage."""
-        rows = [
-            [
-                stage,
-                *(f"{self.values[stage][name]:.1f}" if name in self.values[stage] else "-" for name in self.domains),
-            ]
-            for stage in self.stages
-        ]
-        return [f"{self.metric} after", *self.domains], rows
+        columns = self.columns(classes)
+        rows = []
+        for stage in self.stages:
+            values = [self.value(stage, column) for column in columns]
+            rows.append([stage, *("-" if value is None else f"{value:.1f}" for value in values)])
+        return [f"{self.metric} after", *(f"{domain} {name}".rstrip() for domain, name in columns)], rows
+
+    def row_dict(self, stage: str) -> dict[str, float]:
+        """Flat metrics of one row for MLflow: ``<domain>``, and ``<domain>/<class>`` where it has several classes."""
+        named = {"/".join(filter(None, column)): self.value(stage, column) for column in self.columns(classes=True)}
+        return {metric_name_of(name): value for name, value in named.items() if value is not None}
 
     def to_dict(self) -> dict[str, float]:
-        """Flat metrics ``R/<stage>/<domain>`` for MLflow."""
-        return {f"R/{stage}/{domain}": value for stage, cells in self.values.items() for domain, value in cells.items()}
+        """Flat metrics ``R/<stage>/<domain>`` and ``R/<stage>/<domain>/<class>`` for MLflow."""
+        return {
+            f"R/{metric_name(stage)}/{name}": value
+            for stage in self.stages
+            for name, value in self.row_dict(stage).items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return {
+            "metric": self.metric,
+            "stages": list(self.stages),
+            "domains": list(self.domains),
+            "values": self.values,
+            "by_class": self.by_class,
+            "known": {stage: [name for name in self.domains if self.is_known(stage, name)] for stage in self.stages},
+            "before": {stage: list(self._ancestors(stage)) for stage in self.stages},
+        }
+
+    def _ancestors(self, stage: str) -> Sequence[str]:
+        return self.stages[: self.stages.index(stage)] if self.before is None else self.before.get(stage, ())
+
+    def _change(self, stage: str, column: Column) -> Forgetting | None:
+        domain, name = column
+        now = self.value(stage, column)
+        earlier = {
+            each: value
+            for each in self._ancestors(stage)
+            if self.is_known(each, domain) and (value := self.value(each, column)) is not None
+        }
+        if now is None or not earlier:
+            return None
+        best = max(earlier, key=lambda each: earlier[each])
+        return Forgetting(domain, best, earlier[best], now, name)
+
+
+def thin(
+    videos: Sequence[VideoEntry], count: int, classes: Mapping[str, Collection[str]], seed: int
+) -> list[VideoEntry]:
+    """``count`` of the videos, always the same ones: first one that shows each class, then in a seeded order.
+
+    Args:
+        classes: class name to raw categories.
+    """
+    ordered = sorted(videos, key=lambda video: rank(video.sequence, video.segment, seed))
+    picked: list[VideoEntry] = []
+    for raws in classes.values():
+        showing = [video for video in ordered if _shows(video, raws)]
+        if showing and not any(video in picked for video in showing):
+            picked.append(showing[0])
+    picked += [video for video in ordered if video not in picked]
+    return sorted(picked[:count], key=lambda video: video.identity)
+
+
+def _shows(video: VideoEntry, raws: Collection[str]) -> bool:
+    return any(video.boxes.get(raw, 0) > video.ignored.get(raw, 0) for raw in raws)
+
+
+def metric_name_of(path: str) -> str:
+    """A path of names as MLflow accepts it: each part cleaned, the slashes kept."""
+    return "/".join(metric_name(part) for part in path.split("/"))
+
+
+def _check_same(by_stage: Mapping[str, Mapping[str, Scores]], domain: str) -> None:
+    first = next(iter(by_stage.values()))
+    for stage, own in by_stage.items():
+        if set(own) != set(first):
+            raise MotipError(
+                f"domain {domain} was scored on other sources",
+                where=stage,
+                found=", ".join(sorted(own)),
+                expected=", ".join(sorted(first)),
+                fix="score both on the same sources",
+            )
+    for source in first:
+        check_comparable([own[source] for own in by_stage.values()])
 
 
 def _headline(scores: Scores, metric: str) -> float:
@@ -123,3 +254,14 @@ def _headline(scores: Scores, metric: str) -> float:
     if value is None:
         raise MotipError("the scores have no such metric", found=metric, expected=", ".join(scores.class_averaged))
     return float(value)
+
+
+def _class_values(scores: Collection[Scores], metric: str) -> dict[str, float]:
+    names = dict.fromkeys(name for each in scores for name in each.classes)
+    found = {name: [each.per_class[name].get(metric) for each in scores if name in each.per_class] for name in names}
+    kept = {name: [float(value) for value in values if value is not None] for name, values in found.items()}
+    return {name: _mean(values) for name, values in kept.items() if values}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

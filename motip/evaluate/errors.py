@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from motip.data.sequence import TrackRows
 from motip.evaluate.metrics import prepare
 from motip.evaluate.protocols import ScoredSequence
-from motip.evaluate.regions import MATCH_IOU, areas
+from motip.evaluate.regions import MATCH_IOU, areas, distance_to_border
 
 GT_FATES = ("tracked", "identity switch", "missed")
 PRED_FATES = ("true positive", "false positive", "ignored")
@@ -90,9 +90,7 @@ class ClassErrors:
 
     def distance_to_border(self, width: int, height: int) -> np.ndarray:
         """(G,) pixels between each ground-truth box and the nearest image border, 0 where it touches or crosses."""
-        boxes = self.gt.boxes_xyxy
-        sides = np.stack([boxes[:, 0], boxes[:, 1], width - boxes[:, 2], height - boxes[:, 3]], axis=1)
-        return np.maximum(sides.min(axis=1), 0.0)
+        return distance_to_border(self.gt.boxes_xyxy, width, height)
 
     def density(self) -> np.ndarray:
         """(G,) ground-truth boxes of the class in the same frame."""

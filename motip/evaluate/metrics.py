@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,15 +20,13 @@ from scipy.optimize import linear_sum_assignment
 
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
+from motip.evaluate.counts import Counts, from_stored, to_stored
 from motip.evaluate.protocols import Protocol, ScoredSequence, find_protocol
 from motip.evaluate.regions import box_iou, match, share_in_one, share_in_union
 from motip.evaluate.scores import Scores, Values
 
 with contextlib.redirect_stdout(io.StringIO()):  # TrackEval prints at import where pycocotools is missing
     from trackeval.metrics import CLEAR, HOTA, Identity
-
-Counts = dict[str, dict[str, Any]]
-"""Raw results of one cell: metric family -> TrackEval field -> number or array over thresholds."""
 
 
 class SparseIdentity(Identity):
@@ -53,17 +51,17 @@ class SparseIdentity(Identity):
         return self._compute_final_fields(result)
 
 
-_FAMILIES = {
+FAMILIES = {
     "HOTA": HOTA(),
     "CLEAR": CLEAR({"PRINT_CONFIG": False}),
     "Identity": SparseIdentity({"PRINT_CONFIG": False}),
 }
-_PERCENT_FIELDS = {
+PERCENT_FIELDS = {
     "HOTA": ("HOTA", "DetA", "AssA", "DetRe", "DetPr", "AssRe", "AssPr", "LocA"),
     "CLEAR": ("MOTA", "MOTP"),
     "Identity": ("IDF1", "IDR", "IDP"),
 }
-_COUNT_FIELDS = {"IDSW": "IDSW", "FP": "CLR_FP", "FN": "CLR_FN", "TP": "CLR_TP", "Frag": "Frag", "MT": "MT", "ML": "ML"}
+COUNT_FIELDS = {"IDSW": "IDSW", "FP": "CLR_FP", "FN": "CLR_FN", "TP": "CLR_TP", "Frag": "Frag", "MT": "MT", "ML": "ML"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,24 @@ class SequenceCounts:
     per_class: dict[str, Counts]
     agnostic: Counts
     removed: Counter[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``combine`` needs of it, as plain values."""
+        return {
+            "per_class": {name: to_stored(cell) for name, cell in self.per_class.items()},
+            "agnostic": to_stored(self.agnostic),
+            "removed": dict(sorted(self.removed.items())),
+        }
+
+    @classmethod
+    def from_json(cls, name: str, stored: Mapping[str, Any]) -> SequenceCounts:
+        """Inverse of ``to_json``; raises KeyError where a field is missing."""
+        # Combining a cell with nothing else computes the fields that were not stored.
+        per_class = {
+            label: _combine_sequences({name: from_stored(cell)}) for label, cell in stored["per_class"].items()
+        }
+        agnostic = _combine_sequences({name: from_stored(stored["agnostic"])})
+        return cls(name, per_class, agnostic, Counter(stored["removed"]))
 
 
 def score(
@@ -172,7 +188,7 @@ def combine(
                 family: metric.combine_classes_class_averaged(
                     {name: counts[family] for name, counts in labelled.items()}
                 )
-                for family, metric in _FAMILIES.items()
+                for family, metric in FAMILIES.items()
             }
         ),
         detection_averaged=_values(
@@ -180,7 +196,7 @@ def combine(
                 family: metric.combine_classes_det_averaged(
                     {name: counts[family] for name, counts in per_class.items()}
                 )
-                for family, metric in _FAMILIES.items()
+                for family, metric in FAMILIES.items()
             }
         ),
         class_agnostic=_values(_combine_sequences({result.name: result.agnostic for result in results})),
@@ -190,13 +206,14 @@ def combine(
         },
         classes_without_gt=tuple(name for name in classes if name not in labelled),
         removed=dict(sorted(sum((result.removed for result in results), Counter()).items())),
+        counts={result.name: result.to_json() for result in results},
     )
 
 
 def _combine_sequences(counts: dict[str, Counts]) -> Counts:
     return {
         family: metric.combine_sequences({name: cell[family] for name, cell in counts.items()})
-        for family, metric in _FAMILIES.items()
+        for family, metric in FAMILIES.items()
     }
 
 
@@ -209,10 +226,10 @@ def _values(counts: Counts) -> Values:
     scored = _gt_boxes(counts) > 0
     values: Values = {
         field: float(100.0 * np.mean(counts[family][field])) if scored else None
-        for family, fields in _PERCENT_FIELDS.items()
+        for family, fields in PERCENT_FIELDS.items()
         for field in fields
     }
-    for name, field in _COUNT_FIELDS.items():
+    for name, field in COUNT_FIELDS.items():
         values[name] = int(counts["CLEAR"][field])
     return values | {"GT": _gt_boxes(counts)}
 
@@ -312,7 +329,7 @@ def _covered(boxes: np.ndarray, regions: np.ndarray, rules: Protocol) -> np.ndar
 def _counts(sequence: ScoredSequence, class_id: int | None, rules: Protocol, removed: Counter[str]) -> Counts:
     """TrackEval's results for one class of one sequence (None: all classes taken as one)."""
     _, _, data = _class_data(sequence, class_id, rules, removed)
-    return {family: metric.eval_sequence(data) for family, metric in _FAMILIES.items()}
+    return {family: metric.eval_sequence(data) for family, metric in FAMILIES.items()}
 
 
 def _class_data(

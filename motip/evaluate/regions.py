@@ -17,6 +17,12 @@ def areas(boxes_xyxy: np.ndarray) -> np.ndarray:
     return sides[:, 0] * sides[:, 1]
 
 
+def distance_to_border(boxes_xyxy: np.ndarray, width: int, height: int) -> np.ndarray:
+    """(N,) pixels between each box and the nearest image border, 0 where it touches or crosses it."""
+    sides = np.concatenate([boxes_xyxy[:, :2], np.array([width, height]) - boxes_xyxy[:, 2:]], axis=1)
+    return np.maximum(sides.min(axis=1), 0.0)
+
+
 def intersections(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
     """(N, M) areas shared by (N, 4) and (M, 4) xyxy boxes."""
     low = np.maximum(boxes_a[:, None, :2], boxes_b[None, :, :2])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from motip.cluster import Cluster
 from motip.data.clip_loader import read_video_frames
@@ -19,6 +21,7 @@ from motip.evaluate.scores import Scores
 from motip.evaluate.validation import score_videos
 from motip.files import digest
 from motip.model import MOTIP
+from motip.model.class_names import canonical_name
 from motip.track.run import track_sequence
 from motip.track.settings import TrackerSettings
 
@@ -31,11 +34,17 @@ OnVideo = Callable[[VideoEntry, int, int], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a model in eval mode on the CPU, its file's sha256, and how it tracks."""
+    """What is evaluated: a model in eval mode on the CPU, its file's sha256, and how it tracks.
+
+    Attributes:
+        classes: names of the class ids in its tracks, where the class maps it is scored with have others: tracks of
+            classes they lack are left out, and classes it lacks are missed. Empty: the same classes.
+    """
 
     model: MOTIP
     sha256: str
     settings: TrackerSettings
+    classes: tuple[str, ...] = ()
 
     def inputs(self, video: VideoEntry) -> str:
         """Hex digest of all that the tracks of a video follow from."""
@@ -51,6 +60,7 @@ class Evaluation:
         tracked_only: sources without a label of the averaged classes, and so without scores.
         reused: videos whose tracks were there from an earlier, interrupted or equal run.
         notes: what must stand beside the numbers.
+        tracks: what was scored, by source and video; class ids index the classes of the source's class map.
     """
 
     scores: dict[str, Scores]
@@ -58,6 +68,7 @@ class Evaluation:
     videos: int
     reused: int
     notes: tuple[str, ...]
+    tracks: dict[str, dict[str, TrackRows]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -95,10 +106,7 @@ def evaluate(
         video for video in videos if not _kept(place[video.identity], facts_of[video.identity], subject.inputs(video))
     ]
     reused = len(videos) - len(waiting)
-    if cluster is None:
-        finished = _here(subject, waiting, storage, device)
-    else:
-        finished = _on_ray(subject, waiting, storage, device, cluster, workers)
+    finished = spread(VideoTracker, subject, waiting, storage, device, cluster, workers)
     for done, (video, rows, facts) in enumerate(finished, start=reused + 1):
         with whole_file(place[video.identity]) as path:
             write_mot(path, rows)
@@ -109,27 +117,45 @@ def evaluate(
     tracked = {(video.source, video.video): _read(place[video.identity]) for video in videos}
     notes = dict.fromkeys(note for path in facts_of.values() for note in read_json(path)["notes"])
     scores: dict[str, Scores] = {}
+    tracks: dict[str, dict[str, TrackRows]] = {}
     tracked_only = []
     for source in sorted({video.source for video in videos}):
         own = [video for video in videos if video.source == source]
-        if not _labelled(own, class_maps[source], averaged):
+        class_map = class_maps[source]
+        if not labelled(own, class_map, averaged):
             tracked_only.append(source)
             continue
-        rows_of = {key: rows for key, rows in tracked.items() if key[0] == source}
+        own_classes = subject.classes or class_map.names
+        rows_of = {
+            key: in_classes(rows, own_classes, class_map.names) for key, rows in tracked.items() if key[0] == source
+        }
         scores |= score_videos(own, rows_of, storage, class_maps, protocols, split, averaged).by_source
-    return Evaluation(scores, tuple(tracked_only), len(videos), reused, tuple(notes))
+        tracks[source] = {video: rows for (_, video), rows in rows_of.items()}
+    return Evaluation(scores, tuple(tracked_only), len(videos), reused, tuple(notes), tracks)
 
 
 def _kept(tracks: Location, facts: Location, inputs: str) -> bool:
     return facts.is_file() and tracks.is_file() and read_json(facts).get("inputs") == inputs
 
 
-def _labelled(videos: Sequence[VideoEntry], class_map: ClassMap, averaged: Collection[str] | None) -> bool:
+def labelled(videos: Sequence[VideoEntry], class_map: ClassMap, averaged: Collection[str] | None = None) -> bool:
+    """Whether any video has a label of the averaged classes (None: of any class)."""
     wanted = class_map.names if averaged is None else averaged
     raws = {raw for name, raws in class_map.mapping.items() if name in wanted for raw in raws}
     return any(
         count > video.ignored.get(raw, 0) for video in videos for raw, count in video.boxes.items() if raw in raws
     )
+
+
+def in_classes(rows: TrackRows, own: Sequence[str], wanted: Sequence[str]) -> TrackRows:
+    """Rows whose class ids index ``own``, renumbered for ``wanted``; rows of other classes are left out."""
+    if tuple(own) == tuple(wanted):
+        return rows
+    numbers = {canonical_name(name): number for number, name in enumerate(wanted)}
+    lookup = np.array([numbers.get(canonical_name(name), -1) for name in own], np.int64)
+    class_ids = lookup[rows.class_ids]
+    keep = class_ids >= 0
+    return TrackRows(rows.frames[keep], rows.track_ids[keep], rows.boxes_xyxy[keep], rows.scores[keep], class_ids[keep])
 
 
 def _read(path: Location) -> TrackRows:
@@ -163,17 +189,40 @@ class VideoTracker:
         return result.rows, facts
 
 
-Finished = Iterator[tuple[VideoEntry, TrackRows, dict[str, Any]]]
+Finished = Iterator[tuple[VideoEntry, Any, dict[str, Any]]]
 
 
-def _here(subject: Subject, videos: Sequence[VideoEntry], storage: str, device: str) -> Finished:
-    tracker = VideoTracker(subject, storage, device)
+def spread(
+    worker: Any,
+    subject: Any,
+    videos: Sequence[VideoEntry],
+    storage: str,
+    device: str,
+    cluster: Cluster | None = None,
+    workers: int | None = None,
+) -> Finished:
+    """Let workers go through videos, each video once; results come as they are finished.
+
+    Args:
+        worker: class made as ``VideoTracker`` is, whose ``track(video)`` returns a result and its facts.
+        subject: what each worker is given.
+        cluster: where Ray actors share the videos; None does all of them in this process.
+        workers: actors at most; None takes one for every CPU (GPU with a CUDA ``device``).
+
+    Raises:
+        MotipError: more workers than there is room for.
+    """
+    if cluster is not None:
+        yield from _on_ray(worker, subject, videos, storage, device, cluster, workers)
+        return
+    here = worker(subject, storage, device)
     for video in videos:
-        yield video, *tracker.track(video)
+        yield video, *here.track(video)
 
 
 def _on_ray(
-    subject: Subject,
+    worker: Any,
+    subject: Any,
     videos: Sequence[VideoEntry],
     storage: str,
     device: str,
@@ -195,7 +244,7 @@ def _on_ray(
     count = min(workers or room, len(videos))
     if not count:
         return
-    actor: Any = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(VideoTracker)
+    actor: Any = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(worker)
     shared = ray.put(subject)
     actors: list[Any] = [actor.remote(shared, storage, "cuda" if on_gpu else "cpu", 1) for _ in range(count)]
     # Long videos first, so that no actor is left alone with one at the end.

@@ -34,6 +34,8 @@ class Scores:
         classes_without_gt: classes left out of the mean.
         removed: boxes the protocol took out, by reason.
         notes: whatever else must stand beside the numbers (e.g. long-term memory on).
+        counts: sequence -> what any set of sequences can be scored from (``SequenceCounts.to_json``); empty in scores
+            that were stored before it was kept.
     """
 
     protocol: str
@@ -48,6 +50,7 @@ class Scores:
     classes_without_gt: tuple[str, ...] = ()
     removed: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def sequence_digest(self) -> str:

@@ -12,6 +12,7 @@ from motip.errors import MotipError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from motip.lineage.scores import RunScores
     from motip.lineage.walk import DataUsed, FileCheck, LineageStep
 
 
@@ -73,6 +74,9 @@ class NullLineage:
     def log_dict(self, run_id: str, value: Mapping[str, Any], name: str) -> None:
         """Keep nothing."""
 
+    def log_table(self, run_id: str, header: SequenceOf[str], rows: SequenceOf[SequenceOf[Any]], name: str) -> None:
+        """Keep nothing."""
+
     def log_figure(self, run_id: str, figure: Figure, name: str) -> None:
         """Keep nothing."""
 
@@ -89,6 +93,9 @@ class NullLineage:
         raise _nothing_kept(run_id)
 
     def verify(self, run_id: str) -> list[FileCheck]:
+        raise _nothing_kept(run_id)
+
+    def scores(self, run_id: str) -> RunScores:
         raise _nothing_kept(run_id)
 
     def compare_url_hint(self, run_ids: SequenceOf[str], port: int = 5000) -> tuple[str, str]:

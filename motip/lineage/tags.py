@@ -37,6 +37,8 @@ class Tag:
     HARDWARE = "motip.hardware"
     RESUMED = "motip.resumed"
     INTERRUPTED = "motip.interrupted"
+    FORGOTTEN = "motip.forgotten"
+    TABLES = "mlflow.loggedArtifacts"
 
 
 def split_params(config: Mapping[str, Any]) -> dict[str, str]:

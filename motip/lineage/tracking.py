@@ -21,6 +21,7 @@ from motip.files import digest
 from motip.lineage import walk as lineage_walk
 from motip.lineage.model import find_run, latest_model, register
 from motip.lineage.provenance import provenance, redact
+from motip.lineage.scores import RunScores, read_scores
 from motip.lineage.spool import Entry, Spool
 from motip.lineage.store import Store, Unreachable
 from motip.lineage.tags import Tag, join_params, split_params
@@ -251,6 +252,14 @@ class Lineage:
         with self._attachment(run_id, name) as path:
             path.write_text(json.dumps(redact(value), indent=1, sort_keys=True, default=str) + "\n")
 
+    def log_table(self, run_id: str, header: SequenceOf[str], rows: SequenceOf[SequenceOf[Any]], name: str) -> None:
+        """Attach a table in the form MLflow shows and ``mlflow.load_table`` reads; ``name`` ends in .json.
+
+        Unlike MLflow's own ``log_table`` it replaces an earlier table of that name instead of adding to it.
+        """
+        self.log_dict(run_id, {"columns": list(header), "data": [list(row) for row in rows]}, name)
+        self.set_tags(run_id, {Tag.TABLES: json.dumps([{"path": name, "type": "table"}])})
+
     def log_figure(self, run_id: str, figure: Figure, name: str) -> None:
         """Attach a matplotlib figure; the format follows the name's suffix."""
         with self._attachment(run_id, name) as path:
@@ -274,6 +283,10 @@ class Lineage:
     def verify(self, run_id: str) -> list[FileCheck]:
         """Recompute the sha256 of every checkpoint in the run's chain; see ``motip.lineage.walk.verify``."""
         return lineage_walk.verify(self.walk(run_id), self._store.storage)
+
+    def scores(self, run_id: str) -> RunScores:
+        """The scores of every epoch of a stage; see ``motip.lineage.scores``."""
+        return self._store.patiently(lambda: read_scores(self._store, run_id), self._patience)
 
     def compare_url_hint(self, run_ids: SequenceOf[str], port: int = 5000) -> tuple[str, str]:
         """The command that opens the MLflow UI on this machine (empty for a server) and the page comparing the runs."""

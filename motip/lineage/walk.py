@@ -108,7 +108,7 @@ def walk(store: Store, run_id: str) -> list[LineageStep]:
         MotipError: no such run, a curriculum without stages, a chain that bites its tail.
     """
     client = store.client()
-    run: Run | None = _stage_run(store, client, run_id)
+    run: Run | None = stage_run(store, client, run_id)
     steps: list[LineageStep] = []
     seen: set[str] = set()
     while run is not None:
@@ -139,7 +139,8 @@ def verify(steps: SequenceOf[LineageStep], storage: Path) -> list[FileCheck]:
     return checks
 
 
-def _stage_run(store: Store, client: MlflowClient, run_id: str) -> Run:
+def stage_run(store: Store, client: MlflowClient, run_id: str) -> Run:
+    """The run itself, or the last stage of a curriculum; MotipError where there is none."""
     try:
         run = client.get_run(run_id)
     except Exception as error:

@@ -29,50 +29,10 @@ from motip.model.spec import ModelSpec
 
 # Score of a hidden token. exp() of it is exactly 0 in every type, and it is finite in half precision: an infinity
 # would give NaN gradients through the product it is folded into.
-_HIDDEN = -3.0e4
+HIDDEN = -3.0e4
 # Frames per block. Measured on 2 CPU cores (tests/benchmarks/bench_id_decoder.py); 8 extra channels also keep the
 # head width a multiple of 8, which the CUDA kernels want.
 _BLOCK_FRAMES = 8
-
-
-class HistoryTokens(NamedTuple):
-    """S trajectory tokens as each layer's cross-attention sees them, behind the zero token that it always sees.
-
-    They depend on feature and label only, so a tracker computes them once when a frame is appended.
-
-    Attributes:
-        keys, values: (layers, 1 + S, heads, head_dim); row 0 is zero (see ``with_zero_token``). It is stored because
-            putting it in front of a long history in every layer of every frame was an eighth of the tracker's time.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def __len__(self) -> int:
-        return self.keys.shape[1] - 1
-
-    def append(self, newer: HistoryTokens) -> HistoryTokens:
-        """These tokens followed by `newer`."""
-        keys = torch.cat([self.keys, newer.keys[:, 1:]], 1)
-        return HistoryTokens(keys, torch.cat([self.values, newer.values[:, 1:]], 1))
-
-    def select(self, index: Tensor) -> HistoryTokens:
-        """Tokens `index`, a (S,) bool mask or a vector of positions."""
-        rows = index.nonzero().flatten() if index.dtype == torch.bool else index
-        rows = F.pad(rows + 1, (1, 0))
-        return HistoryTokens(self.keys[:, rows], self.values[:, rows])
-
-
-class HistoryProjection(NamedTuple):
-    """What ``encode_history`` multiplies with, for all layers at once.
-
-    Attributes:
-        weight: (layers * 2E, D), from a feature to every layer's key and value.
-        table: (V+1, layers * 2E), what the label adds to them.
-    """
-
-    weight: Tensor
-    table: Tensor
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -197,70 +157,15 @@ class IdDecoder(nn.Module):
                 logits.append(self._classify(layer, tokens, label_mask))
         return torch.stack(logits).unflatten(1, lead)
 
-    @torch.no_grad()
-    def history_projection(self) -> HistoryProjection:
-        """The weights of ``encode_history``; they hold for as long as the weights of the decoder do."""
-        parts = [self._history_weights(layer) for layer in range(len(self.cross_attn_layers))]
-        return HistoryProjection(torch.cat([weight for weight, _ in parts]), torch.cat([t for _, t in parts], 1))
+    def history_weights(self, layer: int) -> tuple[Tensor, Tensor]:
+        """From feature to key and value (2E,D), and what each label adds to them (V+1,2E).
 
-    @torch.no_grad()
-    def encode_history(
-        self, features: Tensor, labels: Tensor, projection: HistoryProjection | None = None
-    ) -> HistoryTokens:
-        """Project history tokens once, for ``decode``.
-
-        Args:
-            features: (S,D) after ``TrajectoryModeling``. labels: (S,) in 0..V-1. projection: from
-                ``history_projection``, for callers that encode frame after frame; making it costs as much as encoding
-                a frame.
+        The ID half of a token takes V+1 values, so its projection is a table that is looked up.
         """
-        weight, table = projection or self.history_projection()
-        both = F.linear(features, weight).add_(F.embedding(self._clean_labels(labels), table))
-        both = both.unflatten(-1, (len(self.cross_attn_layers), 2, self.heads, self.spec.head_dim))
-        keys, values = F.pad(both, (0, 0, 0, 0, 0, 0, 0, 0, 1, 0)).permute(2, 1, 0, 3, 4).unbind()
-        return HistoryTokens(keys, values)
-
-    @torch.no_grad()
-    def decode(
-        self,
-        unknown_features: Tensor,
-        history: HistoryTokens,
-        ages: Tensor,
-        history_masks: Tensor | None = None,
-        label_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Logits (M, V+1) of one frame's M objects; equals ``forward`` on the same tokens to rounding.
-
-        Args:
-            unknown_features: (M,D) raw detector outputs. history: S tokens. ages: (S,) int, frames between the token
-                and now, 1..REL_PE_LENGTH-1. history_masks: (S,) bool, True = ignore. label_mask: as in ``forward``.
-        """
-        if len(history) and not 1 <= int(ages.min()) <= int(ages.max()) < self.spec.rel_pe_length:
-            raise MotipError(
-                "a history token is too old, or not in the past",
-                where="REL_PE_LENGTH",
-                found=f"ages {int(ages.min())}..{int(ages.max())}",
-                expected=f"1..{self.spec.rel_pe_length - 1} frames",
-                fix="lower MISS_TOLERANCE or grow REL_PE_LENGTH",
-            )
-        tokens = self._unknown_tokens(unknown_features)
-        biases = self.rel_pos_embeds[:, ages].transpose(1, 2)  # (layers, heads, S)
-        if history_masks is not None:
-            biases = biases.masked_fill(history_masks, _HIDDEN)
-        biases = F.pad(biases, (1, 0)).to(tokens.dtype)
-        for layer in range(len(self.cross_attn_layers)):
-            if layer > 0:
-                tokens = self._look_around(layer, tokens[None], None)[0]
-            attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
-            attended = F.scaled_dot_product_attention(
-                attention.project_query(tokens).transpose(0, 1)[None],
-                history.keys[layer].transpose(0, 1)[None],
-                history.values[layer].transpose(0, 1)[None],
-                attn_mask=biases[layer][None, :, None],
-            )
-            attended = attention.merge_heads(attended[0].transpose(0, 1))
-            tokens = self._feed_forward(layer, self.cross_attn_norm_layers[layer](tokens + attended))
-        return self._classify(len(self.cross_attn_layers) - 1, tokens, label_mask)
+        attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
+        width, dim = self.spec.feature_dim, self.spec.embed_dim
+        weight, bias = attention.in_proj_weight[dim:], attention.in_proj_bias[dim:]
+        return weight[:, :width], F.linear(self.word_to_embed.weight.t(), weight[:, width:], bias)
 
     def _layer(
         self,
@@ -278,7 +183,7 @@ class IdDecoder(nn.Module):
         attended = self._look_back(layer, tokens, features, labels, hidden_past, times)
         return self._feed_forward(layer, self.cross_attn_norm_layers[layer](tokens + attended))
 
-    def _look_around(self, layer: int, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+    def _look_around(self, layer: int, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Self-attention among the unknowns of one frame: tokens (frames,M,E), hidden (frames,M)."""
         attention: MultiHeadAttention = self.self_attn_layers[layer - 1]  # type: ignore[assignment]
 
@@ -288,7 +193,7 @@ class IdDecoder(nn.Module):
                 query.transpose(1, 2),
                 with_zero_token(key).transpose(1, 2),
                 with_zero_token(value).transpose(1, 2),
-                attn_mask=None if hidden is None else ~F.pad(hidden, (1, 0))[:, None, None, :],
+                attn_mask=~F.pad(hidden, (1, 0))[:, None, None, :],
             )
             return attention.merge_heads(attended.transpose(1, 2))
 
@@ -345,25 +250,15 @@ class IdDecoder(nn.Module):
     def _bias_channels(self, layer: int, ages: Tensor, hidden: Tensor) -> Tensor:
         """ages (T,u), hidden (BG,T,N) -> (BG,T,N,heads,u): what to add to a token's score for each of u frames."""
         bias = self.rel_pos_embeds[layer][ages.clamp(min=0)].transpose(1, 2)  # (T,heads,block)
-        bias = bias.masked_fill((ages <= 0)[:, None], _HIDDEN)
-        return torch.where(hidden[..., None, None], _HIDDEN, bias[None, :, None])
+        bias = bias.masked_fill((ages <= 0)[:, None], HIDDEN)
+        return torch.where(hidden[..., None, None], HIDDEN, bias[None, :, None])
 
     def _project_history(self, layer: int, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (...,heads,head_dim) of tokens [feature (...,D) | embedding of label (...)].
-
-        The ID half of a token takes V+1 values, so its projection is a table that is looked up.
-        """
-        weight, table = self._history_weights(layer)
+        """Keys and values (...,heads,head_dim) of tokens [feature (...,D) | embedding of label (...)]."""
+        weight, table = self.history_weights(layer)
         both = F.linear(features, weight).add_(F.embedding(labels, table))
         keys, values = both.unflatten(-1, (2, self.heads, self.spec.head_dim)).unbind(-3)
         return keys, values
-
-    def _history_weights(self, layer: int) -> tuple[Tensor, Tensor]:
-        """From feature to key and value (2E,D), and what each label adds to them (V+1,2E)."""
-        attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
-        width, dim = self.spec.feature_dim, self.spec.embed_dim
-        weight, bias = attention.in_proj_weight[dim:], attention.in_proj_bias[dim:]
-        return weight[:, :width], F.linear(self.word_to_embed.weight.t(), weight[:, width:], bias)
 
     def _feed_forward(self, layer: int, tokens: Tensor) -> Tensor:
         return self.ffn_norm_layers[layer](tokens + recomputed(self.ffn_layers[layer], tokens))

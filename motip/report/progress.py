@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -16,13 +18,13 @@ from motip.data.convert_report import PLAIN_EVERY_S, ConversionUi
 
 
 class ProgressLine:
-    """Epoch, step, clips per second, loss, waiting share and time left of the stage in training."""
+    """Epoch, step, loss, clips per second, waiting share, memory, skipped clips and time left of a stage."""
 
     def __init__(self, console: Console, stage: str, epochs: int) -> None:
         self._console = console
         self._stage = stage
         self._epochs = epochs
-        self._begin = time.monotonic()
+        self._left = _TimeLeft()
         self._printed = 0.0
         self._text = f"{stage}: starting workers"
         self._live = Live(Text(self._text), console=console, transient=True, refresh_per_second=4)
@@ -34,29 +36,32 @@ class ProgressLine:
     def step(self, values: dict[str, Any]) -> None:
         metrics = values["metrics"]
         done = values["epoch"] + (values["index"] + 1) / values["of"]
-        left = (time.monotonic() - self._begin) / max(done, 1e-9) * (self._epochs - done)
+        step_s = sum(value for name, value in metrics.items() if name.startswith("step/time/"))
+        left = self._left(done, self._epochs, step_s * values["of"])
         parts = [
             f"{self._stage}: epoch {values['epoch'] + 1}/{self._epochs}",
             f"step {values['index'] + 1}/{values['of']}",
             f"loss {metrics.get('step/loss', float('nan')):.3f}",
             f"{metrics['step/clips_per_s']:.1f} clips/s",
             f"waiting {100 * metrics['step/wait_share']:.0f} %",
+            f"{metrics['step/memory_gib']:.1f} GiB",
+            *_skipped(metrics["step/clips_skipped"]),
         ]
-        if "step/memory_gb" in metrics:
-            parts.append(f"{metrics['step/memory_gb']:.1f} GB")
         self._show(" · ".join([*parts, f"{duration(left)} left"]))
 
     def epoch(self, values: dict[str, Any]) -> None:
         metrics = values["metrics"]
-        scored = " · ".join(
-            f"{name} {metrics[name]:.1f}" for name in ("HOTA", "DetA", "AssA", "IDF1", "MOTA") if name in metrics
-        )
-        loss = metrics.get("train/loss", float("nan"))
-        self._console.print(
-            f"{self._stage}: epoch {values['epoch'] + 1}/{self._epochs} done in "
-            f"{duration(metrics['time/epoch_s'])} · loss {loss:.3f} · {scored or 'not scored'}",
-            highlight=False,
-        )
+        losses = {name: metrics.get(f"train/{name}", float("nan")) for name in ("loss", "detr_loss", "id_loss")}
+        parts = [
+            f"{self._stage}: epoch {values['epoch'] + 1}/{self._epochs} done in {duration(metrics['time/epoch_s'])}",
+            f"loss {losses['loss']:.3f} (detection {losses['detr_loss']:.3f}, ID {losses['id_loss']:.3f})",
+            f"{metrics['clips_per_s']:.1f} clips/s",
+            f"waiting {100 * metrics['time/wait_share']:.0f} %",
+            f"{metrics['device/memory_gib']:.1f} GiB",
+            *_skipped(metrics["clips_skipped"]),
+        ]
+        scores = [f"{name} {metrics[name]:.1f}" for name in ("HOTA", "DetA", "AssA", "IDF1", "MOTA") if name in metrics]
+        self._console.print(" · ".join([*parts, *(scores or ["not scored"])]), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._console.is_terminal:
@@ -64,10 +69,42 @@ class ProgressLine:
 
     def _show(self, text: str) -> None:
         if self._console.is_terminal:
-            self._live.update(Text(text))
+            # Folded here: the console may count on more columns than the terminal has, and would not wipe all rows.
+            columns = min(self._console.width, shutil.get_terminal_size().columns)
+            self._live.update(Text("\n".join(textwrap.wrap(text, max(columns, 20)))))
         elif time.monotonic() - self._printed >= PLAIN_EVERY_S:
             self._printed = time.monotonic()
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+
+class _TimeLeft:
+    """Seconds to the end of a stage, from the pace since this process first heard of it.
+
+    Not from the stage's beginning: a stage that was cut off has epochs behind it that took this process no time.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+        self._last = 0.0
+
+    def __call__(self, done: float, epochs: int, epoch_s: float) -> float:
+        """
+        Args:
+            done: epochs that are done, with the part of the running one.
+            epochs: of the whole stage.
+            epoch_s: what an epoch takes by the pace of the last few steps; used until there is a longer view.
+        """
+        now = time.monotonic()
+        if self._first is None or done <= self._last:  # workers that were restarted repeat some steps
+            self._first = now, done
+        self._last = done
+        since, begun = self._first
+        pace = (now - since) / (done - begun) if done > begun else epoch_s
+        return pace * (epochs - done)
+
+
+def _skipped(clips: float) -> list[str]:
+    return [f"{clips:.0f} {'clip' if clips == 1 else 'clips'} skipped"] if clips else []
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -21,6 +21,9 @@ from motip.track.tracker import FrameTracks, RuntimeTracker
 
 Resize = Callable[[Tensor], Tensor]
 """(3, H, W) uint8 -> (3, h, w) uint8."""
+
+OnDetections = Callable[[int, tuple[int, int], Tensor, Tensor], None]
+"""Frame number, (height, width) of the frame in pixels, (Q, C) logits, (Q, 4) boxes as cxcywh in 0..1."""
 
 _AUTOCAST = {"FP16": torch.float16, "BF16": torch.bfloat16}
 
@@ -73,46 +76,114 @@ def track_sequence(
     Raises:
         MotipError: a frame is no RGB uint8 image, changes size, or is out of order.
     """
+    (result,) = _track(
+        model,
+        frames,
+        [settings],
+        resize,
+        batch_size,
+        on_tracks=None if on_frame is None else lambda number, tracks: on_frame(number, tracks[0]),
+    )
+    return result
+
+
+def track_variants(
+    model: MOTIP,
+    frames: Iterable[tuple[int, np.ndarray]],
+    variants: Sequence[TrackerSettings],
+    resize: Resize | None = None,
+    batch_size: int = 1,
+    on_detections: OnDetections | None = None,
+) -> list[TrackResult]:
+    """Track one sequence under several settings; the detector, which takes nearly all the time, sees each frame once.
+
+    Each result is what ``track_sequence`` would find with these settings (arguments and errors as there).
+
+    Args:
+        variants: settings that differ in the tracker only, not in frame size or the detector's arithmetic.
+        on_detections: called with each frame's detections before any threshold.
+
+    Raises:
+        MotipError: no settings, or some that need another detector pass.
+    """
+    if not variants:
+        raise MotipError("there are no settings to track with", where="variants")
+    for name in ("short_side", "max_longer", "dtype"):
+        values = {getattr(each, name) for each in variants}
+        if len(values) > 1:
+            raise MotipError(
+                "settings that change the detector cannot share its output",
+                where=name,
+                found=", ".join(sorted(map(str, values))),
+                expected="one value",
+                fix="track once for each value",
+            )
+    return _track(model, frames, variants, resize, batch_size, on_detections=on_detections)
+
+
+def _track(
+    model: MOTIP,
+    frames: Iterable[tuple[int, np.ndarray]],
+    variants: Sequence[TrackerSettings],
+    resize: Resize | None,
+    batch_size: int,
+    on_tracks: Callable[[int, list[FrameTracks]], None] | None = None,
+    on_detections: OnDetections | None = None,
+) -> list[TrackResult]:
     if batch_size < 1:
         raise MotipError(
             "the detector's batch needs frames", where="batch_size", found=batch_size, expected="1 or more"
         )
     model.eval()
     started = time.perf_counter()
-    tracker: RuntimeTracker | None = None
+    trackers: list[RuntimeTracker] = []
     image_size: tuple[int, int] | None = None
-    tracked: list[tuple[int, FrameTracks]] = []
+    numbers: list[int] = []
+    tracked: list[list[FrameTracks]] = []
     for batch in _batches(_checked(frames), batch_size):
-        if tracker is None:
+        if image_size is None:
             image_size = batch[0][1].shape[:2]
-            tracker = RuntimeTracker(model, settings, image_size)
-        logits, boxes, embeds = _detect(model, [image for _, image in batch], settings, resize)
+            for settings in variants:
+                shared = trackers[0].decoder if trackers else None
+                trackers.append(RuntimeTracker(model, settings, image_size, shared))
+        logits, boxes, embeds = _detect(model, [image for _, image in batch], variants[0], resize)
         for index, (number, _) in enumerate(batch):
-            tracks = tracker.update(logits[index], boxes[index], embeds[index])
-            tracked.append((number, tracks))
-            if on_frame is not None:
-                on_frame(number, tracks)
-    rows, frame_class_ids = _collect(tracked, model.spec.num_classes)
-    return TrackResult(
-        rows=rows,
-        frame_class_ids=frame_class_ids,
-        num_frames=len(tracked),
-        image_size=image_size,
-        counters=dict(tracker.counters) if tracker else {},
-        notes=tuple(tracker.notes) if tracker else (),
-        seconds=time.perf_counter() - started,
-    )
+            if on_detections is not None:
+                on_detections(number, image_size, logits[index], boxes[index])
+            tracks = [tracker.update(logits[index], boxes[index], embeds[index]) for tracker in trackers]
+            numbers.append(number)
+            tracked.append(tracks)
+            if on_tracks is not None:
+                on_tracks(number, tracks)
+    seconds = time.perf_counter() - started
+    results = []
+    for place in range(len(variants)):
+        own = [tracks[place] for tracks in tracked]
+        rows, frame_class_ids = _collect(list(zip(numbers, own, strict=True)), model.spec.num_classes)
+        results.append(
+            TrackResult(
+                rows=rows,
+                frame_class_ids=frame_class_ids,
+                num_frames=len(tracked),
+                image_size=image_size,
+                counters=dict(trackers[place].counters) if trackers else {},
+                notes=tuple(trackers[place].notes) if trackers else (),
+                seconds=seconds,
+            )
+        )
+    return results
 
 
 def inference_size(height: int, width: int, short_side: int, max_longer: int) -> tuple[int, int]:
     """(height, width) a frame is resized to: short side first, unless the long side would become too long.
 
-    The roundings are those of torchvision's ``Resize(size, max_size)``, which the published results were made with.
+    The roundings are those of torchvision's ``Resize(size, max_size)``, which the published results were made with. A
+    frame so narrow that its short side would round to nothing keeps one pixel.
     """
     short, long = min(height, width), max(height, width)
     new_short, new_long = short_side, int(short_side * long / short)
     if new_long > max_longer:
-        new_short, new_long = int(max_longer * new_short / new_long), max_longer
+        new_short, new_long = max(int(max_longer * new_short / new_long), 1), max_longer
     return (new_short, new_long) if height <= width else (new_long, new_short)
 
 

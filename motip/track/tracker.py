@@ -12,6 +12,7 @@ from torch import Tensor
 
 from motip.errors import MotipError
 from motip.model import MOTIP
+from motip.model.frame_decoder import FrameDecoder
 from motip.track.assign import ASSIGNMENTS
 from motip.track.history import TokenHistory
 from motip.track.reid import LongTermMemory
@@ -73,15 +74,23 @@ class RuntimeTracker:
         model: a MOTIP with ID decoder, in eval mode.
         settings: thresholds and rules.
         image_size: (height, width) of the original frames in pixels.
+        decoder: another tracker's, of the same model; without it one is made, with a copy of the weights.
 
     Attributes:
+        decoder: the ID half of the model. It has no state of its own, so trackers side by side share it.
         counters: ``newborns_refused`` (objects that waited because every label was taken in that frame),
             ``labels_recycled`` (remembered but unseen tracks that lost their label to a newborn),
             ``recalled`` (ids given back by the long-term memory).
         notes: what differs from the plain algorithm, for whoever shows the result.
     """
 
-    def __init__(self, model: MOTIP, settings: TrackerSettings, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        model: MOTIP,
+        settings: TrackerSettings,
+        image_size: tuple[int, int],
+        decoder: FrameDecoder | None = None,
+    ) -> None:
         if model.id_decoder is None or model.trajectory_modeling is None:
             raise MotipError(
                 "this model cannot track: it is a detector without ID decoder",
@@ -94,8 +103,7 @@ class RuntimeTracker:
         self.settings = settings
         self.counters: Counter[str] = Counter(newborns_refused=0, labels_recycled=0, recalled=0)
         self.notes: list[str] = []
-        self._decoder = model.id_decoder
-        self._trajectory_modeling = model.trajectory_modeling
+        self.decoder = decoder or FrameDecoder(model.trajectory_modeling, model.id_decoder)
         self._vocabulary = model.spec.num_id_vocabulary
         self._image_scale = torch.tensor([width, height, width, height], dtype=torch.float32)
         self._assign = ASSIGNMENTS[settings.assignment_protocol]
@@ -103,7 +111,6 @@ class RuntimeTracker:
         self._frame = 0
         self._next_id = 0
         self._history = TokenHistory()
-        self._projection = model.id_decoder.history_projection()
         self._queue = np.arange(self._vocabulary)  # labels, the longest unused first
         self._ids = np.full(self._vocabulary, -1)  # label -> track id, -1: label free
         self._last_seen = np.full(self._vocabulary, -1)
@@ -186,7 +193,7 @@ class RuntimeTracker:
             classes=chosen[:, 1].astype(np.int64),
             boxes_xyxy=np.concatenate([chosen[:, 2:4], chosen[:, 2:4] + chosen[:, 4:]], axis=1),
             # The ID half works in the type of its weights: the history must not lose precision over 30 frames.
-            embeds=embeds[torch.from_numpy(queries).to(embeds.device)].to(self._decoder.rel_pos_embeds.dtype),
+            embeds=embeds[torch.from_numpy(queries).to(embeds.device)].to(self.decoder.dtype),
         )
 
     def _identify(self, embeds: Tensor) -> np.ndarray:
@@ -198,7 +205,7 @@ class RuntimeTracker:
         hidden = self._history.labels < 0
         device = embeds.device
         not_in_use = np.append(~tracked, False)  # newborn can always be the answer
-        logits = self._decoder.decode(
+        logits = self.decoder.decode(
             embeds,
             self._history.tokens(),
             torch.from_numpy(ages).to(device),
@@ -253,9 +260,8 @@ class RuntimeTracker:
     def _remember(self, found: _Detections, labels: np.ndarray) -> None:
         """Append this frame to the history and give up tracks unseen for too long."""
         if len(labels):
-            features = self._trajectory_modeling(found.embeds)
-            on_device = torch.from_numpy(labels).to(features.device)
-            tokens = self._decoder.encode_history(features, on_device, self._projection)
+            features = self.decoder.model_trajectories(found.embeds)
+            tokens = self.decoder.encode_history(features, torch.from_numpy(labels).to(features.device))
             self._history.append(tokens, labels, self._frame)
             self._last_seen[labels] = self._frame
             np.add.at(self._votes, (labels, found.classes), found.scores)
@@ -299,7 +305,7 @@ class RuntimeTracker:
         return oldest
 
     def _check_shapes(self, logits: Tensor, boxes: Tensor, embeds: Tensor) -> None:
-        classes, width = self._votes.shape[1], self._decoder.spec.feature_dim
+        classes, width = self._votes.shape[1], self.decoder.spec.feature_dim
         expected = [(len(logits), classes), (len(logits), 4), (len(logits), width)]
         found = [tuple(tensor.shape) for tensor in (logits, boxes, embeds)]
         if found != expected:

@@ -92,7 +92,7 @@ def _prolong(run: Run, path: str, optimizer: bool, scheduler: bool) -> int:
         return 0
     if optimizer and given.get("optimizer"):
         run.optimizer.load_state_dict(given["optimizer"])
-        run.record("note", {"text": f"optimiser moments taken along from {path}"})
+        run.note(f"optimiser moments taken along from {path}")
     if not scheduler:
         return 0
     first = int(given["epoch"]) + 1
@@ -103,5 +103,5 @@ def _prolong(run: Run, path: str, optimizer: bool, scheduler: bool) -> int:
             found=f"epoch {first} of {run.config.EPOCHS}",
             fix="raise EPOCHS to go on, or set RESUME_SCHEDULER: False to train all epochs again from its weights",
         )
-    run.record("note", {"text": f"goes on at epoch {first + 1} of {run.config.EPOCHS}, where {path} ended"})
+    run.note(f"goes on at epoch {first + 1} of {run.config.EPOCHS}, where {path} ended")
     return first

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from motip.config import Config
+from motip.data.retries import retried
+from motip.data.storage import Location, put
 from motip.errors import MotipError
 from motip.files import write_json_atomic
 from motip.model.weights import save_checkpoint
@@ -16,6 +20,11 @@ from motip.train.communicate import Communicator
 
 if TYPE_CHECKING:
     from motip.train.loop import Meter, Run
+
+
+METRICS = "metrics.json"
+STORE_FOR_S = 180.0
+"""Patience with an object store that stumbles. The other ranks wait no longer than COLLECTIVE_TIMEOUT_S for rank 0."""
 
 
 class Cadence:
@@ -59,7 +68,7 @@ def save_epoch(run: Run, epoch: int, metrics: dict[str, float]) -> Path | None:
         folder = run.reporter.folder(f"epoch_{epoch:03d}")
         _write(run, folder / f"checkpoint_{epoch}.pth", epoch, {"epoch": epoch + 1, "step": 0}, metrics)
         # Written last: an epoch without this file is not finished.
-        write_json_atomic(folder / "metrics.json", {"epoch": epoch, "step": run.global_step, "metrics": metrics})
+        write_json_atomic(folder / METRICS, {"epoch": epoch, "step": run.global_step, "metrics": metrics})
         return folder
 
     folder = _on_first_rank(run, write)
@@ -85,8 +94,50 @@ def save_step(run: Run, epoch: int, step: int, meter: Meter, wait: bool) -> None
         _write(run, folder / f"checkpoint_step_{run.global_step}.pth", epoch - 1, position, {})
         return folder
 
-    run.reporter.step_done(run.global_step, _on_first_rank(run, write), wait)
+    place = run.where
+    run.where = f"{place}; writing the checkpoint"
+    written = _on_first_rank(run, write)
+    run.where = f"{place}; storing the checkpoint"
+    run.reporter.step_done(run.global_step, written, wait)
+    run.where = place
     run.cadence.saved(run.global_step)
+
+
+def store_folder(source: Path, target: Location, say: Callable[[str], None]) -> None:
+    """Copy a checkpoint's files into the storage, each whole, its metrics last: they make an epoch a finished one.
+
+    Args:
+        say: hears of tries that failed for a passing reason.
+
+    Raises:
+        MotipError: it cannot be stored; the checkpoints before are untouched.
+    """
+    if isinstance(target, Path) and not target.parent.is_dir():
+        raise MotipError(
+            "the stage's folder is not to be seen from the node of this worker",
+            where=target.parent,
+            expected="one storage that all nodes share",
+            fix="give --storage an s3:// address, or a folder that every node mounts at the same place",
+        )
+    try:
+        for path in sorted(source.iterdir(), key=lambda path: path.name == METRICS):
+            whole = target / path.name
+            retried(functools.partial(put, path, whole), f"storing {whole}", STORE_FOR_S, say)
+    except (MotipError, OSError) as error:
+        raise cannot_save(target.name, error, target) from error
+
+
+def cannot_save(what: str, error: Exception, where: object) -> MotipError:
+    """What the user reads where a checkpoint cannot be written."""
+    # Not in the S3 client's own words: Ray would take them for its cue to start the whole upload over.
+    reason = str(error).splitlines()[0].replace("AWS Error", "error")
+    return MotipError(
+        f"the checkpoint {what} cannot be written: {reason}",
+        where=error.where if isinstance(error, MotipError) else where,
+        expected="a storage that answers, with room for a whole checkpoint (weights, and twice that for the optimiser)",
+        fix="free some space or choose another --storage, then run the same command again: the checkpoint before "
+        "is untouched and training goes on from it",
+    )
 
 
 def _on_first_rank(run: Run, write: Any) -> Path | None:
@@ -97,28 +148,18 @@ def _on_first_rank(run: Run, write: Any) -> Path | None:
         try:
             folder = write()
         except (MotipError, OSError) as error:
-            failure = _cannot_save(run, error)
+            failure = cannot_save(f"at step {run.global_step}", error, f"stage {run.job.stage}")
         except RuntimeError as error:
             # torch's own writer wraps what the file system says.
             if "PytorchStreamWriter" not in str(error) and "write" not in str(error):
                 raise
-            failure = _cannot_save(run, error)
+            failure = cannot_save(f"at step {run.global_step}", error, f"stage {run.job.stage}")
     # Not `all_agree`: rank 0 may have scored for long before it came to write, and the others must not give up on it.
     if not all(run.comm.gather(failure is None)):
         raise failure or MotipError(
             "rank 0 could not write its checkpoint", where=f"stage {run.job.stage}", fix="see the message of rank 0"
         )
     return folder
-
-
-def _cannot_save(run: Run, error: Exception) -> MotipError:
-    return MotipError(
-        f"the checkpoint at step {run.global_step} cannot be written: {str(error).splitlines()[0]}",
-        where=error.where if isinstance(error, MotipError) else f"stage {run.job.stage}",
-        expected="free space for a whole checkpoint (weights, and twice that for the optimiser)",
-        fix="free some space or choose another --storage, then run the same command again: the checkpoint before "
-        "is untouched and training goes on from it",
-    )
 
 
 def _write(run: Run, path: Path, epoch: int, position: dict[str, Any], metrics: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ import torch
 
 from motip.cluster import Cluster
 from motip.config import Config
-from motip.data.storage import Location, RemotePath, location, read_json, write_bytes
+from motip.data.filesystem import whole_files
+from motip.data.storage import RemotePath, fetch, location, write_bytes
 from motip.data.stream import data_resources
 from motip.errors import MotipError, find_motip_error
+from motip.train.checkpoints import store_folder
 from motip.train.communicate import SingleProcess, current_communicator
 from motip.train.feeds import LocalFeed, RayFeed
 from motip.train.job import StageJob
 from motip.train.loop import run_stage
+from motip.train.retention import Retention, drop_epochs, drop_steps, held
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class Placement:
 
     Attributes:
         workers: training workers; 0 trains in this process, without Ray.
+        least_workers: the cluster may have room for only so many, and training goes on; None: always `workers`.
         cpus: CPUs reserved per training worker.
         decoders: decoding actors per training worker.
         decoder_cpus: CPUs reserved per decoding actor.
@@ -50,24 +54,34 @@ class Placement:
     decoders: int = 1
     decoder_cpus: float = 0.5
     gpu: bool = False
+    least_workers: int | None = None
 
 
 @dataclass
 class FitResult:
-    """Epochs that were completed, and where each one's checkpoint lies."""
+    """Epochs that were completed, and where the checkpoints lie of those whose weights are kept."""
 
     epochs: dict[int, dict[str, float]] = field(default_factory=dict)
     steps: dict[int, int] = field(default_factory=dict)
     checkpoints: dict[int, str] = field(default_factory=dict)
 
 
-def place(workers: int, config: Config, cluster: Cluster) -> Placement:
+def place(workers: int, config: Config, cluster: Cluster, least: int | None = None) -> Placement:
     """Share the cluster out among training workers and their decoding actors, or refuse with the arithmetic.
+
+    Args:
+        least: workers that must fit now; the others may find room later. None: all must.
 
     Raises:
         MotipError: more workers than GPUs or CPUs allow.
     """
     gpu = config.DEVICE != "cpu" and cluster.gpus >= 1
+    if least is not None:
+        # One worker's share is that of the most that fit now, so that the others find the same room on new nodes.
+        for fitting in range(workers, least, -1):
+            with contextlib.suppress(MotipError):
+                return replace(place(fitting, config, cluster), workers=workers, least_workers=least)
+        return replace(place(least, config, cluster), workers=workers, least_workers=least)
     if gpu and workers > cluster.gpus:
         raise MotipError(
             "more training workers than GPUs",
@@ -98,19 +112,13 @@ def fit(job: StageJob, placement: Placement, folder: str, on_record: OnRecord) -
 
 
 def completed(folder: str) -> FitResult:
-    """The epochs whose checkpoint lies in a stage's folder, whichever attempt trained them."""
+    """The finished epochs of a stage's folder, whichever attempt trained them; `checkpoints` has those kept."""
     result = FitResult()
-    place = location(folder)
-    if not place.is_dir():
-        return result
-    children: list[Location] = list(place.iterdir())
-    for child in sorted(children, key=lambda child: child.name):
-        if child.name.startswith("epoch_") and (child / "metrics.json").is_file():
-            stored = read_json(child / "metrics.json")
-            epoch = int(stored["epoch"])
-            result.epochs[epoch] = stored["metrics"]
-            result.steps[epoch] = int(stored["step"])
-            result.checkpoints[epoch] = str(child / f"checkpoint_{epoch}.pth")
+    for each in held(location(folder)).epochs:
+        result.epochs[each.epoch] = each.metrics
+        result.steps[each.epoch] = each.step
+        if each.weights is not None:
+            result.checkpoints[each.epoch] = str(each.weights)
     return result
 
 
@@ -123,20 +131,15 @@ def pick_device(config: Config) -> torch.device:
 class FolderReporter:
     """Checkpoints in a local folder, records to a callback: training without Ray."""
 
-    def __init__(self, folder: Path, on_record: OnRecord, kept: int = 2) -> None:
+    def __init__(self, folder: Path, on_record: OnRecord, kept: Retention | None = None) -> None:
         self._folder = folder
         self._on_record = on_record
-        self._kept = kept
+        self._kept = kept or Retention()
 
     def latest(self) -> Path | None:
         """The newest of the finished epochs and the positions inside epochs; what is half-written is neither."""
-        found = [(int(path.parent.name[5:]), 0, path) for path in self._folder.glob("step_*/checkpoint_step_*.pth")]
-        for done in self._folder.glob("epoch_*/metrics.json"):
-            stored = read_json(done)
-            path = done.parent / f"checkpoint_{stored['epoch']}.pth"
-            if path.is_file():
-                found.append((int(stored["step"]), 1, path))
-        return max(found)[-1] if found else None
+        found = held(self._folder).latest()
+        return found if isinstance(found, Path) else None
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         self._on_record(kind, values)
@@ -148,7 +151,10 @@ class FolderReporter:
 
     def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
         if folder is not None:
-            drop_steps(self._folder, self._kept)
+            drop_steps(self._folder, self._kept.steps)
+
+    def began_with(self, world: int) -> int:
+        return world
 
     def notice(self) -> str:
         return ""
@@ -156,13 +162,11 @@ class FolderReporter:
     def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
         if folder is not None:
             drop_steps(self._folder, 0)
+            drop_epochs(self._folder, self._kept)
 
 
-def drop_steps(folder: Path, kept: int) -> None:
-    """Remove the checkpoints inside epochs but for the last ``kept``. Their empty folders stay for Ray's own list."""
-    files = sorted(folder.glob("step_*/checkpoint_step_*.pth"), key=lambda path: path.parent.name)
-    for path in files[: len(files) - kept]:
-        path.unlink(missing_ok=True)
+def _retention(job: StageJob, config: Config) -> Retention:
+    return Retention(config.CHECKPOINTS_KEPT, config.EPOCH_CHECKPOINTS_KEPT, job.best)
 
 
 def _fit_here(job: StageJob, folder: str, on_record: OnRecord) -> None:
@@ -174,7 +178,7 @@ def _fit_here(job: StageJob, folder: str, on_record: OnRecord) -> None:
             fix="use --workers 1 or more, or a local --storage",
         )
     config = Config.from_dict(job.config)
-    reporter = FolderReporter(Path(folder), on_record, config.CHECKPOINTS_KEPT)
+    reporter = FolderReporter(Path(folder), on_record, _retention(job, config))
     run_stage(job, SingleProcess(), LocalFeed(job, config), reporter, pick_device(config))
 
 
@@ -187,6 +191,7 @@ class _Mailbox:
     def __init__(self) -> None:
         self._records: list[tuple[str, dict[str, Any]]] = []
         self._failure: tuple[MotipError, str] | None = None
+        self._first_world: int | None = None
 
     def put(self, kind: str, values: dict[str, Any]) -> None:
         self._records.append((kind, values))
@@ -194,6 +199,11 @@ class _Mailbox:
     def drain(self) -> list[tuple[str, dict[str, Any]]]:
         records, self._records = self._records, []
         return records
+
+    def began_with(self, world: int) -> int:
+        """Workers of the first attempt, whatever later ones have; their batches are kept."""
+        self._first_world = self._first_world or world
+        return self._first_world
 
     def give_up(self, error: MotipError, traceback: str) -> None:
         """Keep the first error that no restart of the workers can cure."""
@@ -207,14 +217,14 @@ class RayReporter:
     """Checkpoints through ray.train.report, records through the mailbox.
 
     Args:
-        folder: where Ray Train puts the checkpoints, for removing the older ones (local folders only).
-        kept: checkpoints inside an epoch that are kept.
+        folder: where the checkpoints go, Ray Train's folder of the run.
+        kept: what stays of them.
     """
 
     POLL_EVERY = 20
     """Optimiser steps between two looks at Ray's preemption information, which makes all ranks wait for each other."""
 
-    def __init__(self, mailbox: Any, folder: str, kept: int) -> None:
+    def __init__(self, mailbox: Any, folder: str, kept: Retention) -> None:
         self._mailbox = mailbox
         self._folder = location(folder)
         self._kept = kept
@@ -222,15 +232,20 @@ class RayReporter:
         self._local: list[Path] = []
 
     def latest(self) -> Path | None:
+        """The newest whole checkpoint, a copy of it. Rank 0 looks for all: what an upload of the attempt before may
+        finish meanwhile must not be there for one rank and not for another."""
         import ray.train
+        import ray.train.collective
 
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        leads = ray.train.get_context().get_world_rank() == 0
+        found = held(self._folder).latest() if leads else None
+        mine = None if found is None else f"{found.parent.name}/{found.name}"
+        name = ray.train.collective.broadcast_from_rank_zero(mine)
+        if name is None:
             return None
         folder = Path(tempfile.mkdtemp(prefix="motip_resume_"))
-        checkpoint.to_directory(str(folder))
         self._local.append(folder)
-        return next(iter(sorted(folder.glob("checkpoint_*.pth"))), None)
+        return fetch(self._folder / name, folder / Path(name).name)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         import ray
@@ -253,11 +268,17 @@ class RayReporter:
             checkpoint=None if folder is None else ray.train.Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=f"step_{step:08d}",
             checkpoint_upload_mode=mode,
+            checkpoint_upload_fn=self._store,
             delete_local_checkpoint_after_upload=True,
         )
-        if folder is not None and isinstance(self._folder, Path):
+        if folder is not None:
             # The newest may still be on its way, so one more than asked for stays.
-            drop_steps(self._folder, self._kept + 1)
+            drop_steps(self._folder, self._kept.steps + 1)
+
+    def began_with(self, world: int) -> int:
+        import ray
+
+        return int(ray.get(self._mailbox.began_with.remote(world)))
 
     def notice(self) -> str:
         import ray.train
@@ -266,19 +287,48 @@ class RayReporter:
         if self._asked % self.POLL_EVERY:
             return ""
         told = ray.train.get_preemption_info()
-        return "" if told is None else f"preemption of {', '.join(told.preempted_node_ids)}"
+        return "" if told is None else f"preemption of {', '.join(sorted(told.preempted_node_ids))}"
 
     def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
         import ray.train
 
-        # [3] Ray Train copies the folder into the stage's storage; every rank reports, rank 0 brings the files.
+        # [3] Ray Train lists the epoch once its folder lies in the stage's storage; every rank reports, rank 0 brings
+        # the files.
         checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(str(folder))
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{epoch:03d}")
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_dir_name=f"epoch_{epoch:03d}",
+            checkpoint_upload_fn=self._store,
+        )
         for path in self._local:
             shutil.rmtree(path, ignore_errors=True)
         self._local.clear()
-        if folder is not None and isinstance(self._folder, Path):
+        if folder is not None:
             drop_steps(self._folder, 1)
+            drop_epochs(self._folder, self._kept)
+
+    def _store(self, checkpoint: Any, name: str) -> Any:
+        """Ray Train's own copying puts files one after the other, so a cut leaves halves; ours puts whole ones."""
+        import ray.train
+
+        try:
+            store_folder(Path(checkpoint.path), self._folder / name, self._stumbled)
+        except MotipError as error:
+            # Told here too: in the background there is nobody above who would.
+            self._give_up(error)
+            raise
+        storage = ray.train.get_context().get_storage()
+        return ray.train.Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
+
+    def _stumbled(self, text: str) -> None:
+        _log.warning(text)
+        self.record("note", {"text": text})
+
+    def _give_up(self, error: MotipError) -> None:
+        import ray
+
+        ray.get(self._mailbox.give_up.remote(error, traceback.format_exc()))
 
 
 LASTING_ERRORS: tuple[type[Exception], ...] = (
@@ -325,7 +375,7 @@ def _train(job: StageJob, placement: Placement, mailbox: Any, folder: str) -> No
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     # [2] The batches come from Ray Data, this rank's rows of the clip plan in order.
     feed = RayFeed(job, config, comm.rank, comm.world_size, placement.decoders, placement.decoder_cpus)
-    reporter = RayReporter(mailbox, folder, config.CHECKPOINTS_KEPT)
+    reporter = RayReporter(mailbox, folder, _retention(job, config))
     run_stage(job, comm, feed, reporter, device)
 
 
@@ -345,15 +395,13 @@ def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnR
         train_loop_config={"job": job, "placement": placement, "mailbox": mailbox, "folder": folder},
         # [5] A worker that does not answer ends the wait of the others, instead of half an hour of silence.
         torch_config=TorchConfig(timeout_s=int(job.config["COLLECTIVE_TIMEOUT_S"])),
-        scaling_config=ScalingConfig(
-            num_workers=placement.workers,
-            use_gpu=placement.gpu,
-            resources_per_worker={"CPU": placement.cpus, **({"GPU": 1} if placement.gpu else {})},
-        ),
+        scaling_config=ScalingConfig(**_scaling(placement, int(job.config["RESIZE_EVERY_S"]))),
         run_config=RunConfig(
             name=name,
-            storage_path=parent,
-            failure_config=FailureConfig(max_failures=2),
+            # Plain paths in a file system of ours: Ray's own list of checkpoints is written with the same patience.
+            storage_path=parent.removeprefix("s3://"),
+            storage_filesystem=whole_files(remote=isinstance(location(folder), RemotePath)),
+            failure_config=FailureConfig(max_failures=int(job.config["WORKER_RESTARTS"])),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
@@ -364,6 +412,17 @@ def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnR
             _raise_told(mailbox, folder)
             raise find_motip_error(error) or _failed(job, folder, error, str(error)) from error
         _raise_told(mailbox, folder)
+
+
+def _scaling(placement: Placement, resize_every_s: int) -> dict[str, Any]:
+    """With a range Ray looks now and then how many workers fit, and starts that many from the newest checkpoint."""
+    least = placement.least_workers
+    return {
+        "num_workers": placement.workers if least is None else (least, placement.workers),
+        "elastic_resize_monitor_interval_s": float(resize_every_s),
+        "use_gpu": placement.gpu,
+        "resources_per_worker": {"CPU": placement.cpus, **({"GPU": 1} if placement.gpu else {})},
+    }
 
 
 @contextlib.contextmanager

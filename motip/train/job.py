@@ -38,6 +38,7 @@ class StageJob:
         parent: weights to start from; None trains from freshly initialised weights.
         inputs: hex digest of everything above, the stage's identity.
         run_id: MLflow run the metrics belong to.
+        best: metric that chooses the best checkpoint.
     """
 
     stage: str
@@ -51,6 +52,7 @@ class StageJob:
     parent: Parent | None
     inputs: str
     run_id: str | None = None
+    best: str = "HOTA"
 
     def class_maps(self, config: Config) -> dict[str, ClassMap]:
         """Per source, raw categories to the stage's classes; categories of untrained classes become ignore regions."""

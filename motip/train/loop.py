@@ -24,8 +24,9 @@ from motip.train.checkpoints import Cadence, save_epoch, save_step
 from motip.train.communicate import Communicator, Watched
 from motip.train.job import Feed, StageJob
 from motip.train.notice import Notice, Stopped
-from motip.train.optimizer import LearningRates, build_optimizer
+from motip.train.optimizer import GROUP_NAMES, LearningRates, build_optimizer
 from motip.train.step import StepLosses, TrainStep
+from motip.train.timing import PARTS, Interval, StepClock, memory_gib
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +48,10 @@ class Reporter(Protocol):
 
     def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
         """Hand over a checkpoint inside an epoch and drop the oldest; every rank calls it, rank 0 gives the folder."""
+        ...
+
+    def began_with(self, world: int) -> int:
+        """Ranks of the first attempt, where an attempt before this one left no checkpoint; else ``world``."""
         ...
 
     def notice(self) -> str:
@@ -96,6 +101,10 @@ class Run:
         if self.leads:
             self.reporter.record(kind, values)
 
+    def note(self, text: str) -> None:
+        """Something in words that belongs to the history of the run."""
+        self.record("note", {"step": self.global_step, "text": text})
+
 
 def run_stage(job: StageJob, comm: Communicator, feed: Feed, reporter: Reporter, device: torch.device) -> None:
     """Train a stage from its parent's weights, or from where an earlier attempt was cut off.
@@ -129,6 +138,8 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     run.model.train()
     meter, start = Meter.resumed(run.first_meter, run.leads), run.first_step
     run.first_step, run.first_meter = 0, None
+    interval = Interval(meter.sums_so_far())
+    recent_norms: dict[str, float] = {}
     # A position at the end of an epoch has no batches left.
     batches = timed(run.feed.batches(epoch, start), meter) if start < steps else iter(())
     for index, batch in enumerate(batches, start):
@@ -147,10 +158,15 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
         run.global_step += 1
         run.clips += 0 if losses.skipped else losses.clips
         meter.add(losses, norms)
+        recent_norms = norms or recent_norms
         for line in losses.left_out:
-            run.record("note", {"text": f"epoch {epoch + 1}, step {index + 1}: clips left out: {line}"})
+            run.note(f"epoch {epoch + 1}, step {index + 1}: clips left out: {line}")
         if (index + 1) % config.LOG_EVERY_STEPS == 0 or index == steps - 1:
-            run.record("step", _step_record(run, epoch, index, steps, losses, norms, rates, meter))
+            values = losses.values | recent_norms | dict(zip(_RATES, rates, strict=True))
+            metrics = _step_metrics(run, meter, interval) | {f"step/{name}": value for name, value in values.items()}
+            position = {"epoch": epoch, "index": index, "of": steps, "step": run.global_step}
+            run.record("step", {**position, "metrics": metrics})
+            recent_norms = {}
         if group == divisor - 1:
             _save_where_due(run, epoch, index + 1, meter)
     beyond = run.comm.sum_(torch.tensor([float(meter.distractors), float(meter.without_slot)])).tolist()
@@ -158,7 +174,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     return {
         **meter.means(),
         **overflow,
-        **_memory_counts(run.step),
+        **_left_out_counts(run.step),
         **{f"plan/{name}": float(count) for name, count in run.feed.counts(epoch).items()},
     }
 
@@ -200,10 +216,14 @@ class Meter:
     objects: float = 0.0
     steps: int = 0
     skipped: int = 0
+    memory_gib: float = 0.0
+    """The most that a step record has told."""
     distractors: int = 0
     without_slot: int = 0
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     norms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    """Of the steps' parts, up to the last reading of the clock."""
 
     def count(self, batch: ClipBatch) -> None:
         """What this rank's clips hold beyond the ID vocabulary."""
@@ -220,6 +240,19 @@ class Meter:
                 self.sums[name] += value
         for name, value in norms.items():
             self.norms[name].append(value)
+
+    def read(self, clock: StepClock) -> None:
+        """Take over what the step's clock has measured; waits for the device."""
+        for name, seconds in clock.take().items():
+            self.seconds[name] += seconds
+
+    def sums_so_far(self) -> dict[str, float]:
+        """What grows from step to step: counts, and seconds of each part of the time. `other` is what is left of it:
+        checks, waiting for other workers between the parts, and saving."""
+        known = {"wait": self.waited, **self.seconds}
+        elapsed = time.perf_counter() - self.begin
+        counts = {"steps": self.steps, "clips": self.clips, "objects": self.objects}
+        return counts | known | {"other": elapsed - sum(known.values())}
 
     @staticmethod
     def resumed(state: dict[str, Any] | None, leads: bool) -> Meter:
@@ -244,6 +277,7 @@ class Meter:
             "without_slot": int(without_slot),
             "sums": dict(self.sums),
             "norms": dict(self.norms),
+            "seconds": dict(self.seconds),
         }
 
     def means(self) -> dict[str, float]:
@@ -257,8 +291,9 @@ class Meter:
             "time/wait_share": self.waited / seconds,
             "time/epoch_s": seconds,
             "steps_skipped": float(self.skipped),
+            "device/memory_gib": self.memory_gib,
         }
-        return means
+        return means | {f"time/{name}": value for name, value in _time_split(self.sums_so_far()).items()}
 
 
 def timed(batches: Iterator[ClipBatch], meter: Meter) -> Iterator[ClipBatch]:
@@ -290,26 +325,32 @@ def _save_where_due(run: Run, epoch: int, step: int, meter: Meter) -> None:
     """
     told = run.reporter.notice()
     signalled = run.notice is not None and run.notice.given
-    reason = run.cadence.due(run.global_step, signalled or bool(told and told != run.noticed))
+    news = bool(told and told != run.noticed)
+    if news and run.notice is not None:
+        run.notice.heard()
+    reason = run.cadence.due(run.global_step, signalled or news)
     if not reason:
         return
     begin = time.monotonic()
+    meter.read(run.step.clock)
     save_step(run, epoch, step, meter, wait=reason == "notice")
     if reason != "notice":
         return
     run.noticed = told
-    took = run.notice.committed() if signalled and run.notice is not None else f"in {time.monotonic() - begin:.1f} s"
+    own = run.notice if signalled or news else None
+    took = f"in {time.monotonic() - begin:.1f} s" if own is None else own.committed()
     text = f"notice to stop ({told or 'SIGTERM'}): epoch {epoch + 1}, step {step} saved {took}"
     _log.warning(text)
-    run.record("note", {"text": text})
+    run.note(text)
     if run.comm.sum_(torch.tensor([float(signalled)])).item():
         raise Stopped
 
 
-def _memory_counts(step: TrainStep) -> dict[str, float]:
+def _left_out_counts(step: TrainStep) -> dict[str, float]:
     """Of the stage so far: clips that took a lower rung, and clips left out, by objects in their fullest frame."""
     counters = step.counters
     counts = {
+        "clips_skipped": counters.clips_left_out,
         "memory/rungs_lowered": counters.lowered,
         "memory/batches_left_out": counters.out_of_memory,
         "nonfinite/losses": counters.nonfinite_losses,
@@ -325,7 +366,8 @@ def _prepare(
 ) -> tuple[Run, int]:
     resumed_from = reporter.latest()
     stored = load_checkpoint(resumed_from) if resumed_from is not None else None
-    first_world = int(((stored or {}).get("position") or {}).get("world", comm.world_size))
+    stored_world = ((stored or {}).get("position") or {}).get("world")
+    first_world = int(stored_world or reporter.began_with(comm.world_size))
     feed.started_with(first_world)
     model, transfer = build_model_for(job, config, stored)
     model.to(device)
@@ -336,10 +378,7 @@ def _prepare(
     first_epoch = restore_optimizer(run, stored)
     run.cadence.saved(run.global_step)
     if first_world != comm.world_size:
-        run.record(
-            "note",
-            {"text": f"goes on with {comm.world_size} workers; it began with {first_world}, whose batches it keeps"},
-        )
+        run.note(f"goes on with {comm.world_size} workers; it began with {first_world}, whose batches it keeps")
     if transfer is not None:
         run.record("transfer", {"summary": transfer.summary_line(), **transfer.to_dict()})
     if stored is not None:
@@ -347,20 +386,27 @@ def _prepare(
     return run, first_epoch
 
 
-def _step_record(
-    run: Run,
-    epoch: int,
-    index: int,
-    steps: int,
-    losses: StepLosses,
-    norms: dict[str, float],
-    rates: list[float],
-    meter: Meter,
-) -> dict[str, Any]:
-    means = meter.means()
-    metrics = {f"step/{name}": value for name, value in {**losses.values, **norms}.items()}
-    metrics |= {f"step/lr_{number}": rate for number, rate in enumerate(rates)}
-    metrics |= {"step/clips_per_s": means["clips_per_s"], "step/wait_share": means["time/wait_share"]}
-    if run.device.type == "cuda":
-        metrics["step/memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30
-    return {"epoch": epoch, "index": index, "of": steps, "step": run.global_step, "metrics": metrics}
+_RATES = tuple(f"lr/{name}" for name in GROUP_NAMES)
+
+
+def _step_metrics(run: Run, meter: Meter, interval: Interval) -> dict[str, float]:
+    """Means over the steps since the last record (speed and waiting: over the epoch), and what was skipped so far."""
+    meter.read(run.step.clock)
+    memory = memory_gib(run.device)
+    meter.memory_gib = max(meter.memory_gib, memory)
+    grown, means = interval.since(meter.sums_so_far()), meter.means()
+    return {
+        "step/clips_per_s": means["clips_per_s"],
+        "step/wait_share": means["time/wait_share"],
+        "step/objects_per_clip": grown["objects"] / max(grown["clips"], 1),
+        "step/memory_gib": memory,
+        "step/clips_skipped": float(run.step.counters.clips_left_out),
+        **{f"step/time/{name}": value for name, value in _time_split(grown).items()},
+    }
+
+
+def _time_split(sums: dict[str, float]) -> dict[str, float]:
+    """Mean seconds per step of each part of the time."""
+    steps = max(sums["steps"], 1)
+    # The device's clock and the host's do not start together: what is left can come out just below nothing.
+    return {f"{name}_s": max(0.0, sums[name] / steps) for name in ("wait", *PARTS, "other")}

@@ -1,4 +1,4 @@
-"""A machine that will be taken away: SIGTERM in the process that trains."""
+"""A machine that will be taken away: SIGTERM in the process that trains, or Ray's word for it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Stopped(KeyboardInterrupt):
 class Notice:
     """Remembers a SIGTERM until the next optimiser step is taken; used as a context manager around the training.
 
-    Only the main thread of a process may listen for signals. Elsewhere (Ray's training workers) it hears nothing, and
-    Ray's own preemption information takes its place.
+    Only the main thread of a process may listen for signals. Elsewhere (Ray's training workers) Ray's own preemption
+    information takes its place, and whoever reads it calls `heard`.
 
     Args:
         where: says what training is doing, for the message when the time runs out.
@@ -48,18 +48,24 @@ class Notice:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
 
+    def heard(self) -> None:
+        """Start the clock of a notice, where it does not run yet."""
+        if self._alarm is not None:
+            return
+        self._heard = time.monotonic()
+        self._alarm = threading.Timer(GRACE_S, self._too_late)
+        self._alarm.daemon = True
+        self._alarm.start()
+
     def committed(self) -> str:
         """Stop the clock; returns how long it took."""
         self._silence()
         return f"{time.monotonic() - self._heard:.1f} s after the notice"
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.given:
-            return
-        self.given, self._heard = True, time.monotonic()
-        self._alarm = threading.Timer(GRACE_S, self._too_late)
-        self._alarm.daemon = True
-        self._alarm.start()
+        if not self.given:
+            self.given = True
+            self.heard()
 
     def _too_late(self) -> None:
         _log.error(

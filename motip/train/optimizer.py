@@ -11,6 +11,9 @@ from torch import nn
 from motip.config import Config
 from motip.errors import MotipError
 
+GROUP_NAMES = ("backbone", "linear_proj", "dictionary", "rest")
+"""What `parameter_groups` returns, in its order; `linear_proj` are the sampling points, `dictionary` the ID words."""
+
 
 def freeze_parameters(model: nn.Module, config: Config) -> list[str]:
     """Take away the gradient of what the configuration does not train; returns the names.

@@ -34,6 +34,7 @@ from motip.train.memory import (
     object_bucket,
     shrunk,
 )
+from motip.train.timing import StepClock
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class StepCounters:
     """How often a rank went down a rung of the memory ladder."""
     skipped_objects: dict[str, int] = field(default_factory=dict)
     """Clips left out for want of memory, by objects in their most crowded frame."""
+    clips_left_out: int = 0
+    """Clips that no gradient was taken of, for want of memory or because a loss was not finite."""
     names: list[str] = field(default_factory=list)
     """Clips of the batches that were left out, the last hundred."""
 
@@ -135,6 +138,7 @@ class TrainStep:
         self.counters = StepCounters()
         self.left_out = LeftOut(config.NONFINITE_LIMIT)
         self.gradient_watch = GradientWatch()
+        self.clock = StepClock(self.device)
         self.gathered = 0
         self._recent: list[str] = []
         self._metric_names = _metric_names(model.spec.dec_layers if model.spec.detr_aux_loss else 1)
@@ -237,6 +241,10 @@ class TrainStep:
         if self.gathered == 0:
             optimizer.zero_grad(set_to_none=True)
             return {}
+        with self.clock.part("optimiser"):
+            return self._move(optimizer)
+
+    def _move(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         all_reduce_gradients(self.model.parameters(), self.comm)
         self.scaler.unscale_(optimizer)
         norms = self._clip()
@@ -297,8 +305,9 @@ class TrainStep:
             return
         rung = self.rungs[attempt.rung]
         try:
-            attempt.loss, local = self._losses(shrunk(batch, rung.scale), order, objects, id_targets, rung)
-            attempt.host = self._on_host(local, *shares)
+            with self.clock.part("forward"):
+                attempt.loss, local = self._losses(shrunk(batch, rung.scale), order, objects, id_targets, rung)
+                attempt.host = self._on_host(local, *shares)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -316,7 +325,8 @@ class TrainStep:
         if loss is None or not loss.requires_grad:
             return
         try:
-            self.scaler.scale(loss / divisor).backward()
+            with self.clock.part("backward"):
+                self.scaler.scale(loss / divisor).backward()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -361,6 +371,7 @@ class TrainStep:
         for line, names, crowds in self.comm.gather(own):
             if line:
                 lines.append(line)
+            self.counters.clips_left_out += len(names)
             self.counters.names = [*self.counters.names, *names][-100:]
             if outcome == "memory":
                 for objects in crowds:

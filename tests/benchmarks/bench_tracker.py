@@ -1,12 +1,14 @@
 """Milliseconds per frame of the tracker without the detector: ours against the naive form, same ids asserted.
 
     python tests/benchmarks/bench_tracker.py                       # the figures of docs/performance.md
+    python tests/benchmarks/bench_tracker.py --objects 200 --quick # a crowd, with 200 ID labels
     python tests/benchmarks/bench_tracker.py --quick               # seconds
 
 The naive form is the straightforward reading of the paper: in every frame the whole history (29 frames) goes through
 trajectory modelling and through `nn.MultiheadAttention` in each of the 6 layers, attention maps included, and each
 detection is handled in a Python loop. Ours projects a detection once, when it becomes history. Both hold the same
-full-size weights (256 + 256 channels, 6 layers, 50 ID labels), see the same detections and must give the same ids.
+full-size weights (256 + 256 channels, 6 layers, 50 ID labels or one per object), see the same detections and must give
+the same ids.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,9 +112,10 @@ class NaiveTracker:
         return decoder.embed_to_word(tokens[0, :, -decoder.id_dim :])
 
 
-def full_size_model() -> MOTIP:
+def full_size_model(labels: int = 50) -> MOTIP:
     """A full-size ID half whose decoder follows features; the detector, which is not run, as small as it gets."""
-    spec = ModelSpec(backbone="tiny_gn", num_queries=4, enc_layers=1, dec_layers=1, dim_feedforward=32)
+    small: dict[str, Any] = {"num_queries": 4, "enc_layers": 1, "dec_layers": 1, "dim_feedforward": 32}
+    spec = ModelSpec(backbone="tiny_gn", num_id_vocabulary=labels, **small)
     model = build_model(spec).eval()
     model.load_state_dict(recipe.copy_id_decoder_weights(model, 0), strict=False)
     return model
@@ -153,11 +157,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = full_size_model()
     print(f"history {HISTORY} frames, {args.threads} threads, torch {torch.__version__}")
     print("CPU time is the steadier figure where other programs share the cores")
     print(f"{'objects':>8} {'naive ms':>9} {'ours ms':>9} {'ratio':>6} {'naive CPU':>10} {'ours CPU':>9} {'ratio':>6}")
     for objects in args.objects:
+        model = full_size_model(max(50, objects))
         frames = script(objects, HISTORY + (5 if args.quick else args.frames))
         naive, ours = NaiveTracker(model), RuntimeTracker(model, SETTINGS, (1080, 1920))
         # Interleaving would share caches between the two; each runs alone instead.

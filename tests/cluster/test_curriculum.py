@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from motip.cluster import connect, disconnect
 from motip.lineage import Lineage
+from tests.cluster.heads import Head, running_head
 from tests.small_curriculum import run, write_files
 
 pytestmark = pytest.mark.cluster
@@ -49,63 +47,25 @@ def test_four_stages_with_two_workers_then_skipped_then_only_what_is_stale(
     assert all("HOTA" in step.scores for step in steps)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def test_a_submitted_job_leaves_its_results_in_the_storage(tmp_path: Path) -> None:
+    with running_head(tmp_path) as head:
+        _submit(head, tmp_path)
 
 
-@pytest.fixture
-def head(tmp_path: Path):
-    """A head with token authentication on; yields the environment for talking to it."""
-    token = tmp_path / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {
-        "PATH": f"{Path(sys.executable).parent}:{environment.get('PATH', '')}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    port, dashboard, agent = _free_port(), _free_port(), _free_port()
-    # Ray's socket paths must stay under 108 characters, which pytest's folders do not.
-    session = Path("/tmp") / f"ray_{secrets.token_hex(4)}"
-    ray = shutil.which("ray", path=environment["PATH"])
-    assert ray is not None
-    start = [ray, "start", "--head", "--port", str(port), "--dashboard-port", str(dashboard)]
-    start += ["--dashboard-agent-listen-port", str(agent), "--temp-dir", str(session), "--num-cpus", "2"]
-    server = subprocess.Popen(
-        [*start, "--block"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
-    try:
-        for _ in range(120):
-            if subprocess.run([ray, "job", "list"], env=environment, capture_output=True).returncode == 0:
-                break
-            time.sleep(1)
-        yield ray, environment
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-        shutil.rmtree(session, ignore_errors=True)
-
-
-def test_a_submitted_job_leaves_its_results_in_the_storage(head, tmp_path: Path) -> None:
-    ray, environment = head
+def _submit(head: Head, tmp_path: Path) -> None:
     path = write_files(tmp_path)
     storage = tmp_path / "storage"
-    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "ray_jobs/curriculum.py"]
+    command = [head.ray, "job", "submit", "--working-dir", ".", "--", "python", "ray_jobs/curriculum.py"]
     command += ["--config", str(path), "--data-root", str(tmp_path), "--storage", str(storage)]
     command += ["--until", "BDD-Foundation"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "Stages:" in result.stdout and "BDD-Foundation" in result.stdout
     assert len(list((storage / "curricula" / "small" / "BDD-Foundation").glob("*/checkpoint_best.pth"))) == 1
     assert (storage / "mlflow" / "mlflow.db").is_file()
-    without = {key: value for key, value in environment.items() if key != "RAY_AUTH_TOKEN_PATH"}
+    without = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_TOKEN_PATH"}
     refused = subprocess.run(
-        [ray, "job", "list"], env={**without, "RAY_AUTH_TOKEN": "wrong" * 13}, capture_output=True, text=True
+        [head.ray, "job", "list"], env={**without, "RAY_AUTH_TOKEN": "wrong" * 13}, capture_output=True, text=True
     )
     assert refused.returncode != 0
 

@@ -37,12 +37,12 @@ def s3() -> Iterator[str]:
         environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
         environment.setenv("AWS_REGION", "us-east-1")
         environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        storage._s3.cache_clear()
+        storage.s3.cache_clear()
         pafs.S3FileSystem(
             endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
         ).create_dir("bucket")
         yield "s3://bucket"
-    storage._s3.cache_clear()
+    storage.s3.cache_clear()
     server.stop()
 
 

@@ -1,4 +1,4 @@
-"""The lean ID decoder against the straightforward one, its incremental path, its memory and its edges."""
+"""The lean ID decoder against the straightforward one, its memory and its edges."""
 
 from __future__ import annotations
 
@@ -158,42 +158,6 @@ def test_times_beyond_the_relative_embedding_are_refused(times: list[int]) -> No
     clip["unknown_times"] = times
     with pytest.raises(MotipError, match="REL_PE_LENGTH"):
         decoder(**clip)
-
-
-def test_incremental_path_equals_the_full_forward() -> None:
-    """A tracker appends frame after frame; gaps, hidden tokens and dropped tracks included."""
-    decoder = _decoder().eval()
-    clip = _clip(decoder.spec)
-    masks, labels = clip["trajectory_masks"][0, 1], clip["trajectory_labels"][0, 1]
-    clip["unknown_masks"][:] = False
-    full = decoder(**clip)[0, 0, 1]
-    history, times = None, torch.empty(0, dtype=torch.long)
-    for frame in range(_FRAMES):
-        objects = clip["unknown_features"][0, 1, frame]
-        if history is None:
-            history = decoder.encode_history(torch.empty(0, 32), torch.empty(0, dtype=torch.long))
-        logits = decoder.decode(objects, history, frame - times)
-        assert (logits - full[frame]).abs().max() < 1e-5, frame
-        seen = ~masks[frame]
-        newer = decoder.encode_history(clip["trajectory_features"][0, 1, frame, seen], labels[frame, seen])
-        history = history.append(newer)
-        times = torch.cat([times, torch.full((int(seen.sum()),), frame)])
-    assert history is not None and len(history) == int((~masks).sum())
-
-
-def test_incremental_path_masks_and_refuses() -> None:
-    decoder = _decoder().eval()
-    history = decoder.encode_history(torch.randn(4, 32), torch.tensor([0, 1, 2, 3]))
-    objects, ages = torch.randn(2, 32), torch.tensor([1, 2, 3, 4])
-    hidden = torch.tensor([False, True, False, True])
-    masked = decoder.decode(objects, history, ages, history_masks=hidden)
-    torch.testing.assert_close(masked, decoder.decode(objects, history.select(~hidden), ages[~hidden]))
-    assert decoder.decode(objects[:0], history, ages).shape == (0, 10)
-    unused = torch.arange(10) == 4
-    assert (decoder.decode(objects, history, ages, label_mask=unused)[:, 4] == -torch.inf).all()
-    for wrong in (torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 12])):
-        with pytest.raises(MotipError, match="REL_PE_LENGTH"):
-            decoder.decode(objects, history, wrong)
 
 
 def test_nothing_quadratic_in_the_tokens_is_kept_for_the_backward_pass() -> None:

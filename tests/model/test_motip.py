@@ -12,6 +12,7 @@ from torch import Tensor
 
 from motip.errors import MotipError
 from motip.model import MOTIP, ModelSpec, build_model
+from motip.model.frame_decoder import FrameDecoder
 from motip.model.init import grid_points, init_copy_id_decoder, init_grid_queries
 
 
@@ -110,8 +111,10 @@ def test_copy_init_carries_labels_over_before_any_training() -> None:
     init_copy_id_decoder(model)
     objects = F.normalize(torch.randn(6, 64), dim=-1) * 8.0
     labels = torch.tensor([3, 0, 7, 1, 5, 2])
-    history = model.id_decoder.encode_history(objects, labels)
-    logits = model.id_decoder.decode(objects + 0.1 * torch.randn(6, 64), history, torch.ones(6, dtype=torch.long))
+    assert model.trajectory_modeling is not None and model.id_decoder is not None
+    decoder = FrameDecoder(model.trajectory_modeling, model.id_decoder)
+    history = decoder.encode_history(objects, labels)
+    logits = decoder.decode(objects + 0.1 * torch.randn(6, 64), history, torch.ones(6, dtype=torch.long))
     assert torch.equal(logits[:, :8].argmax(-1), labels)
     with pytest.raises(MotipError, match="no ID decoder"):
         init_copy_id_decoder(build_model(_demo_spec(only_detr=True)))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from motip.model import MOTIP, build_model
+from motip.model.frame_decoder import FrameDecoder
 from tests.parity.recipe import fill
 from tests.parity.sizes import id_decoder_spec, largest_difference, or_skip, present, reference_files, tensor
 
@@ -96,20 +97,21 @@ def test_incremental_path_gives_the_published_logits(path: Path) -> None:
     with np.load(path) as file:
         model = fill(build_model(id_decoder_spec(file)), int(file["salt"])).eval()
         assert model.trajectory_modeling is not None and model.id_decoder is not None
-        modelled = model.trajectory_modeling(tensor(file["in_trajectory_features"])[0, 0])
+        decoder = FrameDecoder(model.trajectory_modeling, model.id_decoder)
+        modelled = decoder.model_trajectories(tensor(file["in_trajectory_features"])[0, 0])
         labels = tensor(file["in_trajectory_id_labels"])[0, 0]
         masks = tensor(file["in_trajectory_masks"])[0, 0]
-        frames = [model.id_decoder.encode_history(x, y) for x, y in zip(modelled, labels, strict=True)]
+        frames = [decoder.encode_history(x, y) for x, y in zip(modelled, labels, strict=True)]
         history = frames[0]
         for newer in frames[1:]:
             history = history.append(newer)
         ages = (tensor(file["in_unknown_times"])[0, 0, 0, 0] - tensor(file["in_trajectory_times"])[0, 0]).flatten()
         unknown = tensor(file["in_unknown_features"])[0, 0, 0]
         expected = file["eval_logits"][0, 0, 0]
-        logits = model.id_decoder.decode(unknown, history, ages, history_masks=masks.flatten())
+        logits = decoder.decode(unknown, history, ages, history_masks=masks.flatten())
         assert largest_difference(logits, expected) < 1e-4
         # Leaving hidden tokens out is the same as masking them, and is what a tracker does.
         visible = ~masks.flatten()
-        logits = model.id_decoder.decode(unknown, history.select(visible), ages[visible])
+        logits = decoder.decode(unknown, history.select(visible), ages[visible])
         assert largest_difference(logits, expected) < 1e-4
         assert not torch.isnan(logits).any()

@@ -1,14 +1,17 @@
-"""What the driver shows while data is converted: a bar on a terminal, a few lines in a log."""
+"""What the driver shows: a bar while data is converted and a line while a stage trains; in a log, a few lines."""
 
 from __future__ import annotations
 
 import io
+import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from motip.data import convert_report
+from motip.report import progress
 from motip.report.progress import DriverUi
 
 
@@ -48,3 +51,103 @@ def test_a_terminal_gets_a_bar() -> None:
     text = shown(True, PHASES)
     assert "\x1b[" in text and "60/60" in text
     assert "converting: 60 sequences" not in text
+
+
+# ---- a stage in training --------------------------------------------------------------------------------------------
+
+
+def step(epoch: int, index: int, of: int = 100, step_s: float = 2.0, skipped: float = 0.0) -> dict[str, Any]:
+    metrics = {
+        "step/loss": 12.3456,
+        "step/clips_per_s": 3.21,
+        "step/wait_share": 0.04,
+        "step/memory_gib": 1.25,
+        "step/clips_skipped": skipped,
+        "step/time/forward_s": 0.75 * step_s,
+        "step/time/other_s": 0.25 * step_s,
+    }
+    return {"epoch": epoch, "index": index, "of": of, "step": epoch * of + index + 1, "metrics": metrics}
+
+
+def epoch(number: int, **more: float) -> dict[str, Any]:
+    metrics = {
+        "train/loss": 12.0,
+        "train/detr_loss": 10.0,
+        "train/id_loss": 2.0,
+        "clips_per_s": 3.21,
+        "time/wait_share": 0.04,
+        "time/epoch_s": 65.0,
+        "device/memory_gib": 1.25,
+        "clips_skipped": 0.0,
+    }
+    return {"epoch": number, "step": 100 * (number + 1), "metrics": metrics | more}
+
+
+class Screen:
+    """A stage of ten epochs on a screen, with a clock that is set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, is_terminal: bool = False, width: int = 140) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+        self.stream = io.StringIO()
+        self.ui = DriverUi(Console(file=self.stream, force_terminal=is_terminal, width=width))
+        job = SimpleNamespace(parent=None, train=(), val=())
+        stage = SimpleNamespace(name="Vis", config=SimpleNamespace(EPOCHS=10))
+        self.ui.stage_begins(stage, job, "there")
+
+    def line(self, kind: str, values: dict[str, Any], after: float = 20.0) -> str:
+        """What a record adds, ``after`` seconds after the one before."""
+        self.now += after
+        before = len(self.stream.getvalue())
+        self.ui.record(kind, values)
+        return self.stream.getvalue()[before:]
+
+
+def test_a_step_is_one_plain_line_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch)
+    assert screen.line("step", step(0, 49)) == (
+        "Vis: epoch 1/10 · step 50/100 · loss 12.346 · 3.2 clips/s · waiting 4 % · 1.2 GiB · 31 min 40 s left\n"
+    )
+    assert screen.line("step", step(0, 59), after=1.0) == "", "a log is not flooded"
+    assert " · 1.2 GiB · 1 clip skipped · " in screen.line("step", step(0, 69, skipped=1.0))
+    assert " · 1.2 GiB · 7 clips skipped · " in screen.line("step", step(0, 79, skipped=7.0))
+    assert "\x1b" not in screen.stream.getvalue()
+
+
+def test_the_time_left_is_that_of_the_whole_stage_by_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch)
+    # Starting the workers took long; the first line goes by what a step takes: 950 steps of 2 s.
+    assert screen.line("step", step(0, 49), after=3000.0).endswith("31 min 40 s left\n")
+    # From then on by the clock, validation and checkpoints included: one epoch in 600 s, eight and a half to go.
+    assert screen.line("step", step(1, 49), after=600.0).endswith("1 h 25 min left\n")
+
+
+def test_a_stage_that_goes_on_does_not_count_the_epochs_it_had_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch)
+    assert screen.line("step", step(8, 49)).endswith("5 min 00 s left\n")
+    assert screen.line("step", step(8, 99), after=300.0).endswith("10 min 00 s left\n")
+    # Workers that were restarted begin at an earlier step: the pace is measured anew.
+    assert screen.line("step", step(8, 49), after=50.0).endswith("5 min 00 s left\n")
+    assert screen.line("step", step(8, 99), after=100.0).endswith("3 min 20 s left\n")
+
+
+def test_an_epoch_has_its_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch)
+    assert screen.line("epoch", epoch(0)) == (
+        "Vis: epoch 1/10 done in 1 min 05 s · loss 12.000 (detection 10.000, ID 2.000) · 3.2 clips/s · waiting 4 % · "
+        "1.2 GiB · not scored\n"
+    )
+    line = screen.line("epoch", epoch(1, HOTA=51.26, IDF1=60.0, clips_skipped=3.0))
+    assert line.endswith("1.2 GiB · 3 clips skipped · HOTA 51.3 · IDF1 60.0\n")
+
+
+def test_a_narrow_terminal_folds_the_line_instead_of_cutting_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    screen = Screen(monkeypatch, is_terminal=True, width=140)
+    before = len(screen.stream.getvalue())
+    screen.line("step", step(0, 49))
+    screen.ui.close()  # draws once more
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.stream.getvalue()[before:])
+    rows = [row.strip() for row in shown.splitlines() if "Vis:" in row or "left" in row or "clips/s" in row]
+    assert rows and all(len(row) <= 50 for row in rows)
+    assert "31 min 40 s left" in rows[-1]

@@ -36,6 +36,13 @@ def test_sizes_equal_the_recorded_ones(reference_dir: Path) -> None:
                 assert inference_size(height, width, short, longer) == (out_height, out_width), (height, width, short)
 
 
+@pytest.mark.parametrize(("height", "width", "expected"), [(2, 6000, (1, 1440)), (6000, 2, (1440, 1))])
+def test_a_frame_like_a_thread_keeps_a_pixel_of_width(height: int, width: int, expected: tuple[int, int]) -> None:
+    assert inference_size(height, width, 800, 1440) == expected
+    pixels = torch.full((3, height, width), 7, dtype=torch.uint8)
+    assert resize_frame(pixels, TrackerSettings()).shape == (3, *expected)
+
+
 def test_pixels_are_close_to_the_recorded_ones(reference_dir: Path) -> None:
     """The recorded ones were resized by PIL in fixed point: a grey level of difference is allowed."""
     path = reference_dir / "preprocess.npz"

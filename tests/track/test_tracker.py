@@ -239,3 +239,16 @@ def test_values_that_are_not_finite_are_an_error() -> None:
 def test_shapes_that_do_not_fit_are_an_error() -> None:
     with pytest.raises(MotipError, match="does not fit the model"):
         _tracker().update(torch.zeros(3, 2), torch.zeros(3, 4), torch.zeros(3, WIDTH + 1))
+
+
+def test_trackers_that_share_a_decoder_do_not_share_their_tracks() -> None:
+    model = following_model(8, 12)
+    first = RuntimeTracker(model, _settings(), SIZE)
+    second = RuntimeTracker(model, _settings(), SIZE, first.decoder)
+    alone = RuntimeTracker(model, _settings(), SIZE)
+    assert second.decoder is first.decoder and alone.decoder is not first.decoder
+    for objects in ([0, 1, 2], [2, 0], [3, 2, 0]):
+        assert _see(second, objects) == _see(alone, objects)
+        _see(first, objects[::-1])
+    assert first.active_labels.tolist() == [0, 1, 2, 3]
+    assert _see(first, [2, 1, 0]) == [0, 1, 2], "the first saw them in the other order"

@@ -73,7 +73,7 @@ class Records:
             if values["step"] == self._after and self._do is not None:
                 self._do()
         elif kind == "epoch":
-            timed = ("time/", "clips_per_s")
+            timed = ("time/", "clips_per_s", "device/")
             self.epochs[values["epoch"]] = {k: v for k, v in values["metrics"].items() if not k.startswith(timed)}
         elif kind == "note":
             self.notes.append(values["text"])

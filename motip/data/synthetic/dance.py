@@ -69,7 +69,7 @@ class DanceScene:
         """Feet height and place across the stage per (dancer, frame), and the phase of the step."""
         count, time = self._count, np.arange(frames)
         slots = (np.arange(count) + 0.5) / count * 0.84 + 0.08
-        beat = rng.uniform(16, 32)
+        beat = rng.uniform(36, 72)
         beats = int(np.ceil(frames / beat)) + 3
         x, depth = np.empty((count, frames)), np.empty((count, frames))
         order = rng.permutation(count)

@@ -13,7 +13,7 @@ from motip.data.synthetic.sprites import Costume, car_ground, hsv, person_side, 
 FPS = 5.0
 CAMERA_HEIGHT = 1.5
 """Metres above the road."""
-NEAR, FAR = 4.5, 32.0
+NEAR, FAR = 4.0, 22.0
 """Metres between which objects exist; beyond, they are too small to label."""
 PERIOD = 24.0
 """Metres after which the road's texture repeats."""
@@ -158,7 +158,7 @@ class GroundScene:
             ["ahead", "oncoming", "parked", "crossing car", "walker", "crossing walker"],
             p=[0.17, 0.17, 0.14, 0.08, 0.22, 0.22],
         )
-        z = rng.uniform(7, 0.8 * FAR) if anywhere else rng.uniform(0.75 * FAR, FAR)
+        z = rng.uniform(5, 0.8 * FAR) if anywhere else rng.uniform(0.75 * FAR, FAR)
         direction = rng.choice([-1, 1])
         if kind in ("walker", "crossing walker"):
             tall, category, view = rng.uniform(1.55, 1.9), "pedestrian", ""
@@ -166,7 +166,7 @@ class GroundScene:
                 x, speed_x = direction * rng.uniform(4.8, 6.6) - 0.5, 0.0
                 speed_z = rng.choice([-1, 1]) * rng.uniform(0.6, 1.5)
             else:
-                z = rng.uniform(8, 20)
+                z = rng.uniform(6, 14)
                 x = rng.uniform(-4, 4) if anywhere else -direction * (0.5 * self._width / self._focal * z + 0.4)
                 speed_x, speed_z = direction * rng.uniform(0.9, 1.8), 0.0
         else:
@@ -181,7 +181,7 @@ class GroundScene:
             elif kind == "parked":
                 x = 3.6 + rng.normal(0, 0.2)
             else:
-                z = rng.uniform(12, 24)
+                z = rng.uniform(9, 18)
                 x = rng.uniform(-5, 5) if anywhere else -direction * (0.5 * self._width / self._focal * z + 2.2)
                 speed_x = direction * rng.uniform(2, 5)
         return _Thing(0, category, view, [], tall, float(x), float(z), float(speed_x), float(speed_z))
@@ -213,7 +213,7 @@ class GroundScene:
             for f in (1, 2, 4)
         )
         sprite = Sprite(levels, (cut.shape[1] / 2, cut.shape[0]))
-        place = float(rng.choice([-6.4, 5.6])), float(rng.uniform(14, 28))
+        place = float(rng.choice([-6.4, 5.6])), float(rng.uniform(11, 19))
         thing = _Thing(self._next_id, "pedestrian", "", [sprite], 1.8, *place, 0, 0, region=True)
         self._next_id += 1
         return thing

@@ -1,0 +1,205 @@
+"""How much memory a training step will take, without taking it: the real step on tensors that have shapes only.
+
+The step's own code runs under fake tensors, and every storage that comes alive is followed until it dies: parameters,
+images, what autograd saves, what a checkpoint recomputes, gradients. What the optimiser holds is added. Not seen are
+the scratch buffers inside a kernel (cuDNN's workspace), blocks that the allocator cannot use, and the CUDA context: the
+share of the card that is kept free is for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from motip.config import Config
+from motip.data.batch import ClipBatch
+from motip.losses.matcher import DetectionTargets, Matcher
+from motip.model import ModelSpec, build_model
+from motip.model.deformable_attention import log_implementation, use_implementation
+from motip.train.communicate import SingleProcess
+from motip.train.memory import Rung, shrunk
+from motip.train.optimizer import freeze_parameters
+from motip.train.step import TrainStep, autocast_dtype
+
+_FLOAT32_ON_CUDA = frozenset(
+    {torch.layer_norm, torch.nn.functional.layer_norm, torch.group_norm, torch.nn.functional.group_norm}
+    | {torch.softmax, Tensor.softmax, torch.nn.functional.softmax, torch.log, Tensor.log, torch.exp, Tensor.exp}
+    | {torch.sum, Tensor.sum, torch.cumsum, Tensor.cumsum, torch.pow, Tensor.pow}
+)
+"""What autocast computes in float32 on CUDA and in half precision on a CPU, of what the model calls."""
+
+
+def precision_on(device_type: str, config: Config) -> torch.dtype | None:
+    """The type that autocast uses on a device of this kind, None for float32; a CUDA card is taken to have bf16."""
+    if device_type == "cuda" and config.MIXED_PRECISION is None:
+        return torch.bfloat16
+    return autocast_dtype(config.MIXED_PRECISION, torch.device("cpu"))
+
+
+def estimate_peak(config: Config, batch: ClipBatch, rung: Rung, device_type: str = "cuda") -> int:
+    """Most bytes that tensors take at once on the device in a training step of this batch on this rung.
+
+    A step in full swing: the optimiser has its moments, and with ACCUMULATE_STEPS above 1 gradients are gathered.
+
+    Args:
+        batch: clips on the host. Its shapes count, not its content.
+        device_type: `cuda` or `cpu`; decides precision and the implementation of deformable attention.
+    """
+    batch = shrunk(batch, rung.scale)
+    objects = sum(len(frame) for clip in batch.boxes_cxcywh for frame in clip)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _attention_of(device_type), fake, _LikeCuda(device_type, objects):
+        model = build_model(ModelSpec.from_config(config)).train()
+        freeze_parameters(model, config)
+        step = _Rehearsal(model, config, precision_on(device_type, config))
+        batch = _mapped(batch, fake.from_tensor)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        tracker = LiveStorages()
+        tracker.add([*model.parameters(), *model.buffers(), *_tensors(batch)])
+        with tracker:
+            step.forward_and_backward(batch, rung)
+        weights = _bytes([*model.parameters(), *model.buffers()])
+    moments = 2 * _bytes(trained)
+    gathered = _bytes(trained) if config.ACCUMULATE_STEPS > 1 else 0
+    largest = max((_bytes([parameter]) for parameter in trained), default=0)
+    # AdamW takes the roots of all second moments at once on a card, and tensor after tensor on a CPU.
+    scratch = _bytes(trained) if device_type == "cuda" else 2 * largest
+    return max(tracker.peak + moments + gathered, weights + moments + _bytes(trained) + scratch)
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, for as long as anything holds them.
+
+    Attributes:
+        live, peak: bytes now, and at most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._known or tensor.device.type == "meta":
+                continue
+            size = storage.nbytes()
+            self._known[key] = weakref.ref(storage, self._forgetting(key, size))
+            self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _forgetting(self, key: int, size: int) -> Callable[[Any], None]:
+        def forget(_: Any) -> None:
+            del self._known[key]
+            self.live -= size
+
+        return forget
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+
+class _Rehearsal(TrainStep):
+    """A training step without what needs values: matching takes the first queries, and no value is looked at."""
+
+    def __init__(self, model: Any, config: Config, precision: torch.dtype | None) -> None:
+        super().__init__(model, config.replaced(MIXED_PRECISION="no"), SingleProcess())
+        self.autocast_dtype = precision
+        matcher = self.criterion.matcher
+        stand_in = _FirstQueries(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost)
+        self.criterion = replace(self.criterion, matcher=stand_in)
+
+    def forward_and_backward(self, batch: ClipBatch, rung: Rung) -> None:
+        order = list(range(batch.images.shape[1]))
+        loss = self._losses(batch, order, 1.0, 1.0, rung)[0]
+        if loss.requires_grad:
+            # Not loss.backward(): a function mode is off inside of what it handles, and layers are recomputed there.
+            _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
+
+
+class _FirstQueries(Matcher):
+    def __call__(self, logits: Tensor, boxes_cxcywh: Tensor, targets: DetectionTargets) -> Tensor:
+        layers, _, queries, _ = logits.shape
+        with torch.no_grad():
+            costs = torch.stack([self.cost(logits[n], boxes_cxcywh[n], targets) for n in range(layers)])
+        return torch.arange(costs.shape[1]).remainder(queries).expand(layers, -1).contiguous()
+
+
+class _LikeCuda(TorchFunctionMode):
+    """Bends what differs between real and fake tensors, and between autocast of a CPU and of a card.
+
+    Args:
+        objects: of the whole batch, the length of the one tensor whose length follows from values.
+    """
+
+    def __init__(self, device_type: str, objects: int) -> None:
+        super().__init__()
+        self._cuda = device_type == "cuda"
+        self._objects = objects
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.repeat_interleave and isinstance(args[1], Tensor) and "output_size" not in kwargs:
+            kwargs = {**kwargs, "output_size": self._objects}
+        if self._cuda and func in _FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
+            args = tuple(_float32(value) for value in args)
+            kwargs = {name: _float32(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _attention_of(device_type: str) -> Iterator[None]:
+    """The implementation of deformable attention that the device would get."""
+    chosen = log_implementation()
+    if chosen == "auto":
+        use_implementation("grid_sample" if device_type == "cuda" else "embedding_bag")
+    try:
+        yield
+    finally:
+        use_implementation(chosen)
+
+
+def _float32(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in a batch and what it holds."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value):
+        return [tensor for field in fields(value) for tensor in _tensors(getattr(value, field.name))]
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list) else []
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same batch with every tensor replaced."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _mapped(getattr(value, f.name), function) for f in fields(value)})
+    return [_mapped(item, function) for item in value] if isinstance(value, list) else value
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,81 @@
+"""A stage on a real Ray cluster whose storage is S3, and the store stumbles: nothing is lost, nothing is half."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from motip.cluster import connect, disconnect
+from motip.config import load_curriculum
+from motip.curriculum import Options, run_curriculum
+from motip.data.storage import Location, files_under, location, read_json
+from motip.lineage import NullLineage
+from tests.object_store import object_store
+from tests.small_curriculum import QuietUi, write_files
+
+pytestmark = pytest.mark.cluster
+
+STAGE = "BDD-Foundation"
+OVERRIDES = (
+    "EPOCHS=2",
+    "CLIPS_PER_EPOCH=2",
+    "CHECKPOINT_EVERY_STEPS=1",
+    "CHECKPOINTS_KEPT=1",
+    "EPOCH_CHECKPOINTS_KEPT=1",
+    "LOG_EVERY_STEPS=1",
+    "CHECKPOINT_EVERY_MINUTES=null",
+)
+MORE_THAN_THE_CLIENT_TRIES = 4
+
+
+def _losses(ui: QuietUi) -> dict[int, float]:
+    steps = [values for kind, values in ui.records if kind == "step"]
+    assert len({values["step"] for values in steps}) == len(steps), "a step was taken twice"
+    return {values["step"]: values["metrics"]["step/loss"] for values in steps}
+
+
+def _epochs(ui: QuietUi) -> list[int]:
+    return [values["epoch"] for kind, values in ui.records if kind == "epoch"]
+
+
+def _weights(folder: Location) -> set[str]:
+    return {path.name for path in files_under(folder) if path.suffix == ".pth"}
+
+
+def test_training_into_s3_that_stumbles_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    path = write_files(tmp_path)
+    curriculum = load_curriculum(path, OVERRIDES)
+    with object_store() as store:
+        options = Options(str(tmp_path), f"{store.uri}/storage", workers=1, config_path=str(path), until=STAGE)
+
+        def train() -> tuple[QuietUi, Location]:
+            ui = QuietUi()
+            result = run_curriculum(curriculum, options, cluster, NullLineage(), ui)  # type: ignore[arg-type]
+            return ui, location(result.records[0].checkpoint).parent
+
+        cluster = connect(num_cpus=2)
+        try:
+            store.fails("POST .*checkpoint_0.pth", MORE_THAN_THE_CLIENT_TRIES)
+            store.fails("(PUT|POST) .*checkpoint_step_2.pth", MORE_THAN_THE_CLIENT_TRIES, drop=True)
+            store.fails("(PUT|POST) .*checkpoint_manager_snapshot", MORE_THAN_THE_CLIENT_TRIES)
+            store.fails("DELETE .*checkpoint_step", MORE_THAN_THE_CLIENT_TRIES, drop=True)
+            ui, folder = train()
+            assert [trouble.left for trouble in store.troubles] == [0, 0, 0, 0]
+            assert sorted(_losses(ui)) == [1, 2, 3, 4], "every step once: nobody crashed and went back"
+            assert _epochs(ui) == [0, 1]
+            best = read_json(folder / "stage.json")["best_epoch"]
+            newest = "checkpoint_step_4.pth"
+            assert _weights(folder) == {"checkpoint_best.pth", "checkpoint_1.pth", f"checkpoint_{best}.pth", newest}
+            emptied = {f"step_{step:08d}" for step in (1, 2, 3)}
+            assert emptied <= {each.name for each in folder.iterdir()}, "Ray's list of checkpoints names them"
+
+            # As if cut off while the last epoch was on its way: its weights are there, what vouches for them is not.
+            (folder / "epoch_001" / "metrics.json").unlink()
+            (folder / "stage.json").unlink()
+            again, _ = train()
+            assert _losses(again) == {} and _epochs(again) == [1], "it went on behind the last step"
+            assert read_json(folder / "stage.json")["best_epoch"] == best
+        finally:
+            disconnect()

@@ -1,0 +1,130 @@
+"""What a training says in words is kept in order, over restarts: in the stage's folder and in its run's artifacts."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from motip.curriculum.stage import _Keeper
+from motip.lineage import Lineage
+from motip.train.step import TrainStep
+from tests.small_curriculum import QuietUi, run, write_files
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture
+def lineage(storage: Path) -> Lineage:
+    """On one database for all tests: creating it takes seconds."""
+    return Lineage(storage=storage)
+
+
+def keeper(lineage: Lineage, run_id: str, folder: Path) -> _Keeper:
+    return _Keeper(lineage, run_id, QuietUi(), folder)
+
+
+def attached(lineage: Lineage, run_id: str) -> list[str]:
+    """The notes in MLflow, without their times."""
+    path = lineage._store.client().download_artifacts(run_id, "notes.txt")
+    return without_times(Path(path))
+
+
+def without_times(path: Path) -> list[str]:
+    lines = path.read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00[ :]", line) for line in lines)
+    return [re.sub(r"^\S+\+00:00:? ", "", line) for line in lines]
+
+
+def said(step: int) -> dict[str, Any]:
+    return {"step": step, "text": f"clips left out: video {step} (3 frames,\n 9 objects)"}
+
+
+def line(step: int) -> str:
+    return f"step {step}: clips left out: video {step} (3 frames, 9 objects)"
+
+
+METRICS = {"step": 9, "metrics": {"step/loss": 1.0}}
+
+
+def test_notes_are_delivered_with_the_next_record_and_a_restart_adds_to_them(lineage: Lineage, tmp_path: Path) -> None:
+    folder = tmp_path / "stage"
+    run_id = lineage.start_curriculum("demo", {})
+    first = keeper(lineage, run_id, folder)
+    first("note", said(1))
+    first("note", said(2))
+    assert without_times(folder / "notes.txt") == [line(1), line(2)], "on disk at once"
+    first("step", METRICS)
+    assert attached(lineage, run_id) == [line(1), line(2)]
+    first("note", said(3))  # and the process dies
+    second = keeper(lineage, run_id, folder)
+    second("note", {"text": "said before the first step"})
+    second.deliver_notes()
+    assert attached(lineage, run_id) == [line(1), line(2), line(3), "said before the first step"]
+    assert without_times(folder / "notes.txt") == attached(lineage, run_id)
+
+
+def test_notes_are_not_sent_again_and_again(lineage: Lineage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = lineage.start_curriculum("demo", {})
+    sent: list[str] = []
+    monkeypatch.setattr(lineage, "log_text", lambda run_id, text, name: sent.append(name))
+    keeping = keeper(lineage, run_id, tmp_path / "stage")
+    keeping("step", METRICS)
+    assert sent == []
+    keeping("note", said(1))
+    for kind in ("step", "epoch", "step"):
+        keeping(kind, METRICS)
+    keeping.deliver_notes()
+    assert sent == ["notes.txt"]
+
+
+def test_notes_told_while_the_server_is_away_arrive_later(lineage: Lineage, storage: Path, tmp_path: Path) -> None:
+    run_id = lineage.start_curriculum("demo", {})
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        away = Lineage(f"http://127.0.0.1:{listener.getsockname()[1]}", storage, rest=60)
+    keeping = keeper(away, run_id, tmp_path / "stage")
+    for step in (1, 2, 3):
+        keeping("note", said(step))
+        keeping("step", METRICS)
+    assert lineage.flush() == 0
+    assert attached(lineage, run_id) == [line(1), line(2), line(3)]
+
+
+def test_a_skipped_clip_is_named_in_mlflow_also_where_the_stage_then_fails(
+    lineage: Lineage, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_files(tmp_path)
+    real, calls = TrainStep._losses, []
+
+    def fails(step: TrainStep, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("injected")
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(TrainStep, "_losses", fails)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(path, storage, lineage=lineage)
+    monkeypatch.setattr(TrainStep, "_losses", real)
+    (stored,) = (storage / "curricula").rglob("notes.txt")
+    (text,) = without_times(stored)
+    assert re.match(r"step 1: epoch 1, step 1: clips left out: rank 0: out of memory on the last rung; .*objects", text)
+
+    result, _, _ = run(path, storage, lineage=lineage)
+    run_id = result.records[0].run_id
+    assert run_id is not None
+    assert attached(lineage, run_id) == [text], "it is the same run"
+    metrics = lineage._store.client().get_run(run_id).data.metrics
+    names = {"step/lr/backbone", "step/lr/linear_proj", "step/lr/dictionary", "step/lr/rest", "step/clips_skipped"}
+    names |= {f"step/time/{part}_s" for part in ("wait", "forward", "backward", "optimiser", "other")}
+    names |= {"step/memory_gib", "step/objects_per_clip", "step/loss", "step/detr_grad_norm", "step/wait_share"}
+    names |= {"time/forward_s", "device/memory_gib", "clips_skipped"}
+    assert names <= set(metrics)

@@ -1,0 +1,83 @@
+"""One pass of the detector for many settings must find what one pass for each would."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from motip.errors import MotipError
+from motip.track import run
+from motip.track.run import TrackResult, track_sequence, track_variants
+from motip.track.settings import TrackerSettings
+from tests.parity.recipe import image
+from tests.track.scripted import following_model
+
+SETTINGS = TrackerSettings(
+    det_thresh=0.0, newborn_thresh=0.0, id_thresh=0.1, short_side=64, max_longer=128, miss_tolerance=8
+)
+FRAMES = [(10 + number, image(number, 90, 120)) for number in range(5)]
+
+
+def _variants() -> list[TrackerSettings]:
+    """Thresholds in the midst of what the untrained detector says, so that each lets other detections through."""
+    torch.manual_seed(0)
+    scores = track_sequence(following_model(vocabulary=20), FRAMES, SETTINGS).rows.scores
+    middle = float(np.median(scores))
+    return [
+        SETTINGS,
+        replace(SETTINGS, det_thresh=middle, newborn_thresh=middle),
+        replace(SETTINGS, newborn_thresh=middle, miss_tolerance=1),
+        replace(SETTINGS, longterm_patience=5),
+    ]
+
+
+def _same(one: TrackResult, other: TrackResult) -> bool:
+    fields = ("frames", "track_ids", "boxes_xyxy", "scores", "class_ids")
+    return all(np.array_equal(getattr(one.rows, name), getattr(other.rows, name)) for name in fields)
+
+
+def test_shared_detections_give_the_tracks_of_each_setting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = _variants()
+    torch.manual_seed(0)
+    model = following_model(vocabulary=20)
+    alone = [track_sequence(model, FRAMES, each) for each in variants]
+    passes = []
+    detect = run._detect
+
+    def counted(*arguments: object) -> object:
+        passes.append(1)
+        return detect(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "_detect", counted)
+    together = track_variants(model, FRAMES, variants)
+    assert len(passes) == len(FRAMES)
+    for one, other in zip(alone, together, strict=True):
+        assert _same(one, other) and one.counters == other.counters and one.notes == other.notes
+        assert (one.num_frames, one.image_size) == (other.num_frames, other.image_size)
+    assert len({len(each.rows) for each in together}) > 1, "settings that change nothing would prove nothing"
+
+
+def test_every_detection_is_shown_before_any_threshold() -> None:
+    torch.manual_seed(0)
+    seen = []
+    track_variants(
+        following_model(vocabulary=20),
+        FRAMES,
+        [replace(SETTINGS, det_thresh=1.0)],
+        on_detections=lambda number, size, logits, boxes: seen.append((number, size, len(logits), len(boxes))),
+    )
+    assert seen == [(number, (90, 120), 16, 16) for number in range(10, 15)]
+
+
+def test_settings_that_need_another_detector_pass_are_refused() -> None:
+    with pytest.raises(MotipError, match="cannot share"):
+        track_variants(following_model(), FRAMES, [SETTINGS, replace(SETTINGS, short_side=32)])
+    with pytest.raises(MotipError, match="no settings"):
+        track_variants(following_model(), FRAMES, [])
+
+
+def test_no_frames_are_an_empty_result_for_each() -> None:
+    assert [len(each.rows) for each in track_variants(following_model(), [], [SETTINGS, SETTINGS])] == [0, 0]
