@@ -28,11 +28,12 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: setup
 	$(BIN)/python ray_jobs/curriculum.py --config configs/demo/curriculum.yaml --storage $(STORAGE)
+	@$(BIN)/motip report open $(STORAGE)/curricula/demo
 
 test: test-fast test-cluster
 
 test-fast: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster

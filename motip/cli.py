@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from motip import __version__
-from motip.commands import compare, evaluation, lineage, results, shards, track, train, weights
+from motip.commands import compare, evaluation, job, lineage, report, results, shards, track, train, weights
 from motip.errors import exit_on_error
 
 app = typer.Typer(
@@ -26,10 +26,12 @@ app.command("convert")(shards.convert)
 app.command("evaluate")(evaluation.evaluate)
 app.command("compare")(compare.compare)
 app.add_typer(train.app, name="train")
+app.add_typer(job.app, name="job")
 app.add_typer(weights.app, name="weights")
 app.add_typer(shards.app, name="shards")
 app.add_typer(results.app, name="results")
 app.add_typer(lineage.app, name="lineage")
+app.add_typer(report.app, name="report")
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from motip.cluster import connect, disconnect
+from motip.cluster import Cluster, connect, disconnect
 from motip.config import Curriculum, load_curriculum
 from motip.curriculum import CurriculumResult, Options, run_curriculum
+from motip.curriculum.records import curriculum_folder
 from motip.curriculum.weights import check_given_weights
-from motip.data.storage import location
+from motip.data.storage import Location, location
 from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.report.domain_table import domain_table
+from motip.report.page import write_page
 from motip.report.progress import DriverUi, stage_table
+from motip.report.stage_tracks import Means
+from motip.train.fit import pick_device
+
+logger = logging.getLogger(__name__)
 
 
 def launch_curriculum(
@@ -25,6 +32,7 @@ def launch_curriculum(
     overrides: Sequence[str] = (),
     until: str | None = None,
     strict: bool = False,
+    before_page: Callable[[Location], None] | None = None,
 ) -> CurriculumResult:
     """Run a curriculum file and print the stage table; see :func:`launch`."""
     return launch(
@@ -35,6 +43,7 @@ def launch_curriculum(
         workers=workers,
         until=until,
         strict=strict,
+        before_page=before_page,
     )
 
 
@@ -47,11 +56,14 @@ def launch(
     workers: str | int = 1,
     until: str | None = None,
     strict: bool = False,
+    before_page: Callable[[Location], None] | None = None,
 ) -> CurriculumResult:
     """Run a curriculum and print the stage table.
 
     Args:
         workers: training workers, a number or `MIN:MAX`; 0 trains in this process.
+        before_page: given the curriculum's folder before its report page is made, to add to it; called only where all
+            val videos of the stages have been tracked already.
 
     Raises:
         MotipError: anything the user can put right.
@@ -79,6 +91,7 @@ def launch(
     try:
         lineage = Lineage(storage=options.storage)
         result = run_curriculum(curriculum, options, cluster, lineage, ui)
+        page = _report_page(curriculum, options, cluster, result, ui, before_page)
     finally:
         ui.close()
         if cluster is not None:
@@ -91,9 +104,38 @@ def launch(
         ui.note(f"domains as CSV and heat map: {domains.folder}/domains.csv, domains.png")
     last = result.records[-1]
     ui.note(f"final checkpoint: {last.checkpoint}")
-    command, page = lineage.compare_url_hint([record.run_id for record in result.records if record.run_id])
-    ui.note(f"compare the stages in MLflow:\n  {command}\n  {page}" if command else f"compare the stages: {page}")
+    command, hint = lineage.compare_url_hint([record.run_id for record in result.records if record.run_id])
+    ui.note(f"compare the stages in MLflow:\n  {command}\n  {hint}" if command else f"compare the stages: {hint}")
+    if page is not None:
+        ui.note(f"report page: {page}")
     return result
+
+
+def _report_page(
+    curriculum: Curriculum,
+    options: Options,
+    cluster: Cluster | None,
+    result: CurriculumResult,
+    ui: DriverUi,
+    before_page: Callable[[Location], None] | None = None,
+) -> Location | None:
+    """The page's place; None where it could not be made, which is said and ends nothing: the stages are trained."""
+    folder = curriculum_folder(curriculum, options)
+    config = curriculum.stages[-1].config
+    try:
+        on_gpu = cluster is not None and cluster.gpus >= 1 and config.DEVICE != "cpu"
+        device = str(pick_device(config)) if cluster is None else "cuda" if on_gpu else "cpu"
+        means = Means(cluster=cluster, device=device)
+        if before_page is not None and curriculum.domains.score != "none" and curriculum.domains.videos is None:
+            before_page(folder)
+        page = write_page(folder, means=means, lineage=result.lineage, run_id=result.run_id, say=ui.note)
+    except Exception as error:
+        logger.exception("the report page of %s was not made", curriculum.name)
+        ui.note(f"warning: the report page was not made: {error}\n  try again: motip report page {folder}")
+        return None
+    for text in page.missing:
+        ui.note(f"report page, not on it: {text}")
+    return page.path
 
 
 def workers_range(text: str | int) -> tuple[int | None, int]:

@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with exit_on_error():
+        from motip.commands.report_page import draw_sheets
         from motip.launch import launch_curriculum
 
         launch_curriculum(
@@ -47,6 +48,7 @@ def main() -> None:
             overrides=args.overrides,
             until=args.until,
             strict=args.strict,
+            before_page=draw_sheets,
         )
 
 

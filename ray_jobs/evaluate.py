@@ -39,14 +39,11 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with exit_on_error():
-        from motip.commands.evaluate import evaluation
+        from motip.commands.evaluate import Asked, evaluation
 
-        evaluation(
+        asked = Asked(
             args.checkpoint,
             args.config,
-            errors=args.errors,
-            sweep_thresholds=args.sweep_thresholds,
-            thresholds=args.thresholds,
             storage=args.storage,
             data_root=args.data_root,
             split=args.split,
@@ -55,6 +52,7 @@ def main() -> None:
             device=args.device,
             json_path=args.json_path,
         )
+        evaluation(asked, errors=args.errors, sweep_thresholds=args.sweep_thresholds, thresholds=args.thresholds)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,9 @@ def room(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
     return root
 
 
-VERBS = ["track", "convert", "evaluate", "compare", "train preflight", "weights inspect", "weights transfer",
-         "weights export", "shards inspect", "results export", "lineage show", "lineage verify"]  # fmt: skip
+VERBS = ["track", "convert", "evaluate", "compare", "train preflight", "job submit", "weights inspect",
+         "weights transfer", "weights export", "shards inspect", "results export", "report errors",
+         "report dashboard", "lineage show", "lineage verify"]  # fmt: skip
 
 
 def test_help_is_fast_and_loads_nothing_heavy() -> None:
@@ -88,6 +89,8 @@ def test_track_takes_both_spellings_and_needs_no_config(motip, room: Path, tmp_p
         "--output_path": tmp_path / "out.mp4",
         "--score_thresh": 0.02,
         "--longterm_patience": 30,
+        "--longterm_similarity": 0.7,
+        "--longterm_capacity": 12,
         "--start_frame": 2,
         "--end_frame": 5,
         "--miss_tolerance": 8,
@@ -97,7 +100,7 @@ def test_track_takes_both_spellings_and_needs_no_config(motip, room: Path, tmp_p
     ran = motip("track", *arguments)
     assert ran.status == 0, ran.err
     assert "4 frames" in ran.last_line and str(tmp_path / "out.mp4") in ran.last_line
-    assert "long-term memory on" in ran.out
+    assert "long-term memory on: patience 30 frames, similarity 0.7, at most 12 tracks" in " ".join(ran.out.split())
     found = facts(tmp_path / "out.mp4")
     assert (found.codec, found.frames, found.fps) == ("h264", 4, 12)
     rows = read_mot(tmp_path / "out.txt")
@@ -274,6 +277,24 @@ def test_lineage_prints_the_chain_and_notices_a_changed_file(motip, room: Path, 
     checkpoint.write_bytes(b"other")
     ran = motip("lineage", "verify", run, "--storage", tmp_path / "s")
     assert ran.status == 2 and "not what the runs recorded" in ran.err and "changed" in ran.out
+    ran = motip("lineage", run, "--storage", (tmp_path / "s").as_uri())
+    assert ran.status == 0 and "BDD-Foundation" in ran.out
     ran = motip("lineage", run, "--storage", tmp_path / "elsewhere")
     assert ran.status == 2 and "no runs were recorded here" in ran.err
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_lineage_of_a_remote_storage_is_read_where_it_is_kept(motip, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    from motip.lineage import Lineage
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ran = motip("lineage", "0" * 32, "--storage", "s3://bucket/runs")
+    assert ran.status == 2 and "no runs were recorded here" in ran.err and not (tmp_path / "motip").exists()
+    lineage = Lineage(storage="s3://bucket/runs")
+    run = lineage.start_stage(lineage.start_curriculum("small", {"a": 1}), "Aerial", {"LR": 1e-4}, "d" * 64, None)
+    lineage.finish(run)
+    ran = motip("lineage", run, "--storage", "s3://bucket/runs")
+    assert ran.status == 0 and "Aerial" in ran.out, ran.err
+    ran = motip("compare", run, run, "--storage", "s3://bucket/runs")
+    assert ran.status == 2 and "no runs were recorded here" not in ran.err and run in ran.err

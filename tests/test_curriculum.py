@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from motip.config import load_config, record_reads
 from motip.config.chain import WITHOUT_EFFECT
 from motip.config.keys import Config
 from motip.curriculum import Options
+from motip.curriculum.inputs import SPEED_ONLY
 from motip.curriculum.weights import parent_of
 from motip.errors import MotipError
 from motip.files import sha256_file
@@ -22,7 +24,7 @@ from motip.train.build import build_model_for
 from motip.train.feeds import RayFeed
 from motip.train.fit import place
 from motip.train.job import Parent, StageJob
-from tests.small_curriculum import run, write_files
+from tests.small_curriculum import QuietUi, run, write_files
 
 STAGES = ["BDD-Foundation", "BDD-Refinement", "Vis-Adaptation", "Vis-Specialist"]
 
@@ -225,3 +227,22 @@ def test_a_stage_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         assert all(torch.equal(a[key], b[key]) for key in a), one.stage
     folder = Path(resumed.records[1].checkpoint).parent
     assert json.loads((folder / "stage.json").read_text())["status"] == "finished"
+
+
+def test_how_a_run_survives_does_not_make_its_stages_stale() -> None:
+    """Keys that only say when to save, wait, restart or look belong to no stage's identity."""
+    paced = {name for name in Config.model_fields if name.startswith(("CHECKPOINT", "EPOCH_CHECKPOINTS", "COLLECTIVE"))}
+    assert paced | {"WORKER_RESTARTS", "RESIZE_EVERY_S", "NONFINITE_LIMIT", "LOG_EVERY_STEPS"} <= SPEED_ONLY
+
+
+def test_a_curriculum_that_is_interrupted_is_marked_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: QuietUi, kind: str, values: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(QuietUi, "record", interrupt)
+    lineage = Lineage(storage=tmp_path / "storage")
+    with pytest.raises(KeyboardInterrupt):
+        run(write_files(tmp_path), tmp_path / "storage", lineage=lineage)
+    client = lineage._store.client()
+    runs = client.search_runs([lineage._store.experiment_id])
+    assert {each.info.status for each in runs} == {"KILLED"} and len(runs) == 2, "the curriculum's and the stage's"

@@ -13,8 +13,9 @@ import pytest
 
 import motip.evaluate.run as evaluate_run
 from motip.config import load_config, load_curriculum
+from motip.curriculum import domain_rows
 from motip.curriculum.seen import base_domains, learned_from, seen_after
-from motip.data.manifest import VideoEntry, entry_path
+from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap, TrackRows
 from motip.data.shards import read_labels
 from motip.errors import MotipError
@@ -22,6 +23,7 @@ from motip.evaluate.run import VideoTracker
 from motip.files import sha256_file
 from motip.lineage import Lineage
 from motip.model.weights import save_checkpoint
+from motip.track.settings import TrackerSettings
 from motip.train.build import fresh_model
 from tests.small_curriculum import STAGE, run
 
@@ -399,6 +401,30 @@ def test_a_base_domain_nobody_can_score_and_a_stage_called_base_are_refused(tmp_
         planned(tmp_path, stage, "domains: {base: [dance]}\n", no_dance)
     with pytest.raises(MotipError, match="name of the base weights"):
         planned(tmp_path, stage.replace("name: A", "name: base"))
+
+
+def test_the_row_of_given_weights_follows_from_the_classes_the_stage_says_they_have(
+    finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curriculum = load_curriculum(finished.path)
+    domains = domain_rows.domain_set(curriculum, Manifest.load(finished.storage), ["dance"])
+    options, ui = SimpleNamespace(storage=str(finished.storage)), SimpleNamespace(note=lambda text: None)
+    session = SimpleNamespace(options=options, ui=ui, cluster=None)
+    found = {"scores": finished.result.domains.rows["base"].scores["dance"], "videos": 2, "reused": 2, "notes": ()}
+    monkeypatch.setattr(domain_rows, "evaluate", lambda *_, **__: SimpleNamespace(**found))
+
+    def row(named: tuple[str, ...] | None) -> domain_rows.Row:
+        subject = SimpleNamespace(classes=named or ("pedestrian",), settings=TrackerSettings())
+        config = curriculum.stages[0].config
+        path = tmp_path / "domains.json"
+        made = domain_rows.scored_row(session, "base", config, "0" * 64, domains, path, lambda: subject, named)  # type: ignore[arg-type,return-value]
+        made.save(path)
+        return made
+
+    assert row(None).lacking == {} and row(None).reused
+    other = row(("dancer",))
+    assert not other.reused and other.lacking == {"dance": ("pedestrian",)}
+    assert row(("dancer",)).reused and not row(None).reused
 
 
 def test_base_weights_are_known_by_their_digest(finished) -> None:

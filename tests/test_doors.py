@@ -19,7 +19,7 @@ LEVELS = [
     {"track", "data", "cluster"},
     {"train", "evaluate", "report", "lineage"},
     {"curriculum"},
-    {"launch"},
+    {"launch", "jobs"},
     {"cli", "commands"},
     {"ray_jobs"},
 ]
@@ -30,6 +30,7 @@ ENGINES = {
     "ray.train": {"train/fit.py"},
     "ray.data": {"data/stream.py"},
     "ray.tune": {"train/search.py"},
+    "ray.job_submission": {"jobs"},
     "trackeval": {"evaluate/metrics.py"},
     "yaml": {"config"},
 }

@@ -128,3 +128,15 @@ def test_a_skipped_clip_is_named_in_mlflow_also_where_the_stage_then_fails(
     names |= {"step/memory_gib", "step/objects_per_clip", "step/loss", "step/detr_grad_norm", "step/wait_share"}
     names |= {"time/forward_s", "device/memory_gib", "clips_skipped"}
     assert names <= set(metrics)
+
+
+def test_a_note_that_cannot_be_written_yet_is_written_with_the_next_record(lineage: Lineage, tmp_path: Path) -> None:
+    folder = tmp_path / "stage"
+    (folder / "notes.txt").mkdir(parents=True)  # nothing can be written to this name
+    run_id = lineage.start_curriculum("demo", {})
+    each = keeper(lineage, run_id, folder)
+    each._notes_file = folder / "notes.txt"
+    each("note", said(1))
+    (folder / "notes.txt").rmdir()
+    each("step", METRICS)
+    assert without_times(folder / "notes.txt") == [line(1)]

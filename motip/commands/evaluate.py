@@ -19,11 +19,11 @@ from motip.data.convert import convert, ray_map
 from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap
 from motip.data.shards import read_labels
-from motip.data.storage import Location, location, whole_file, write_json
+from motip.data.storage import location, whole_file, write_json
 from motip.errors import MotipError
 from motip.evaluate.compare import comparisons_json
 from motip.evaluate.protocols import scored_sequence
-from motip.evaluate.run import Evaluation, Subject, evaluate
+from motip.evaluate.run import Evaluation, Subject, Work, evaluate
 from motip.evaluate.summaries import Summary, summarise
 from motip.evaluate.sweep import Sweep, SweepSubject, candidates, check_sweep_split, sweep
 from motip.files import write_json_atomic
@@ -31,14 +31,36 @@ from motip.launch import checked_data_root, checked_storage
 from motip.report.thresholds import sweep_figure
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is to be evaluated, as the command line says it.
+
+    Attributes:
+        config: curriculum file; says which raw categories count as which class, and by which protocol to score.
+        data_root: convert what the shards lack from here first.
+        sources: only these.
+        workers: Ray actors; 0 tracks in this process, None takes every GPU where there are some, else every CPU.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, of this process or of the actors.
+        json_path: where the result is written too.
+    """
+
+    checkpoint: str
+    config: str
+    storage: str
+    data_root: str | None = None
+    split: str = "val"
+    sources: Sequence[str] | None = None
+    workers: int | None = None
+    device: str = "auto"
+    json_path: str | None = None
+
+
 def evaluation(
-    checkpoint: str,
-    config: str,
+    asked: Asked,
     *,
     errors: bool = False,
     sweep_thresholds: bool = False,
     thresholds: str | None = None,
-    **others: Any,
 ) -> None:
     """Evaluate, or sweep the thresholds; the one way in for the verb and the job.
 
@@ -54,66 +76,42 @@ def evaluation(
             fix="sweep first, then evaluate with --errors",
         )
     if sweep_thresholds:
-        sweep_checkpoint(checkpoint, config, thresholds=thresholds, **others)
+        sweep_checkpoint(asked, thresholds)
     else:
-        evaluate_checkpoint(checkpoint, config, errors=errors, **others)
+        evaluate_checkpoint(asked, errors)
 
 
-def evaluate_checkpoint(
-    checkpoint: str,
-    config: str,
-    *,
-    storage: str,
-    data_root: str | None = None,
-    split: str = "val",
-    sources: Sequence[str] | None = None,
-    workers: int | None = None,
-    device: str = "auto",
-    errors: bool = False,
-    json_path: str | None = None,
-) -> Evaluation:
+def evaluate_checkpoint(asked: Asked, errors: bool = False) -> Evaluation:
     """Track and score the locked videos of every source, print a table each, and write tracks and scores.
 
     Args:
-        config: curriculum file; says which raw categories count as which class, and by which protocol to score.
-        data_root: convert what the shards lack from here first.
-        sources: only these.
-        workers: Ray actors; 0 tracks in this process, None takes every GPU where there are some, else every CPU.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, of this process or of the actors.
         errors: also sort every box and show which objects are lost (``errors_SPLIT.json``).
 
     Raises:
         MotipError: anything the user can put right.
     """
-    with _prepared(checkpoint, config, storage, data_root, split, sources, workers, device) as job:
-        done = evaluate(
-            Subject(job.loaded.model, job.sha256, job.loaded.settings),
-            job.videos,
-            job.storage,
-            job.folder,
-            job.class_maps,
-            job.protocols,
-            split,
-            cluster=job.cluster,
-            workers=workers,
-            device=job.device,
-            averaged=job.averaged,
-            on_video=_say,
-        )
-    loaded, folder = job.loaded, job.folder
+    with _prepared(asked) as job:
+        subject = Subject(job.loaded.model, job.sha256, job.loaded.settings)
+        done = evaluate(subject, job.work, job.class_maps, job.protocols)
+    split, folder = asked.split, job.work.folder
     stored: dict[str, Any] = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(asked.checkpoint),
         "sha256": job.sha256,
         "split": split,
-        "settings": asdict(loaded.settings),
-        "averaged": job.averaged,
+        "settings": asdict(job.loaded.settings),
+        "averaged": job.work.averaged,
+        "classes": {
+            name: {each: list(raws) for each, raws in class_map.mapping.items()}
+            for name, class_map in job.class_maps.items()
+        },
+        "protocols": job.protocols,
         "sources": {name: scores.to_json() for name, scores in done.scores.items()},
         "tracked_only": list(done.tracked_only),
         "notes": list(done.notes),
     }
     write_json(folder / f"scores_{split}.json", stored)
-    if json_path is not None:
-        write_json_atomic(Path(json_path).expanduser(), stored)
+    if asked.json_path is not None:
+        write_json_atomic(Path(asked.json_path).expanduser(), stored)
     show_scores(done)
     if errors:
         _explain(done, job, split)
@@ -123,62 +121,38 @@ def evaluate_checkpoint(
     return done
 
 
-def sweep_checkpoint(
-    checkpoint: str,
-    config: str,
-    *,
-    storage: str,
-    data_root: str | None = None,
-    split: str = "val",
-    sources: Sequence[str] | None = None,
-    workers: int | None = None,
-    device: str = "auto",
-    thresholds: str | None = None,
-    json_path: str | None = None,
-) -> Sweep:
+def sweep_checkpoint(asked: Asked, thresholds: str | None = None) -> Sweep:
     """Track and score the val videos at many DET_THRESH, and show which is best and where the detector errs.
 
     Args:
         thresholds: comma-separated; None: the default grid.
-        others: as of ``evaluate_checkpoint``.
 
     Raises:
         MotipError: anything the user can put right; also any split but val.
     """
-    check_sweep_split(split)
-    with _prepared(checkpoint, config, storage, data_root, split, sources, workers, device) as job:
+    check_sweep_split(asked.split)
+    with _prepared(asked) as job:
         tried = candidates(job.loaded.settings, None if thresholds is None else _numbers(thresholds))
         subject = SweepSubject(job.loaded.model, job.sha256, tuple(tried), job.class_maps, job.protocols)
-        done = sweep(
-            subject,
-            job.loaded.settings,
-            job.videos,
-            job.storage,
-            job.folder,
-            split,
-            cluster=job.cluster,
-            workers=workers,
-            device=job.device,
-            averaged=job.averaged,
-            on_video=_say,
-        )
+        done = sweep(subject, job.loaded.settings, job.work)
+    folder = job.work.folder
     differences = show_sweep(done)
     stored = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(asked.checkpoint),
         "sha256": job.sha256,
-        "split": split,
-        "averaged": job.averaged,
+        "split": asked.split,
+        "averaged": job.work.averaged,
         **done.to_json(),
         "best_against_configured": comparisons_json(differences),
     }
-    write_json(job.folder / "thresholds_val.json", stored)
-    with whole_file(job.folder / "thresholds_val.png") as path:
+    write_json(folder / "thresholds_val.json", stored)
+    with whole_file(folder / "thresholds_val.png") as path:
         sweep_figure(done).savefig(path, dpi=110)
-    if json_path is not None:
-        write_json_atomic(Path(json_path).expanduser(), stored)
+    if asked.json_path is not None:
+        write_json_atomic(Path(asked.json_path).expanduser(), stored)
     again = f", {done.reused} tracked before" if done.reused else ""
     console().print(
-        f"{done.videos} videos{again}; thresholds_val.json and thresholds_val.png are in {job.folder}", highlight=False
+        f"{done.videos} videos{again}; thresholds_val.json and thresholds_val.png are in {folder}", highlight=False
     )
     return done
 
@@ -210,14 +184,9 @@ class _Job:
     """What an evaluation runs on, checked."""
 
     loaded: Loaded
-    storage: str
-    folder: Location
-    videos: list[VideoEntry]
+    work: Work
     class_maps: dict[str, ClassMap]
     protocols: dict[str, str]
-    cluster: Cluster | None
-    device: str
-    averaged: list[str] | None
 
     @property
     def sha256(self) -> str:
@@ -225,41 +194,39 @@ class _Job:
 
 
 @contextmanager
-def _prepared(
-    checkpoint: str,
-    config: str,
-    storage: str,
-    data_root: str | None,
-    split: str,
-    sources: Sequence[str] | None,
-    workers: int | None,
-    device: str,
-) -> Iterator[_Job]:
+def _prepared(asked: Asked) -> Iterator[_Job]:
     """Read and check everything, join or start the cluster, convert what is missing; leave the cluster at the end."""
-    if workers is not None and workers < 0:
-        raise MotipError("the number of workers is negative", where="--workers", found=workers, expected="0 or more")
-    curriculum = load_curriculum(config)
-    loaded = open_checkpoint(checkpoint)
+    if asked.workers is not None and asked.workers < 0:
+        raise MotipError(
+            "the number of workers is negative", where="--workers", found=asked.workers, expected="0 or more"
+        )
+    curriculum = load_curriculum(asked.config)
+    loaded = open_checkpoint(asked.checkpoint)
     averaged = ((loaded.meta["config"] or {}).get("val_config") or {}).get("CLASSES_TO_EVAL")
-    storage = checked_storage(storage)
-    cluster = None if workers == 0 else connect()
+    storage = checked_storage(asked.storage)
+    cluster = None if asked.workers == 0 else connect()
     try:
-        target = device_of_workers(device, cluster)
-        if data_root is not None:
-            _convert(curriculum, data_root, storage, cluster)
-        videos = _videos(curriculum, Manifest.load(storage), split, sources)
+        device = device_of_workers(asked.device, cluster)
+        if asked.data_root is not None:
+            _convert(curriculum, asked.data_root, storage, cluster)
+        videos = _videos(curriculum, Manifest.load(storage), asked.split, asked.sources)
         named = {video.source for video in videos}
         rules = cast(Config, SimpleNamespace(class_names=loaded.classes))
         yield _Job(
             loaded=loaded,
-            storage=storage,
-            folder=location(storage) / "evaluations" / loaded.meta["sha256"][:12],
-            videos=videos,
-            class_maps={name: _class_map(curriculum, name, loaded.classes) for name in named},
+            work=Work(
+                videos=videos,
+                storage=storage,
+                folder=location(storage) / "evaluations" / loaded.meta["sha256"][:12],
+                split=asked.split,
+                averaged=averaged,
+                cluster=cluster,
+                workers=asked.workers,
+                device=device,
+                on_video=_say,
+            ),
+            class_maps={name: ClassMap.among(loaded.classes, curriculum.sources[name].classes) for name in named},
             protocols={name: protocol_of(curriculum.sources[name], rules) for name in named},
-            cluster=cluster,
-            device=target,
-            averaged=averaged,
         )
     finally:
         if cluster is not None:
@@ -299,11 +266,6 @@ def _videos(curriculum: Curriculum, manifest: Manifest, split: str, sources: Seq
     return [video for name in wanted if name not in unknown for video in manifest.of(name, split)]
 
 
-def _class_map(curriculum: Curriculum, source: str, class_names: tuple[str, ...]) -> ClassMap:
-    classes = curriculum.sources[source].classes
-    return ClassMap(class_names, {name: classes[name] for name in class_names if name in classes})
-
-
 def _say(video: VideoEntry, done: int, total: int) -> None:
     console().print(f"tracked {done} of {total}: {video.source}/{video.split}/{video.video}", highlight=False)
 
@@ -314,13 +276,15 @@ def _explain(done: Evaluation, job: _Job, split: str) -> None:
     for source, tracks in done.tracks.items():
         class_map, protocol = job.class_maps[source], job.protocols[source]
         summary = Summary()
-        for video in sorted((each for each in job.videos if each.source == source), key=lambda each: each.identity):
-            labels = read_labels(entry_path(job.storage, video))
+        for video in sorted(
+            (each for each in job.work.videos if each.source == source), key=lambda each: each.identity
+        ):
+            labels = read_labels(entry_path(job.work.storage, video))
             scored = scored_sequence(labels, class_map, tracks[video.video], protocol)
             summary.add(summarise(labels, scored, class_map, protocol))
         stored[source] = summary.to_json()
         show_errors(source, summary, class_map.names)
-    write_json(job.folder / f"errors_{split}.json", stored)
+    write_json(job.work.folder / f"errors_{split}.json", stored)
 
 
 def _numbers(text: str) -> list[float]:

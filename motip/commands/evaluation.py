@@ -38,14 +38,11 @@ def evaluate(
 
     Example: motip evaluate checkpoint_best.pth --config configs/curriculum.yaml --storage ~/motip --errors
     """
-    from motip.commands.evaluate import evaluation
+    from motip.commands.evaluate import Asked, evaluation
 
-    evaluation(
+    asked = Asked(
         checkpoint,
         config,
-        errors=errors,
-        sweep_thresholds=sweep_thresholds,
-        thresholds=thresholds,
         storage=storage,
         data_root=data_root,
         split=split,
@@ -54,3 +51,4 @@ def evaluate(
         device=device,
         json_path=json_path,
     )
+    evaluation(asked, errors=errors, sweep_thresholds=sweep_thresholds, thresholds=thresholds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -89,8 +88,9 @@ def verify(run: RunArgument, storage: StorageOption = "~/motip") -> None:
 def recorded(storage: str) -> Lineage:
     """Raises MotipError where nothing was ever recorded: asking must not create an empty database."""
     from motip.lineage import Lineage
+    from motip.lineage.store import local_storage
 
-    database = Path(storage).expanduser() / "mlflow" / "mlflow.db"
+    database = local_storage(storage) / "mlflow" / "mlflow.db"
     if not os.environ.get("MLFLOW_TRACKING_URI") and not database.is_file():
         raise MotipError(
             "no runs were recorded here",

@@ -27,6 +27,12 @@ def track(
     longterm_patience: Annotated[
         int | None, typer.Option(help="Frames a lost track can be recognised again by its looks; 0 = off.")
     ] = None,
+    longterm_similarity: Annotated[
+        float | None, typer.Option(help="Likeness (cosine, -1 to 1) from which a track counts as recognised.")
+    ] = None,
+    longterm_capacity: Annotated[
+        int | None, typer.Option(help="Lost tracks remembered at most (default: LONGTERM_CAPACITY, 1000).")
+    ] = None,
     miss_tolerance: Annotated[
         int | None, typer.Option(help="Frames an object may be missing and keep its id (default: MISS_TOLERANCE).")
     ] = None,
@@ -59,6 +65,8 @@ def track(
         det_thresh=score_thresh,
         newborn_thresh=newborn_thresh,
         longterm_patience=longterm_patience,
+        longterm_similarity=longterm_similarity,
+        longterm_capacity=longterm_capacity,
         miss_tolerance=miss_tolerance,
         dtype="FP16" if fp16 else None,
     )

@@ -133,6 +133,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _worst(curriculum: Curriculum | None, name: str, config: Config, storage: str) -> ClipShape:
+    from motip.curriculum.inputs import training_videos
     from motip.data.manifest import Manifest, manifest_path
     from motip.data.sequence import ClassMap
     from motip.data.storage import location
@@ -150,19 +151,9 @@ def _worst(curriculum: Curriculum | None, name: str, config: Config, storage: st
             "too), or ask about a made-up clip with --objects, --frames and --size",
         )
     manifest = Manifest.load(place)
-    entries = [
-        entry
-        for mix in stage.data
-        for entry in manifest.select(
-            mix.source, "train", videos=mix.videos, frame_budget=mix.frame_budget, allow_fewer=mix.allow_fewer
-        )
-    ]
-    class_maps = {}
-    for mix in stage.data:
-        raws = curriculum.sources[mix.source].classes
-        names = {label: raws[label] for label in config.class_names if label in raws}
-        class_maps[mix.source] = ClassMap(config.class_names, names)
-    return worst_clip(entries, class_maps, place, config)
+    classes = {mix.source: curriculum.sources[mix.source].classes for mix in stage.data}
+    class_maps = {source: ClassMap.among(config.class_names, raws) for source, raws in classes.items()}
+    return worst_clip(training_videos(stage, manifest), class_maps, place, config)
 
 
 def _weigh(config: Config, clip: ClipShape, estimate: bool, device: str, quiet: bool) -> Preflight:

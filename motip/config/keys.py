@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from motip.config.rules import check
 from motip.errors import MotipError
@@ -38,6 +38,11 @@ WITHOUT_EFFECT: dict[str, str] = {
     "BENCHMARK": "MLflow holds the results",
 }
 """Keys that are accepted so that published files run unchanged, and why they change nothing."""
+
+
+def _yaml_no(value: Any) -> Any:
+    """A bare `no` is false in YAML."""
+    return "no" if value is False else value
 
 
 class ValConfig(BaseModel):
@@ -221,7 +226,7 @@ class Config(BaseModel):
     MEMORY_EFFICIENT: bool = False
     """A clip that does not fit the card's memory is tried again with less: detector recomputed, one image at a time,
     ID decoder recomputed, smaller image. False: it is left out at once. Either way named and counted."""
-    MIXED_PRECISION: Literal["bf16", "fp16", "no"] | None = None
+    MIXED_PRECISION: Annotated[Literal["bf16", "fp16", "no"] | None, BeforeValidator(_yaml_no)] = None
     "null = bf16 on CUDA devices that have it, else no."
     NONFINITE_LIMIT: int = Field(10, ge=1)
     "Batches left out in a row (loss or gradient not finite, or no memory on any rung) after which training stops."
@@ -289,6 +294,8 @@ class Config(BaseModel):
     LONGTERM_PATIENCE: int = Field(0, ge=0)
     "Frames a lost track is remembered for re-identification; 0 = off."
     LONGTERM_SIMILARITY: float = Field(0.85, ge=-1, le=1)
+    LONGTERM_CAPACITY: int = Field(1000, ge=1)
+    "Lost tracks remembered for re-identification at most; beyond it the one lost longest ago is given up."
     EVALUATE_EVERY_EPOCHS: int = Field(1, ge=1)
     val_config: ValConfig = ValConfig()
 

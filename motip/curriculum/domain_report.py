@@ -12,7 +12,6 @@ from motip.config import Domains
 from motip.curriculum.domain_rows import Row
 from motip.data.storage import Location, read_json, write_bytes, write_json
 from motip.evaluate.domains import DomainMatrix, Forgetting
-from motip.evaluate.scores import metric_name
 from motip.files import digest
 from motip.lineage import Lineage
 from motip.lineage.tags import Tag
@@ -68,8 +67,7 @@ class DomainReport:
         same as curves over the stages, and ``R/<stage>/<domain>``.
         """
         row, step = self.rows[stage], self.matrix.stages.index(stage)
-        values = {f"R/{name}": value for name, value in self.matrix.row_dict(stage).items()}
-        cells = {f"R/{metric_name(stage)}/{name}": value for name, value in self.matrix.row_dict(stage).items()}
+        values, cells = self.matrix.row_dict(stage), self.matrix.cells(stage)
         transfer = self.transfer[stage]
         if transfer is not None:
             values["backward_transfer"] = transfer

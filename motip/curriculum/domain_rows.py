@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from motip.data.manifest import Manifest, VideoEntry
 from motip.data.sequence import ClassMap
 from motip.data.storage import Location, location, read_json, write_json
 from motip.evaluate.domains import thin
-from motip.evaluate.run import Subject, evaluate, labelled
+from motip.evaluate.run import Subject, Work, evaluate, labelled
 from motip.evaluate.scores import Scores
 from motip.files import digest
 from motip.model.class_names import canonical_name
@@ -159,6 +159,7 @@ def scored_row(
     domains: DomainSet,
     path: Location,
     subject: Callable[[], Subject],
+    named: Sequence[str] | None = None,
 ) -> Row:
     """The row of a model: as kept at ``path``, else tracked and scored; the caller saves it.
 
@@ -168,11 +169,14 @@ def scored_row(
         config: of the stage the model comes from, or goes into.
         sha256: of the weights file.
         subject: reads the model; called only where something is to be tracked or scored.
+        named: the model's classes where the stage says them (PRETRAIN_CLASSES) and not the file: the file's digest does
+            not know them.
 
     Raises:
         MotipError: weights or shards are missing or damaged, or files cannot be written.
     """
-    inputs = digest([FORMAT, sha256, asdict(TrackerSettings.from_config(config)), domains.identity()])
+    settings = asdict(TrackerSettings.from_config(config))
+    inputs = digest([FORMAT, sha256, settings, domains.identity(), *([] if named is None else [list(named)])])
     kept = Row.load(path, inputs)
     if kept is not None:
         # A file's keys are sorted; domains stand in the order of the curriculum.
@@ -180,18 +184,16 @@ def scored_row(
     begin = time.monotonic()
     loaded = subject()
     session.ui.note(f"{name}: scoring {len(domains.videos)} videos of {', '.join(domains.sources)}")
-    done = evaluate(
-        loaded,
-        domains.videos,
-        session.options.storage,
-        location(session.options.storage) / "evaluations" / sha256[:12],
-        domains.class_maps,
-        domains.protocols,
-        "val",
+    work = Work(
+        videos=domains.videos,
+        storage=session.options.storage,
+        folder=location(session.options.storage) / "evaluations" / sha256[:12],
+        split="val",
         cluster=session.cluster,
         device=_device(config, session),
         on_video=_Teller(session, name),
     )
+    done = evaluate(loaded, work, domains.class_maps, domains.protocols)
     return Row(
         name=name,
         inputs=inputs,

@@ -67,7 +67,10 @@ class DomainWatch:
             name = f"{BASE} of {stage.name}" if BASE in self._rows else BASE
             folder = self._folder / BASE / parent.sha256[:12]
             try:
-                self._add(name, stage.config, parent.sha256, seen, [], folder, lambda: base_subject(stage, parent))
+                self._add(
+                    *(name, stage.config, parent.sha256, seen, [], folder, lambda: base_subject(stage, parent)),
+                    named=stage.config.PRETRAIN_CLASSES,
+                )
             except _NoTracker as error:
                 self._session.ui.note(f"{name}: not scored, and nothing is compared with it: {error.what}")
         if name in self._rows:
@@ -124,6 +127,7 @@ class DomainWatch:
         folder: Location,
         subject: Callable[[], Subject],
         run_id: str | None = None,
+        named: Sequence[str] | None = None,
     ) -> None:
         """Score a model, where there is something to score it on, and tell MLflow, the folders and the screen."""
         seen = frozenset(seen)
@@ -133,7 +137,7 @@ class DomainWatch:
         if not domains.videos:
             return
         path = folder / "domains.json"
-        row = scored_row(self._session, name, config, sha256, domains, path, subject)
+        row = scored_row(self._session, name, config, sha256, domains, path, subject, named)
         self._rows[name], self._seen[name], self._before[name] = row, seen, before
         report = self.report()
         self._session.ui.note(report.line(name))

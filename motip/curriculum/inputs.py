@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 from motip.config import Config, Curriculum, Source, Stage
 from motip.curriculum.records import FORMAT, Options
@@ -17,7 +18,7 @@ from motip.train.job import Parent, StageJob
 SPEED_ONLY = frozenset(
     {"_name", "NUM_WORKERS", "PREFETCH_FACTOR", "LOG_EVERY_STEPS", "root_path", "OUTPUT_DIR", "OUTPUTS_DIR"}
     | {"CHECKPOINT_EVERY_STEPS", "CHECKPOINT_EVERY_MINUTES", "CHECKPOINTS_KEPT", "EPOCH_CHECKPOINTS_KEPT"}
-    | {"COLLECTIVE_TIMEOUT_S", "NONFINITE_LIMIT"}
+    | {"COLLECTIVE_TIMEOUT_S", "NONFINITE_LIMIT", "WORKER_RESTARTS", "RESIZE_EVERY_S"}
 )
 """Keys that change how fast or where a stage runs, not what comes out: they do not make it stale."""
 
@@ -30,12 +31,8 @@ def stage_job(
 ) -> tuple[StageJob, list[VideoEntry]]:
     """The stage with its data chosen and its inputs named by one digest."""
     config = stage.config
-    train: list[VideoEntry] = []
+    train = training_videos(stage, manifest)
     val: list[VideoEntry] = []
-    for mix in stage.data:
-        train += manifest.select(
-            mix.source, "train", videos=mix.videos, frame_budget=mix.frame_budget, allow_fewer=mix.allow_fewer
-        )
     judges = stage.val if stage.val is not None else tuple(mix.source for mix in stage.data)
     for name in judges:
         val += manifest.of(name, "val")
@@ -77,6 +74,17 @@ def stage_job(
     return replace(job, train=tuple(videos)), train
 
 
+def training_videos(stage: Stage, manifest: Manifest) -> list[VideoEntry]:
+    """The videos that the stage's mix takes of each source, source after source."""
+    return [
+        video
+        for mix in stage.data
+        for video in manifest.select(
+            mix.source, "train", videos=mix.videos, frame_budget=mix.frame_budget, allow_fewer=mix.allow_fewer
+        )
+    ]
+
+
 def protocol_of(source: Source, config: Config) -> str:
     """The benchmark's own rules where they are defined for the trained classes, else `plain`."""
     return protocol_for(source, config.class_names)
@@ -88,6 +96,20 @@ def protocol_for(source: Source, class_names: Collection[str]) -> str:
     if source.format == "motchallenge":
         return "motchallenge" if names == {"pedestrian"} else "plain"
     return source.format if names == PLANNED_CLASSES else "plain"
+
+
+def job_facts(job: StageJob) -> dict[str, Any]:
+    """What whoever judges the stage later must know beside its configuration: which videos, which classes, which rules.
+
+    Kept as ``job.json`` in the stage's folder.
+    """
+    return {
+        "stage": job.stage,
+        "best": job.best,
+        "classes": {source: {name: list(raws) for name, raws in own.items()} for source, own in job.classes.items()},
+        "protocols": dict(job.protocols),
+        "val": sorted({video.source for video in job.val}),
+    }
 
 
 def datasets(train: list[VideoEntry], val: tuple[VideoEntry, ...]) -> list[DataUsed]:

@@ -60,6 +60,12 @@ class StageRecord:
     transfer: dict[str, Any] = field(default_factory=dict)
 
 
+def curriculum_folder(curriculum: Curriculum, options: Options) -> Location:
+    """Where what belongs to all stages lies: the list of stages, the domains, the report page."""
+    storage = location(options.storage)
+    return (storage.resolve() if isinstance(storage, Path) else storage) / "curricula" / curriculum.name
+
+
 def stage_folder(curriculum: Curriculum, stage: Stage, inputs: str, options: Options) -> Location:
     """Checkpoints and records of a stage with these inputs; other inputs, other folder.
 

@@ -8,13 +8,15 @@ from motip.cluster import Cluster
 from motip.config import Curriculum, without_effect_message
 from motip.curriculum.domain_report import DomainReport
 from motip.curriculum.domains import DomainWatch
-from motip.curriculum.records import Options, StageRecord
+from motip.curriculum.records import Options, StageRecord, curriculum_folder
 from motip.curriculum.stage import Session, Ui, run_stage
 from motip.curriculum.weights import check_given_weights, parent_of
 from motip.curriculum.worlds import with_worlds
 from motip.data.convert import convert, ray_map
 from motip.data.manifest import Manifest
+from motip.data.storage import location
 from motip.lineage import Lineage
+from motip.report.stage_list import listed, write_stage_list
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,27 @@ def run_curriculum(
             record = run_stage(session, stage, parent)
             records.append(record)
             ui.stage_ends(record)
+            _list_stages(session, records)
             watch.after(stage, record)
             if stage.name == options.until:
                 break
         domains = watch.finish()
+    except KeyboardInterrupt:
+        lineage.mark_interrupted(run_id)
+        raise
     except BaseException:
         lineage.finish(run_id, "FAILED")
         raise
     lineage.finish(run_id, "FINISHED")
     return CurriculumResult(curriculum.name, tuple(records), run_id, lineage, domains)
+
+
+def _list_stages(session: Session, records: list[StageRecord]) -> None:
+    """Which stages there are and where each lies, for whoever reads the folder later."""
+    folders = {record.stage: location(record.checkpoint).parent for record in records}
+    names = [stage.name for stage in session.curriculum.stages]
+    stages = listed(session.curriculum.name, names, folders, session.run_id)
+    write_stage_list(curriculum_folder(session.curriculum, session.options), stages)
 
 
 def _announce(curriculum: Curriculum, ui: Ui) -> None:

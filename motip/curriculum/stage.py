@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,8 @@ from typing import Any, Protocol
 
 from motip.cluster import Cluster
 from motip.config import Config, Curriculum, Stage
-from motip.curriculum.inputs import datasets, stage_job
+from motip.curriculum.dashboard import StageDashboard
+from motip.curriculum.inputs import datasets, job_facts, stage_job
 from motip.curriculum.records import Options, StageRecord, finished_record, stage_folder, unfinished_run
 from motip.data.convert import ConvertReport
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
@@ -21,6 +23,8 @@ from motip.lineage import Lineage
 from motip.train.fit import FitResult, Placement, fit, place
 from motip.train.job import EpochPlans, Parent, StageJob
 from motip.train.retention import best_first
+
+_log = logging.getLogger(__name__)
 
 
 class Ui(Protocol):
@@ -80,6 +84,7 @@ def _start_run(session: Session, stage: Stage, job: StageJob, train: list[VideoE
     )
     write_json(folder / "stage.json", {"status": "running", "inputs": job.inputs, "run_id": run_id})
     write_json(folder / "config.json", stage.config.to_dict())
+    write_json(folder / "job.json", job_facts(job))
     return run_id
 
 
@@ -101,6 +106,7 @@ def _train(
     except BaseException:
         session.lineage.finish(run_id, "FAILED")
         raise
+    keeper.dashboard.finish()
     session.lineage.log_stage_result(run_id, record.checkpoint, record.sha256, record.metrics, step=record.step)
     session.lineage.finish(run_id, "FINISHED")
     return record
@@ -177,13 +183,15 @@ class _Keeper:
         self._ui = ui
         self._folder = folder
         self.transfer: dict[str, Any] = {}
+        self.dashboard = StageDashboard(lineage, run_id, folder, ui.note)
         self._notes_file = folder / "notes.txt"
         # Told again after a restart: the attempt before may have ended between writing a note and delivering it.
         self._notes = self._notes_file.read_text() if self._notes_file.is_file() else ""
         self._notes_delivered = not self._notes
+        self._notes_written = True
         self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
-            "step": self._metrics,
-            "epoch": self._metrics,
+            "step": self._stepped,
+            "epoch": self._epoch_done,
             "scores": self._scores,
             "transfer": self._transferred,
             "note": self._noted,
@@ -200,6 +208,16 @@ class _Keeper:
         if not self._notes_delivered:
             self._lineage.log_text(self._run_id, self._notes, "notes.txt")
             self._notes_delivered = True
+        if not self._notes_written:
+            self._write_notes()
+
+    def _stepped(self, values: dict[str, Any]) -> None:
+        self._metrics(values)
+        self.dashboard.step(values)
+
+    def _epoch_done(self, values: dict[str, Any]) -> None:
+        self._metrics(values)
+        self.dashboard.epoch(values)
 
     def _metrics(self, values: dict[str, Any]) -> None:
         self._lineage.log_metrics(self._run_id, values["metrics"], int(values["step"]))
@@ -210,7 +228,16 @@ class _Keeper:
         step = f" step {values['step']}" if "step" in values else ""
         self._notes += f"{now}{step}: {' '.join(str(values['text']).split())}\n"
         self._notes_delivered = False
-        write_bytes(self._notes_file, self._notes.encode())
+        self._write_notes()
+
+    def _write_notes(self) -> None:
+        """A storage that stumbles is what notes tell of: they are kept here and written with the next record."""
+        try:
+            write_bytes(self._notes_file, self._notes.encode())
+            self._notes_written = True
+        except (MotipError, OSError) as error:
+            self._notes_written = False
+            _log.warning("notes.txt cannot be written yet: %s", str(error).splitlines()[0])
 
     def _scores(self, values: dict[str, Any]) -> None:
         name = f"scores/epoch_{values['epoch']:03d}.json"

@@ -7,6 +7,7 @@ that stumbles and a disk that fills up: it is the old one or the new one, never 
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,17 +107,25 @@ class WholeFiles(pafs.FileSystemHandler):
 
 
 class _WholeOnClose(io.BytesIO):
-    """Gathers what is written, for small files, and hands it over when it is closed."""
+    """Gathers what is written, for small files, and hands it over when it is closed.
+
+    Not where an exception that was raised since it was opened closes it: that write broke off, and half a file would
+    take the place of a whole one.
+    """
 
     def __init__(self, hand_over: Callable[[bytes], None]) -> None:
         super().__init__()
         self._hand_over = hand_over
+        self._handled = sys.exception()
 
     def close(self) -> None:
         if not self.closed:
             data = self.getvalue()
             super().close()
-            self._hand_over(data)
+            # pyarrow closes in the same way at the end of a `with` block and on the way out of it: it has no other word
+            # for giving up. What is being handled tells the two apart.
+            if sys.exception() is self._handled:
+                self._hand_over(data)
 
 
 def whole_files(remote: bool) -> pafs.PyFileSystem:

@@ -127,6 +127,11 @@ class ClassMap:
                 fix="let each raw category stand under one class",
             )
 
+    @classmethod
+    def among(cls, names: tuple[str, ...], mapping: Mapping[str, tuple[str, ...]]) -> ClassMap:
+        """The map for ``names`` of a source that may have more classes, or fewer."""
+        return cls(names, {name: mapping[name] for name in names if name in mapping})
+
     def class_ids(self, categories: SequenceOf[str]) -> np.ndarray:
         """(N,) int64 class ids, -1 for a category that no class claims."""
         lookup = {raw: self.names.index(name) for name, raws in self.mapping.items() for raw in raws}

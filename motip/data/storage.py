@@ -49,7 +49,7 @@ def s3(tries: int = 3) -> pafs.S3FileSystem:
         endpoint_override=host or None,
         scheme=scheme or "https",
         region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-        # A wrong endpoint should be an error within a minute, not a hang.
+        # Of a single try: a wrong endpoint is an error, no hang, once these tries and those of `retried` are used up.
         connect_timeout=10,
         request_timeout=60,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=tries),

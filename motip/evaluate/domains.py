@@ -69,14 +69,6 @@ class DomainMatrix:
     before: Mapping[str, Sequence[str]] | None = None
 
     @classmethod
-    def from_scores(cls, scores: Mapping[str, Mapping[str, Scores]], metric: str = "HOTA") -> DomainMatrix:
-        """Build from stage -> domain -> scores, stages in training order; see :meth:`from_sources`."""
-        return cls.from_sources(
-            {stage: {domain: {domain: cell} for domain, cell in cells.items()} for stage, cells in scores.items()},
-            metric,
-        )
-
-    @classmethod
     def from_sources(
         cls,
         scores: Mapping[str, Mapping[str, Mapping[str, Scores]]],
@@ -156,27 +148,14 @@ class DomainMatrix:
         """Whether the stage's model has been trained on the domain."""
         return self.known is None or domain in self.known.get(stage, ())
 
-    def table(self, classes: bool = False) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of text, one row per stage."""
-        columns = self.columns(classes)
-        rows = []
-        for stage in self.stages:
-            values = [self.value(stage, column) for column in columns]
-            rows.append([stage, *("-" if value is None else f"{value:.1f}" for value in values)])
-        return [f"{self.metric} after", *(f"{domain} {name}".rstrip() for domain, name in columns)], rows
-
-    def row_dict(self, stage: str) -> dict[str, float]:
-        """Flat metrics of one row for MLflow: ``<domain>``, and ``<domain>/<class>`` where it has several classes."""
+    def row_dict(self, stage: str, prefix: str = "R") -> dict[str, float]:
+        """Flat metrics of one row for MLflow: ``R/<domain>``, and ``R/<domain>/<class>`` where there are several."""
         named = {"/".join(filter(None, column)): self.value(stage, column) for column in self.columns(classes=True)}
-        return {metric_name_of(name): value for name, value in named.items() if value is not None}
+        return {f"{prefix}/{metric_name_of(name)}": value for name, value in named.items() if value is not None}
 
-    def to_dict(self) -> dict[str, float]:
-        """Flat metrics ``R/<stage>/<domain>`` and ``R/<stage>/<domain>/<class>`` for MLflow."""
-        return {
-            f"R/{metric_name(stage)}/{name}": value
-            for stage in self.stages
-            for name, value in self.row_dict(stage).items()
-        }
+    def cells(self, stage: str) -> dict[str, float]:
+        """The same under names that tell the stages apart: ``R/<stage>/<domain>``."""
+        return self.row_dict(stage, f"R/{metric_name(stage)}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""

@@ -6,7 +6,6 @@ in the previous one goes first, then the largest IoU. Counts therefore equal TP,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from motip.data.sequence import TrackRows
 from motip.evaluate.metrics import prepare
 from motip.evaluate.protocols import ScoredSequence
-from motip.evaluate.regions import MATCH_IOU, areas, distance_to_border
+from motip.evaluate.regions import MATCH_IOU, distance_to_border
 
 GT_FATES = ("tracked", "identity switch", "missed")
 PRED_FATES = ("true positive", "false positive", "ignored")
@@ -69,18 +68,6 @@ class ClassErrors:
             }
             for row in np.flatnonzero(self.gt_fates == GT_FATES.index("identity switch")).tolist()
         ]
-
-    def by_size(self) -> dict[str, dict[str, int]]:
-        """Ground-truth fates per size bin."""
-        bins = np.searchsorted(list(SIZE_BINS.values()), areas(self.gt.boxes_xyxy.astype(np.float64)), side="right")
-        return self.by_group({name: bins == index for index, name in enumerate(SIZE_BINS)})
-
-    def by_group(self, groups: Mapping[str, np.ndarray]) -> dict[str, dict[str, int]]:
-        """Ground-truth fates per group; `groups` maps a name to a (G,) bool mask, e.g. by occlusion or density."""
-        return {
-            name: {fate: int((self.gt_fates[mask] == index).sum()) for index, fate in enumerate(GT_FATES)}
-            for name, mask in groups.items()
-        }
 
     def errors_per_frame(self) -> dict[int, int]:
         """Frame number -> misses + switches + false positives, to find the frames worth looking at."""

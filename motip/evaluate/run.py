@@ -48,7 +48,12 @@ class Subject:
 
     def inputs(self, video: VideoEntry) -> str:
         """Hex digest of all that the tracks of a video follow from."""
-        return digest([FORMAT, self.sha256, asdict(self.settings), video.shard_sha256])
+        return track_inputs(self.sha256, self.settings, video)
+
+
+def track_inputs(sha256: str, settings: TrackerSettings, video: VideoEntry) -> str:
+    """Hex digest of all that a model's tracks of a video follow from; ``sha256`` is that of its file."""
+    return digest([FORMAT, sha256, asdict(settings), video.shard_sha256])
 
 
 @dataclass(frozen=True)
@@ -71,51 +76,50 @@ class Evaluation:
     tracks: dict[str, dict[str, TrackRows]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Work:
+    """Which videos are gone through, and how.
+
+    Attributes:
+        storage: folder or URI that holds ``shards/``.
+        folder: keeps what is finished.
+        split: of the videos; written beside the scores.
+        averaged: classes the class average is taken over (CLASSES_TO_EVAL); None: all.
+        cluster: where Ray actors share the videos; None tracks in this process.
+        workers: actors at most; None takes one for every CPU (GPU with a CUDA ``device``).
+        on_video: hears of every video that is finished.
+    """
+
+    videos: Sequence[VideoEntry]
+    storage: str
+    folder: Location
+    split: str = "val"
+    averaged: Collection[str] | None = None
+    cluster: Cluster | None = None
+    workers: int | None = None
+    device: str = "cpu"
+    on_video: OnVideo | None = None
+
+
 def evaluate(
-    subject: Subject,
-    videos: Sequence[VideoEntry],
-    storage: str,
-    folder: Location,
-    class_maps: Mapping[str, ClassMap],
-    protocols: Mapping[str, str],
-    split: str,
-    *,
-    cluster: Cluster | None = None,
-    workers: int | None = None,
-    device: str = "cpu",
-    averaged: Collection[str] | None = None,
-    on_video: OnVideo | None = None,
+    subject: Subject, work: Work, class_maps: Mapping[str, ClassMap], protocols: Mapping[str, str]
 ) -> Evaluation:
-    """Track ``videos`` and score those with labels.
+    """Track the videos and score those with labels.
 
     Tracks are written to ``<folder>/tracks/<source>/<split>/<video>.txt`` as each video is finished; run again, the
     finished ones are read back. Scores are always those of the written files.
 
     Args:
         class_maps, protocols: by source.
-        cluster: where Ray actors share the videos; None tracks in this process.
-        workers: actors at most; None takes one for every CPU (GPU with a CUDA ``device``).
-        averaged: classes the class average is taken over (CLASSES_TO_EVAL); None: all.
 
     Raises:
         MotipError: a shard is missing or damaged, files cannot be written, more workers than there is room for.
     """
-    place = {video.identity: folder / f"tracks/{video.source}/{video.split}/{video.video}.txt" for video in videos}
-    facts_of = {identity: path.parent / f"{path.stem}.json" for identity, path in place.items()}
-    waiting = [
-        video for video in videos if not _kept(place[video.identity], facts_of[video.identity], subject.inputs(video))
-    ]
-    reused = len(videos) - len(waiting)
-    finished = spread(VideoTracker, subject, waiting, storage, device, cluster, workers)
-    for done, (video, rows, facts) in enumerate(finished, start=reused + 1):
-        with whole_file(place[video.identity]) as path:
-            write_mot(path, rows)
-        # Written last: tracks count as finished once their facts are there.
-        write_json(facts_of[video.identity], {"inputs": subject.inputs(video), **facts})
-        if on_video is not None:
-            on_video(video, done, len(videos))
-    tracked = {(video.source, video.video): _read(place[video.identity]) for video in videos}
-    notes = dict.fromkeys(note for path in facts_of.values() for note in read_json(path)["notes"])
+    videos, averaged = work.videos, work.averaged
+    reused = track(subject, work)
+    places = {(video.source, video.video): tracks_place(work.folder, video) for video in videos}
+    tracked = {key: _read(path) for key, (path, _) in places.items()}
+    notes = dict.fromkeys(note for _, path in places.values() for note in read_json(path)["notes"])
     scores: dict[str, Scores] = {}
     tracks: dict[str, dict[str, TrackRows]] = {}
     tracked_only = []
@@ -129,13 +133,46 @@ def evaluate(
         rows_of = {
             key: in_classes(rows, own_classes, class_map.names) for key, rows in tracked.items() if key[0] == source
         }
-        scores |= score_videos(own, rows_of, storage, class_maps, protocols, split, averaged).by_source
+        scores |= score_videos(own, rows_of, work.storage, class_maps, protocols, work.split, averaged).by_source
         tracks[source] = {video: rows for (_, video), rows in rows_of.items()}
     return Evaluation(scores, tuple(tracked_only), len(videos), reused, tuple(notes), tracks)
 
 
-def _kept(tracks: Location, facts: Location, inputs: str) -> bool:
+def track(subject: Subject, work: Work) -> int:
+    """Track those of the videos that the folder has no tracks of; returns how many it had.
+
+    Raises:
+        MotipError: as ``evaluate``.
+    """
+    waiting = [video for video in work.videos if not is_tracked(work.folder, video, subject.inputs(video))]
+    reused = len(work.videos) - len(waiting)
+    finished = spread(VideoTracker, subject, waiting, work.storage, work.device, work.cluster, work.workers)
+    for done, (video, rows, facts) in enumerate(finished, start=reused + 1):
+        tracks, told = tracks_place(work.folder, video)
+        with whole_file(tracks) as path:
+            write_mot(path, rows)
+        # Written last: tracks count as finished once their facts are there.
+        write_json(told, {"inputs": subject.inputs(video), **facts})
+        if work.on_video is not None:
+            work.on_video(video, done, len(work.videos))
+    return reused
+
+
+def tracks_place(folder: Location, video: VideoEntry) -> tuple[Location, Location]:
+    """Where an evaluation's folder keeps the tracks of a video, and how they came about."""
+    parent = folder / f"tracks/{video.source}/{video.split}"
+    return parent / f"{video.video}.txt", parent / f"{video.video}.json"
+
+
+def is_tracked(folder: Location, video: VideoEntry, inputs: str) -> bool:
+    """Whether there are tracks of the video that follow from these inputs (``track_inputs``)."""
+    tracks, facts = tracks_place(folder, video)
     return facts.is_file() and tracks.is_file() and read_json(facts).get("inputs") == inputs
+
+
+def read_tracks(folder: Location, video: VideoEntry) -> TrackRows:
+    """The tracks of a video; class ids are those of the model."""
+    return _read(tracks_place(folder, video)[0])
 
 
 def labelled(videos: Sequence[VideoEntry], class_map: ClassMap, averaged: Collection[str] | None = None) -> bool:

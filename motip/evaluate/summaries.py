@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,14 +117,6 @@ def summarise(labels: Sequence, scored: ScoredSequence, class_map: ClassMap, pro
         summary.switches += [{"sequence": scored.name, "class": name, **each} for each in switches]
         summary.frames.update({(scored.name, frame): number for frame, number in errors.errors_per_frame().items()})
     return summary
-
-
-def summarise_all(summaries: Iterable[Summary]) -> Summary:
-    """One summary of several sequences."""
-    total = Summary()
-    for each in summaries:
-        total.add(each)
-    return total
 
 
 Masks = dict[str, np.ndarray]

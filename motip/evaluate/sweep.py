@@ -6,13 +6,12 @@ at another threshold afterwards. The detector, which takes nearly all the time, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from motip.cluster import Cluster
 from motip.data.clip_loader import read_video_frames
 from motip.data.manifest import VideoEntry, entry_path
 from motip.data.sequence import ClassMap
@@ -22,7 +21,7 @@ from motip.errors import MotipError
 from motip.evaluate.confidence import BINS, DetectionCollector, Histogram, confidence_histograms
 from motip.evaluate.metrics import SequenceCounts, combine, score_sequence
 from motip.evaluate.protocols import scored_sequence
-from motip.evaluate.run import OnVideo, labelled, spread
+from motip.evaluate.run import Work, labelled, spread
 from motip.evaluate.scores import Scores
 from motip.files import digest
 from motip.model import MOTIP
@@ -271,31 +270,18 @@ def check_sweep_split(split: str) -> None:
         )
 
 
-def sweep(
-    subject: SweepSubject,
-    configured: TrackerSettings,
-    videos: Sequence[VideoEntry],
-    storage: str,
-    folder: Location,
-    split: str,
-    *,
-    cluster: Cluster | None = None,
-    workers: int | None = None,
-    device: str = "cpu",
-    averaged: Collection[str] | None = None,
-    on_video: OnVideo | None = None,
-) -> Sweep:
-    """Track ``videos`` under every setting and score each; a video's counts are kept as it is finished.
+def sweep(subject: SweepSubject, configured: TrackerSettings, work: Work) -> Sweep:
+    """Track the videos under every setting and score each; a video's counts are kept as it is finished.
 
     Args:
         configured: the one of ``subject.variants`` that was in use so far.
-        folder: ``<folder>/thresholds/<source>/<split>/<video>.json`` keeps what is finished.
-        others: as of ``motip.evaluate.run.evaluate``.
+        work: ``<folder>/thresholds/<source>/<split>/<video>.json`` keeps what is finished.
 
     Raises:
         MotipError: not the val split, no labels of the averaged classes, or as ``evaluate``.
     """
-    check_sweep_split(split)
+    check_sweep_split(work.split)
+    videos, averaged = work.videos, work.averaged
     sources = sorted({video.source for video in videos})
     own = {source: [video for video in videos if video.source == source] for source in sources}
     skipped = tuple(source for source in sources if not labelled(own[source], subject.class_maps[source], averaged))
@@ -306,14 +292,16 @@ def sweep(
             found=", ".join(skipped) or "no videos",
             fix="check the class map, or name sources with labels",
         )
-    place = {video.identity: folder / f"thresholds/{video.source}/{split}/{video.video}.json" for video in wanted}
+    place = {
+        video.identity: work.folder / f"thresholds/{video.source}/{work.split}/{video.video}.json" for video in wanted
+    }
     waiting = [video for video in wanted if not _kept(place[video.identity], subject.inputs(video))]
     reused = len(wanted) - len(waiting)
-    finished = spread(SweepTracker, subject, waiting, storage, device, cluster, workers)
+    finished = spread(SweepTracker, subject, waiting, work.storage, work.device, work.cluster, work.workers)
     for done, (video, found, facts) in enumerate(finished, start=reused + 1):
         write_json(place[video.identity], {"inputs": subject.inputs(video), **found, **facts})
-        if on_video is not None:
-            on_video(video, done, len(wanted))
+        if work.on_video is not None:
+            work.on_video(video, done, len(wanted))
     kept = {video.identity: read_json(place[video.identity]) for video in wanted}
     notes = tuple(dict.fromkeys(note for each in kept.values() for note in each["notes"]))
     found_by_source = {
@@ -325,7 +313,7 @@ def sweep(
     def scores_of(number: int, source: str) -> Scores:
         counts = [SequenceCounts.from_json(each["name"], each["counts"][number]) for each in found_by_source[source]]
         names, protocol = subject.class_maps[source].names, subject.protocols[source]
-        return replace(combine(counts, names, protocol, split, averaged), notes=notes)
+        return replace(combine(counts, names, protocol, work.split, averaged), notes=notes)
 
     return Sweep(
         candidates=tuple(

@@ -95,6 +95,9 @@ class NullLineage:
     def verify(self, run_id: str) -> list[FileCheck]:
         raise _nothing_kept(run_id)
 
+    def curriculum_of(self, run_id: str) -> str:
+        raise _nothing_kept(run_id)
+
     def scores(self, run_id: str) -> RunScores:
         raise _nothing_kept(run_id)
 

@@ -284,6 +284,10 @@ class Lineage:
         """Recompute the sha256 of every checkpoint in the run's chain; see ``motip.lineage.walk.verify``."""
         return lineage_walk.verify(self.walk(run_id), self._store.storage)
 
+    def curriculum_of(self, run_id: str) -> str:
+        """Name of the curriculum that a run is, or is a stage of."""
+        return self._store.patiently(lambda: lineage_walk.curriculum_of(self._store, run_id), self._patience)
+
     def scores(self, run_id: str) -> RunScores:
         """The scores of every epoch of a stage; see ``motip.lineage.scores``."""
         return self._store.patiently(lambda: read_scores(self._store, run_id), self._patience)

@@ -139,6 +139,22 @@ def verify(steps: SequenceOf[LineageStep], storage: Path) -> list[FileCheck]:
     return checks
 
 
+def curriculum_of(store: Store, run_id: str) -> str:
+    """Name of the curriculum that a run is, or is a stage of; MotipError where it is neither."""
+    client = store.client()
+    run = stage_run(store, client, run_id)
+    parent = client.get_run(run.data.tags[Tag.PARENT_RUN]) if Tag.PARENT_RUN in run.data.tags else run
+    name = parent.data.tags.get(Tag.CURRICULUM)
+    if name is None:
+        raise MotipError(
+            "this run belongs to no curriculum",
+            where=store.shown_uri,
+            found=run_id,
+            expected="the id of a curriculum's run or of one of its stages'",
+        )
+    return name
+
+
 def stage_run(store: Store, client: MlflowClient, run_id: str) -> Run:
     """The run itself, or the last stage of a curriculum; MotipError where there is none."""
     try:

@@ -44,6 +44,7 @@ TRACKING_KEYS = (
     "MASK_UNUSED_LABELS",
     "LONGTERM_PATIENCE",
     "LONGTERM_SIMILARITY",
+    "LONGTERM_CAPACITY",
     "INFERENCE_DTYPE",
     "INFERENCE_SHORT_SIDE",
     "INFERENCE_MAX_LONGER",
@@ -87,7 +88,7 @@ def export_safetensors(
         "thresholds": _thresholds(source, config),
         "config": _config_dict(source, config),
         "training": training_position(source),
-        "parent": source.meta.get("parent"),
+        "parent": _named(source.meta.get("parent")),
         "source": {"name": source.path.name, "sha256": source.sha256},
     }
     if differences:
@@ -99,8 +100,14 @@ def export_safetensors(
             save_file(tensors, str(temporary), metadata={"format": "pt", HEADER_KEY: header})
         except SafetensorError as error:  # it wraps the operating system's errors in its own
             raise OSError(str(error)) from error
+        temporary.chmod(0o644)  # the library's own files are for their writer alone
     write_json_atomic(target.with_name(DESCRIPTION_NAME), {**description, "weights_sha256": sha256_file(target)})
     return target
+
+
+def _named(parent: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The parent by name and digest: its folder is this machine's and nobody else's business."""
+    return None if parent is None else {**parent, "path": Path(str(parent["path"])).name}
 
 
 def load_exported(path: Path | str) -> tuple[MOTIP, dict[str, Any]]:

@@ -33,17 +33,6 @@ class HistoryTokens(NamedTuple):
     def __len__(self) -> int:
         return self.keys.shape[2] - 1
 
-    def append(self, newer: HistoryTokens) -> HistoryTokens:
-        """These tokens followed by `newer`."""
-        keys = torch.cat([self.keys, newer.keys[:, :, 1:]], 2)
-        return HistoryTokens(keys, torch.cat([self.values, newer.values[:, :, 1:]], 2))
-
-    def select(self, index: Tensor) -> HistoryTokens:
-        """Tokens `index`, a (S,) bool mask or a vector of positions."""
-        rows = index.nonzero().flatten() if index.dtype == torch.bool else index
-        rows = F.pad(rows + 1, (1, 0))
-        return HistoryTokens(self.keys[:, :, rows], self.values[:, :, rows])
-
 
 class FrameDecoder:
     """Trajectory modelling and ID decoder, with their weights made ready for the products of a frame.

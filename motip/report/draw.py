@@ -83,7 +83,7 @@ class Painter:
         for index in np.argsort(tracks.scores, kind="stable").tolist():
             number, name = ids[index] + 1, self.class_names[int(tracks.class_ids[index])]
             texts = [f"{number} {name} {float(tracks.scores[index]):.2f}", f"{number} {name[:3]}", str(number)]
-            _draw_label(picture, boxes[index], texts, track_colour(ids[index]), line, ceiling)
+            draw_label(picture, boxes[index], texts, track_colour(ids[index]), line, ceiling)
         self._frame += 1
         return picture
 
@@ -106,7 +106,30 @@ class Painter:
             cv2.polylines(picture, [points], False, track_colour(track_id), line, cv2.LINE_AA)
 
 
-def _draw_label(picture: np.ndarray, box: list[int], texts: list[str], colour: Colour, line: int, ceiling: int) -> None:
+def dashed_box(picture: np.ndarray, box: Sequence[int], colour: Colour, line: int) -> None:
+    """A rectangle (x0, y0, x1, y1) of dashes; each side has at least two, each corner is drawn, gaps show the picture.
+
+    Args:
+        line: thickness in pixels.
+    """
+    x0, y0, x1, y1 = box
+    for (xa, ya), (xb, yb) in (
+        ((x0, y0), (x1, y0)),
+        ((x0, y1), (x1, y1)),
+        ((x0, y0), (x0, y1)),
+        ((x1, y0), (x1, y1)),
+    ):
+        length = max(abs(xb - xa), abs(yb - ya))
+        # An odd number of equal parts, dash and gap in turn, so that a side begins and ends with a dash.
+        parts = max(3, round(length / max(6, 4 * line)) // 2 * 2 + 1)
+        for colour_of_dash, width in ((_DARK, line + 2), (colour, line)):
+            for part in range(0, parts, 2):
+                ends = [(round(xa + (xb - xa) * at / parts), round(ya + (yb - ya) * at / parts))
+                        for at in (part, part + 1)]  # fmt: skip
+                cv2.line(picture, ends[0], ends[1], colour_of_dash, width)
+
+
+def draw_label(picture: np.ndarray, box: list[int], texts: list[str], colour: Colour, line: int, ceiling: int) -> None:
     """The first of ``texts`` that the box is wide enough for (in a crowd the last, the id) on a chip above the box."""
     height, width = picture.shape[:2]
     x0, y0, x1, _ = box

@@ -29,6 +29,7 @@ _CONFIG_KEYS = {
     "dtype": "INFERENCE_DTYPE",
     "longterm_patience": "LONGTERM_PATIENCE",
     "longterm_similarity": "LONGTERM_SIMILARITY",
+    "longterm_capacity": "LONGTERM_CAPACITY",
 }
 
 
@@ -65,6 +66,8 @@ class TrackerSettings:
     """Frames a lost track waits in the long-term memory; 0 = no such memory."""
     longterm_similarity: float = 0.85
     """Cosine similarity from which a newborn is taken for a track of the long-term memory."""
+    longterm_capacity: int = 1000
+    """Lost tracks that the long-term memory holds; beyond it the one lost longest ago leaves."""
 
     def __post_init__(self) -> None:
         self._check_choice("assignment_protocol", ASSIGNMENT_PROTOCOLS)
@@ -76,6 +79,7 @@ class TrackerSettings:
         self._check("area_thresh", self.area_thresh >= 0.0, "0 or more square pixels")
         self._check("longterm_patience", self.longterm_patience >= 0, "0 (off) or a number of frames")
         self._check("longterm_similarity", -1.0 <= self.longterm_similarity <= 1.0, "-1..1")
+        self._check("longterm_capacity", self.longterm_capacity >= 1, "1 or more tracks")
         self._check("short_side", self.short_side >= 1, "1 or more pixels")
         self._check("max_longer", self.max_longer >= self.short_side, f"at least short_side = {self.short_side}")
         # With the published arithmetic 1 and 2 crash or never forget; see history_frames.

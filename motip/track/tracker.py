@@ -117,10 +117,12 @@ class RuntimeTracker:
         self._votes = np.zeros((self._vocabulary, model.spec.num_classes))
         self._memory: LongTermMemory | None = None
         if settings.longterm_patience:
-            self._memory = LongTermMemory(settings.longterm_patience, settings.longterm_similarity)
+            self._memory = LongTermMemory(
+                settings.longterm_patience, settings.longterm_similarity, settings.longterm_capacity
+            )
             self.notes.append(
                 f"long-term memory on: patience {settings.longterm_patience} frames, "
-                f"similarity {settings.longterm_similarity}"
+                f"similarity {settings.longterm_similarity}, at most {settings.longterm_capacity} tracks"
             )
 
     @property

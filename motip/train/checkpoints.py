@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,6 +26,20 @@ if TYPE_CHECKING:
 METRICS = "metrics.json"
 STORE_FOR_S = 180.0
 """Patience with an object store that stumbles. The other ranks wait no longer than COLLECTIVE_TIMEOUT_S for rank 0."""
+LOOK_EVERY_S = 5.0
+"""Between two looks for a reason to stop that only Ray or the driver knows; each makes all ranks wait a little."""
+
+
+class Due(NamedTuple):
+    """What all ranks do between two optimiser steps.
+
+    Attributes:
+        reason: to save: `""`, `interval`, or `notice` where some rank was told to stop.
+        look: ask whether the machine will be taken away.
+    """
+
+    reason: str
+    look: bool
 
 
 class Cadence:
@@ -36,21 +51,33 @@ class Cadence:
         step: batches taken so far.
     """
 
+    _looked = -math.inf
+
     def __init__(self, config: Config, comm: Communicator, step: int = 0) -> None:
         self._every_steps = config.CHECKPOINT_EVERY_STEPS
         self._every_s = None if config.CHECKPOINT_EVERY_MINUTES is None else 60 * config.CHECKPOINT_EVERY_MINUTES
         self._comm = comm
         self.saved(step)
 
-    def due(self, step: int, notice: bool) -> str:
-        """`""`, `interval`, or `notice` where some rank was told that it will be taken away."""
+    def looks(self) -> bool:
+        """True now and then on rank 0, which brings the others along through `due`; the first time at once."""
+        if self._comm.rank != 0 or time.monotonic() - self._looked < LOOK_EVERY_S:
+            return False
+        self._looked = time.monotonic()
+        return True
+
+    def due(self, step: int, notice: bool, look: bool = False) -> Due:
+        """One sum over the ranks for all that there is to know.
+
+        Args:
+            notice: this rank was told to stop.
+            look: `looks` of this rank.
+        """
         late = self._every_s is not None and time.monotonic() - self._time >= self._every_s
-        asked = torch.tensor([float(notice), float(late and self._comm.rank == 0)])
-        noticed, timed = self._comm.sum_(asked).tolist()
-        if noticed:
-            return "notice"
+        asked = torch.tensor([float(notice), float(late and self._comm.rank == 0), float(look)])
+        noticed, timed, looking = self._comm.sum_(asked).tolist()
         stepped = self._every_steps is not None and step - self._step >= self._every_steps
-        return "interval" if timed or stepped else ""
+        return Due("notice" if noticed else "interval" if timed or stepped else "", bool(looking))
 
     def saved(self, step: int) -> None:
         """Count from here on."""

@@ -35,23 +35,11 @@ class Communicator(Protocol):
         """Sum over ranks, in place; returns its argument."""
         ...
 
-    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Overwrite with the source rank's values; returns its argument."""
-        ...
-
-    def all_agree(self, yes: bool) -> bool:
-        """True where every rank says yes."""
-        ...
-
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank. For small results such as tracks, not for tensors.
 
         Waits as long as it takes: tracking and scoring the validation videos, or writing a checkpoint, is no stall.
         """
-        ...
-
-    def barrier(self) -> None:
-        """Return when every rank has arrived."""
         ...
 
 
@@ -64,17 +52,8 @@ class SingleProcess:
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
-        return tensor
-
-    def all_agree(self, yes: bool) -> bool:
-        return yes
-
     def gather(self, value: Any) -> list[Any]:
         return [value]
-
-    def barrier(self) -> None:
-        return
 
 
 class TorchDistributed:
@@ -95,23 +74,10 @@ class TorchDistributed:
         dist.all_reduce(carried, op=dist.ReduceOp.SUM)
         return tensor if carried is tensor else tensor.copy_(carried)
 
-    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
-        carried = self._carried(tensor)
-        dist.broadcast(carried, src=source)
-        return tensor if carried is tensor else tensor.copy_(carried)
-
-    def all_agree(self, yes: bool) -> bool:
-        against = torch.tensor(0 if yes else 1, device=self._device)
-        dist.all_reduce(against, op=dist.ReduceOp.SUM)
-        return int(against.item()) == 0
-
     def gather(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value, group=self._patient)
         return gathered
-
-    def barrier(self) -> None:
-        dist.barrier()
 
     def _carried(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self._device.type and tensor.is_contiguous():
@@ -126,15 +92,17 @@ class WorkerLost(RuntimeError):
 class Watched:
     """A communicator that says where training stood when another rank did not answer in time.
 
+    `gather` has no such time, since others may be validating or saving: it says again and again that it waits.
+
     Args:
         inner: the ranks.
-        timeout_s: for the message; the process group itself keeps the time.
+        timeout_s: for the messages; the process group itself keeps the time.
 
     Attributes:
         where: says which stage, epoch, step and clips training is at.
     """
 
-    def __init__(self, inner: Communicator, timeout_s: int) -> None:
+    def __init__(self, inner: Communicator, timeout_s: float) -> None:
         self._inner = inner
         self._timeout_s = timeout_s
         self.world_size = inner.world_size
@@ -145,20 +113,9 @@ class Watched:
         with self._watching():
             return self._inner.sum_(tensor)
 
-    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
-        with self._watching():
-            return self._inner.broadcast_(tensor, source)
-
-    def all_agree(self, yes: bool) -> bool:
-        with self._watching():
-            return self._inner.all_agree(yes)
-
     def gather(self, value: Any) -> list[Any]:
-        return self._inner.gather(value)
-
-    def barrier(self) -> None:
-        with self._watching():
-            self._inner.barrier()
+        with self._telling():
+            return self._inner.gather(value)
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
@@ -177,7 +134,7 @@ class Watched:
                 f"rank {self.rank} of {self.world_size} got no answer from another worker",
                 where=self.where(),
                 found=f"{str(error).splitlines()[0][:200]} (after {time.monotonic() - begin:.0f} s)",
-                expected=f"an answer within {self._timeout_s} s (COLLECTIVE_TIMEOUT_S)",
+                expected=f"an answer within {self._timeout_s:g} s (COLLECTIVE_TIMEOUT_S)",
                 fix="look for the worker that stopped or is far slower than the others (its own log, its memory); "
                 "run the same command again to go on from the last checkpoint",
             )
@@ -185,9 +142,29 @@ class Watched:
         finally:
             alarm.cancel()
 
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        arrived = threading.Event()
+        if self.world_size > 1:
+            threading.Thread(target=self._tell, args=(arrived,), daemon=True).start()
+        try:
+            yield
+        finally:
+            arrived.set()
+
+    def _tell(self, arrived: threading.Event) -> None:
+        begin = time.monotonic()
+        while not arrived.wait(self._timeout_s):
+            _log.warning(
+                "rank %d has waited %.1f min for the other workers: %s; it goes on waiting",
+                self.rank,
+                (time.monotonic() - begin) / 60,
+                self.where(),
+            )
+
     def _waiting(self) -> None:
         _log.error(
-            "rank %d has waited %.0f s for another worker: %s; at %d s training ends",
+            "rank %d has waited %.0f s for another worker: %s; at %.0f s training ends",
             self.rank,
             0.9 * self._timeout_s,
             self.where(),

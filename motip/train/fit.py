@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
 import traceback
@@ -29,7 +27,9 @@ from motip.train.communicate import SingleProcess, current_communicator
 from motip.train.feeds import LocalFeed, RayFeed
 from motip.train.job import StageJob
 from motip.train.loop import run_stage
+from motip.train.notice import GRACE_S, PassedOn, Stopped
 from motip.train.retention import Retention, drop_epochs, drop_steps, held
+from motip.train.scratch import Scratch
 
 _log = logging.getLogger(__name__)
 
@@ -77,11 +77,7 @@ def place(workers: int, config: Config, cluster: Cluster, least: int | None = No
     """
     gpu = config.DEVICE != "cpu" and cluster.gpus >= 1
     if least is not None:
-        # One worker's share is that of the most that fit now, so that the others find the same room on new nodes.
-        for fitting in range(workers, least, -1):
-            with contextlib.suppress(MotipError):
-                return replace(place(fitting, config, cluster), workers=workers, least_workers=least)
-        return replace(place(least, config, cluster), workers=workers, least_workers=least)
+        return _place_between(least, workers, config, cluster, gpu)
     if gpu and workers > cluster.gpus:
         raise MotipError(
             "more training workers than GPUs",
@@ -92,6 +88,30 @@ def place(workers: int, config: Config, cluster: Cluster, least: int | None = No
         )
     shares = data_resources(cluster.cpus, workers, config.NUM_WORKERS)
     return Placement(workers, shares.worker_cpus, shares.actors_per_worker, shares.actor_cpus, gpu)
+
+
+def _place_between(least: int, most: int, config: Config, cluster: Cluster, gpu: bool) -> Placement:
+    """Ray counts how many workers fit by what one worker reserves, so that must bound them, with decoding and all."""
+    if not gpu:
+        if cluster.cpus < least:
+            raise MotipError(
+                "fewer CPUs than the least number of workers",
+                where="--workers",
+                found=f"{cluster.cpus:g} CPUs",
+                expected=f"{least} (without GPUs each worker of a range takes one and decodes its own clips)",
+                fix=f"use --workers {max(1, int(cluster.cpus))}:{most} or add nodes",
+            )
+        return Placement(most, decoders=0, least_workers=least)
+    now = min(most, int(cluster.gpus))
+    if now < least:
+        raise MotipError(
+            "fewer GPUs than the least number of workers",
+            where="--workers",
+            found=f"{cluster.gpus:g} GPUs",
+            expected=f"{least} (one GPU each)",
+            fix=f"use --workers {now}:{most} or add nodes",
+        )
+    return replace(place(now, config, cluster), workers=most, least_workers=least)
 
 
 def fit(job: StageJob, placement: Placement, folder: str, on_record: OnRecord) -> FitResult:
@@ -141,6 +161,9 @@ class FolderReporter:
         found = held(self._folder).latest()
         return found if isinstance(found, Path) else None
 
+    def loaded(self) -> None:
+        return
+
     def record(self, kind: str, values: dict[str, Any]) -> None:
         self._on_record(kind, values)
 
@@ -158,6 +181,9 @@ class FolderReporter:
 
     def notice(self) -> str:
         return ""
+
+    def asked_to_stop(self) -> bool:
+        return False
 
     def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
         if folder is not None:
@@ -192,9 +218,14 @@ class _Mailbox:
         self._records: list[tuple[str, dict[str, Any]]] = []
         self._failure: tuple[MotipError, str] | None = None
         self._first_world: int | None = None
+        self._stop = False
+        self._reached = "the workers had not told of a step yet"
 
     def put(self, kind: str, values: dict[str, Any]) -> None:
         self._records.append((kind, values))
+        if kind == "step":
+            position = f"epoch {values['epoch'] + 1}, step {values['index'] + 1}/{values['of']}"
+            self._reached = f"the last step that the workers told of was {position}"
 
     def drain(self) -> list[tuple[str, dict[str, Any]]]:
         records, self._records = self._records, []
@@ -212,6 +243,21 @@ class _Mailbox:
     def failure(self) -> tuple[MotipError, str] | None:
         return self._failure
 
+    def stop(self) -> None:
+        """The driver's word to the workers, of this attempt and of later ones."""
+        self._stop = True
+
+    def stop_asked(self) -> bool:
+        return self._stop
+
+    def stopped(self) -> None:
+        """Some rank ends, after all saved their position."""
+        self._reached = "the position is saved, but the workers were slow to end"
+
+    def reached(self) -> str:
+        """How far the workers came, in words."""
+        return self._reached
+
 
 class RayReporter:
     """Checkpoints through ray.train.report, records through the mailbox.
@@ -221,31 +267,36 @@ class RayReporter:
         kept: what stays of them.
     """
 
-    POLL_EVERY = 20
-    """Optimiser steps between two looks at Ray's preemption information, which makes all ranks wait for each other."""
-
     def __init__(self, mailbox: Any, folder: str, kept: Retention) -> None:
         self._mailbox = mailbox
         self._folder = location(folder)
         self._kept = kept
-        self._asked = 0
-        self._local: list[Path] = []
+        self._scratch = Scratch(folder)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, a copy of it. Rank 0 looks for all: what an upload of the attempt before may
-        finish meanwhile must not be there for one rank and not for another."""
+        """The newest whole checkpoint, copied where it is remote. Rank 0 looks for all: what an upload of the attempt
+        before may finish meanwhile must not be there for one rank and not for another."""
         import ray.train
         import ray.train.collective
 
-        leads = ray.train.get_context().get_world_rank() == 0
-        found = held(self._folder).latest() if leads else None
+        context = ray.train.get_context()
+        if context.get_local_rank() == 0:
+            self._scratch.sweep()
+        found = held(self._folder).latest() if context.get_world_rank() == 0 else None
         mine = None if found is None else f"{found.parent.name}/{found.name}"
+        # Waits for all ranks, so nobody has a folder yet that another could sweep away.
         name = ray.train.collective.broadcast_from_rank_zero(mine)
         if name is None:
             return None
-        folder = Path(tempfile.mkdtemp(prefix="motip_resume_"))
-        self._local.append(folder)
-        return fetch(self._folder / name, folder / Path(name).name)
+        newest = self._folder / name
+        return newest if isinstance(newest, Path) else fetch(newest, self._scratch.new("resume") / newest.name)
+
+    def loaded(self) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Remove this rank's local copies; those that Ray Train still uploads it removes itself."""
+        self._scratch.clear()
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         import ray
@@ -253,10 +304,7 @@ class RayReporter:
         ray.get(self._mailbox.put.remote(kind, values))
 
     def folder(self, name: str) -> Path:
-        path = Path(tempfile.mkdtemp(prefix=f"motip_{name}_"))
-        if name.startswith("epoch_"):
-            self._local.append(path)
-        return path
+        return self._scratch.new(name, given_away=name.startswith("step_"))
 
     def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
         import ray.train
@@ -283,11 +331,13 @@ class RayReporter:
     def notice(self) -> str:
         import ray.train
 
-        self._asked += 1
-        if self._asked % self.POLL_EVERY:
-            return ""
         told = ray.train.get_preemption_info()
         return "" if told is None else f"preemption of {', '.join(sorted(told.preempted_node_ids))}"
+
+    def asked_to_stop(self) -> bool:
+        import ray
+
+        return bool(ray.get(self._mailbox.stop_asked.remote()))
 
     def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
         import ray.train
@@ -301,9 +351,7 @@ class RayReporter:
             checkpoint_dir_name=f"epoch_{epoch:03d}",
             checkpoint_upload_fn=self._store,
         )
-        for path in self._local:
-            shutil.rmtree(path, ignore_errors=True)
-        self._local.clear()
+        self.leave()
         if folder is not None:
             drop_steps(self._folder, 1)
             drop_epochs(self._folder, self._kept)
@@ -354,6 +402,9 @@ def _worker(settings: dict[str, Any]) -> None:
         return  # restarted by Ray after an error that would only come again; the driver raises it
     try:
         _train(settings["job"], settings["placement"], mailbox, settings["folder"])
+    except Stopped:
+        # Every rank ends like this, its position saved; an error would make Ray start the workers again.
+        ray.get(mailbox.stopped.remote())
     except LASTING_ERRORS as error:
         told = error if isinstance(error, MotipError) else MotipError(f"{type(error).__name__}: {error}")
         ray.get(mailbox.give_up.remote(told, traceback.format_exc()))
@@ -376,7 +427,10 @@ def _train(job: StageJob, placement: Placement, mailbox: Any, folder: str) -> No
     # [2] The batches come from Ray Data, this rank's rows of the clip plan in order.
     feed = RayFeed(job, config, comm.rank, comm.world_size, placement.decoders, placement.decoder_cpus)
     reporter = RayReporter(mailbox, folder, _retention(job, config))
-    run_stage(job, comm, feed, reporter, device)
+    try:
+        run_stage(job, comm, feed, reporter, device)
+    finally:
+        reporter.leave()
 
 
 def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnRecord) -> None:
@@ -405,13 +459,15 @@ def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnR
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
-    with _listening(mailbox, on_record), _interruptible():
+    with _passing_on(mailbox) as sigterm, _listening(mailbox, on_record), _interruptible():
         try:
             trainer.fit()
         except Exception as error:
             _raise_told(mailbox, folder)
             raise find_motip_error(error) or _failed(job, folder, error, str(error)) from error
         _raise_told(mailbox, folder)
+        if sigterm.given:
+            raise Stopped
 
 
 def _scaling(placement: Placement, resize_every_s: int) -> dict[str, Any]:
@@ -423,6 +479,19 @@ def _scaling(placement: Placement, resize_every_s: int) -> dict[str, Any]:
         "use_gpu": placement.gpu,
         "resources_per_worker": {"CPU": placement.cpus, **({"GPU": 1} if placement.gpu else {})},
     }
+
+
+def _passing_on(mailbox: Any) -> PassedOn:
+    """SIGTERM of the driver, as `ray job stop` sends it, to the workers."""
+    import ray
+
+    def too_late() -> None:
+        reached = ray.get(mailbox.reached.remote())
+        text = f"SIGTERM: training did not end within {GRACE_S:.0f} s: {reached}; the checkpoints so far are kept"
+        _log.error(text)
+        ray.get(mailbox.put.remote("note", {"text": text}))
+
+    return PassedOn(lambda: ray.get(mailbox.stop.remote()), too_late)
 
 
 @contextlib.contextmanager
@@ -494,14 +563,23 @@ class _listening:
 
         while True:
             last = self._stop.is_set()
-            try:
-                for kind, values in ray.get(self._mailbox.drain.remote()):
+            records: list[tuple[str, dict[str, Any]]] = []
+            with self._kept():
+                records = ray.get(self._mailbox.drain.remote())
+            for kind, values in records:
+                with self._kept():
                     self._on_record(kind, values)
-            except Exception as error:
-                # Said at once, raised at the end: a full disk on the driver must not cost hours of training.
-                if self._error is None:
-                    _log.error("what the training says cannot be recorded: %s", error)
-                self._error = self._error or error
             if last:
                 return
             time.sleep(0.5)
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Said at once, raised at the end: a full disk on the driver must not cost hours of training, nor one record
+        the others."""
+        try:
+            yield
+        except Exception as error:
+            if self._error is None:
+                _log.error("what the training says cannot be recorded: %s", error)
+            self._error = self._error or error

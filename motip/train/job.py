@@ -56,10 +56,7 @@ class StageJob:
 
     def class_maps(self, config: Config) -> dict[str, ClassMap]:
         """Per source, raw categories to the stage's classes; categories of untrained classes become ignore regions."""
-        return {
-            source: ClassMap(config.class_names, {name: raws[name] for name in config.class_names if name in raws})
-            for source, raws in self.classes.items()
-        }
+        return {source: ClassMap.among(config.class_names, raws) for source, raws in self.classes.items()}
 
 
 class Feed(Protocol):

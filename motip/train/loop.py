@@ -38,6 +38,10 @@ class Reporter(Protocol):
         """The checkpoint file an interrupted run left, or None."""
         ...
 
+    def loaded(self) -> None:
+        """What `latest` named has been read by this rank."""
+        ...
+
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """Something worth showing or storing; called on rank 0 only."""
         ...
@@ -55,7 +59,11 @@ class Reporter(Protocol):
         ...
 
     def notice(self) -> str:
-        """Why this machine will be taken away, or nothing. Every rank calls it equally often."""
+        """Why this machine will be taken away, or nothing. Every rank calls it equally often, and hears the same."""
+        ...
+
+    def asked_to_stop(self) -> bool:
+        """True where whoever started the training wants it to end; called on rank 0 only."""
         ...
 
     def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
@@ -85,12 +93,13 @@ class Run:
     first_meter: dict[str, Any] | None = None
     first_world: int = 1
     """Ranks that the run began with; their batches are kept whatever the number of ranks is now."""
-    notice: Notice | None = None
     noticed: str = ""
     where: str = "before the first step"
+    notice: Notice = field(init=False)
     cadence: Cadence = field(init=False)
 
     def __post_init__(self) -> None:
+        self.notice = Notice(lambda: self.where)
         self.cadence = Cadence(self.config, self.comm)
 
     @property
@@ -111,22 +120,27 @@ def run_stage(job: StageJob, comm: Communicator, feed: Feed, reporter: Reporter,
 
     Raises:
         MotipError: weights, data or configuration do not fit together.
+        Stopped: it was told to end; its position is saved.
     """
     config = Config.from_dict(job.config)
     watched = Watched(comm, config.COLLECTIVE_TIMEOUT_S)
     run, first_epoch = _prepare(job, config, watched, feed, reporter, device)
     watched.where = lambda: run.where
-    with Notice(watched.where) as run.notice:
+    with run.notice:
         for epoch in range(first_epoch, config.EPOCHS):
             last = epoch == config.EPOCHS - 1
             metrics = train_epoch(run, epoch)
-            run.where = f"stage {job.stage}, after epoch {epoch + 1}"
             evaluated = (epoch + 1) % config.EVALUATE_EVERY_EPOCHS == 0 or last
             if evaluated:
+                run.where = f"stage {job.stage}, validation after epoch {epoch + 1}"
                 metrics |= validate(run, epoch)
+            run.where = f"stage {job.stage}, after epoch {epoch + 1}"
             save = (epoch + 1) % config.SAVE_CHECKPOINT_PER_EPOCH == 0 or evaluated  # a score needs its weights
+            save = save or _told_to_stop(run)
             run.record("epoch", {"epoch": epoch, "step": run.global_step, "metrics": metrics})
             reporter.epoch_done(epoch, metrics, save_epoch(run, epoch, metrics) if save else None)
+            if save:
+                _stop_where_told(run, epoch)
 
 
 def train_epoch(run: Run, epoch: int) -> dict[str, float]:
@@ -323,12 +337,17 @@ def _save_where_due(run: Run, epoch: int, step: int, meter: Meter) -> None:
     Raises:
         Stopped: this process was told to end; its position is saved.
     """
-    told = run.reporter.notice()
-    signalled = run.notice is not None and run.notice.given
-    news = bool(told and told != run.noticed)
-    if news and run.notice is not None:
+    look = run.cadence.looks()
+    if look and run.reporter.asked_to_stop():
+        run.notice.give()
+    signalled = run.notice.given
+    reason, look = run.cadence.due(run.global_step, signalled, look)
+    told = run.reporter.notice() if look else ""
+    if told and told != run.noticed:
         run.notice.heard()
-    reason = run.cadence.due(run.global_step, signalled or news)
+        reason, run.noticed = "notice", told
+    else:
+        told = ""
     if not reason:
         return
     begin = time.monotonic()
@@ -336,14 +355,35 @@ def _save_where_due(run: Run, epoch: int, step: int, meter: Meter) -> None:
     save_step(run, epoch, step, meter, wait=reason == "notice")
     if reason != "notice":
         return
-    run.noticed = told
-    own = run.notice if signalled or news else None
-    took = f"in {time.monotonic() - begin:.1f} s" if own is None else own.committed()
-    text = f"notice to stop ({told or 'SIGTERM'}): epoch {epoch + 1}, step {step} saved {took}"
-    _log.warning(text)
-    run.note(text)
+    _say_saved(run, f"notice to stop ({told or 'SIGTERM'}): epoch {epoch + 1}, step {step} saved", begin)
     if run.comm.sum_(torch.tensor([float(signalled)])).item():
         raise Stopped
+
+
+def _stop_where_told(run: Run, epoch: int) -> None:
+    """End after an epoch that was saved, where some rank was told to while it was validated or saved.
+
+    Raises:
+        Stopped: so it was.
+    """
+    begin = time.monotonic()
+    if _told_to_stop(run):
+        _say_saved(run, f"notice to stop (SIGTERM): epoch {epoch + 1} saved", begin)
+        raise Stopped
+
+
+def _told_to_stop(run: Run) -> bool:
+    """Asks all ranks, and rank 0 also whoever started the training."""
+    if run.leads and run.reporter.asked_to_stop():
+        run.notice.give()
+    # Not a sum: rank 0 may have scored and stored for long, and the others must not give up on it.
+    return any(run.comm.gather(run.notice.given))
+
+
+def _say_saved(run: Run, what: str, begin: float) -> None:
+    text = f"{what} {run.notice.committed() or f'in {time.monotonic() - begin:.1f} s'}"
+    _log.warning(text)
+    run.note(text)
 
 
 def _left_out_counts(step: TrainStep) -> dict[str, float]:
@@ -366,6 +406,7 @@ def _prepare(
 ) -> tuple[Run, int]:
     resumed_from = reporter.latest()
     stored = load_checkpoint(resumed_from) if resumed_from is not None else None
+    reporter.loaded()
     stored_world = ((stored or {}).get("position") or {}).get("world")
     first_world = int(stored_world or reporter.began_with(comm.world_size))
     feed.started_with(first_world)
@@ -378,7 +419,11 @@ def _prepare(
     first_epoch = restore_optimizer(run, stored)
     run.cadence.saved(run.global_step)
     if first_world != comm.world_size:
-        run.note(f"goes on with {comm.world_size} workers; it began with {first_world}, whose batches it keeps")
+        clips = -(-first_world * config.BATCH_SIZE // comm.world_size)
+        run.note(
+            f"goes on with {comm.world_size} workers; it began with {first_world}, whose batches it keeps: each worker "
+            f"now takes {clips} clips at once instead of {config.BATCH_SIZE}"
+        )
     if transfer is not None:
         run.record("transfer", {"summary": transfer.summary_line(), **transfer.to_dict()})
     if stored is not None:

@@ -57,7 +57,12 @@ def ladder(config: Config) -> tuple[Rung, ...]:
     configured = Rung("as configured", FramePlan(frames, chunk), config.USE_DECODER_CHECKPOINT)
     if not config.MEMORY_EFFICIENT:
         return (configured,)
-    half = max(1, min(chunk or frames, frames // 2))
+    # Of the longest clip: of a shorter one, half of DETR_NUM_TRAIN_FRAMES may be all, and computing all of it again at
+    # once needs as much memory as computing it once.
+    trained = min(
+        frames, max(length for epoch in range(config.EPOCHS) for length in config.clip_schedule(epoch).lengths)
+    )
+    half = max(1, min(chunk or trained, trained // 2))
     again = Rung("detector recomputed", FramePlan(frames, half, recompute=True), configured.recompute_decoder)
     single = replace(again, name="one image at a time", plan=FramePlan(frames, 1, recompute=True))
     decoder = replace(single, name="ID decoder recomputed", recompute_decoder=True)

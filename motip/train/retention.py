@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from motip.data.storage import Location, files_under, read_json
@@ -83,8 +83,12 @@ def drop_steps(folder: Location, kept: int) -> None:
 
     Their empty folders stay: Ray Train's own list of checkpoints names them, and is refused where one is missing.
     """
-    weights = list(_steps(_checkpoint_files(folder)).values())
-    _remove(weights[: max(0, len(weights) - kept)])
+
+    def superfluous() -> list[Location]:
+        weights = list(_steps(_checkpoint_files(folder)).values())
+        return weights[: max(0, len(weights) - kept)]
+
+    _remove(folder, superfluous)
 
 
 def drop_epochs(folder: Location, retention: Retention) -> None:
@@ -94,10 +98,14 @@ def drop_epochs(folder: Location, retention: Retention) -> None:
     """
     if retention.epochs is None:
         return
-    whole = {each.epoch: each for each in held(folder).epochs if each.weights is not None}
-    best = best_first({epoch: each.metrics for epoch, each in whole.items()}, retention.best)
-    stay = {*best[: retention.epochs], max(whole, default=-1)}
-    _remove([each.weights for epoch, each in whole.items() if epoch not in stay and each.weights is not None])
+
+    def superfluous() -> list[Location]:
+        whole = {each.epoch: each for each in held(folder).epochs if each.weights is not None}
+        best = best_first({epoch: each.metrics for epoch, each in whole.items()}, retention.best)
+        stay = {*best[: retention.epochs], max(whole, default=-1)}
+        return [each.weights for epoch, each in whole.items() if epoch not in stay and each.weights is not None]
+
+    _remove(folder, superfluous)
 
 
 def _checkpoint_files(folder: Location) -> dict[tuple[str, str], Location]:
@@ -114,10 +122,11 @@ def _steps(files: dict[tuple[str, str], Location]) -> dict[int, Location]:
     return dict(sorted(found.items()))
 
 
-def _remove(weights: list[Location]) -> None:
+def _remove(folder: Location, superfluous: Callable[[], list[Location]]) -> None:
     """Too many checkpoints are no reason to stop training: what cannot be removed is tried again next time."""
-    for path in weights:
-        try:
-            path.unlink(missing_ok=True)
-        except (MotipError, OSError) as error:
-            _log.warning("%s is not needed any more and cannot be removed: %s", path, str(error).splitlines()[0])
+    place = folder
+    try:
+        for place in superfluous():
+            place.unlink(missing_ok=True)
+    except (MotipError, OSError) as error:
+        _log.warning("%s: checkpoints that are not needed any more stay for now: %s", place, str(error).splitlines()[0])

@@ -62,7 +62,7 @@ def test_training_grows_onto_a_new_node_and_goes_on_without_it(tmp_path: Path, m
 def _command(path: Path, folder: Path) -> list[str]:
     command = [sys.executable, "ray_jobs/curriculum.py", "--config", str(path), "--data-root", str(folder)]
     command += ["--storage", str(folder / "storage"), "--workers", "1:2", "--until", "BDD-Foundation"]
-    settings = {"EPOCHS": 2, "CLIPS_PER_EPOCH": 36, "BATCH_SIZE": 2, "CHECKPOINT_EVERY_STEPS": 1, "RESIZE_EVERY_S": 5}
+    settings = {"EPOCHS": 1, "CLIPS_PER_EPOCH": 28, "BATCH_SIZE": 2, "CHECKPOINT_EVERY_STEPS": 1, "RESIZE_EVERY_S": 5}
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     return command

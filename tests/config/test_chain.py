@@ -142,6 +142,17 @@ def test_a_circle_in_the_chain_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "a.yaml")
 
 
+def test_a_bare_no_is_a_precision_not_false(tmp_path: Path) -> None:
+    leaf = write(tmp_path / "leaf.yaml", "MIXED_PRECISION: no\n")
+    assert load_config(leaf).MIXED_PRECISION == "no"
+    bf16 = write(tmp_path / "bf16.yaml", "MIXED_PRECISION: bf16\n")
+    assert load_config(bf16, ["MIXED_PRECISION=no"]).MIXED_PRECISION == "no"
+    assert load_config(bf16, ["MIXED_PRECISION='no'"]).MIXED_PRECISION == "no"
+    assert load_config(bf16, ["MIXED_PRECISION=null"]).MIXED_PRECISION is None
+    with pytest.raises(MotipError, match="MIXED_PRECISION"):
+        load_config(bf16, ["MIXED_PRECISION=yes"])
+
+
 def test_configs_travel_as_plain_values(tmp_path: Path) -> None:
     config = load_config(write(tmp_path / "leaf.yaml", "LR: 2.0e-5\nsample_intervals: [1, 2]\n"))
     copy = Config.from_dict(config.to_dict())

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
 import torch
 
@@ -22,28 +21,14 @@ from motip.data.shards import read_frames, read_labels
 from motip.data.storage import Location, RemotePath, location
 from motip.errors import MotipError
 from tests.data.raw_world import bdd_video, curriculum, mix, source
+from tests.object_store import object_store
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """Address of an empty bucket on a server of this process."""
-    server_module = pytest.importorskip("moto.server", reason="moto[server] is a test dependency")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        environment.setenv("AWS_ACCESS_KEY_ID", "test")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        environment.setenv("AWS_REGION", "us-east-1")
-        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        storage.s3.cache_clear()
-        pafs.S3FileSystem(
-            endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
-        ).create_dir("bucket")
-        yield "s3://bucket"
-    storage.s3.cache_clear()
-    server.stop()
+    with object_store() as store:
+        yield store.uri
 
 
 @pytest.fixture(params=["local", "s3"])

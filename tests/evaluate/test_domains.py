@@ -45,7 +45,8 @@ def test_a_domain_is_the_mean_over_its_sources_and_classes() -> None:
     )
     assert built.values == {"one": {"ground": 40.0}}
     assert built.by_class == {"one": {"ground": {"pedestrian": 35.0, "car": 40.0}}}
-    assert built.to_dict() == {"R/one/ground": 40.0, "R/one/ground/pedestrian": 35.0, "R/one/ground/car": 40.0}
+    assert built.row_dict("one") == {"R/ground": 40.0, "R/ground/pedestrian": 35.0, "R/ground/car": 40.0}
+    assert built.cells("one") == {"R/one/ground": 40.0, "R/one/ground/pedestrian": 35.0, "R/one/ground/car": 40.0}
 
 
 def test_a_domain_scored_on_other_sources_or_classes_is_refused() -> None:

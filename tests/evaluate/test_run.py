@@ -9,13 +9,13 @@ import torch
 
 from motip.cluster import Cluster, connect, disconnect
 from motip.commands.checkpoint import open_checkpoint
-from motip.commands.evaluate import device_of_workers, evaluate_checkpoint
+from motip.commands.evaluate import Asked, device_of_workers, evaluate_checkpoint
 from motip.config import load_curriculum
 from motip.data.convert import convert
 from motip.data.manifest import Manifest
 from motip.data.sequence import ClassMap
 from motip.errors import MotipError
-from motip.evaluate.run import Evaluation, Subject, evaluate
+from motip.evaluate.run import Evaluation, Subject, Work, evaluate
 from tests.small_world import FRAMES, write_checkpoint, write_curriculum, write_dance_world
 
 CLASSES = {"pedestrian": ("pedestrian",), "car": ("car",)}
@@ -37,7 +37,8 @@ def run(storage: Path, folder: Path, classes: dict[str, tuple[str, ...]] = CLASS
     subject = Subject(loaded.model, loaded.meta["sha256"], loaded.settings)
     videos = Manifest.load(storage).of("dance", "val")
     maps = {"dance": ClassMap(("pedestrian", "car"), classes)}
-    return evaluate(subject, videos, str(storage), folder, maps, {"dance": "plain"}, "val", **options)  # type: ignore[arg-type]
+    work = Work(videos, str(storage), folder, "val", **options)  # type: ignore[arg-type]
+    return evaluate(subject, work, maps, {"dance": "plain"})
 
 
 def test_every_video_is_tracked_once_scored_and_kept(storage: Path, tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_videos_without_a_label_of_the_classes_are_tracked_only(storage: Path, t
 def test_the_checkpoints_own_choice_of_classes_is_averaged(storage: Path, tmp_path: Path) -> None:
     root = storage.parent
     checkpoint = write_checkpoint(tmp_path / "car.pth", root / "stage.yaml", "val_config.CLASSES_TO_EVAL=[car]")
-    done = evaluate_checkpoint(str(checkpoint), str(root / "curriculum.yaml"), storage=str(storage), workers=0)
+    done = evaluate_checkpoint(Asked(str(checkpoint), str(root / "curriculum.yaml"), storage=str(storage), workers=0))
     scores = done.scores["dance"]
     assert scores.class_averaged == scores.per_class["car"] and scores.per_class["pedestrian"]["GT"] == 2 * FRAMES
     (written,) = (storage / "evaluations").rglob("scores_val.json")

@@ -10,7 +10,7 @@ from motip.data.sequence import ClassMap, Frame, Sequence, TrackRows
 from motip.evaluate.errors import GT_FATES, PRED_FATES
 from motip.evaluate.metrics import score
 from motip.evaluate.protocols import scored_sequence
-from motip.evaluate.summaries import Summary, summarise, summarise_all
+from motip.evaluate.summaries import Summary, summarise
 from tests.evaluate.rows import disturbed, random_rows, rows
 
 CLASSES = ("pedestrian", "car")
@@ -54,8 +54,10 @@ def test_groups_add_up_to_the_totals_and_these_to_the_scores(protocol: str) -> N
         scored_sequence(each, MAP, disturbed(truth, seed), protocol)
         for seed, (each, truth) in enumerate(zip(labels, truths, strict=True))
     ]
-    total = summarise_all(summarise(one, other, MAP, protocol) for one, other in zip(labels, scored, strict=True))
     parts = [summarise(one, other, MAP, protocol) for one, other in zip(labels, scored, strict=True)]
+    total = Summary()
+    for part in parts:
+        total.add(part)
     named = [replace(each, name=f"s{number}") for number, each in enumerate(scored)]
     cells = score(named, CLASSES, protocol).per_class
     for name in CLASSES:

@@ -19,7 +19,7 @@ from motip.data.sequence import ClassMap
 from motip.errors import MotipError
 from motip.evaluate.confidence import confidence_histograms
 from motip.evaluate.protocols import ScoredSequence
-from motip.evaluate.run import Subject, evaluate
+from motip.evaluate.run import Subject, Work, evaluate
 from motip.evaluate.sweep import GRID, Sweep, SweepSubject, candidates, sweep
 from motip.report.thresholds import sweep_figure
 from motip.track import run as track_run
@@ -75,7 +75,7 @@ def _sweep(storage: Path, folder: Path, thresholds: tuple[float, ...] | None = N
     variants = tuple(candidates(SETTINGS, thresholds))
     subject = SweepSubject(following_model(), "0" * 64, variants, MAPS, {"dance": "plain"})
     videos = Manifest.load(storage).of("dance", "val")
-    return sweep(subject, SETTINGS, videos, str(storage), folder, options.pop("split", "val"), **options)
+    return sweep(subject, SETTINGS, Work(videos, str(storage), folder, options.pop("split", "val"), **options))
 
 
 def test_the_planted_optimum_is_found(storage: Path, tmp_path: Path, scripted: None) -> None:
@@ -96,7 +96,8 @@ def test_each_setting_scores_what_evaluating_it_alone_would(storage: Path, tmp_p
     for each in done.candidates:
         subject = Subject(following_model(), str(each.settings.det_thresh), each.settings)
         folder = tmp_path / f"{each.settings.det_thresh}"
-        alone = evaluate(subject, videos, str(storage), folder, MAPS, {"dance": "plain"}, "val").scores["dance"]
+        work = Work(videos, str(storage), folder, "val")
+        alone = evaluate(subject, work, MAPS, {"dance": "plain"}).scores["dance"]
         for name, value in alone.to_dict().items():
             # Tracks of an evaluation are scored as written, with rounded coordinates.
             assert each.scores["dance"].to_dict()[name] == pytest.approx(value, abs=0.05), name

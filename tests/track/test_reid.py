@@ -48,6 +48,21 @@ def test_bad_options_are_refused() -> None:
         LongTermMemory(patience=0)
 
 
+@pytest.mark.parametrize(("capacity", "expected"), [(2, [0, 1]), (1, [2, 1])])
+def test_the_tracker_keeps_as_many_lost_tracks_as_its_settings_say(capacity: int, expected: list[int]) -> None:
+    looks = features(4)
+    settings = TrackerSettings(newborn_thresh=0.5, miss_tolerance=1, longterm_patience=50, longterm_capacity=capacity)
+    tracker = RuntimeTracker(following_model(), settings, (100, 100))
+    assert tracker.update(*detections([0], looks)).ids.tolist() == [0]
+    for _ in range(5):
+        tracker.update(*detections([], looks))
+    assert tracker.update(*detections([1], looks)).ids.tolist() == [1]
+    for _ in range(5):
+        tracker.update(*detections([], looks))
+    assert tracker.update(*detections([0, 1], looks)).ids.tolist() == expected
+    assert any(f"at most {capacity} tracks" in note for note in tracker.notes)
+
+
 @pytest.mark.parametrize(("patience", "expected"), [(0, 1), (6, 0), (2, 1)])
 def test_the_tracker_takes_an_id_back_only_with_the_memory_on(patience: int, expected: int) -> None:
     looks = features(4)

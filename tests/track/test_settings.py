@@ -36,6 +36,7 @@ def test_every_key_reaches_its_setting() -> None:
         "INFERENCE_DTYPE": "BF16",
         "LONGTERM_PATIENCE": 7,
         "LONGTERM_SIMILARITY": 0.5,
+        "LONGTERM_CAPACITY": 9,
     }
     assert set(changed) == set(_CONFIG_KEYS.values())
     settings = TrackerSettings.from_config(_config(**changed))  # type: ignore[arg-type]

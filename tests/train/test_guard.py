@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +75,39 @@ def test_random_numbers_follow_from_seed_epoch_and_step_alone() -> None:
     assert network_seed(1, 2, 3, 0) == network_seed(1, 2, 3, 0)
     assert len({network_seed(s, e, i, r) for s in (1, 2) for e in (0, 1) for i in (0, 1) for r in (0, 1)}) == 16
     assert frame_order(1, 2, 3).initial_seed() == frame_order(1, 2, 3).initial_seed()
+
+
+class _SlowRanks(SingleProcess):
+    """Answers once it has been told that somebody waits, twice."""
+
+    world_size = 2
+
+    def __init__(self) -> None:
+        self.heard = threading.Semaphore(0)
+
+    def gather(self, value: Any) -> list[Any]:
+        assert all(self.heard.acquire(timeout=60) for _ in range(2))
+        return [value, "other"]
+
+
+def test_who_waits_for_a_validation_or_a_save_says_so_again_and_again() -> None:
+    ranks, said = _SlowRanks(), list[str]()
+    comm = Watched(ranks, 0.01)
+    comm.where = lambda: "stage two, validation after epoch 3"
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+            ranks.heard.release()
+
+    listener, logger = Listener(), logging.getLogger("motip.train.communicate")
+    logger.addHandler(listener)
+    try:
+        assert comm.gather("own") == ["own", "other"]
+    finally:
+        logger.removeHandler(listener)
+    assert len(said) >= 2 and all("stage two, validation after epoch 3" in line for line in said)
+    assert "min for the other workers" in said[0]
 
 
 def _stalled(rank: int, directory: str) -> None:

@@ -99,7 +99,7 @@ def _rank(rank: int, world: int, directory: str) -> None:
         step, losses = _train(comm, _of_rank(case, rank, world))
         saved[case] = _result(step, losses)
     torch.save(saved, Path(directory) / f"{rank}.pt")
-    comm.barrier()
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -208,7 +208,8 @@ def test_every_rung_but_the_last_computes_the_same() -> None:
 
 
 def test_the_rungs_of_a_full_size_configuration() -> None:
-    rungs = ladder(small_config(MEMORY_EFFICIENT=True, DETR_NUM_TRAIN_FRAMES=4, DETR_NUM_CHECKPOINT_FRAMES=5))
+    full = {"MEMORY_EFFICIENT": True, "DETR_NUM_TRAIN_FRAMES": 4, "DETR_NUM_CHECKPOINT_FRAMES": 5}
+    rungs = ladder(small_config(**full, SAMPLE_LENGTHS=[5]))
     assert [(rung.plan.chunk, rung.plan.recompute, rung.recompute_decoder, rung.scale) for rung in rungs] == [
         (5, False, False, 1.0),
         (2, True, False, 1.0),
@@ -217,6 +218,25 @@ def test_the_rungs_of_a_full_size_configuration() -> None:
         (1, True, True, 0.75),
     ]
     assert len(ladder(small_config(DETR_NUM_CHECKPOINT_FRAMES=1))) == 1
+    for lengths, chunk in (([2], 1), ([1], 1), ([4], 2), ([8], 2)):
+        assert ladder(small_config(**full, SAMPLE_LENGTHS=lengths))[1].plan.chunk == chunk
+    growing = small_config(**full, EPOCHS=4, SAMPLE_STEPS=[0, 2], SAMPLE_LENGTHS=[2, 4], SAMPLE_INTERVALS=[1, 1])
+    assert ladder(growing)[1].plan.chunk == 2
+
+
+def test_clips_shorter_than_the_trained_frames_are_recomputed_in_parts_with_the_same_gradients() -> None:
+    config = small_config(MEMORY_EFFICIENT=True, DETR_NUM_TRAIN_FRAMES=4, SAMPLE_LENGTHS=[2])
+    images: list[int] = []
+    results = []
+    for rung in ladder(config)[:2]:
+        step = TrainStep(small_model(config), config, SingleProcess())
+        step.rungs = (rung,)
+        images.clear()
+        step.model.detr.register_forward_pre_hook(lambda _module, inputs: images.append(len(inputs[0])))
+        step.accumulate(clip(0, (3, 2)), torch.arange(2))
+        results.append((max(images), gradients(step.model)))
+    assert [most for most, _ in results] == [2, 1]
+    assert_same_gradients(results[1][1], results[0][1])
 
 
 def test_a_smaller_image_keeps_the_borders_of_each_clip() -> None:

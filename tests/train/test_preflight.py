@@ -209,7 +209,11 @@ def test_recomputing_the_id_decoder_helps_in_a_crowd() -> None:
 @pytest.mark.parametrize("rung", range(5))
 def test_the_keys_start_training_on_the_rung(rung: int) -> None:
     config = small_config(
-        DETR_NUM_TRAIN_FRAMES=4, DETR_NUM_CHECKPOINT_FRAMES=5, AUG_MAX_SIZE=1000, AUG_RESIZE_SCALES=[400, 600]
+        DETR_NUM_TRAIN_FRAMES=4,
+        DETR_NUM_CHECKPOINT_FRAMES=5,
+        AUG_MAX_SIZE=1000,
+        AUG_RESIZE_SCALES=[400, 600],
+        SAMPLE_LENGTHS=[5],
     )
     wanted = all_rungs(config)[rung]
     keys = keys_to_start_on(wanted, config, made_up_clip(5, 5, (64, 64)))

@@ -22,7 +22,7 @@ from motip.data.filesystem import whole_files
 from motip.data.storage import Location, location
 from motip.errors import MotipError
 from motip.model.weights import load_checkpoint
-from motip.train import checkpoints, notice
+from motip.train import checkpoints, notice, retention
 from motip.train.checkpoints import store_folder
 from motip.train.communicate import SingleProcess
 from motip.train.feeds import LocalFeed
@@ -154,7 +154,7 @@ def test_what_cannot_be_removed_is_said_and_training_goes_on(
     store.fails("^DELETE", 1000)
     drop_steps(folder, 1)
     store.troubles.clear()
-    assert "checkpoint_step_1.pth is not needed any more and cannot be removed" in caplog.text
+    assert "checkpoint_step_1.pth: checkpoints that are not needed any more stay for now" in caplog.text
     drop_steps(folder, 1)
     assert _weights(folder) == ["checkpoint_step_2.pth"]
 
@@ -260,6 +260,30 @@ def test_a_folder_of_another_machine_is_no_storage(tmp_path: Path) -> None:
         store_folder(_finished(tmp_path / "a"), tmp_path / "not mounted" / "epoch_000", lambda text: None)
 
 
+def test_a_store_that_cannot_be_listed_keeps_what_is_there_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loop, "validate", lambda run, epoch: {"HOTA": HOTA[epoch]})
+    config = _config(EPOCHS=2, EVALUATE_EVERY_EPOCHS=1, CHECKPOINT_EVERY_STEPS=2)
+    listed = retention.files_under
+
+    def away(folder: Path) -> Any:
+        raise MotipError("S3 answered with an error: SlowDown", where=folder)
+
+    def latest() -> None:
+        monkeypatch.setattr(retention, "files_under", away)
+
+    with caplog.at_level(logging.WARNING):
+        _run(_job(tmp_path, config), tmp_path / "out", Records(), Retention(steps=1, epochs=0), latest=latest)
+    monkeypatch.setattr(retention, "files_under", listed)
+    said = [record.message for record in caplog.records if "stay for now" in record.message]
+    assert said and all("SlowDown" in text for text in said)
+    assert {"checkpoint_0.pth", "checkpoint_1.pth"} < set(_weights(tmp_path / "out")), "nothing was removed"
+    drop_steps(tmp_path / "out", 0)
+    drop_epochs(tmp_path / "out", Retention(epochs=0))
+    assert _weights(tmp_path / "out") == ["checkpoint_1.pth"]
+
+
 # --------------------------------------------------------------------------------------------------- preemption
 
 
@@ -280,9 +304,9 @@ class Told:
 
 def test_a_preemption_saves_one_position_for_each_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
-    told = Told({3: ["node-b", "node-a"], 5: ["node-a", "node-b", "node-c"]})
+    told = Told({6: ["node-b", "node-a"], 10: ["node-a", "node-b", "node-c"]})
     monkeypatch.setattr(ray.train, "get_preemption_info", told)
-    monkeypatch.setattr(RayReporter, "POLL_EVERY", 2)
+    monkeypatch.setattr(checkpoints, "LOOK_EVERY_S", 0.0)
     ray_reporter = RayReporter(None, str(tmp_path), Retention())
     job = _job(tmp_path, _config(EPOCHS=1, CLIPS_PER_EPOCH=14, CHECKPOINT_EVERY_MINUTES=None))
     records, saved = Records(), []
@@ -294,7 +318,7 @@ def test_a_preemption_saves_one_position_for_each_notice(tmp_path: Path, monkeyp
         saved.append((step, position["step"], wait))
 
     _run(job, folder, records, Retention(), notice=ray_reporter.notice, step_done=step_done)
-    assert told.looks == 7, "a look at every second step, on every rank alike"
+    assert told.looks == 14
     assert saved == [(6, 6, True), (10, 10, True)], "once for each notice, and waited for"
     assert max(records.losses) == 14, "training goes on for as long as the machine does"
     notes = [text for text in records.notes if "preemption" in text]
@@ -307,7 +331,7 @@ def test_where_saving_takes_too_long_the_log_says_what_was_done(
 ) -> None:
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
     monkeypatch.setattr(ray.train, "get_preemption_info", Told({1: ["node-a"]}))
-    monkeypatch.setattr(RayReporter, "POLL_EVERY", 1)
+    monkeypatch.setattr(checkpoints, "LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(notice, "GRACE_S", 2.0)
     ray_reporter = RayReporter(None, str(tmp_path), Retention())
     job = _job(tmp_path, _config(EPOCHS=1, CHECKPOINT_EVERY_MINUTES=None))

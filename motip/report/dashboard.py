@@ -1,0 +1,336 @@
+"""One picture that says how a stage's training goes: twelve panels over its epochs, renewed after each of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from motip.data.storage import Location, whole_file
+from motip.errors import MotipError
+from motip.report.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FILE = "dashboard.png"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
+"""Okabe and Ito's colours, which all kinds of colour vision tell apart; lines also differ in their markers."""
+MARKERS = "osD^vPX*"
+FAILED = "#D9D9D9"
+LOWEST = -50.0
+"""MOTA has no lower end; below this many percent it is drawn as an arrow with its value."""
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 13,
+    "axes.titlesize": 15,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "0.88",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 11.5,
+    "legend.framealpha": 0.8,
+    "legend.edgecolor": "none",
+    "lines.linewidth": 2.2,
+    "lines.markersize": 6,
+}
+_GROUPS = {"backbone": "backbone", "linear_proj": "sampling points", "dictionary": "ID words", "rest": "all others"}
+
+
+def dashboard(history: History) -> Figure:
+    """Losses, scores, recall against precision, association against detection, gradients, rates, speed, memory.
+
+    Epochs count from 1. An epoch without a record or without a finite loss is a grey hatched gap that no line crosses;
+    an epoch that was trained and not scored merely has no point in the panels of scores.
+    """
+    with rc_context(_STYLE):
+        # 1500 pixels across; shown at 60 % in a README the text is still about 11 pixels high.
+        figure = Figure(figsize=(15, 15.6), dpi=100, facecolor="white")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(4, 3)
+        figure.subplots_adjust(left=0.055, right=0.985, top=0.91, bottom=0.065, hspace=0.42, wspace=0.2)
+        for axes, draw in zip(grid.flat, _PANELS, strict=True):
+            draw(axes, history)
+            _frame(axes, history)
+        figure.suptitle(_title(history), x=0.055, y=0.985, ha="left", va="top", fontsize=20, weight="bold")
+        figure.text(0.055, 0.951, _subtitle(history), fontsize=13, color="0.25", va="top")
+        figure.text(0.055, 0.014, _footer(history), fontsize=12, color="0.25")
+    return figure
+
+
+def draw_dashboard(folder: Location, target: Location) -> History:
+    """Draw what a stage's folder tells into ``target`` (a .png), whole or not at all.
+
+    Raises:
+        MotipError: no stage, no finished epoch, or the picture cannot be written.
+    """
+    history = History.load(folder)
+    if not history.epochs:
+        raise MotipError(
+            "this stage has no finished epoch yet",
+            where=folder,
+            expected="at least one epoch_<n>/metrics.json",
+            fix="wait for its first epoch",
+        )
+    write_dashboard(history, target)
+    return history
+
+
+def write_dashboard(history: History, target: Location) -> None:
+    """Raises MotipError where the picture cannot be written."""
+    with whole_file(target) as path:
+        dashboard(history).savefig(path, format="png")
+
+
+def _title(history: History) -> str:
+    done = "finished" if history.finished else "in training"
+    return f"{history.stage}: {len(history.epochs)} of {history.planned} epochs, {done}"
+
+
+def _subtitle(history: History) -> str:
+    best = history.best_epoch()
+    if best is None:
+        return "no epoch is scored yet"
+    metrics = history.epochs[best]
+    names = list(dict.fromkeys([history.best, "HOTA", "DetA", "AssA", "IDF1", "MOTA", "DetRe", "DetPr"]))
+    scores = ", ".join(f"{name} {metrics[name]:.1f}" for name in names if name in metrics)
+    return f"best epoch {best + 1} (checkpoint_{best}.pth): {scores}"
+
+
+def _footer(history: History) -> str:
+    failed = history.failed()
+    parts = ["dotted: best epoch", "scores: mean of the classes on the locked validation videos"]
+    if failed:
+        told = ", ".join(str(epoch + 1) for epoch in failed)
+        parts.insert(1, f"grey: without a finished record or finite loss ({_shortened(told)})")
+    return "   ·   ".join(parts)
+
+
+def _shortened(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else text[:most].rsplit(",", 1)[0] + ", …"
+
+
+def _points(history: History, name: str) -> Iterator[tuple[float, float]]:
+    """(epoch counted from 1, value): NaN where an epoch failed, nothing where it was not scored."""
+    failed = set(history.failed())
+    for epoch in range(history.last + 1):
+        if epoch in failed:
+            yield epoch + 1, math.nan
+        elif name in history.epochs[epoch]:
+            yield epoch + 1, history.epochs[epoch][name]
+
+
+def _line(axes: Axes, history: History, name: str, label: str, place: int, scale: float = 1.0) -> bool:
+    """Draw one metric over the epochs; False where no epoch has it."""
+    points = list(_points(history, name))
+    values = [scale * value for _, value in points]
+    if not any(math.isfinite(value) for value in values):
+        return False
+    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    # Markers thin out on long runs; single points between gaps stay visible by theirs.
+    every = max(1, len(points) // 25) if not history.failed() else 1
+    axes.plot([x for x, _ in points], values, color=colour, marker=marker, markevery=every, label=label, zorder=3)
+    return True
+
+
+def _steps(
+    axes: Axes, history: History, name: str, place: int, *, label: str | None = None, faint: bool = True
+) -> bool:
+    """Draw one metric of the logged steps; the line breaks where an epoch is missing."""
+    xs, ys, before = [], [], None
+    for epoch, done, values in history.steps:
+        value = values.get(name, math.nan)
+        if before is not None and epoch > before + 1:
+            xs.append(float(before + 1))
+            ys.append(math.nan)
+        xs.append(epoch + done)
+        ys.append(value)
+        before = epoch
+    if not any(math.isfinite(value) for value in ys):
+        return False
+    look: dict[str, Any] = {"alpha": 0.35, "lw": 1.0} if faint else {"lw": 2.0}
+    axes.plot(xs, ys, color=COLOURS[place % len(COLOURS)], label=label, zorder=2, **look)
+    return True
+
+
+def _losses(axes: Axes, history: History) -> None:
+    axes.set(title="Losses", ylabel="loss (no unit)")
+    _steps(axes, history, "loss", 0)
+    for place, (name, label) in enumerate((("loss", "total"), ("detr_loss", "detection"), ("id_loss", "ID"))):
+        _line(axes, history, f"train/{name}", label, place)
+    _from_zero(axes, history, "train/loss")
+
+
+def _scores(title: str, *names: str) -> Callable[[Axes, History], None]:
+    def draw(axes: Axes, history: History) -> None:
+        axes.set(title=title, ylabel="percent")
+        for place, name in enumerate(names):
+            _line(axes, history, name, name, place)
+        _percent(axes, history, names)
+
+    return draw
+
+
+def _per_class(metric: str, title: str) -> Callable[[Axes, History], None]:
+    def draw(axes: Axes, history: History) -> None:
+        axes.set(title=title, ylabel="percent")
+        names = history.classes()
+        for place, name in enumerate(names):
+            _line(axes, history, f"{metric}/{name}", name, place)
+        _percent(axes, history, [f"{metric}/{name}" for name in names])
+
+    return draw
+
+
+def _percent(axes: Axes, history: History, names: tuple[str, ...] | list[str]) -> None:
+    """From 0 to 10, 25, 50 or 100; lower where MOTA is, down to a floor with arrows for what lies below it."""
+    points = [(x, value, place) for place, name in enumerate(names) for x, value in _points(history, name)]
+    lowest = min((value for _, value, _ in points if math.isfinite(value)), default=0.0)
+    highest = max((value for _, value, _ in points if math.isfinite(value)), default=100.0)
+    top = next(each for each in (10.0, 25.0, 50.0, 100.0) if highest <= 0.8 * each or each == 100)
+    bottom = max(LOWEST, 10 * math.floor(lowest / 10)) if lowest < 0 else 0.0
+    axes.set_ylim(*_padded(bottom, top))
+    if lowest < 0:
+        axes.axhline(0, color="0.5", lw=1)
+    below = [(x, value, place) for x, value, place in points if value < LOWEST]
+    for x, value, place in below:
+        axes.plot([x], [LOWEST + 4], marker="v", ms=9, color=COLOURS[place % len(COLOURS)], clip_on=False, zorder=4)
+        if len(below) <= 6:
+            axes.annotate(f"{value:.0f}", (x, LOWEST + 9), ha="center", fontsize=10)
+
+
+def _gradients(axes: Axes, history: History) -> None:
+    axes.set(title="Gradient norm before clipping", ylabel="L2 norm (log)", yscale="log")
+    _plain_powers(axes)
+    for place, (name, label) in enumerate((("detr_grad_norm", "detector"), ("other_grad_norm", "all others"))):
+        _steps(axes, history, name, place)
+        _line(axes, history, f"train/{name}", label, place)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, 5 * high)  # the legend stands above the lines
+
+
+def _rates(axes: Axes, history: History) -> None:
+    axes.set(title="Learning rate", ylabel="per step (log)", yscale="log")
+    same: dict[tuple[float, ...], list[str]] = {}
+    for name, label in _GROUPS.items():
+        values = tuple(step.get(f"lr/{name}", math.nan) for _, _, step in history.steps)
+        if any(value > 0 for value in values):
+            same.setdefault(values, []).append(name)
+            continue
+        if any(value == 0 for value in values):
+            axes.plot([], [], color="0.6", label=f"{label}: 0")
+    for place, names in enumerate(same.values()):
+        label = ", ".join(_GROUPS[name] for name in names) if len(names) < len(_GROUPS) else "all parameters"
+        _steps(axes, history, f"lr/{names[0]}", place, label=label, faint=False)
+    if len(same) > 1 or len(next(iter(same.values()), ())) < len(_GROUPS):
+        # Rates differ by powers of ten: room for the legend above the highest.
+        low, high = axes.get_ylim()
+        axes.set_ylim(low / 1.5, 40 * high)
+
+
+def _throughput(axes: Axes, history: History) -> None:
+    axes.set(title="Throughput", ylabel="clips per second")
+    _line(axes, history, "clips_per_s", "clips per second", 0)
+    _from_zero(axes, history, "clips_per_s")
+
+
+def _waiting(axes: Axes, history: History) -> None:
+    axes.set(title="Waiting for data", ylabel="percent of the epoch's time")
+    _line(axes, history, "time/wait_share", "waiting share", 1, scale=100.0)
+    axes.set_ylim(*_padded(0, 100))
+
+
+def _memory(axes: Axes, history: History) -> None:
+    axes.set(title="Memory, most in an epoch", ylabel="GiB")
+    # Metrics of an epoch without a step record hold 0, which no process needs.
+    if any(value > 0 for _, value in _points(history, "device/memory_gib")):
+        _line(axes, history, "device/memory_gib", "memory", 2)
+        _from_zero(axes, history, "device/memory_gib")
+
+
+def _skipped(axes: Axes, history: History) -> None:
+    axes.set(title="Clips skipped", ylabel="clips in the epoch")
+    counts, before = [], 0.0
+    for epoch in range(history.last + 1):
+        metrics = history.epochs.get(epoch, {})
+        if "clips_skipped" in metrics:
+            # The count goes on over the whole stage.
+            counts.append((epoch + 1, max(0.0, metrics["clips_skipped"] - before)))
+            before = metrics["clips_skipped"]
+    if counts:
+        axes.bar(
+            [x for x, _ in counts],
+            [count for _, count in counts],
+            width=0.7,
+            color=COLOURS[1],
+            label="skipped",
+            zorder=3,
+        )
+        axes.set_ylim(0, max(1.0, 1.15 * max(count for _, count in counts)))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        total = sum(count for _, count in counts)
+        axes.text(0.98, 0.95, f"{total:.0f} in all", transform=axes.transAxes, ha="right", va="top")
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    """Room for the markers of points at the ends."""
+    return low - 0.03 * (high - low), high + 0.03 * (high - low)
+
+
+def _plain_powers(axes: Axes) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5, written out."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _from_zero(axes: Axes, history: History, name: str) -> None:
+    """From 0 to a little above the largest epoch: one wild step must not flatten the curve."""
+    highest = max((value for _, value in _points(history, name) if math.isfinite(value)), default=0.0)
+    if highest > 0:
+        axes.set_ylim(-0.03 * highest, 1.25 * highest)
+
+
+def _frame(axes: Axes, history: History) -> None:
+    """What all panels share: the epochs' axis, failed epochs, the best one, the legend."""
+    axes.set_xlabel("epoch")
+    axes.set_xlim(0, max(history.planned, history.last + 1) + 0.4)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    for epoch in history.failed():
+        axes.axvspan(epoch + 0.5, epoch + 1.5, facecolor=FAILED, edgecolor="0.6", hatch="//", lw=0, zorder=0)
+    drawn = bool(axes.lines or axes.patches[len(history.failed()) :])
+    best = history.best_epoch()
+    if best is not None:
+        axes.axvline(best + 1, color="0.3", lw=1.2, ls=":", zorder=1)
+    if not drawn:
+        axes.text(0.5, 0.5, "not recorded yet", transform=axes.transAxes, ha="center", va="center", color="0.4")
+        axes.set_yticks([], minor=False)
+        axes.tick_params(which="both", left=False, labelleft=False)
+        return
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1 or axes.get_title(loc="left").endswith("by class"):
+        axes.legend(handles, labels, ncols=2 if len(labels) > 4 else 1, loc="best")
+
+
+_PANELS = (
+    _losses,
+    _scores("HOTA, IDF1, MOTA", "HOTA", "IDF1", "MOTA"),
+    _per_class("HOTA", "HOTA by class"),
+    _scores("Detection: recall against precision", "DetRe", "DetPr"),
+    _scores("Association against detection", "AssA", "DetA"),
+    _per_class("DetRe", "Detection recall by class"),
+    _gradients,
+    _rates,
+    _skipped,
+    _throughput,
+    _waiting,
+    _memory,
+)

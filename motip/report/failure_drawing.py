@@ -1,0 +1,170 @@
+"""Judged boxes drawn on a frame, for the videos and the contact sheet of a tracker's failures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from motip.report.draw import Colour, dashed_box, draw_label
+from motip.report.moments import FALSE, IGNORED, KINDS, MISSED, SWITCH, TRACKED, Mark
+
+COLOURS: dict[str, Colour] = {
+    TRACKED: (0, 190, 90),
+    MISSED: (50, 130, 255),
+    SWITCH: (255, 150, 0),
+    FALSE: (230, 20, 60),
+    IGNORED: (160, 160, 160),
+}
+LEGEND = {MISSED: "missed (dashed)", SWITCH: "identity switch: id before -> after"}
+GROUND: Colour = (24, 24, 24)
+LEGEND_HEIGHT = 34
+
+_WORTH_A_ZOOM = 1.2
+_LABEL_FROM = {SWITCH: 0, FALSE: 14, TRACKED: 14, MISSED: 45, IGNORED: 45}
+"""Width from which a box has a label, in thicknesses of its line."""
+
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+_DARK: Colour = (0, 0, 0)
+_WHITE: Colour = (255, 255, 255)
+_READABLE_PX = 22.0
+"""A tile zooms in until the boxes that are wrong are about this large, if it can."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of an image that is shown, (x, y, width, height) in its pixels, and the size it is shown at."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    shown_width: int
+    shown_height: int
+
+    def boxes(self, boxes_xyxy: np.ndarray) -> np.ndarray:
+        """(N, 4) boxes of the image in pixels of what is shown."""
+        scale = np.array([self.shown_width / self.width, self.shown_height / self.height] * 2)
+        moved: np.ndarray = (np.asarray(boxes_xyxy, np.float64) - [self.x, self.y] * 2) * scale
+        return moved
+
+
+def whole_view(width: int, height: int) -> View:
+    """The whole image, small ones enlarged and large ones reduced, so that boxes and text have a fitting size."""
+    if width < 960:
+        scale = float(max(1, round(960 / width)))
+    else:
+        scale = min(1.0, 1920 / width)
+    return View(0, 0, width, height, 2 * round(width * scale / 2), 2 * round(height * scale / 2))
+
+
+def zoomed_view(width: int, height: int, shown: tuple[int, int], marks: Sequence[Mark]) -> View:
+    """The part of an image that shows most of what is wrong in it, at ``shown`` (width, height).
+
+    Small boxes are enlarged up to four times; the shape of the image is kept within the shape that is shown.
+    """
+    fit = min(shown[0] / width, shown[1] / height)
+    wrong = np.array([mark.box for mark in marks if mark.kind in (MISSED, FALSE, SWITCH)], np.float64).reshape(-1, 4)
+    zoom = 1.0
+    if len(wrong):
+        sides = np.sqrt(np.maximum((wrong[:, 2:] - wrong[:, :2]).prod(axis=1), 1.0))
+        zoom = float(np.clip(_READABLE_PX / (np.median(sides) * fit), 1.0, 4.0))
+        zoom = 1.0 if zoom < _WORTH_A_ZOOM else zoom
+    # At zoom 1 the image fits as a whole; the view may be larger than it on one side, and is then filled up.
+    view_width, view_height = min(shown[0] / (fit * zoom), width), min(shown[1] / (fit * zoom), height)
+    x, y = 0.0, 0.0
+    if len(wrong):
+        corners = (wrong[:, :2] + wrong[:, 2:]) / 2 - [view_width / 2, view_height / 2]
+        corners = np.clip(corners, 0, [width - view_width, height - view_height])
+        centres, far = (wrong[:, :2] + wrong[:, 2:]) / 2, corners + np.array([view_width, view_height])
+        inside = (centres[None] >= corners[:, None]) & (centres[None] <= far[:, None])
+        x, y = corners[int(inside.all(axis=2).sum(axis=1).argmax())]
+    scale = fit * zoom
+    columns, lines = max(1, round(view_width)), max(1, round(view_height))
+    part = (min(int(x), width - columns), min(int(y), height - lines), columns, lines)
+    return View(*part, max(1, round(columns * scale)), max(1, round(lines * scale)))
+
+
+def paint(image: np.ndarray, marks: Sequence[Mark], view: View) -> np.ndarray:
+    """The view of ``image`` ((H, W, 3) uint8 RGB) with its marks."""
+    part = image[view.y : view.y + view.height, view.x : view.x + view.width]
+    method = cv2.INTER_AREA if view.shown_width < view.width else cv2.INTER_CUBIC
+    picture = cv2.resize(part, (view.shown_width, view.shown_height), interpolation=method)
+    line = max(2, round(min(picture.shape[:2]) / 360))
+    boxes = [_pixels(view.boxes(mark.box[None])[0], picture) for mark in marks]
+    placed = [(mark, box) for mark, box in zip(marks, boxes, strict=True) if _touches(box, picture)]
+    for mark, box in placed:
+        colour = COLOURS[mark.kind]
+        if mark.kind == MISSED:
+            dashed_box(picture, box, colour, line)
+            continue
+        if mark.truth is not None and min(box[2] - box[0], box[3] - box[1]) >= 10 * line:
+            x0, y0, x1, y1 = _pixels(view.boxes(mark.truth[None])[0], picture)
+            cv2.rectangle(picture, (x0, y0), (x1, y1), _paler(colour), 1)
+        cv2.rectangle(picture, (box[0], box[1]), (box[2], box[3]), _DARK, line + 2)
+        cv2.rectangle(picture, (box[0], box[1]), (box[2], box[3]), colour, line)
+    for mark, box in placed:
+        # In a crowd labels would hide the picture: small boxes have one only where an id changed.
+        if mark.text and box[2] - box[0] >= _LABEL_FROM[mark.kind] * line:
+            draw_label(picture, box, [mark.text], COLOURS[mark.kind], max(1, line // 2), 0)
+    return picture
+
+
+def legend(width: int, height: int = LEGEND_HEIGHT) -> np.ndarray:
+    """(height, width, 3): a box of each kind with its name."""
+    strip = np.full((height, width, 3), GROUND, np.uint8)
+    texts = {kind: LEGEND.get(kind, kind) for kind in KINDS}
+    box, gap, scale = round(height * 0.9), 26, height / 62
+    sizes = {kind: cv2.getTextSize(text, _FONT, scale, 1)[0][0] for kind, text in texts.items()}
+    needed = sum(sizes.values()) + len(KINDS) * (box + 8 + gap)
+    if needed > width:
+        wide = legend(needed, height)
+        return np.asarray(cv2.resize(wide, (width, height), interpolation=cv2.INTER_AREA))
+    x = gap // 2
+    for kind, text in texts.items():
+        corners = [x, height // 4, x + box, height - height // 4]
+        if kind == MISSED:
+            dashed_box(strip, corners, COLOURS[kind], 2)
+        else:
+            cv2.rectangle(strip, (corners[0], corners[1]), (corners[2], corners[3]), COLOURS[kind], 2)
+        cv2.putText(strip, text, (x + box + 8, round(height * 0.64)), _FONT, scale, _WHITE, 1, cv2.LINE_AA)
+        x += box + 8 + sizes[kind] + gap
+    return strip
+
+
+def headline(text: str, width: int, height: int, scale: float, colour: Colour = _WHITE) -> np.ndarray:
+    """(height, width, 3): a line of text on the ground colour, made smaller where it is too long."""
+    strip = np.full((height, width, 3), GROUND, np.uint8)
+    thick = 2 if scale > 0.7 else 1
+    (needed, tall), _ = cv2.getTextSize(text, _FONT, scale, thick)
+    if needed > width - 16:
+        scale *= max(0.1, (width - 16) / needed)
+    cv2.putText(strip, text, (8, (height + tall) // 2), _FONT, scale, colour, thick, cv2.LINE_AA)
+    return strip
+
+
+def framed(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The picture in the middle of a tile of that size."""
+    tile = np.full((height, width, 3), GROUND, np.uint8)
+    picture = picture[:height, :width]
+    y, x = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
+    tile[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+    return tile
+
+
+def _pixels(box: np.ndarray, picture: np.ndarray) -> list[int]:
+    """Whole pixels; boxes that reach far out of the picture are cut, since OpenCV overflows on them."""
+    height, width = picture.shape[:2]
+    cut = np.clip(box, [-width, -height] * 2, [2 * width, 2 * height] * 2)
+    return [int(value) for value in np.round(cut)]
+
+
+def _touches(box: list[int], picture: np.ndarray) -> bool:
+    return box[0] < picture.shape[1] and box[1] < picture.shape[0] and box[2] > 0 and box[3] > 0
+
+
+def _paler(colour: Colour) -> Colour:
+    red, green, blue = ((value + 255) // 2 for value in colour)
+    return red, green, blue

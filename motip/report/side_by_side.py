@@ -1,0 +1,126 @@
+"""One video of the same sequence as each stage's tracker sees it, tiled, with a caption on every tile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from motip.data.sequence import TrackRows
+from motip.errors import MotipError
+from motip.report.draw import DrawnTracks, Painter
+from motip.report.video import VideoWriter
+
+TILE_WIDTH = 640
+"""Pixels; two such tiles beside each other make a video that a browser plays without a pause."""
+TRAIL = 30
+STRIP = 30
+"""Pixels of the caption above each tile, so that it covers nothing."""
+CRF = 26
+"""Some quality for half the bytes: the page and its videos also go into MLflow, for every curriculum."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One stage's tracks of the sequence.
+
+    Attributes:
+        caption: stands on the tile with the number of tracks.
+        class_names: names of the class ids in ``rows``.
+    """
+
+    caption: str
+    rows: TrackRows
+    class_names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """A written video: how many frames it has, and the frame with most tracks, (H, W, 3) uint8 RGB."""
+
+    frames: int
+    poster: np.ndarray
+
+
+def columns_of(tiles: int) -> int:
+    """Tiles in a row: one alone, two up to four, then as square as it goes."""
+    return min(tiles, 2) if tiles <= 4 else math.ceil(math.sqrt(tiles))
+
+
+def write_side_by_side(
+    frames: Iterable[tuple[int, np.ndarray]],
+    tiles: Sequence[Tile],
+    output: Path,
+    fps: float,
+    tile_width: int = TILE_WIDTH,
+) -> SideBySide:
+    """Draw the tracks of every tile on each frame and write ``output`` (.mp4).
+
+    Args:
+        frames: (0-based frame number, (H, W, 3) uint8 RGB) in order, all of one size.
+        fps: frames per second of the sequence.
+        tile_width: pixels; frames are brought to it before drawing, so that lines and labels have one size.
+
+    Raises:
+        MotipError: no tile, no frame, no H.264 encoder, or a folder that cannot be written. No file is left then.
+    """
+    if not tiles:
+        raise MotipError("there are no tracks to show side by side")
+    painters = [Painter(tile.class_names, TRAIL) for tile in tiles]
+    by_frame = [_by_frame(tile.rows) for tile in tiles]
+    columns = columns_of(len(tiles))
+    most, poster = -1, np.zeros((1, 1, 3), np.uint8)
+    with VideoWriter(output, Fraction(fps).limit_denominator(1001), CRF) as writer:
+        for number, image in frames:
+            scale = tile_width / image.shape[1]
+            # Both even, which the encoder needs of the whole picture.
+            size = (tile_width - tile_width % 2, 2 * max(1, round(image.shape[0] * scale / 2)))
+            resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+            zoom = np.tile(np.array(size) / (image.shape[1], image.shape[0]), 2)
+            pictures, shown = [], 0
+            for tile, painter, rows in zip(tiles, painters, by_frame, strict=True):
+                drawn = _drawn(tile.rows, rows.get(number), zoom)
+                caption = f"{tile.caption}   {len(drawn.ids)} boxes   frame {number + 1}"
+                shown += len(drawn.ids)
+                pictures.append(np.vstack([_caption(size[0], caption), painter.draw(resized, drawn)]))
+            picture = tiled(pictures, columns)
+            writer.write(picture)
+            if shown > most:
+                most, poster = shown, picture
+        if not writer.frames:
+            raise MotipError("the sequence has no frames", where=output.name)
+    return SideBySide(writer.frames, poster)
+
+
+def tiled(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Pictures of one size in rows of ``columns``; places left over are black."""
+    empty = np.zeros_like(pictures[0])
+    padded = [*pictures, *[empty] * (-len(pictures) % columns)]
+    return np.vstack([np.hstack(padded[start : start + columns]) for start in range(0, len(padded), columns)])
+
+
+def _caption(width: int, text: str) -> np.ndarray:
+    """(STRIP, width, 3): the text in white on dark, smaller where it is long."""
+    strip = np.full((STRIP, width, 3), 24, np.uint8)
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.62
+    (needed, _), _ = cv2.getTextSize(text, font, scale, 1)
+    scale = min(scale, scale * (width - 16) / max(needed, 1))
+    cv2.putText(strip, text, (8, STRIP - 9), font, scale, (255, 255, 255), 1, cv2.LINE_AA)
+    return strip
+
+
+def _by_frame(rows: TrackRows) -> dict[int, np.ndarray]:
+    """Frame number -> indices of its rows."""
+    order = np.argsort(rows.frames, kind="stable")
+    numbers, starts = np.unique(rows.frames[order], return_index=True)
+    return dict(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)) if len(numbers) else {}
+
+
+def _drawn(rows: TrackRows, own: np.ndarray | None, zoom: np.ndarray) -> DrawnTracks:
+    index = np.zeros(0, np.int64) if own is None else own
+    return DrawnTracks(rows.track_ids[index], rows.boxes_xyxy[index] * zoom, rows.class_ids[index], rows.scores[index])

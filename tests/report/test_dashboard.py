@@ -1,0 +1,276 @@
+"""The dashboard: every panel, gaps where epochs failed, renewed after each epoch, and never a reason to stop."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from motip.cli import main
+from motip.curriculum.dashboard import StageDashboard
+from motip.errors import MotipError
+from motip.lineage import NullLineage
+from motip.report.dashboard import COLOURS, LOWEST, dashboard, draw_dashboard
+from motip.report.history import STEPS_KEPT, History
+
+PANELS = {
+    "Losses": {"total", "detection", "ID"},
+    "HOTA, IDF1, MOTA": {"HOTA", "IDF1", "MOTA"},
+    "HOTA by class": {"car", "pedestrian"},
+    "Detection: recall against precision": {"DetRe", "DetPr"},
+    "Association against detection": {"AssA", "DetA"},
+    "Detection recall by class": {"car", "pedestrian"},
+    "Gradient norm before clipping": {"detector", "all others"},
+    "Learning rate": {"backbone", "sampling points", "ID words, all others"},
+    "Clips skipped": {"skipped"},
+    "Throughput": {"clips per second"},
+    "Waiting for data": {"waiting share"},
+    "Memory, most in an epoch": {"memory"},
+}
+
+
+def metrics(epoch: int, scored: bool = True) -> dict[str, float]:
+    values = {f"train/{name}": 4.0 / (epoch + 1) for name in ("loss", "detr_loss", "id_loss")}
+    values |= {"train/detr_grad_norm": 9.0, "train/other_grad_norm": 1.5, "clips_per_s": 4.0 + epoch}
+    values |= {"time/wait_share": 0.05, "device/memory_gib": 15.0, "clips_skipped": float(3 * epoch)}
+    if scored:
+        values |= {name: 10.0 + 5 * epoch for name in ("HOTA", "IDF1", "MOTA", "DetRe", "DetPr", "AssA", "DetA")}
+        values |= {f"{name}/{each}": 20.0 for name in ("HOTA", "DetRe") for each in ("pedestrian", "car")}
+    return values
+
+
+def step(epoch: int, index: int, of: int = 4, loss: float = 3.0) -> dict[str, Any]:
+    rates = {"lr/backbone": 2e-6, "lr/linear_proj": 1e-6, "lr/dictionary": 2e-5, "lr/rest": 2e-5}
+    named = {"loss": loss, "detr_grad_norm": 8.0, "other_grad_norm": 1.0, "memory_gib": 1.0, **rates}
+    return {"epoch": epoch, "index": index, "of": of, "metrics": {f"step/{name}": v for name, v in named.items()}}
+
+
+def history(*epochs: int, planned: int = 8, unscored: tuple[int, ...] = ()) -> History:
+    made = History("Vis-Adaptation", planned)
+    for epoch in epochs:
+        for index in range(4):
+            values = step(epoch, index)
+            made.add_step(epoch, (index + 1) / 4, values["metrics"])
+        made.add_epoch(epoch, metrics(epoch, scored=epoch not in unscored))
+    return made
+
+
+def panel(figure: Figure, title: str) -> Any:
+    return next(axes for axes in figure.axes if axes.get_title(loc="left") == title)
+
+
+def line(figure: Figure, title: str, label: str) -> np.ndarray:
+    """(N, 2) points of a line."""
+    found = next(each for each in panel(figure, title).lines if each.get_label() == label)
+    return np.asarray(found.get_xydata())
+
+
+def width_of(path: Path | str) -> int:
+    picture = cv2.imread(str(path))
+    assert picture is not None
+    return int(picture.shape[1])
+
+
+def stage(folder: Path, **record: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "stage.json").write_text(json.dumps({"status": "running", "inputs": "ab", "run_id": "r", **record}))
+    (folder / "config.json").write_text(json.dumps({"EPOCHS": 5}))
+    (folder / "job.json").write_text(json.dumps({"stage": "Vis-Adaptation", "best": "IDF1"}))
+    return folder
+
+
+def finished_epoch(folder: Path, epoch: int) -> None:
+    (folder / f"epoch_{epoch:03d}").mkdir()
+    stored = {"epoch": epoch, "step": 4 * epoch, "metrics": metrics(epoch)}
+    (folder / f"epoch_{epoch:03d}" / "metrics.json").write_text(json.dumps(stored))
+
+
+def test_all_panels_are_there_with_their_lines_and_units() -> None:
+    figure = dashboard(history(0, 1, 2))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(PANELS)
+    for title, labels in PANELS.items():
+        axes = panel(figure, title)
+        drawn = {each.get_label() for each in [*axes.lines, *axes.containers]}
+        assert labels <= drawn, title
+        assert axes.get_xlabel() == "epoch"
+    units = [axes.get_ylabel() for axes in figure.axes]
+    assert all(units) and {"percent", "GiB", "clips per second", "percent of the epoch's time"} <= set(units)
+    width, height = figure.get_size_inches() * figure.dpi
+    smallest = min(float(text.get_fontsize()) for axes in figure.axes for text in axes.get_xticklabels())
+    assert width >= 1400 and height >= 1000 and smallest / 72 * figure.dpi * 880 / width >= 10  # px in a README
+
+
+def test_points_stand_at_their_epochs_counted_from_one() -> None:
+    points = line(dashboard(history(0, 1, 2)), "Losses", "total")
+    assert points.tolist() == [[1, 4.0], [2, 2.0], [3, pytest.approx(4 / 3)]]
+    assert line(dashboard(history(0, 1)), "Waiting for data", "waiting share")[:, 1].tolist() == [5.0, 5.0]
+
+
+def test_a_missing_epoch_is_a_gap_in_every_line_and_a_band() -> None:
+    figure = dashboard(history(0, 1, 3, 4))
+    for title, label in (("Losses", "total"), ("HOTA, IDF1, MOTA", "HOTA"), ("HOTA by class", "car")):
+        points = line(figure, title, label)
+        assert points[:, 0].tolist() == [1, 2, 3, 4, 5]
+        assert np.isnan(points[:, 1]).tolist() == [False, False, True, False, False]
+    rates = line(figure, "Learning rate", "backbone")
+    assert np.isnan(rates[:, 1]).sum() == 1 and rates[np.isnan(rates[:, 1]), 0] == [2]
+    for axes in figure.axes:
+        bands = [
+            patch.get_extents().transformed(axes.transData.inverted()) for patch in axes.patches if patch.get_hatch()
+        ]
+        assert [(round(band.x0, 3), round(band.x1, 3)) for band in bands] == [(2.5, 3.5)]
+    assert any("(3)" in text.get_text() for text in figure.texts)
+
+
+def test_an_epoch_without_a_finite_loss_failed_and_one_that_was_not_scored_did_not() -> None:
+    made = history(0, 1, 2, 3, unscored=(1,))
+    made.epochs[2]["train/loss"] = math.nan
+    assert made.failed() == [2]
+    figure = dashboard(made)
+    assert line(figure, "HOTA, IDF1, MOTA", "HOTA")[:, 0].tolist() == [1, 3, 4]
+    assert np.isnan(line(figure, "HOTA, IDF1, MOTA", "HOTA")[:, 1]).tolist() == [False, True, False]
+    assert np.isfinite(line(figure, "Losses", "ID")[:, 1]).tolist() == [True, True, False, True]
+
+
+def test_skipped_clips_are_those_of_each_epoch() -> None:
+    axes = panel(dashboard(history(0, 1, 2)), "Clips skipped")
+    assert [(round(bar.get_center()[0], 6), bar.get_height()) for bar in axes.containers[0]] == [(1, 0), (2, 3), (3, 3)]
+    assert any("6 in all" in text.get_text() for text in axes.texts)
+
+
+def test_a_mota_far_below_zero_is_an_arrow_with_its_value() -> None:
+    made = history(0, 1)
+    made.epochs[0]["MOTA"] = -312.0
+    axes = panel(dashboard(made), "HOTA, IDF1, MOTA")
+    assert axes.get_ylim()[0] >= LOWEST - 10
+    assert [text.get_text() for text in axes.texts] == ["-312"]
+
+
+def test_a_history_without_scores_or_steps_is_drawn_and_says_so() -> None:
+    made = History("only", 3)
+    made.add_epoch(0, metrics(0, scored=False))
+    figure = dashboard(made)
+    empty = {
+        axes.get_title(loc="left")
+        for axes in figure.axes
+        if [text.get_text() for text in axes.texts] == ["not recorded yet"]
+    }
+    assert empty == {title for title in PANELS if "HOTA" in title or "Det" in title or "Ass" in title} | {
+        "Learning rate"
+    }
+    assert any("no epoch is scored yet" in text.get_text() for text in figure.texts)
+
+
+@pytest.mark.parametrize("lost", ["red", "green", "blue"])
+def test_neighbouring_colours_differ_for_all_kinds_of_colour_vision(lost: str) -> None:
+    """Viénot, Brettel and Mollon (1999) for red and green, and its like for blue, in linear RGB."""
+    weights = {
+        "red": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
+        "green": [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
+        "blue": [[1, 0.1461, -0.1461], [0, 0.8591, 0.1409], [0, 0.8591, 0.1409]],
+    }[lost]
+    seen = [np.array(weights) @ np.array(to_rgb(colour)) ** 2.2 for colour in COLOURS[:3]]
+    apart = [np.abs(a - b).max() for index, a in enumerate(seen) for b in seen[index + 1 :]]
+    assert min(apart) > 0.08
+
+
+def test_the_picture_is_renewed_after_every_epoch_and_when_the_stage_ends(tmp_path: Path) -> None:
+    folder = stage(tmp_path / "stage")
+    told: list[Path] = []
+
+    class Listening(NullLineage):
+        def log_artifact(self, run_id: str, path: Path | str, folder: str = "") -> None:
+            told.append(Path(path))
+            assert run_id == "r" and width_of(path) == 1500
+
+    notes: list[str] = []
+    keeper = StageDashboard(Listening(), "r", folder, notes.append)  # type: ignore[arg-type]
+    pictures = []
+    for epoch in range(2):
+        for index in range(4):
+            keeper.step(step(epoch, index))
+        keeper.epoch({"epoch": epoch, "step": 4, "metrics": metrics(epoch)})
+        pictures.append((folder / "dashboard.png").read_bytes())
+    keeper.finish()
+    pictures.append((folder / "dashboard.png").read_bytes())
+    assert len(set(pictures)) == 3 and notes == []
+    assert [path.name for path in told] == ["dashboard.png"] * 3
+
+    # After a restart the same curves go on; what the cut-off attempt did beyond its checkpoint is replaced.
+    again = StageDashboard(NullLineage(), "r", folder, notes.append)  # type: ignore[arg-type]
+    again.step(step(1, 1, loss=7.0))
+    again.epoch({"epoch": 1, "step": 8, "metrics": metrics(1)})
+    kept = History.load(folder)
+    assert [(epoch, done) for epoch, done, _ in kept.steps] == [
+        (0, 0.25),
+        (0, 0.5),
+        (0, 0.75),
+        (0, 1.0),
+        (1, 0.25),
+        (1, 0.5),
+    ]
+    assert kept.steps[-1][2]["loss"] == 7.0 and sorted(kept.epochs) == [0, 1]
+
+
+def test_a_folder_that_cannot_be_written_is_said_once_and_ends_nothing(tmp_path: Path) -> None:
+    folder = stage(tmp_path / "stage")
+    (folder / "history.json").mkdir()
+    notes: list[str] = []
+    keeper = StageDashboard(NullLineage(), "r", folder, notes.append)  # type: ignore[arg-type]
+    keeper.epoch({"epoch": 0, "step": 4, "metrics": metrics(0)})
+    keeper.epoch({"epoch": 1, "step": 8, "metrics": metrics(1)})
+    assert len(notes) == 1 and "dashboard is not up to date" in notes[0]
+
+
+def test_a_stage_is_read_from_its_folder_alone(tmp_path: Path) -> None:
+    folder = stage(tmp_path / "stage")
+    for epoch in (0, 1, 3):
+        finished_epoch(folder, epoch)
+    made = draw_dashboard(folder, tmp_path / "out.png")
+    assert (made.stage, made.planned, made.best, made.finished) == ("Vis-Adaptation", 5, "IDF1", False)
+    assert made.failed() == [2] and made.best_epoch() == 3
+    assert width_of(tmp_path / "out.png") == 1500
+
+
+def test_no_stage_and_no_epoch_are_one_message_each(tmp_path: Path) -> None:
+    with pytest.raises(MotipError, match="not that of a stage"):
+        draw_dashboard(tmp_path, tmp_path / "out.png")
+    with pytest.raises(MotipError, match="no finished epoch"):
+        draw_dashboard(stage(tmp_path / "stage"), tmp_path / "out.png")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_many_steps_are_thinned_evenly() -> None:
+    made = History("long", 9)
+    for number in range(3 * STEPS_KEPT):
+        made.add_step(number // 1000, (number % 1000 + 1) / 1000, {"step/loss": 1.0, "step/time/wait_s": 2.0})
+    assert STEPS_KEPT / 2 <= len(made.steps) <= STEPS_KEPT
+    assert {epoch for epoch, _, _ in made.steps} == set(range(6)) and set(made.steps[0][2]) == {"loss"}
+
+
+def test_the_command_draws_by_the_folder_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stage(tmp_path / "Vis-Adaptation" / "abcdef")
+    finished_epoch(folder, 0)
+    for arguments, status in (
+        (["Vis-Adaptation"], 0),
+        (["Vis-Adaptation", "--out", "there.png"], 0),
+        (["Vis-Adaptation", "--out", "there.jpg"], 2),
+        (["nowhere"], 2),
+    ):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["motip", "report", "dashboard", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert int(end.value.code or 0) == status, capsys.readouterr().err
+    assert (folder / "dashboard.png").read_bytes() == (tmp_path / "there.png").read_bytes()
+    error = capsys.readouterr().err
+    assert "there is no such run" in error and "ends in .png" in error

@@ -1,0 +1,101 @@
+"""Secrets planted in the environment of a whole training are nowhere afterwards: output, files, database."""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from motip.data import storage
+from motip.data.retries import retried
+from motip.errors import MotipError
+from tests.small_curriculum import write_files
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def planted() -> dict[str, str]:
+    """Variables as users have them; every value is one that could stand nowhere by chance."""
+    secret = secrets.token_hex
+    return {
+        "AWS_ACCESS_KEY_ID": "AKIA" + secret(8).upper(),
+        "AWS_SECRET_ACCESS_KEY": secret(20),
+        "AWS_SESSION_TOKEN": secret(40),
+        "RAY_AUTH_TOKEN": secret(32),
+        "MLFLOW_TRACKING_USERNAME": "user" + secret(8),
+        "MLFLOW_TRACKING_PASSWORD": secret(16),
+        "HF_TOKEN": "hf_" + secret(17),
+        "AWS_ENDPOINT_URL": f"http://me:{secret(16)}@127.0.0.1:9",
+    }
+
+
+def needles(variables: dict[str, str]) -> list[str]:
+    """What must not be found: the values, and the password inside an address."""
+    return [value.partition("me:")[2].partition("@")[0] or value for value in variables.values()]
+
+
+def found_in(folder: Path, words: list[str]) -> list[str]:
+    return [
+        f"{path.relative_to(folder)}: ...{word[-4:]}"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        for content in [path.read_bytes()]
+        for word in words
+        if word.encode() in content
+    ]
+
+
+def job(script: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_", "MLFLOW_"))}
+    command = [sys.executable, f"ray_jobs/{script}", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**kept, "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
+    variables = planted()
+    assert len(set(needles(variables))) == len(variables)
+    for index, word in enumerate(needles(variables)):
+        (tmp_path / f"{index}.bin").write_bytes(b"\0\xff" + word.encode() + b"\0")
+    assert len(found_in(tmp_path, needles(variables))) == len(variables)
+
+
+def test_a_training_leaves_no_secret_behind(tmp_path: Path) -> None:
+    variables = planted()
+    path, place = write_files(tmp_path), tmp_path / "storage"
+    done = job("curriculum.py", "--config", path, "--data-root", tmp_path, "--storage", place, "--workers", 0,
+               "--until", "BDD-Foundation", **variables)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    database = place / "mlflow" / "mlflow.db"
+    with sqlite3.connect(database) as opened:
+        (params,) = opened.execute("select count(*) from params").fetchone()
+    assert params > 50 and list((place / "mlflow" / "artifacts").rglob("config.json"))
+    assert [word for word in needles(variables) if word in done.stdout + done.stderr] == []
+    assert found_in(tmp_path, needles(variables)) == []
+
+
+def test_an_error_message_holds_none_either(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An object store that cannot be reached, at an address with a password in it."""
+    variables = planted()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "retried", functools.partial(retried, for_s=0.5))
+    storage.s3.cache_clear()
+    try:
+        with pytest.raises(MotipError, match="S3 answered with an error") as refused:
+            storage.location("s3://bucket/motip").exists()
+    finally:
+        storage.s3.cache_clear()
+    assert [word for word in needles(variables) if word in str(refused.value) + caplog.text] == []
