@@ -181,7 +181,7 @@ def _on_first_rank(run: Run, write: Any) -> Path | None:
             if "PytorchStreamWriter" not in str(error) and "write" not in str(error):
                 raise
             failure = cannot_save(f"at step {run.global_step}", error, f"stage {run.job.stage}")
-    # By `gather`, which waits: rank 0 may have scored for long before it came to write, and the others must not give up on it.
+    # By `gather`, which waits: rank 0 may have scored for long before it came to write, and nobody must give up on it.
     if not all(run.comm.gather(failure is None)):
         raise failure or MotipError(
             "rank 0 could not write its checkpoint", where=f"stage {run.job.stage}", fix="see the message of rank 0"

@@ -156,14 +156,14 @@ class GroundScene:
         rng = self._rng
         kind = rng.choice(
             ["ahead", "oncoming", "parked", "crossing car", "walker", "crossing walker"],
-            p=[0.17, 0.17, 0.14, 0.08, 0.22, 0.22],
+            p=[0.14, 0.14, 0.10, 0.07, 0.20, 0.35],
         )
         z = rng.uniform(5, 0.8 * FAR) if anywhere else rng.uniform(0.75 * FAR, FAR)
         direction = rng.choice([-1, 1])
         if kind in ("walker", "crossing walker"):
             tall, category, view = rng.uniform(1.55, 1.9), "pedestrian", ""
             if kind == "walker":
-                x, speed_x = direction * rng.uniform(4.8, 6.6) - 0.5, 0.0
+                x, speed_x = direction * rng.uniform(3.6, 5.4) - 0.5, 0.0
                 speed_z = rng.choice([-1, 1]) * rng.uniform(0.6, 1.5)
             else:
                 z = rng.uniform(6, 14)
