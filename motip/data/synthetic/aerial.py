@@ -42,7 +42,7 @@ class _Mover:
 
 
 class AerialScene:
-    """12 to 22 vehicles and people in view, 8 to 27 pixels; 30 to 60 in a crowd. Trees hide what passes below."""
+    """12 to 22 vehicles and people in view, 10 to 30 pixels; 30 to 60 in a crowd. Trees hide what passes below."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int], frames: int, crowd: bool) -> None:
         """``size`` is (H, W); ``crowd`` means 30 to 60 objects in view, most of them people."""
@@ -79,7 +79,7 @@ class AerialScene:
         for number in range(int(rng.integers(2, 4)) + 1):
             angle = base + (np.pi / 2 if number % 2 else 0) + rng.normal(0, 0.15)
             x, y = rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height
-            roads.append(_Road(x, y, angle, rng.uniform(26, 34) * self._unit))
+            roads.append(_Road(x, y, angle, rng.uniform(30, 38) * self._unit))
         return roads
 
     def _place_lot(self, rng: np.random.Generator) -> tuple[float, float, float, float] | None:
@@ -95,16 +95,16 @@ class AerialScene:
         width, height = self._span
         hue = rng.choice([rng.uniform(0.05, 0.15), rng.uniform(0.2, 0.35), rng.uniform(0.9, 1.1)])
         soil = np.array(
-            [hsv(hue + rng.normal(0, 0.06), rng.uniform(0.1, 0.5), rng.uniform(0.35, 0.7)) for _ in "123456"]
+            [hsv(hue + rng.normal(0, 0.05), rng.uniform(0.1, 0.35), rng.uniform(0.4, 0.58)) for _ in "123456"]
         )
         terrain = blotches(rng, height, width, 22 * self._unit, soil)
-        for _ in range(rng.integers(5, 13)):
+        for _ in range(rng.integers(3, 8)):
             x, y = rng.uniform(0, width), rng.uniform(0, height)
             size_x, size_y = rng.uniform(20, 60, 2) * self._unit
             if any(road.distance(x, y) < road.breadth / 2 + (size_x + size_y) / 2.6 for road in self._roads):
                 continue
             corners = (round(x - size_x / 2), round(y - size_y / 2)), (round(x + size_x / 2), round(y + size_y / 2))
-            colour = hsv(rng.random(), rng.uniform(0.05, 0.5), rng.uniform(0.35, 0.8))
+            colour = hsv(rng.random(), rng.uniform(0.05, 0.3), rng.uniform(0.35, 0.7))
             cv2.rectangle(terrain, *corners, tuple(value // 2 for value in colour), max(1, round(3 * self._unit)))
             cv2.rectangle(terrain, *corners, colour, -1)
         grey = rng.uniform(75, 125)
@@ -131,7 +131,7 @@ class AerialScene:
     def _plant_trees(self, rng: np.random.Generator) -> list[tuple[float, float, Sprite]]:
         kinds = [tree_above(rng, radius * self._unit) for radius in (9, 12, 15)]
         trees = []
-        for _ in range(int(rng.integers(6, 22))):
+        for _ in range(int(rng.integers(4, 15))):
             road = self._roads[rng.integers(len(self._roads))]
             along = rng.uniform(-0.7, 0.7) * max(self._span)
             aside = rng.choice([-1, 1]) * (rng.uniform(0.3, 1.2) * road.breadth + 4 * self._unit)
@@ -188,16 +188,16 @@ class AerialScene:
     def _draw_mover(self, rng: np.random.Generator, category: str) -> list[Sprite]:
         """Its poses: several for people, one for everything else."""
         if category in ("pedestrian", "people"):
-            size, costume = rng.uniform(9.5, 12) * self._unit, Costume.random(rng)
+            size, costume = rng.uniform(11, 14) * self._unit, Costume.random(rng)
             return [person_above(size, costume, 2 * np.pi * k / POSES) for k in range(POSES)]
         length, width = {
-            "car": (rng.uniform(16, 22), rng.uniform(9, 11)),
-            "van": (rng.uniform(20, 26), rng.uniform(10, 12)),
-            "truck": (rng.uniform(28, 36), rng.uniform(11, 13)),
-            "bus": (rng.uniform(36, 44), rng.uniform(12, 13)),
+            "car": (rng.uniform(20, 26), rng.uniform(11, 13)),
+            "van": (rng.uniform(24, 30), rng.uniform(12, 14)),
+            "truck": (rng.uniform(32, 40), rng.uniform(13, 15)),
+            "bus": (rng.uniform(40, 48), rng.uniform(14, 15)),
             "others": (11.0, 8.0),
         }[category]
-        colour = hsv(rng.random(), rng.choice([0.05, rng.uniform(0.3, 1)]), rng.uniform(0.15, 0.95))
+        colour = hsv(rng.random(), rng.choice([0.05, rng.uniform(0.5, 1)]), rng.choice([0.12, rng.uniform(0.7, 1)]))
         return [car_above(length * self._unit, width * self._unit, colour, category)]
 
     def _populate(self, rng: np.random.Generator, movers: list[_Mover], crowd: bool) -> list[_Mover]:
