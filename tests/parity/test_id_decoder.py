@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from motip.model import MOTIP, build_model
-from motip.model.frame_decoder import FrameDecoder
+from motip.model.frame_decoder import FrameDecoder, HistoryTokens
 from tests.parity.recipe import fill
 from tests.parity.sizes import id_decoder_spec, largest_difference, or_skip, present, reference_files, tensor
 
@@ -104,7 +104,9 @@ def test_incremental_path_gives_the_published_logits(path: Path) -> None:
         frames = [decoder.encode_history(x, y) for x, y in zip(modelled, labels, strict=True)]
         history = frames[0]
         for newer in frames[1:]:
-            history = history.append(newer)
+            history = HistoryTokens(
+                *(torch.cat([old, new[:, :, 1:]], 2) for old, new in zip(history, newer, strict=True))
+            )
         ages = (tensor(file["in_unknown_times"])[0, 0, 0, 0] - tensor(file["in_trajectory_times"])[0, 0]).flatten()
         unknown = tensor(file["in_unknown_features"])[0, 0, 0]
         expected = file["eval_logits"][0, 0, 0]
@@ -112,6 +114,8 @@ def test_incremental_path_gives_the_published_logits(path: Path) -> None:
         assert largest_difference(logits, expected) < 1e-4
         # Leaving hidden tokens out is the same as masking them, and is what a tracker does.
         visible = ~masks.flatten()
-        logits = decoder.decode(unknown, history.select(visible), ages[visible])
+        seen = torch.cat([torch.ones(1, dtype=torch.bool), visible])  # token 0 stays
+        shown = HistoryTokens(history.keys[:, :, seen], history.values[:, :, seen])
+        logits = decoder.decode(unknown, shown, ages[visible])
         assert largest_difference(logits, expected) < 1e-4
         assert not torch.isnan(logits).any()
