@@ -53,7 +53,7 @@ def test_a_submitted_job_leaves_its_results_in_the_storage(tmp_path: Path) -> No
 
 
 def _submit(head: Head, tmp_path: Path) -> None:
-    path = write_files(tmp_path)
+    path = write_files(tmp_path, domains=False)
     storage = tmp_path / "storage"
     command = [head.ray, "job", "submit", "--working-dir", ".", "--", "python", "ray_jobs/curriculum.py"]
     command += ["--config", str(path), "--data-root", str(tmp_path), "--storage", str(storage)]
@@ -92,7 +92,7 @@ def test_the_uploaded_package_is_small() -> None:
 
 def test_an_error_in_a_worker_is_one_message(tmp_path: Path) -> None:
     """It would come again however often the workers are restarted, so they are not, and it is not wrapped in Ray's."""
-    path = write_files(tmp_path)
+    path = write_files(tmp_path, domains=False)
     command = [sys.executable, "ray_jobs/curriculum.py", "--config", str(path), "--data-root", str(tmp_path)]
     command += ["--storage", str(tmp_path / "storage"), "--until", "BDD-Foundation"]
     command += ["--set", "ONLY_DETR=True", "--set", "DETR_NUM_TRAIN_FRAMES=0"]

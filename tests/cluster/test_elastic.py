@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_training_grows_onto_a_new_node_and_goes_on_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
-    path = write_files(tmp_path)
+    path = write_files(tmp_path, domains=False)
     path.write_text(path.read_text().replace("frames: 4}", "frames: 40}"))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     log = tmp_path / "driver.log"
@@ -62,7 +62,14 @@ def test_training_grows_onto_a_new_node_and_goes_on_without_it(tmp_path: Path, m
 def _command(path: Path, folder: Path) -> list[str]:
     command = [sys.executable, "ray_jobs/curriculum.py", "--config", str(path), "--data-root", str(folder)]
     command += ["--storage", str(folder / "storage"), "--workers", "1:2", "--until", "BDD-Foundation"]
-    settings = {"EPOCHS": 1, "CLIPS_PER_EPOCH": 28, "BATCH_SIZE": 2, "CHECKPOINT_EVERY_STEPS": 1, "RESIZE_EVERY_S": 5}
+    settings = {
+        "EPOCHS": 6,
+        "CLIPS_PER_EPOCH": 28,
+        "EVALUATE_EVERY_EPOCHS": 6,
+        "BATCH_SIZE": 2,
+        "CHECKPOINT_EVERY_STEPS": 1,
+        "RESIZE_EVERY_S": 5,
+    }
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     return command

@@ -45,7 +45,7 @@ def _weights(folder: Location) -> set[str]:
 
 def test_training_into_s3_that_stumbles_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    path = write_files(tmp_path)
+    path = write_files(tmp_path, domains=False)
     curriculum = load_curriculum(path, OVERRIDES)
     with object_store() as store:
         options = Options(str(tmp_path), f"{store.uri}/storage", workers=1, config_path=str(path), until=STAGE)
