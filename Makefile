@@ -1,6 +1,7 @@
 # make demo: set up, then the four-stage curriculum on the embedded demo world
 # make test: set up, then the tests (fast suite first, then the ones that start a real Ray cluster)
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c "" 2>/dev/null && echo python3.12 || echo python3)
+# make test-slow: what takes too long for every change: learning, a soak, a cluster that grows and shrinks
 # The interpreter of the machine is used as it is; 3.11 and 3.12 are supported.
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ STORAGE ?= $(CURDIR)/outputs/demo
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test test-fast test-cluster lint clean
+.PHONY: help setup demo test test-fast test-cluster test-slow lint clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -36,7 +37,10 @@ test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-cluster: setup
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m "cluster and not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,7 +16,8 @@ from motip.model.weights import load_checkpoint
 from motip.train.fit import completed
 from tests.small_curriculum import write_files
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+# Not part of make test: how long it takes hangs on when Ray looks for room.
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 
