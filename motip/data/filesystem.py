@@ -70,7 +70,7 @@ class WholeFiles(pafs.FileSystemHandler):
         self._ask("emptying", path, lambda files: files.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
 
     def delete_root_dir_contents(self) -> None:
-        raise NotImplementedError("the root of a storage is never emptied")
+        raise io.UnsupportedOperation("the root of a storage is never emptied")
 
     def delete_file(self, path: str) -> None:
         self._ask("removing", path, lambda files: files.delete_file(path))
@@ -88,7 +88,7 @@ class WholeFiles(pafs.FileSystemHandler):
         return self._ask("opening", path, lambda files: files.open_input_file(path))
 
     def open_append_stream(self, path: str, metadata: Any) -> pa.NativeFile:
-        raise NotImplementedError("files of a storage are written whole, never added to")
+        raise io.UnsupportedOperation("files of a storage are written whole, never added to")
 
     def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:
         return pa.PythonFile(_WholeOnClose(lambda data: self._write(path, data)), mode="w")
