@@ -1,9 +1,12 @@
-"""Fixtures every test room shares: where the reference numbers and the real samples are."""
+"""Fixtures every test room shares: where the reference numbers and the real samples are, and the `motip` command."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -30,3 +33,34 @@ def samples_dir() -> Path:
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return ROOT
+
+
+class Ran(NamedTuple):
+    """How a command ended and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        return self.out.strip().splitlines()[-1]
+
+
+Motip = Callable[..., Ran]
+
+
+@pytest.fixture
+def motip(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Motip:
+    """`motip ARGUMENTS` as a user types it, in this process."""
+    from motip.cli import main
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["motip", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return Ran(int(end.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -8,40 +8,14 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from motip.cli import main
 from motip.data.formats.results import read_bdd100k, read_mot, read_visdrone, write_mot
 from motip.data.sequence import TrackRows
 from tests.report.videos import facts, write_video
 from tests.small_world import FRAMES, write_checkpoint, write_curriculum, write_dance_world
-
-
-@dataclass(frozen=True)
-class Ran:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def last_line(self) -> str:
-        return self.out.strip().splitlines()[-1]
-
-
-@pytest.fixture
-def motip(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["motip", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return Ran(int(end.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +93,8 @@ def test_track_reads_a_pattern_and_an_exported_model(motip, room: Path, tmp_path
 def test_ctrl_c_leaves_a_file_that_plays(room: Path, tmp_path: Path) -> None:
     long = write_video(tmp_path / "long.mp4", frames=2000)
     command = [sys.executable, "-m", "motip.cli", "track", "--checkpoint", str(room / "tiny.pth"),
-               "--video_path", str(long), "--output_path", str(tmp_path / "out.mp4"), "--device", "cpu"]  # fmt: skip
+               "--video_path", str(long), "--output_path", str(tmp_path / "out.mp4"), "--device", "cpu",
+               "--json", str(tmp_path / "out.jsonl")]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         begin = time.monotonic()
         # The file under its temporary name means that frames are being written.
@@ -132,7 +107,8 @@ def test_ctrl_c_leaves_a_file_that_plays(room: Path, tmp_path: Path) -> None:
     found = facts(tmp_path / "out.mp4")
     assert 1 <= found.frames < 2000 and f"interrupted after {found.frames} frames" in out
     assert (tmp_path / "out.txt").is_file()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.mp4", "out.mp4", "out.txt"]
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == found.frames
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.mp4", "out.jsonl", "out.mp4", "out.txt"]
 
 
 @pytest.mark.parametrize(

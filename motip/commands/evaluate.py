@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from motip.cluster import Cluster, connect, disconnect
-from motip.commands.checkpoint import Loaded, open_checkpoint, pick_device
 from motip.commands.evaluate_show import show_errors, show_scores, show_sweep
 from motip.commands.show import console, note
 from motip.config import Config, Curriculum, load_curriculum
@@ -29,6 +28,7 @@ from motip.evaluate.sweep import Sweep, SweepSubject, candidates, check_sweep_sp
 from motip.files import write_json_atomic
 from motip.launch import checked_data_root, checked_storage
 from motip.report.thresholds import sweep_figure
+from motip.track.loading import Loaded, open_checkpoint, pick_device
 
 
 @dataclass(frozen=True)

@@ -44,17 +44,17 @@ def page(
 
     Example: motip report page outputs/demo/curricula/demo
     """
-    from motip.commands.checkpoint import pick_device
     from motip.commands.show import console, note
     from motip.data.storage import location
     from motip.report.page import write_page
     from motip.report.stage_tracks import Means
+    from motip.track.loading import pick_device
 
     means = Means(track=not stored_only, device=str(pick_device(device)))
     target = None if out is None else location(out)
     folder = curriculum_folder(curriculum, storage)
     if sheets:
-        draw_sheets(folder, device)
+        draw_sheets(folder, device, stored_only=stored_only)
     made = write_page(folder, target, means=means, say=note)
     for text in made.missing:
         note(f"not on the page: {text}")
@@ -78,24 +78,27 @@ def open_page(curriculum: CurriculumArgument, storage: StorageOption = "~/motip"
     console().print(f"report page: {path}", highlight=False, soft_wrap=True)
 
 
-def draw_sheets(folder: Location, device: str = "auto") -> None:
+def draw_sheets(folder: Location, device: str = "auto", *, stored_only: bool = True) -> None:
     """The contact sheet of every finished stage without failure pictures; one that cannot be drawn is said.
 
     Args:
         folder: of a curriculum.
+        stored_only: of the videos alone whose tracks are stored; else those without are tracked first, in this process.
     """
-    from motip.commands.report_run import judged, place_for
+    from motip.commands.report_run import judged, judged_as_stored, place_for
     from motip.commands.show import note
-    from motip.data.storage import RemotePath
     from motip.report.failures import write_failures
     from motip.report.page_facts import sheets_in
     from motip.report.stage_list import read_stage_list
 
     for stage, place in read_stage_list(folder).folders.items():
-        if place is None or isinstance(place, RemotePath) or sheets_in(place):
+        if place is None or sheets_in(place):
             continue
         try:
-            subject = judged(str(place), "val", None, None, str(folder.parent.parent), device)
+            if stored_only:
+                subject = judged_as_stored(place)
+            else:
+                subject = judged(str(place), "val", None, None, str(folder.parent.parent), device)
             write_failures(subject.videos(), place_for(None, subject.folder, "failures_val"), subject.title, clips=0)
         except MotipError as error:
             note(f"{stage}: no failure sheet: {error.what}")

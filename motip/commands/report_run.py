@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from motip.commands.checkpoint import Loaded, open_checkpoint, pick_device
 from motip.commands.lineage import recorded
 from motip.commands.show import console
 from motip.config import Config, load_curriculum
@@ -20,12 +18,15 @@ from motip.data.decode import decode_rgb
 from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap
 from motip.data.shards import Shard
-from motip.data.storage import Location, RemotePath, local_copy, location, read_json
+from motip.data.storage import Location, local_copy, location, read_json
 from motip.errors import MotipError
 from motip.evaluate.errors import explain
 from motip.evaluate.protocols import scored_sequence
 from motip.evaluate.run import Subject, Work, is_tracked, read_tracks, track, track_inputs
 from motip.report.moments import Images, JudgedVideo
+from motip.report.page_facts import stored_row
+from motip.report.tracked_video import check_folder
+from motip.track.loading import Loaded, open_checkpoint, pick_device
 from motip.track.settings import TrackerSettings
 from motip.train.retention import held
 
@@ -149,29 +150,15 @@ def stage_folder_of(run: str, storage: str) -> Location:
     )
 
 
-def place_for(out: str | None, folder: Location, name: str) -> Path:
-    """The folder for the pictures, once it is sure that it can be written.
+def place_for(out: str | None, folder: Location, name: str) -> Location:
+    """The folder for the pictures; of a local one it is sure then that it can be written.
 
     Raises:
-        MotipError: it cannot, or none is named and RUN's lies in an object store.
+        MotipError: it cannot.
     """
-    if out is None and isinstance(folder, RemotePath):
-        raise MotipError(
-            "pictures are written to a folder of this machine", where=folder, fix="name one with --out DIR"
-        )
-    target = Path(str(folder / name)) if out is None else Path(out).expanduser()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target):
-            pass
-    except OSError as error:
-        raise MotipError(
-            f"the output folder cannot be written: {error.strerror}",
-            where="--out",
-            found=target,
-            expected="a folder this user can write to",
-            fix="name another folder",
-        ) from error
+    target = folder / name if out is None else Path(out).expanduser()
+    if isinstance(target, Path):
+        check_folder(target, "--out")
     return target
 
 
@@ -184,6 +171,29 @@ def picture_place(out: str | None, folder: Location, name: str) -> Location:
         raise MotipError("the dashboard is a PNG", where="--out", found=out, expected="a path that ends in .png")
     place_for(str(target.parent), folder, name)
     return target
+
+
+def judged_as_stored(folder: Location) -> Judged:
+    """The tracks that are stored of a finished stage's val videos: nothing is tracked and no checkpoint is read.
+
+    Raises:
+        MotipError: the stage is not finished, none of its videos has stored tracks, or its records are damaged.
+    """
+    record, job = read_json(folder / "stage.json"), _optional(folder / "job.json")
+    if record.get("status") != "finished":
+        raise MotipError("the stage is not finished", where=folder)
+    storage = _storage_of(folder)
+    _, _, classes, settings = stored_row(folder)
+    names = _chosen(None, job.get("val") or [], folder)
+    every = _entries(storage, names, "val")
+    tracks = storage / "evaluations" / str(record["sha256"])[:12]
+    entries = [each for each in every if is_tracked(tracks, each, track_inputs(record["sha256"], settings, each))]
+    if not entries:
+        raise MotipError("no tracks of its val videos are stored", where=tracks)
+    stage = str(job.get("stage") or record.get("stage") or folder.parent.name)
+    share = "" if len(entries) == len(every) else f", {len(entries)} of {len(every)} videos"
+    rules = _rules(job, {name: classes for name in names}, None, folder)
+    return Judged(f"{stage}, {BEST}, val{share}", folder, storage, tracks, entries, rules)
 
 
 def _of_evaluation(

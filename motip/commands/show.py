@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def console() -> Console:
-    """Standard output; lines in a pipe or log file are never broken to a terminal's width."""
+def console(stderr: bool = False) -> Console:
+    """Standard output, or standard error; lines in a pipe or log file are never broken to a terminal's width."""
     from rich.console import Console
 
-    screen = Console(soft_wrap=True)
-    return screen if screen.is_terminal else Console(soft_wrap=True, width=240)
+    screen = Console(soft_wrap=True, stderr=stderr)
+    return screen if screen.is_terminal else Console(soft_wrap=True, width=240, stderr=stderr)
 
 
-def note(text: str) -> None:
-    console().print(f"note: {text}", highlight=False)
+def note(text: str, stderr: bool = False) -> None:
+    console(stderr).print(f"note: {text}", highlight=False)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:

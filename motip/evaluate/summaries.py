@@ -102,8 +102,7 @@ def summarise(labels: Sequence, scored: ScoredSequence, class_map: ClassMap, pro
     summary = Summary()
     for class_id, (name, errors) in enumerate(explain(scored, class_map.names, protocol).items()):
         gt_groups, pred_groups = _groupings(errors, labels, class_map, class_id)
-        every_gt, every_pred = np.ones(len(errors.gt), bool), np.ones(len(errors.pred), bool)
-        summary.totals[name] = _counts(errors, every_gt, every_pred)
+        summary.totals[name] = {"boxes": len(errors.gt)} | errors.counts()
         summary.groups[name] = {
             dimension: {
                 group: _counts(errors, mask, pred_groups[dimension][group] if dimension in pred_groups else None)

@@ -166,7 +166,7 @@ def _losses(axes: Axes, history: History) -> None:
     _steps(axes, history, "loss", 0)
     for place, (name, label) in enumerate((("loss", "total"), ("detr_loss", "detection"), ("id_loss", "ID"))):
         _line(axes, history, f"train/{name}", label, place)
-    _from_zero(axes, history, "train/loss")
+    _from_zero(axes, history, "train/loss", room=1.7)  # the legend of three lines stands above them
 
 
 def _scores(title: str, *names: str) -> Callable[[Axes, History], None]:
@@ -292,11 +292,11 @@ def _plain_powers(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _from_zero(axes: Axes, history: History, name: str) -> None:
+def _from_zero(axes: Axes, history: History, name: str, room: float = 1.25) -> None:
     """From 0 to a little above the largest epoch: one wild step must not flatten the curve."""
     highest = max((value for _, value in _points(history, name) if math.isfinite(value)), default=0.0)
     if highest > 0:
-        axes.set_ylim(-0.03 * highest, 1.25 * highest)
+        axes.set_ylim(-0.03 * highest, room * highest)
 
 
 def _frame(axes: Axes, history: History) -> None:

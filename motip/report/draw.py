@@ -67,7 +67,9 @@ class Painter:
         """A copy of ``image`` ((H, W, 3) uint8 RGB) with the tracks drawn on it and ``bar`` written along its top."""
         picture = image.copy()
         height, width = picture.shape[:2]
-        line = max(1, round(min(height, width) / 400))
+        weight = max(1, round(min(height, width) / 400))
+        # H.264 halves the colours: a line of one pixel keeps hardly any, so it is left to the smallest pictures.
+        line = weight if min(height, width) < 200 else max(2, weight)
         boxes = np.round(np.clip(tracks.boxes_xyxy, -width, [2 * width, 2 * height] * 2)).astype(int).tolist()
         ids = tracks.ids.tolist()
         self._extend_trails(ids, boxes)
@@ -83,7 +85,7 @@ class Painter:
         for index in np.argsort(tracks.scores, kind="stable").tolist():
             number, name = ids[index] + 1, self.class_names[int(tracks.class_ids[index])]
             texts = [f"{number} {name} {float(tracks.scores[index]):.2f}", f"{number} {name[:3]}", str(number)]
-            draw_label(picture, boxes[index], texts, track_colour(ids[index]), line, ceiling)
+            draw_label(picture, boxes[index], texts, track_colour(ids[index]), weight, ceiling)
         self._frame += 1
         return picture
 
@@ -129,22 +131,24 @@ def dashed_box(picture: np.ndarray, box: Sequence[int], colour: Colour, line: in
                 cv2.line(picture, ends[0], ends[1], colour_of_dash, width)
 
 
-def draw_label(picture: np.ndarray, box: list[int], texts: list[str], colour: Colour, line: int, ceiling: int) -> None:
+def draw_label(
+    picture: np.ndarray, box: list[int], texts: list[str], colour: Colour, weight: int, ceiling: int
+) -> None:
     """The first of ``texts`` that the box is wide enough for (in a crowd the last, the id) on a chip above the box."""
     height, width = picture.shape[:2]
     x0, y0, x1, _ = box
     scale = max(0.35, min(height, width) / 1800)
     for text in texts:
-        (text_width, text_height), below = cv2.getTextSize(text, _FONT, scale, line)
+        (text_width, text_height), below = cv2.getTextSize(text, _FONT, scale, weight)
         if text_width <= 1.6 * (x1 - x0):
             break
-    pad = line + 1
+    pad = weight + 1
     chip_height = text_height + below + 2 * pad
     left = min(max(x0, 0), max(width - text_width - 2 * pad, 0))
     top = y0 - chip_height if y0 - chip_height >= ceiling else max(y0, ceiling)
     cv2.rectangle(picture, (left, top), (left + text_width + 2 * pad, top + chip_height), colour, -1)
     place = (left + pad, top + pad + text_height)
-    cv2.putText(picture, text, place, _FONT, scale, text_colour(colour), line, cv2.LINE_AA)
+    cv2.putText(picture, text, place, _FONT, scale, text_colour(colour), weight, cv2.LINE_AA)
 
 
 def _draw_bar(picture: np.ndarray, text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from motip.data.storage import read_json
+from motip.data.storage import Location, RemotePath, put, read_json
 from motip.errors import MotipError
 from motip.files import atomic_write, write_json_atomic
 from motip.report.failure_drawing import GROUND, framed, headline, legend, paint, whole_view, zoomed_view
@@ -68,16 +69,23 @@ class Failures:
         return header, rows
 
 
-def write_failures(videos: Iterable[JudgedVideo], folder: Path, title: str, clips: int = 6) -> Failures:
+def write_failures(videos: Iterable[JudgedVideo], folder: Location, title: str, clips: int = 6) -> Failures:
     """Write the contact sheet, the index and up to ``clips`` videos; those of an earlier call are removed.
 
     Args:
-        folder: exists and can be written.
+        folder: a local one exists and can be written.
         title: what was judged, for the sheet.
 
     Raises:
         MotipError: an image is missing or damaged, or a file cannot be written.
     """
+    if isinstance(folder, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="motip-") as place:
+            found = write_failures(videos, Path(place), title, clips)
+            _remove_earlier(folder)
+            for name in found.files:
+                put(Path(place) / name, folder / name)
+        return found
     judged = list(videos)
     sequences = worst_sequences(judged)
     moments = worst_moments(sequences, clips) if clips else []
@@ -173,7 +181,7 @@ def _write_picture(path: Path, picture: np.ndarray) -> None:
         temporary.write_bytes(data.tobytes())
 
 
-def _remove_earlier(folder: Path) -> None:
+def _remove_earlier(folder: Location) -> None:
     """Remove what the index of an earlier call names: its clips have other names and would stand beside the new."""
     if not (folder / INDEX).is_file():
         return

@@ -133,7 +133,7 @@ def read_page_facts(folder: Location, stages: StageList) -> PageFacts:
         place = folder / BASE / parent[:12]
         if parent and (place / "domains.json").is_file():
             try:
-                given[parent] = StageFacts(BASE, place, row=_row(place)[0])
+                given[parent] = StageFacts(BASE, place, row=stored_row(place)[0])
             except MotipError as error:
                 missing.append(f"scores of the given weights: {_sentence(error)}")
     return PageFacts(stages.name, stages.run_id, folder, facts, matrix, tuple(missing), given)
@@ -205,7 +205,7 @@ def _stage(name: str, folder: Location | None) -> StageFacts:
     classes: tuple[str, ...] = ()
     settings: TrackerSettings | None = None
     try:
-        row, domains, classes, settings = _row(folder)
+        row, domains, classes, settings = stored_row(folder)
     except MotipError as error:
         missing.append(f"scores by domain: {_sentence(error)}")
     dashboard = folder / "dashboard.png"
@@ -247,7 +247,7 @@ def _record(path: Location) -> Mapping[str, Any]:
     return record
 
 
-def _row(folder: Location) -> tuple[dict[str, Scores], dict[str, str], tuple[str, ...], TrackerSettings]:
+def stored_row(folder: Location) -> tuple[dict[str, Scores], dict[str, str], tuple[str, ...], TrackerSettings]:
     """Scores by source, domains by source, the model's classes and how it tracked."""
     path = folder / "domains.json"
     if not path.is_file():

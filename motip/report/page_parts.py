@@ -80,9 +80,8 @@ def _score_lines(page: PageFacts, stage: StageFacts) -> list[list[Markup]]:
             cells = [tag("th", "mean" if row == MEAN else row, scope="row", role="rowheader")]
             if number == 0:
                 place = f"{source}: {_count(len(scores.sequences), 'sequence')}"
-                cells.insert(
-                    0, _cell("Validated on", place, _why(change), "note", rowspan=len(named), class_="text on")
-                )
+                why = _why(change, len(scores.sequences))
+                cells.insert(0, _cell("Validated on", place, why, "note", rowspan=len(named), class_="text on"))
             for metric in METRICS:
                 value = values.get(metric)
                 difference = change.comparison.of(row, metric) if change.comparison is not None else None
@@ -92,11 +91,14 @@ def _score_lines(page: PageFacts, stage: StageFacts) -> list[list[Markup]]:
     return lines
 
 
-def _why(change: Change) -> str:
+def _why(change: Change, sequences: int) -> str:
+    """What the changes are against; they may be of fewer sequences than the scores above them."""
     if change.comparison is None:
         return f"no change shown: {change.why}"
     notes = "; ".join(change.comparison.notes)
-    return f"against {change.before}" + (f"; {notes}" if notes else "")
+    shared = change.comparison.sequences
+    part = f" on the {shared} of them that both were scored on" if shared < sequences else ""
+    return f"against {change.before}{part}" + (f"; {notes}" if notes else "")
 
 
 def _difference(each: Difference | None) -> Markup | str:

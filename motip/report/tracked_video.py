@@ -5,20 +5,16 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from motip.data.formats.results import write_mot
 from motip.errors import MotipError
-from motip.model import MOTIP
 from motip.report.draw import DrawnTracks, Painter
-from motip.report.video import VideoSource, VideoWriter
-from motip.track.run import TrackResult, track_sequence
-from motip.track.settings import TrackerSettings
-from motip.track.tracker import FrameTracks
+from motip.report.video import VideoWriter, check_encoder
+from motip.track.detections import Detections
+from motip.track.run import Tracking, TrackResult
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,9 @@ def checked_output(path: str) -> Path:
     """The video's path, once it is sure that it can be written.
 
     Raises:
-        MotipError: another suffix than .mp4, or a folder that cannot be written.
+        MotipError: another suffix than .mp4, a folder that cannot be written, or no H.264 encoder.
     """
+    check_encoder()
     output = Path(path).expanduser()
     if output.suffix.lower() != ".mp4":
         raise MotipError(
@@ -54,78 +51,67 @@ def checked_output(path: str) -> Path:
         )
     if output.is_dir():
         raise MotipError("the output is a folder", where="--output_path", found=path, expected="a path to a file")
-    # Found out now: an hour of tracking must not end at a folder that cannot be written.
+    check_folder(output.parent, "--output_path")
+    return output
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Found out before the work: an hour of tracking must not end at a folder that cannot be written.
+
+    Raises:
+        MotipError: it cannot be made or written; ``flag`` named it.
+    """
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise MotipError(
             f"the output folder cannot be written: {error.strerror}",
-            where="--output_path",
-            found=output.parent,
+            where=flag,
+            found=folder,
             expected="a folder this user can write to",
             fix="name another folder",
         ) from error
-    return output
 
 
 def track_video(
-    model: MOTIP,
-    source: VideoSource,
-    settings: TrackerSettings,
+    tracking: Tracking,
     output: Path,
-    class_names: Sequence[str],
     *,
     trail: int = 30,
-    on_frame: Callable[[int], None] | None = None,
+    on_frame: Callable[[Detections], None] | None = None,
     stopped: Callable[[], bool] | None = None,
 ) -> TrackedVideo:
     """Track a video, draw, and write ``output`` (.mp4) and the MOT rows beside it (.txt).
 
     Args:
-        on_frame: called after each frame with the number of frames done.
-        stopped: asked before each frame; True ends the video there, with both files as they should be.
+        on_frame: called with each frame once it is in the video.
+        stopped: asked after each frame; True ends the video there, with both files as they should be.
 
     Raises:
         MotipError: no frame, frames that do not fit, files that cannot be written; no file is left then.
     """
-    painter = Painter(class_names, trail)
-    waiting: dict[int, np.ndarray] = {}
-    recalled: set[int] = set()
-    seen: set[int] = set()
+    painter = Painter(tracking.class_names, trail)
+    recalled = 0
     begin = time.perf_counter()
-
-    def frames() -> Iterator[tuple[int, np.ndarray]]:
-        for number, image in source:
-            if stopped is not None and stopped():
-                return
-            waiting[number] = image
-            yield number, image
-
-    with VideoWriter(output, source.fps) as writer:
-
-        def draw(number: int, tracks: FrameTracks) -> None:
-            ids = tracks.ids.tolist()
-            # A newborn under a known id is one that the long-term memory recognised.
-            recalled.update(i for i, new in zip(ids, tracks.newborn.tolist(), strict=True) if new and i in seen)
-            seen.update(ids)
+    with VideoWriter(output, tracking.source.fps) as writer, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the tracker's notes are in its result
+        for found in tracking:
+            recalled += int(found.recalled.sum())
             rate = (writer.frames + 1) / max(time.perf_counter() - begin, 1e-9)
-            bar = f"frame {number + 1}   {len(ids)} tracks   {rate:.1f} fps"
-            if settings.longterm_patience:
-                bar += f"   {len(recalled)} re-identified"
-            drawn = DrawnTracks(tracks.ids, tracks.boxes_xyxy, tracks.class_ids, tracks.scores)
-            writer.write(painter.draw(waiting.pop(number), drawn, bar))
+            bar = f"frame {found.frame + 1}   {len(found)} tracks   {rate:.1f} fps"
+            if tracking.settings.longterm_patience:
+                bar += f"   {recalled} re-identified"
+            drawn = DrawnTracks(found.track_ids, found.boxes_xyxy, found.class_ids, found.scores)
+            writer.write(painter.draw(found.image, drawn, bar))
             if on_frame is not None:
-                on_frame(writer.frames)
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the tracker's notes are in its result
-            result = track_sequence(model, frames(), settings, on_frame=draw)
+                on_frame(found)
+            if stopped is not None and stopped():
+                break
         if not writer.frames:
-            raise MotipError("no frame was tracked", where=source.path, fix="let at least one frame be finished")
+            raise MotipError("the video has no frames", where=tracking.source.path, fix="check it with a player")
+    result = tracking.result
     rows = output.with_suffix(".txt")
     write_mot(rows, result.rows)
-    return TrackedVideo(
-        result, output, rows, writer.frames, len(set(result.rows.track_ids.tolist())), result.counters["recalled"]
-    )
+    return TrackedVideo(result, output, rows, writer.frames, len(set(result.rows.track_ids.tolist())), recalled)

@@ -1,4 +1,4 @@
-"""Frames of a sequence in, tracks out."""
+"""Frames of a sequence in, tracks out: frame by frame (`track`) or the whole at once (`track_sequence`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,8 +18,14 @@ from motip.data.sequence import TrackRows
 from motip.errors import MotipError
 from motip.model import MOTIP
 from motip.model.preprocess import normalise
+from motip.track.detections import Detections
+from motip.track.loading import open_checkpoint
 from motip.track.settings import TrackerSettings
 from motip.track.tracker import FrameTracks, RuntimeTracker
+
+if TYPE_CHECKING:
+    from motip.config import Config
+    from motip.data.video import VideoSource
 
 Resize = Callable[[Tensor], Tensor]
 """(3, H, W) uint8 -> (3, h, w) uint8."""
@@ -55,6 +63,95 @@ class TrackResult:
         return self.num_frames / self.seconds if self.seconds > 0 else 0.0
 
 
+class Tracking(Iterator[Detections]):
+    """A video being tracked: each step of the iteration is one frame; ask for the ``result`` whenever enough is done.
+
+    Args:
+        model: a MOTIP; it is used where it lies (CPU or GPU) and left in eval mode.
+        source: frames as ``track_sequence`` takes them.
+        settings: thresholds, rules and frame size.
+        class_names: by class id.
+
+    Raises:
+        MotipError: while iterating, as ``track_sequence``.
+    """
+
+    def __init__(
+        self, model: MOTIP, source: VideoSource, settings: TrackerSettings, class_names: Sequence[str]
+    ) -> None:
+        self.source = source
+        self.settings = settings
+        self.class_names = tuple(class_names)
+        self._run = _Run(model, [settings])
+        self._frames = self._detections()
+
+    def __next__(self) -> Detections:
+        return next(self._frames)
+
+    @property
+    def result(self) -> TrackResult:
+        """The tracks of the frames so far."""
+        return self._run.results()[0]
+
+    def _detections(self) -> Iterator[Detections]:
+        highest = -1
+        for number, image, (tracks,) in self._run.steps(self.source):
+            # A newborn under an id that was given before is one that the long-term memory recognised.
+            recalled = tracks.newborn & (tracks.ids <= highest)
+            highest = max(highest, int(tracks.ids.max(initial=-1)))
+            yield Detections(
+                frame=number,
+                image=image,
+                track_ids=tracks.ids,
+                boxes_xyxy=tracks.boxes_xyxy,
+                class_ids=tracks.class_ids,
+                frame_class_ids=tracks.frame_class_ids,
+                scores=tracks.scores,
+                newborn=tracks.newborn & ~recalled,
+                recalled=recalled,
+                class_names=self.class_names,
+            )
+
+
+def track(
+    video: str | Path,
+    checkpoint: str | Path,
+    config: str | Path | Config | None = None,
+    *,
+    device: str = "auto",
+    start_frame: int | None = None,
+    end_frame: int | None = None,
+    fps: float | None = None,
+    **settings: float | int | str | None,
+) -> Tracking:
+    """Track a video, frame by frame::
+
+        for found in track("street.mp4", "checkpoint_best.pth", det_thresh=0.4):
+            print(found.frame, found.track_ids, found.classes, found.boxes_xywh)
+
+    Everything that can be wrong with the arguments is said here, before the first frame.
+
+    Args:
+        video: a video file, a pattern such as ``img1/%08d.jpg``, or a folder of images.
+        checkpoint: our checkpoint, a published one, a safetensors file, or an export folder.
+        config: a configuration or its YAML file; None: the one that the checkpoint carries.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        start_frame, end_frame: first and last frame, both included, from 1 (for images: the number in the name).
+        fps: frame rate, where the source does not state it.
+        settings: fields of ``TrackerSettings`` to use instead of the checkpoint's, such as ``det_thresh``,
+            ``miss_tolerance``, ``longterm_patience`` or ``dtype``; None leaves one as it is.
+
+    Raises:
+        MotipError: no such video, checkpoint, device or setting; an empty range; classes that differ from the
+            configuration's. While iterating: frames that do not decode or do not fit.
+    """
+    from motip.data.video import open_source  # the codecs are loaded only where a file is tracked
+
+    source = open_source(str(video), start=start_frame, end=end_frame, fps=fps)
+    loaded = open_checkpoint(checkpoint, config, device, **settings)
+    return Tracking(loaded.model, source, loaded.settings, loaded.classes)
+
+
 def track_sequence(
     model: MOTIP,
     frames: Iterable[tuple[int, np.ndarray]],
@@ -71,20 +168,16 @@ def track_sequence(
         settings: thresholds, rules and frame size.
         resize: replaces the built-in resizing to ``settings.short_side`` / ``max_longer``.
         batch_size: frames the detector sees at once; the tracks do not depend on it beyond rounding.
-        on_frame: called after each frame, e.g. for progress or drawing.
+        on_frame: called after each frame, e.g. for progress.
 
     Raises:
         MotipError: a frame is no RGB uint8 image, changes size, or is out of order.
     """
-    (result,) = _track(
-        model,
-        frames,
-        [settings],
-        resize,
-        batch_size,
-        on_tracks=None if on_frame is None else lambda number, tracks: on_frame(number, tracks[0]),
-    )
-    return result
+    run = _Run(model, [settings], resize, batch_size)
+    for number, _, (tracks,) in run.steps(frames):
+        if on_frame is not None:
+            on_frame(number, tracks)
+    return run.results()[0]
 
 
 def track_variants(
@@ -118,60 +211,84 @@ def track_variants(
                 expected="one value",
                 fix="track once for each value",
             )
-    return _track(model, frames, variants, resize, batch_size, on_detections=on_detections)
+    run = _Run(model, variants, resize, batch_size, on_detections)
+    for _ in run.steps(frames):
+        pass
+    return run.results()
 
 
-def _track(
-    model: MOTIP,
-    frames: Iterable[tuple[int, np.ndarray]],
-    variants: Sequence[TrackerSettings],
-    resize: Resize | None,
-    batch_size: int,
-    on_tracks: Callable[[int, list[FrameTracks]], None] | None = None,
-    on_detections: OnDetections | None = None,
-) -> list[TrackResult]:
-    if batch_size < 1:
-        raise MotipError(
-            "the detector's batch needs frames", where="batch_size", found=batch_size, expected="1 or more"
-        )
-    model.eval()
-    started = time.perf_counter()
-    trackers: list[RuntimeTracker] = []
-    image_size: tuple[int, int] | None = None
-    numbers: list[int] = []
-    tracked: list[list[FrameTracks]] = []
-    for batch in _batches(_checked(frames), batch_size):
-        if image_size is None:
-            image_size = batch[0][1].shape[:2]
-            for settings in variants:
-                shared = trackers[0].decoder if trackers else None
-                trackers.append(RuntimeTracker(model, settings, image_size, shared))
-        logits, boxes, embeds = _detect(model, [image for _, image in batch], variants[0], resize)
-        for index, (number, _) in enumerate(batch):
-            if on_detections is not None:
-                on_detections(number, image_size, logits[index], boxes[index])
-            tracks = [tracker.update(logits[index], boxes[index], embeds[index]) for tracker in trackers]
-            numbers.append(number)
-            tracked.append(tracks)
-            if on_tracks is not None:
-                on_tracks(number, tracks)
-    seconds = time.perf_counter() - started
-    results = []
-    for place in range(len(variants)):
-        own = [tracks[place] for tracks in tracked]
-        rows, frame_class_ids = _collect(list(zip(numbers, own, strict=True)), model.spec.num_classes)
-        results.append(
-            TrackResult(
-                rows=rows,
-                frame_class_ids=frame_class_ids,
-                num_frames=len(tracked),
-                image_size=image_size,
-                counters=dict(trackers[place].counters) if trackers else {},
-                notes=tuple(trackers[place].notes) if trackers else (),
-                seconds=seconds,
+class _Run:
+    """The loop over the frames: the detector once, then each variant's tracker, and what they found."""
+
+    def __init__(
+        self,
+        model: MOTIP,
+        variants: Sequence[TrackerSettings],
+        resize: Resize | None = None,
+        batch_size: int = 1,
+        on_detections: OnDetections | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise MotipError(
+                "the detector's batch needs frames", where="batch_size", found=batch_size, expected="1 or more"
             )
-        )
-    return results
+        self._model = model
+        self._variants = variants
+        self._resize = resize
+        self._batch_size = batch_size
+        self._on_detections = on_detections
+        self._trackers: list[RuntimeTracker] = []
+        self._image_size: tuple[int, int] | None = None
+        self._numbers: list[int] = []
+        self._tracked: list[list[FrameTracks]] = []
+        self._seconds = 0.0
+
+    def steps(self, frames: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray, list[FrameTracks]]]:
+        """Frame number, the frame, and each variant's tracks in it."""
+        self._model.eval()
+        started = time.perf_counter()
+        for batch in _batches(_checked(frames), self._batch_size):
+            size = self._image_size or self._begin(batch[0][1])
+            images = [image for _, image in batch]
+            logits, boxes, embeds = _detect(self._model, images, self._variants[0], self._resize)
+            for index, (number, image) in enumerate(batch):
+                if self._on_detections is not None:
+                    self._on_detections(number, size, logits[index], boxes[index])
+                tracks = [each.update(logits[index], boxes[index], embeds[index]) for each in self._trackers]
+                self._numbers.append(number)
+                self._tracked.append(tracks)
+                self._seconds = time.perf_counter() - started
+                yield number, image, tracks
+        self._seconds = time.perf_counter() - started
+
+    def results(self) -> list[TrackResult]:
+        """Each variant's tracks of the frames so far."""
+        results = []
+        for place in range(len(self._variants)):
+            own = [tracks[place] for tracks in self._tracked]
+            pairs = list(zip(self._numbers, own, strict=True))
+            rows, frame_class_ids = _collect(pairs, self._model.spec.num_classes)
+            results.append(
+                TrackResult(
+                    rows=rows,
+                    frame_class_ids=frame_class_ids,
+                    num_frames=len(self._tracked),
+                    image_size=self._image_size,
+                    counters=dict(self._trackers[place].counters) if self._trackers else {},
+                    notes=tuple(self._trackers[place].notes) if self._trackers else (),
+                    seconds=self._seconds,
+                )
+            )
+        return results
+
+    def _begin(self, image: np.ndarray) -> tuple[int, int]:
+        """Make the trackers, now that the size of the frames is known."""
+        size = (int(image.shape[0]), int(image.shape[1]))
+        for settings in self._variants:
+            shared = self._trackers[0].decoder if self._trackers else None
+            self._trackers.append(RuntimeTracker(self._model, settings, size, shared))
+        self._image_size = size
+        return size
 
 
 def inference_size(height: int, width: int, short_side: int, max_longer: int) -> tuple[int, int]:

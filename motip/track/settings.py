@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -95,6 +96,11 @@ class TrackerSettings:
     def from_config(cls, config: Config) -> TrackerSettings:
         """Settings from a configuration (any object with the upper-case keys as attributes)."""
         return cls(**{name: _read(config, key) for name, key in _CONFIG_KEYS.items()})
+
+    @classmethod
+    def from_keys(cls, values: Mapping[str, Any]) -> TrackerSettings:
+        """Settings from stored configuration keys; those that an older file does not hold have their default."""
+        return cls(**{name: values[key] for name, key in _CONFIG_KEYS.items() if key in values})
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         self._check(name, getattr(self, name) in choices, " | ".join(choices))

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from motip.cluster import Cluster, connect, disconnect
-from motip.commands.checkpoint import open_checkpoint
 from motip.commands.evaluate import Asked, device_of_workers, evaluate_checkpoint
 from motip.config import load_curriculum
 from motip.data.convert import convert
@@ -16,6 +15,7 @@ from motip.data.manifest import Manifest
 from motip.data.sequence import ClassMap
 from motip.errors import MotipError
 from motip.evaluate.run import Evaluation, Subject, Work, evaluate
+from motip.track.loading import open_checkpoint
 from tests.small_world import FRAMES, write_checkpoint, write_curriculum, write_dance_world
 
 CLASSES = {"pedestrian": ("pedestrian",), "car": ("car",)}

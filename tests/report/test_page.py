@@ -20,18 +20,19 @@ from motip.cli import app
 from motip.config import load_curriculum
 from motip.curriculum import Options
 from motip.data.storage import location
+from motip.data.video import open_source
 from motip.errors import MotipError
 from motip.evaluate.compare import compare
 from motip.report import page as report_page
+from motip.report import page_parts
 from motip.report.markup import Markup, markup, tag
 from motip.report.page import open_in_browser, write_page
-from motip.report.page_facts import read_page_facts
+from motip.report.page_facts import Change, read_page_facts
 from motip.report.page_media import INLINE_BYTES
 from motip.report.page_parts import signed
 from motip.report.side_by_side import STRIP, Tile, columns_of, write_side_by_side
 from motip.report.stage_list import StageList, read_stage_list, write_stage_list
 from motip.report.stage_tracks import Means
-from motip.report.video import open_source
 from tests.evaluate.rows import rows
 from tests.report.page_world import World, save_png
 
@@ -127,13 +128,23 @@ def test_scores_of_each_class_stand_in_the_table(world: World) -> None:
 
 def test_the_change_is_that_of_motip_compare_with_its_interval(world: World) -> None:
     before, after = (world.scores[stage]["ground"] for stage in ("BDD-Foundation", "BDD-Refinement"))
-    each = compare(before, after).of("car", "HOTA")
-    assert each.low is not None and each.high is not None and each.difference is not None and each.low > 0
+    # A class that one of the drawn sequences lacks has an interval that begins at 0.
+    found = [compare(before, after).of(name, "HOTA") for name in after.per_class]
+    each = next(one for one in found if one.low is not None and one.low > 0)
+    assert each.low is not None and each.high is not None and each.difference is not None
     reader = Reader(world.html)
     number = reader.rows["stages"].index(reader.row("stages", "BDD-Refinement"))
-    car = next(row for row in reader.rows["stages"][number : number + 3] if row[-5] == "car")
+    shown = next(row for row in reader.rows["stages"][number : number + 3] if row[-5] == each.row)
     expected = f"▲ {signed(each.difference)} {signed(each.low)} to {signed(each.high)}"
-    assert car[-4] == f"{after.per_class['car']['HOTA']:.1f}{expected}"
+    assert shown[-4] == f"{after.per_class[each.row]['HOTA']:.1f}{expected}"
+
+
+def test_a_change_of_fewer_sequences_than_the_score_says_so(world: World) -> None:
+    before, after = (world.scores[stage]["ground"] for stage in ("BDD-Foundation", "BDD-Refinement"))
+    change = Change("BDD-Foundation", compare(before, after))
+    assert page_parts._why(change, 3).split(";")[0] == "against BDD-Foundation"
+    told = page_parts._why(change, 15).split(";")[0]
+    assert told == "against BDD-Foundation on the 3 of them that both were scored on"
 
 
 def test_other_data_are_not_compared(world: World) -> None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from motip.cli import main
 from motip.lineage import Lineage
 from motip.model.export import load_for_tracking
 from motip.model.weights import load_checkpoint, save_checkpoint
+from tests.conftest import Motip
 from tests.report.videos import facts
 from tests.small_curriculum import CURRICULUM, run, write_files
-
-Motip = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +32,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage(room: Path) -> Path:
     (folder,) = (room / "storage/curricula/small/BDD-Foundation").iterdir()
     return folder
-
-
-@pytest.fixture
-def motip(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Motip:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["motip", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def shown(folder: Path) -> dict[str, Any]:

@@ -7,11 +7,12 @@ import pytest
 
 from motip.config import load_config
 from motip.data.formats.results import read_mot
+from motip.data.video import open_source
 from motip.errors import MotipError
 from motip.model import MOTIP
 from motip.report.tracked_video import checked_output, track_video
-from motip.report.video import open_source
-from motip.track.run import track_sequence
+from motip.track.detections import Detections
+from motip.track.run import Tracking, track_sequence
 from motip.track.settings import TrackerSettings
 from motip.train.build import fresh_model
 from tests.report.videos import facts, write_video
@@ -26,13 +27,19 @@ def model(repo_root: Path) -> MOTIP:
     return fresh_model(load_config(repo_root / "configs/demo/motip_tiny.yaml"))
 
 
+def tracking(model: MOTIP, path: Path) -> Tracking:
+    return Tracking(model, open_source(str(path)), SETTINGS, ("pedestrian",))
+
+
 def test_the_video_and_the_rows_say_the_same(tmp_path: Path, model: MOTIP) -> None:
-    source = open_source(str(write_video(tmp_path / "in.mp4")))
-    counts: list[int] = []
-    done = track_video(model, source, SETTINGS, tmp_path / "out.mp4", ("pedestrian",), on_frame=counts.append)
+    asked = tracking(model, write_video(tmp_path / "in.mp4"))
+    source = asked.source
+    shown: list[Detections] = []
+    done = track_video(asked, tmp_path / "out.mp4", on_frame=shown.append)
     found = facts(done.video)
     assert (found.codec, found.pixels, found.frames, found.fps) == ("h264", "yuv420p", 7, 12)
-    assert counts == list(range(1, 8)) and done.frames == 7
+    assert [each.frame for each in shown] == list(range(7)) and done.frames == 7
+    assert done.recalled == sum(int(each.recalled.sum()) for each in shown) == done.result.counters["recalled"]
     rows = read_mot(done.rows)
     assert len(rows) == len(done.result.rows) > 0
     assert done.tracks == len(set(rows.track_ids.tolist()))
@@ -48,10 +55,10 @@ def test_the_video_and_the_rows_say_the_same(tmp_path: Path, model: MOTIP) -> No
 
 
 def test_stopped_early_both_files_are_whole(tmp_path: Path, model: MOTIP) -> None:
-    done_frames: list[int] = []
+    shown: list[Detections] = []
     done = track_video(
-        model, open_source(str(write_video(tmp_path / "in.mp4"))), SETTINGS, tmp_path / "out.mp4", ("pedestrian",),
-        on_frame=done_frames.append, stopped=lambda: len(done_frames) >= 3,
+        tracking(model, write_video(tmp_path / "in.mp4")), tmp_path / "out.mp4",
+        on_frame=shown.append, stopped=lambda: len(shown) >= 3,
     )  # fmt: skip
     assert done.frames == facts(done.video).frames == 3
     assert read_mot(done.rows).frames.max() == 2
@@ -65,7 +72,7 @@ def test_frames_that_change_size_leave_nothing(tmp_path: Path, model: MOTIP) -> 
     for number, width in ((1, 160), (2, 160), (3, 120)):
         cv2.imwrite(str(folder / f"{number:06d}.png"), np.zeros((96, width, 3), np.uint8))
     with pytest.raises(MotipError, match="differ in size"):
-        track_video(model, open_source(str(folder)), SETTINGS, tmp_path / "out" / "x.mp4", ("pedestrian",))
+        track_video(tracking(model, folder), tmp_path / "out" / "x.mp4")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -80,3 +87,14 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(tmp_path: Path) -> N
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(MotipError, match="is a folder"):
         checked_output(str(tmp_path / "folder.mp4"))
+
+
+def test_a_missing_encoder_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    def none(name: str, mode: str) -> None:
+        raise av.codec.codec.UnknownCodecError(name)
+
+    monkeypatch.setattr(av, "Codec", none)
+    with pytest.raises(MotipError, match=r"no H\.264 encoder"):
+        checked_output(str(tmp_path / "a.mp4"))

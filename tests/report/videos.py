@@ -27,6 +27,7 @@ def write_video(
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
+        container.start_encoding()  # the head is written also where no frame follows
         for number in range(frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")))
         container.mux(stream.encode(None))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from motip.config import Config, load_config
+import torch
+
 from motip.errors import MotipError
 from motip.model import MOTIP
 from motip.model.export import load_for_tracking
 from motip.track.settings import TrackerSettings
+
+if TYPE_CHECKING:
+    from motip.config import Config
 
 
 @dataclass(frozen=True)
@@ -23,34 +27,46 @@ class Loaded:
     meta: dict[str, Any]
 
 
-def open_checkpoint(path: str, config_path: str | None = None, device: str = "cpu", **changes: Any) -> Loaded:
+def open_checkpoint(
+    path: str | Path, config: str | Path | Config | None = None, device: str = "cpu", **changes: Any
+) -> Loaded:
     """Read a checkpoint with the configuration it carries, or the one given.
 
     Args:
+        path: our checkpoint, a published one, a safetensors file, or an export folder.
+        config: a configuration, or its YAML file; None: the checkpoint's own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         changes: tracker settings to use instead of the checkpoint's; None leaves one as it is.
 
     Raises:
-        MotipError: the file is missing or is no MOTIP checkpoint, the device is not there, a setting is out of range.
+        MotipError: the device is not there (said before anything is read), the file is missing or is no MOTIP
+            checkpoint, a setting is unknown or out of range.
     """
-    config = None if config_path is None else load_config(config_path)
     target = pick_device(device)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    for name in changes:
+        if name not in TrackerSettings.__dataclass_fields__:
+            raise MotipError(
+                "the tracker has no such setting",
+                where="settings",
+                found=name,
+                expected="some of " + ", ".join(TrackerSettings.__dataclass_fields__),
+            )
+    if isinstance(config, (str, Path)):
+        from motip.config import load_config  # YAML is read only where a file is given
+
+        config = load_config(config)
     model, classes, meta = load_for_tracking(path, config)
-    # Keys that an older file does not hold have their default.
-    values = {**Config().to_dict(), **(meta["config"] or {}), **meta["thresholds"]}
-    settings = TrackerSettings.from_config(SimpleNamespace(**values))
-    settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
-    return Loaded(model.to(target), classes, settings, meta)
+    settings = TrackerSettings.from_keys({**(meta["config"] or {}), **meta["thresholds"]})
+    return Loaded(model.to(target), classes, replace(settings, **changes), meta)
 
 
-def pick_device(named: str) -> Any:
+def pick_device(named: str) -> torch.device:
     """The torch device; ``auto`` is CUDA where there is one.
 
     Raises:
         MotipError: no such device.
     """
-    import torch
-
     if named == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
