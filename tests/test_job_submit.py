@@ -159,6 +159,18 @@ def test_one_file_decides_what_is_uploaded() -> None:
     assert [line for line in ignored if line not in lines and f"{line}/" not in lines] == []
 
 
+def test_ray_packs_what_was_measured_and_no_more(tmp_path: Path) -> None:
+    """Ray's own packing of this checkout: code and configurations only, decided by .rayignore and .gitignore."""
+    from ray._private.runtime_env.packaging import create_package
+
+    packed = tmp_path / "package.zip"
+    create_package(str(ROOT), packed, include_gitignore=True)
+    assert packed.stat().st_size < 5 * 2**20
+    names = zipfile.ZipFile(packed).namelist()
+    assert {"motip/curriculum/run.py", "configs/curriculum.yaml"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests/", "docs/"))]
+
+
 def test_this_checkout_is_small_and_holds_what_jobs_need() -> None:
     sent = jobs.package(ROOT)
     paths = {path for _, path in sent.files}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from motip.evaluate.scores import Scores
 from motip.model import MOTIP
 from motip.track.run import TrackResult, track_sequence
 from motip.track.settings import TrackerSettings
+from motip.track.tracker import FrameTracks
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,26 @@ def track_videos(
     storage: str,
     settings: TrackerSettings,
     on_video: Callable[[VideoEntry, TrackResult], None] | None = None,
+    on_frame: Callable[[VideoEntry, int], None] | None = None,
 ) -> dict[tuple[str, str], TrackRows]:
-    """Tracks of each video, by (source, video). The model is in eval mode and on its device."""
+    """Tracks of each video, by (source, video). The model is in eval mode and on its device.
+
+    Args:
+        on_video: called with each video that is tracked.
+        on_frame: called with the number of each frame that was tracked.
+    """
     tracked: dict[tuple[str, str], TrackRows] = {}
     for video in videos:
-        result = track_sequence(model, read_video_frames(video, storage), settings)
+        heard = None if on_frame is None else functools.partial(_tell, on_frame, video)
+        result = track_sequence(model, read_video_frames(video, storage), settings, on_frame=heard)
         tracked[video.source, video.video] = result.rows
         if on_video is not None:
             on_video(video, result)
     return tracked
+
+
+def _tell(on_frame: Callable[[VideoEntry, int], None], video: VideoEntry, number: int, _: FrameTracks) -> None:
+    on_frame(video, number)
 
 
 def score_videos(
@@ -69,12 +82,14 @@ def score_videos(
     split: str,
     averaged: Collection[str] | None = None,
     notes: Sequence[str] = (),
+    on_video: Callable[[str, str], None] | None = None,
 ) -> StageScores:
     """Score every video exactly once, each source by its protocol.
 
     Args:
         averaged: classes the class average is taken over (CLASSES_TO_EVAL); None: all.
         notes: what must stand beside the numbers.
+        on_video: called with source and name of each video before it is scored.
 
     Raises:
         MotipError: a video was not tracked, or was tracked without being listed.
@@ -87,6 +102,13 @@ def score_videos(
             found=", ".join("/".join(key) for key in sorted(tracked)) or "none",
             expected=", ".join("/".join(key) for key in keys),
         )
+
+    def each_of(source: str, sequences: list[ScoredSequence]) -> Iterator[ScoredSequence]:
+        for sequence in sequences:
+            if on_video is not None:
+                on_video(source, sequence.name)
+            yield sequence
+
     prepared: dict[str, list[ScoredSequence]] = {}
     for video in listed:
         sequence = read_labels(entry_path(storage, video))
@@ -97,7 +119,8 @@ def score_videos(
     return StageScores(
         {
             source: replace(
-                score(sequences, class_maps[source].names, protocols[source], split, averaged), notes=tuple(notes)
+                score(each_of(source, sequences), class_maps[source].names, protocols[source], split, averaged),
+                notes=tuple(notes),
             )
             for source, sequences in prepared.items()
         }

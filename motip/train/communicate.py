@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from motip.errors import MotipError
+from torch.distributed.distributed_c10d import _get_default_store as _default_store  # torch has no public name for it
 
 _BUCKET_BYTES = 32 * 2**20
-_PATIENCE = timedelta(days=1)
-
-_log = logging.getLogger(__name__)
 
 
 class Communicator(Protocol):
@@ -36,10 +28,15 @@ class Communicator(Protocol):
         ...
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank. For small results such as tracks, not for tensors.
+        """Every rank's value, in rank order, on every rank. For small results such as tracks, not for tensors."""
+        ...
 
-        Waits as long as it takes: tracking and scoring the validation videos, or writing a checkpoint, is no stall.
-        """
+    def post(self, text: str) -> None:
+        """Leave a text where the others find it, without anybody waiting. Any thread may call it."""
+        ...
+
+    def read(self, rank: int) -> str:
+        """What a rank posted last, or nothing."""
         ...
 
 
@@ -55,19 +52,31 @@ class SingleProcess:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    def post(self, text: str) -> None:
+        return
+
+    def read(self, rank: int) -> str:
+        return ""
+
 
 class TorchDistributed:
     """The default process group of torch.distributed, which must be initialised (Ray Train does that).
 
     Tensors may live on any device: NCCL moves only CUDA tensors, so host tensors travel through the rank's own device.
+
+    Args:
+        timeout_s: how long `gather` waits for others; None: as long as torch does. `sum_` waits as long as the group.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float | None = None) -> None:
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
         nccl = "nccl" in dist.get_backend()
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-        self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        patience = None if timeout_s is None else timedelta(seconds=timeout_s)
+        self._objects = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=patience))
+        # A connection of its own: a call through the group's would wait behind whatever else waits there.
+        self._board = dist.PrefixStore("motip", _default_store().clone())
 
     def sum_(self, tensor: Tensor) -> Tensor:
         carried = self._carried(tensor)
@@ -76,8 +85,16 @@ class TorchDistributed:
 
     def gather(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value, group=self._patient)
+        dist.all_gather_object(gathered, value, group=self._objects)
         return gathered
+
+    def post(self, text: str) -> None:
+        self._board.set(str(self.rank), text)
+
+    def read(self, rank: int) -> str:
+        key = str(rank)
+        # `get` alone would wait for a rank that has not posted yet.
+        return self._board.get(key).decode() if self._board.check([key]) else ""
 
     def _carried(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self._device.type and tensor.is_contiguous():
@@ -85,97 +102,10 @@ class TorchDistributed:
         return tensor.detach().to(self._device).contiguous()
 
 
-class WorkerLost(RuntimeError):
-    """Another rank died or stalled. No MotipError: Ray starts the workers again after it, and that may cure it."""
-
-
-class Watched:
-    """A communicator that says where training stood when another rank did not answer in time.
-
-    `gather` has no such time, since others may be validating or saving: it says again and again that it waits.
-
-    Args:
-        inner: the ranks.
-        timeout_s: for the messages; the process group itself keeps the time.
-
-    Attributes:
-        where: says which stage, epoch, step and clips training is at.
-    """
-
-    def __init__(self, inner: Communicator, timeout_s: float) -> None:
-        self._inner = inner
-        self._timeout_s = timeout_s
-        self.world_size = inner.world_size
-        self.rank = inner.rank
-        self.where: Callable[[], str] = lambda: "before the first step"
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        with self._watching():
-            return self._inner.sum_(tensor)
-
-    def gather(self, value: Any) -> list[Any]:
-        with self._telling():
-            return self._inner.gather(value)
-
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        # Where NCCL's watchdog ends the process without an exception, this line is what the log has.
-        alarm = threading.Timer(0.9 * self._timeout_s, self._waiting)
-        alarm.daemon = True
-        if self.world_size > 1:
-            alarm.start()
-        begin = time.monotonic()
-        try:
-            yield
-        except RuntimeError as error:
-            if self.world_size == 1 or isinstance(error, torch.OutOfMemoryError):
-                raise
-            problem = MotipError(
-                f"rank {self.rank} of {self.world_size} got no answer from another worker",
-                where=self.where(),
-                found=f"{str(error).splitlines()[0][:200]} (after {time.monotonic() - begin:.0f} s)",
-                expected=f"an answer within {self._timeout_s:g} s (COLLECTIVE_TIMEOUT_S)",
-                fix="look for the worker that stopped or is far slower than the others (its own log, its memory); "
-                "run the same command again to go on from the last checkpoint",
-            )
-            raise WorkerLost(problem.render()) from error
-        finally:
-            alarm.cancel()
-
-    @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        arrived = threading.Event()
-        if self.world_size > 1:
-            threading.Thread(target=self._tell, args=(arrived,), daemon=True).start()
-        try:
-            yield
-        finally:
-            arrived.set()
-
-    def _tell(self, arrived: threading.Event) -> None:
-        begin = time.monotonic()
-        while not arrived.wait(self._timeout_s):
-            _log.warning(
-                "rank %d has waited %.1f min for the other workers: %s; it goes on waiting",
-                self.rank,
-                (time.monotonic() - begin) / 60,
-                self.where(),
-            )
-
-    def _waiting(self) -> None:
-        _log.error(
-            "rank %d has waited %.0f s for another worker: %s; at %.0f s training ends",
-            self.rank,
-            0.9 * self._timeout_s,
-            self.where(),
-            self._timeout_s,
-        )
-
-
-def current_communicator() -> Communicator:
-    """The process group where one is initialised, else a single process."""
+def current_communicator(timeout_s: float | None = None) -> Communicator:
+    """The process group where one is initialised, else a single process; see `TorchDistributed`."""
     if dist.is_available() and dist.is_initialized():
-        return TorchDistributed()
+        return TorchDistributed(timeout_s)
     return SingleProcess()
 
 

@@ -27,6 +27,7 @@ from motip.train.communicate import SingleProcess, current_communicator
 from motip.train.feeds import LocalFeed, RayFeed
 from motip.train.job import StageJob
 from motip.train.loop import run_stage
+from motip.train.mailbox import Mailbox
 from motip.train.notice import GRACE_S, PassedOn, Stopped
 from motip.train.retention import Retention, drop_epochs, drop_steps, held
 from motip.train.scratch import Scratch
@@ -47,6 +48,7 @@ class Placement:
         decoders: decoding actors per training worker.
         decoder_cpus: CPUs reserved per decoding actor.
         gpu: one GPU per worker.
+        runs: trainings that share the machines at a time; the threads of its cores are divided among them.
     """
 
     workers: int
@@ -55,6 +57,7 @@ class Placement:
     decoder_cpus: float = 0.5
     gpu: bool = False
     least_workers: int | None = None
+    runs: int = 1
 
 
 @dataclass
@@ -119,9 +122,11 @@ def fit(job: StageJob, placement: Placement, folder: str, on_record: OnRecord) -
 
     Args:
         folder: the stage's own folder or URI; checkpoints are written to ``<folder>/epoch_<n>/checkpoint_<n>.pth``.
-        on_record: called in this process with everything the training has to say (`step`, `epoch`, `scores`, …).
+        on_record: called in this process with everything the training has to say (`step`, `epoch`, `scores`, …). Where
+            it raises `Stopped`, the training saves its position and ends.
 
     Raises:
+        Stopped: it was told to end before its last epoch; its position is saved.
         MotipError: the stage's inputs are wrong, or training failed for another reason that is named.
     """
     if placement.workers == 0:
@@ -182,6 +187,9 @@ class FolderReporter:
     def notice(self) -> str:
         return ""
 
+    def lost(self, problem: MotipError) -> None:
+        self._on_record("note", {"text": problem.render()})
+
     def asked_to_stop(self) -> bool:
         return False
 
@@ -209,54 +217,6 @@ def _fit_here(job: StageJob, folder: str, on_record: OnRecord) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ on Ray
-
-
-class _Mailbox:
-    """What the workers have to say, kept until the driver fetches it: workers need no way to the tracking server."""
-
-    def __init__(self) -> None:
-        self._records: list[tuple[str, dict[str, Any]]] = []
-        self._failure: tuple[MotipError, str] | None = None
-        self._first_world: int | None = None
-        self._stop = False
-        self._reached = "the workers had not told of a step yet"
-
-    def put(self, kind: str, values: dict[str, Any]) -> None:
-        self._records.append((kind, values))
-        if kind == "step":
-            position = f"epoch {values['epoch'] + 1}, step {values['index'] + 1}/{values['of']}"
-            self._reached = f"the last step that the workers told of was {position}"
-
-    def drain(self) -> list[tuple[str, dict[str, Any]]]:
-        records, self._records = self._records, []
-        return records
-
-    def began_with(self, world: int) -> int:
-        """Workers of the first attempt, whatever later ones have; their batches are kept."""
-        self._first_world = self._first_world or world
-        return self._first_world
-
-    def give_up(self, error: MotipError, traceback: str) -> None:
-        """Keep the first error that no restart of the workers can cure."""
-        self._failure = self._failure or (error, traceback)
-
-    def failure(self) -> tuple[MotipError, str] | None:
-        return self._failure
-
-    def stop(self) -> None:
-        """The driver's word to the workers, of this attempt and of later ones."""
-        self._stop = True
-
-    def stop_asked(self) -> bool:
-        return self._stop
-
-    def stopped(self) -> None:
-        """Some rank ends, after all saved their position."""
-        self._reached = "the position is saved, but the workers were slow to end"
-
-    def reached(self) -> str:
-        """How far the workers came, in words."""
-        return self._reached
 
 
 class RayReporter:
@@ -334,6 +294,11 @@ class RayReporter:
         told = ray.train.get_preemption_info()
         return "" if told is None else f"preemption of {', '.join(sorted(told.preempted_node_ids))}"
 
+    def lost(self, problem: MotipError) -> None:
+        import ray
+
+        ray.get(self._mailbox.lose.remote(problem))
+
     def asked_to_stop(self) -> bool:
         import ray
 
@@ -398,7 +363,7 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray
 
     mailbox = settings["mailbox"]
-    if ray.get(mailbox.failure.remote()) is not None:
+    if not ray.get(mailbox.worker_begins.remote()):
         return  # restarted by Ray after an error that would only come again; the driver raises it
     try:
         _train(settings["job"], settings["placement"], mailbox, settings["folder"])
@@ -417,13 +382,13 @@ def _train(job: StageJob, placement: Placement, mailbox: Any, folder: str) -> No
 
     config = Config.from_dict(job.config)
     # [1] Ray Train has set up the process group.
-    comm = current_communicator()
+    comm = current_communicator(config.COLLECTIVE_TIMEOUT_S)
     if placement.gpu:
         device = ray.train.torch.get_device()
     else:
         device = torch.device("cpu")
         here = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // (here * placement.runs)))
     # [2] The batches come from Ray Data, this rank's rows of the clip plan in order.
     feed = RayFeed(job, config, comm.rank, comm.world_size, placement.decoders, placement.decoder_cpus)
     reporter = RayReporter(mailbox, folder, _retention(job, config))
@@ -441,7 +406,7 @@ def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnR
 
     # On the driver's own node: as long as the driver lives, so does what the workers told it.
     beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=beside).remote()
+    mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=beside).remote()
     parent, _, name = folder.rpartition("/")
     # [4] One run name per set of inputs: a stale run of other inputs can never be resumed by accident.
     trainer = TorchTrainer(
@@ -459,14 +424,15 @@ def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnR
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
-    with _passing_on(mailbox) as sigterm, _listening(mailbox, on_record), _interruptible():
+    listening = _listening(mailbox, on_record)
+    with _passing_on(mailbox) as sigterm, listening, _interruptible():
         try:
             trainer.fit()
         except Exception as error:
             _raise_told(mailbox, folder)
-            raise find_motip_error(error) or _failed(job, folder, error, str(error)) from error
+            raise _why(mailbox, error) or _failed(job, folder, error, str(error)) from error
         _raise_told(mailbox, folder)
-        if sigterm.given:
+        if sigterm.given or listening.ended:
             raise Stopped
 
 
@@ -523,6 +489,14 @@ def _raise_told(mailbox: Any, folder: str) -> None:
     raise error
 
 
+def _why(mailbox: Any, error: BaseException) -> MotipError | None:
+    """Why the last attempt ended, in our own words where there are any."""
+    import ray
+
+    lost: MotipError | None = ray.get(mailbox.lost.remote())
+    return lost or find_motip_error(error)
+
+
 def _failed(job: StageJob, folder: str, error: BaseException, text: str) -> MotipError:
     place = location(folder) / "failure.txt"
     write_bytes(place, text.encode())
@@ -547,6 +521,7 @@ class _listening:
         self._on_record = on_record
         self._stop = threading.Event()
         self._error: BaseException | None = None
+        self.ended = False
         self._thread = threading.Thread(target=self._listen, name="motip-mailbox", daemon=True)
 
     def __enter__(self) -> None:
@@ -579,6 +554,11 @@ class _listening:
         the others."""
         try:
             yield
+        except Stopped:
+            import ray
+
+            ray.get(self._mailbox.stop.remote())
+            self.ended = True
         except Exception as error:
             if self._error is None:
                 _log.error("what the training says cannot be recorded: %s", error)

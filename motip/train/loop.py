@@ -15,18 +15,20 @@ import torch
 
 from motip.config import Config
 from motip.data.batch import ClipBatch
+from motip.errors import MotipError
 from motip.evaluate.validation import score_videos, track_videos
 from motip.model import MOTIP
 from motip.model.weights import load_checkpoint
 from motip.track.settings import TrackerSettings
 from motip.train.build import build_model_for, restore_optimizer
 from motip.train.checkpoints import Cadence, save_epoch, save_step
-from motip.train.communicate import Communicator, Watched
+from motip.train.communicate import Communicator
 from motip.train.job import Feed, StageJob
 from motip.train.notice import Notice, Stopped
 from motip.train.optimizer import GROUP_NAMES, LearningRates, build_optimizer
 from motip.train.step import StepLosses, TrainStep
 from motip.train.timing import PARTS, Interval, StepClock, memory_gib
+from motip.train.watched import Watched, WorkerLost
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +62,10 @@ class Reporter(Protocol):
 
     def notice(self) -> str:
         """Why this machine will be taken away, or nothing. Every rank calls it equally often, and hears the same."""
+        ...
+
+    def lost(self, problem: MotipError) -> None:
+        """This attempt ends because a rank died or hangs; any rank may call it, from any thread."""
         ...
 
     def asked_to_stop(self) -> bool:
@@ -121,11 +127,23 @@ def run_stage(job: StageJob, comm: Communicator, feed: Feed, reporter: Reporter,
     Raises:
         MotipError: weights, data or configuration do not fit together.
         Stopped: it was told to end; its position is saved.
+        WorkerLost: another rank died or hangs. Where this one hangs itself, its process ends.
     """
     config = Config.from_dict(job.config)
-    watched = Watched(comm, config.COLLECTIVE_TIMEOUT_S)
-    run, first_epoch = _prepare(job, config, watched, feed, reporter, device)
-    watched.where = lambda: run.where
+    watched = Watched(comm, config.COLLECTIVE_TIMEOUT_S, config.PROGRESS_TIMEOUT_S)
+    with watched.guarded(reporter.lost):
+        try:
+            _train_stage(job, config, watched, feed, reporter, device)
+        except WorkerLost as lost:
+            reporter.lost(lost.problem)
+            raise
+
+
+def _train_stage(
+    job: StageJob, config: Config, comm: Watched, feed: Feed, reporter: Reporter, device: torch.device
+) -> None:
+    run, first_epoch = _prepare(job, config, comm, feed, reporter, device)
+    comm.where = lambda: run.where
     with run.notice:
         for epoch in range(first_epoch, config.EPOCHS):
             last = epoch == config.EPOCHS - 1
@@ -197,12 +215,23 @@ def validate(run: Run, epoch: int) -> dict[str, float]:
     """Track the stage's validation videos, shared among the ranks, and score them on rank 0; others get no metrics."""
     run.model.eval()
     begin = time.perf_counter()
-    job, config = run.job, run.config
+    job, config, place = run.job, run.config, run.where
     mine = job.val[run.comm.rank :: run.comm.world_size]
     notes: set[str] = set()
+
+    def at(what: str) -> None:
+        # Others see by the text that it changes: this rank does not hang.
+        run.where = f"{place}, {what}"
+
     tracked = track_videos(
-        run.model, mine, job.storage, TrackerSettings.from_config(config), lambda _, result: notes.update(result.notes)
+        run.model,
+        mine,
+        job.storage,
+        TrackerSettings.from_config(config),
+        on_video=lambda _, result: notes.update(result.notes),
+        on_frame=lambda video, number: at(f"{video.source}/{video.video}, frame {number} tracked"),
     )
+    at("its videos are tracked")
     parts = run.comm.gather((tracked, notes))
     if not run.leads:
         return {}
@@ -215,7 +244,9 @@ def validate(run: Run, epoch: int) -> dict[str, float]:
         config.val_config.SPLIT_TO_EVAL,
         averaged=config.val_config.CLASSES_TO_EVAL,
         notes=sorted(set().union(*(said for _, said in parts))),
+        on_video=lambda source, name: at(f"scoring {source}/{name}"),
     )
+    at("scored")
     run.record("scores", {"epoch": epoch, "step": run.global_step, "scores": scores.to_json()})
     return {**scores.flat(), "time/validation_s": time.perf_counter() - begin}
 

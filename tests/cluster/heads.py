@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.cluster.conftest import QUICK
+
 
 @dataclass
 class Head:
@@ -24,21 +26,23 @@ class Head:
         ray: path of the `ray` command.
         address: `host:port` for RAY_ADDRESS.
         environment: for commands that talk to it; token authentication is on, RAY_ADDRESS is not set.
+        session: folder of its logs, and of the jobs that run on it.
         server: the `ray start --block` process.
     """
 
     ray: str
     address: str
     environment: dict[str, str]
+    session: Path
     server: subprocess.Popen[bytes]
 
     def workers(self) -> list[int]:
         """Process ids of this head's Ray Train workers."""
-        return [pid for pid, title in _descendants(self.server.pid) if "RayTrainWorker" in title]
+        return [pid for pid, title in descendants(self.server.pid) if "RayTrainWorker" in title]
 
     def kill(self) -> None:
         """kill -9 the head with everything it started, as a machine that is switched off."""
-        family = [self.server.pid, *(pid for pid, _ in _descendants(self.server.pid))]
+        family = [self.server.pid, *(pid for pid, _ in descendants(self.server.pid))]
         for pid in family:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -59,6 +63,7 @@ def running_head(folder: Path, cpus: int = 2) -> Iterator[Head]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # A head that died is given up on in seconds.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+        **QUICK,
     }
     port, dashboard, agent = _free_port(), _free_port(), _free_port()
     # Ray's socket paths must stay under 108 characters, which pytest's folders do not.
@@ -72,16 +77,23 @@ def running_head(folder: Path, cpus: int = 2) -> Iterator[Head]:
     )
     environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
     try:
-        for _ in range(120):
-            if subprocess.run([ray, "job", "list"], env=environment, capture_output=True).returncode == 0:
-                break
-            time.sleep(1)
-        yield Head(ray, f"127.0.0.1:{port}", environment, server)
+        begin = time.monotonic()
+        listed = [ray, "job", "list"]
+        while not _answers(dashboard) or subprocess.run(listed, env=environment, capture_output=True).returncode != 0:
+            assert server.poll() is None and time.monotonic() - begin < 400, "the head does not come up"
+            time.sleep(0.5)
+        yield Head(ray, f"127.0.0.1:{port}", environment, session, server)
     finally:
         if server.poll() is None:
             server.terminate()
             server.wait(timeout=60)
         shutil.rmtree(session, ignore_errors=True)
+
+
+def _answers(port: int) -> bool:
+    """Whether anybody listens: asked before Ray's own command is, which takes two seconds of a core to start."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _free_port() -> int:
@@ -90,7 +102,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _descendants(ancestor: int) -> list[tuple[int, str]]:
+def descendants(ancestor: int) -> list[tuple[int, str]]:
     """(process id, command line) of everything that a process started, directly or not."""
     parents: dict[int, int] = {}
     titles: dict[int, str] = {}

@@ -11,6 +11,7 @@ from motip.config import load_curriculum
 from motip.curriculum import Options, run_curriculum
 from motip.data.storage import Location, files_under, location, read_json
 from motip.lineage import NullLineage
+from tests.cluster.conftest import QUICK
 from tests.object_store import object_store
 from tests.small_curriculum import QuietUi, write_files
 
@@ -45,6 +46,8 @@ def _weights(folder: Location) -> set[str]:
 
 def test_training_into_s3_that_stumbles_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
     path = write_files(tmp_path, domains=False)
     curriculum = load_curriculum(path, OVERRIDES)
     with object_store() as store:
@@ -55,7 +58,7 @@ def test_training_into_s3_that_stumbles_costs_no_step(tmp_path: Path, monkeypatc
             result = run_curriculum(curriculum, options, cluster, NullLineage(), ui)  # type: ignore[arg-type]
             return ui, location(result.records[0].checkpoint).parent
 
-        cluster = connect(num_cpus=2)
+        cluster = connect(num_cpus=2)  # one of its own: its processes must know of this store
         try:
             store.fails("POST .*checkpoint_0.pth", MORE_THAN_THE_CLIENT_TRIES)
             store.fails("(PUT|POST) .*checkpoint_step_2.pth", MORE_THAN_THE_CLIENT_TRIES, drop=True)

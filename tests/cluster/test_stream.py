@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from motip.cluster import Cluster
 from motip.config import Config
 from motip.data.clip_loader import ClipLoader, local_batches, plan_videos
 from motip.data.clips import ClipPlan, ClipRef, pad_to, plan_clips, rank_rows
@@ -60,15 +60,6 @@ def _write(storage: Path, name: str, frames: int, broken: int | None = None) -> 
     return SimpleNamespace(source="bdd", video=name, shard=shard, fps=5.0)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
-    yield
-    ray.shutdown()
-
-
 def _names_and_sums(
     loader: ClipLoader, rows: list[ClipRef], batch_size: int, prefetch: int, cpus: float
 ) -> list[tuple]:
@@ -93,7 +84,7 @@ def _plan(storage: Path) -> tuple[ClipPlan, ClipLoader]:
     return pad_to(plan, 4), ClipLoader(CONFIG, CLASSES, storage)
 
 
-def test_two_ranks_get_the_plan_bit_for_bit(cluster: None, tmp_path: Path) -> None:
+def test_two_ranks_get_the_plan_bit_for_bit(local_ray: Cluster, tmp_path: Path) -> None:
     import ray
 
     plan, loader = _plan(tmp_path)
@@ -108,7 +99,7 @@ def test_two_ranks_get_the_plan_bit_for_bit(cluster: None, tmp_path: Path) -> No
         assert seen[rank] == expected
 
 
-def test_a_broken_frame_reaches_the_worker_as_one_clear_message(cluster: None, tmp_path: Path) -> None:
+def test_a_broken_frame_reaches_the_worker_as_one_clear_message(local_ray: Cluster, tmp_path: Path) -> None:
     _write(tmp_path, "bad", 3, broken=1)
     clip = ClipRef("bdd", "bad", "bdd/train/bad.parquet", (0, 1), (0, 1), 1, seed=1)
     dataset = clip_dataset([clip], ClipLoader(CONFIG, CLASSES, tmp_path), actors=1, actor_cpus=0.5)

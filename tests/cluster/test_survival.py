@@ -1,13 +1,16 @@
-"""kill -9 of a worker, of the driver and of the whole head: the stage ends as if nothing had happened."""
+"""A job that nobody disturbs, and the same stage struck by kill -9 of a worker, of the driver and of the whole head."""
 
 from __future__ import annotations
 
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,23 +22,129 @@ from motip.model.weights import load_checkpoint
 from motip.train.fit import completed
 from tests.cluster.heads import Head, running_head
 from tests.small_curriculum import write_files
+from tests.test_secrets import found_in
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 16
 """Optimiser steps of the stage: two epochs of eight, one clip per worker."""
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "AKIA" + secrets.token_hex(8).upper(),
+    "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
+    "AWS_SESSION_TOKEN": secrets.token_hex(40),
+}
+"""In the environment of whoever submits the job."""
+MARK = secrets.token_hex(16)
+"""No secret, and sent with the job: shows where its environment gets to."""
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A submitted job that has ended, on a head that still runs.
+
+    Attributes:
+        curriculum: its file; domains are scored after the stage.
+        said: everything that `motip job submit` printed.
+        refused: what the head answered to a wrong token.
+    """
+
+    head: Head
+    curriculum: Path
+    storage: Path
+    status: int
+    said: str
+    refused: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
+    """The first stage, submitted as a user does it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    path = write_files(folder)
+    path.write_text(path.read_text().replace("frames: 4}", "frames: 18}"))  # enough start frames for 16 clips
+    storage = folder / "storage"
+    with running_head(folder) as head:
+        submit = [sys.executable, "-m", "motip.cli", "job", "submit", "--working-dir", ".", "--storage", str(storage)]
+        submit += ["--env", f"MOTIP_TEST_MARK={MARK}", "--", "python", "ray_jobs/curriculum.py", *_options(path)]
+        environment = {**head.environment, **SECRETS, "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+        other = {**head.environment, "RAY_AUTH_TOKEN": "wrong" * 13}
+        del other["RAY_AUTH_TOKEN_PATH"]
+        refused = subprocess.run([head.ray, "job", "list"], env=other, capture_output=True, text=True)
+        yield Undisturbed(head, path, storage, ran.returncode, ran.stdout + ran.stderr, refused)
+
+
+def _options(path: Path) -> list[str]:
+    options = ["--config", str(path), "--data-root", str(path.parent), "--workers", "2", "--until", "BDD-Foundation"]
+    for setting in ("EPOCHS=2", "CLIPS_PER_EPOCH=16", "CHECKPOINT_EVERY_STEPS=1", "LOG_EVERY_STEPS=1"):
+        options += ["--set", setting]
+    return options
+
+
+def test_a_submitted_job_leaves_its_results_in_the_storage_and_no_secret(undisturbed: Undisturbed) -> None:
+    storage, said = undisturbed.storage, undisturbed.said
+    assert undisturbed.status == 0, said[-5000:]
+    assert "Stages:" in said and "BDD-Foundation" in said and "SUCCEEDED" in said
+    folder = storage / "curricula" / "small"
+    assert len(list(folder.glob("BDD-Foundation/*/checkpoint_best.pth"))) == 1
+    assert (folder / "report.html").is_file() and (folder / "domains.csv").is_file()
+    assert list(folder.glob("BDD-Foundation/*/dashboard.png")) and list(folder.glob("BDD-Foundation/*/failures_val/*"))
+    assert undisturbed.refused.returncode != 0
+
+    values = list(SECRETS.values())
+    assert found_in(undisturbed.head.session, [MARK]), "this is where a secret in the job's environment would be seen"
+    assert found_in(undisturbed.head.session, values) == [], "logs of the head, the job and its workers"
+    assert found_in(storage, values) == [], "checkpoints, artifacts, the database"
+    assert [word for word in values if word in said] == []
+    client = MlflowClient(f"sqlite:///{storage}/mlflow/mlflow.db")
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    told = [text for run in runs for text in (*run.data.params.values(), *run.data.tags.values())]
+    assert len(told) > 50 and not any(word in text for word in values for text in told)
+
+
+def test_a_stage_struck_three_times_ends_as_if_undisturbed(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    assert undisturbed.status == 0, undisturbed.said[-5000:]
+    head, whole, struck = undisturbed.head, undisturbed.storage, tmp_path / "struck"
+    path = undisturbed.curriculum.with_name("struck.yaml")
+    path.write_text(undisturbed.curriculum.read_text() + "domains: {score: none}\n")
+    draw = random.Random(int(time.time()))
+    for_worker, for_driver, for_head = draw.randint(1, 4), draw.randint(5, 7), draw.randint(9, 12)
+    print("killed after steps", for_worker, for_driver, for_head)
+
+    driver = _start(head, path, struck)
+    _wait_for(for_worker, driver, struck)
+    os.kill(draw.choice(head.workers()), signal.SIGKILL)
+    _wait_for(for_driver, driver, struck)
+    driver.kill()
+    driver.wait(timeout=60)
+
+    driver = _start(head, path, struck)
+    _wait_for(for_head, driver, struck)
+    head.kill()
+    assert driver.wait(timeout=240) != 0
+    with running_head(tmp_path) as another:
+        _finish(_start(another, path, struck), struck)
+
+    expected = _steps(whole)
+    assert expected.keys() == set(range(1, STEPS + 1))
+    # What a driver that is killed had not fetched yet, of its last half second, is missing in MLflow.
+    assert STEPS in _steps(struck) and len(_steps(struck)) >= STEPS - 6
+    for step, losses in _steps(struck).items():
+        assert set(losses) == set(expected[step]), f"step {step}"
+    # A checkpoint may still have been on its way when it was struck: one step more than the interval.
+    repeated = sum(len(losses) - 1 for losses in _steps(struck).values())
+    assert repeated <= 3 * 2
+    for epoch in (0, 1):
+        one, other = (load_checkpoint(_epochs(storage)[epoch])["model"] for storage in (whole, struck))
+        assert all(torch.equal(one[name], other[name]) for name in one), f"epoch {epoch + 1}"
 
 
 def _start(head: Head, path: Path, storage: Path) -> subprocess.Popen[bytes]:
-    """The curriculum's first stage with two workers on this head."""
-    command = [sys.executable, "ray_jobs/curriculum.py", "--config", str(path), "--data-root", str(path.parent)]
-    command += ["--storage", str(storage), "--workers", "2", "--until", "BDD-Foundation"]
-    for setting in ("EPOCHS=2", "CLIPS_PER_EPOCH=16", "CHECKPOINT_EVERY_STEPS=1", "LOG_EVERY_STEPS=1"):
-        command += ["--set", setting]
+    """The same stage, from a process that can be killed."""
     said = (storage.parent / f"{storage.name}.log").open("ab")
     return subprocess.Popen(
-        command,
+        [sys.executable, "ray_jobs/curriculum.py", *_options(path), "--storage", str(storage)],
         cwd=ROOT,
         env={**head.environment, "RAY_ADDRESS": head.address, "OMP_NUM_THREADS": "1"},
         stdout=said,
@@ -58,44 +167,6 @@ def _wait_for(step: int, driver: subprocess.Popen[bytes], storage: Path) -> None
 
 def _finish(driver: subprocess.Popen[bytes], storage: Path) -> None:
     assert driver.wait(timeout=240) == 0, (storage.parent / f"{storage.name}.log").read_text()[-3000:]
-
-
-def test_a_stage_struck_three_times_ends_as_if_undisturbed(tmp_path: Path) -> None:
-    path = write_files(tmp_path, domains=False)
-    path.write_text(path.read_text().replace("frames: 4}", "frames: 24}"))  # enough start frames for 16 clips
-    whole, struck = tmp_path / "whole", tmp_path / "struck"
-    draw = random.Random(int(time.time()))
-    for_worker, for_driver, for_head = draw.randint(1, 4), draw.randint(5, 7), draw.randint(9, 12)
-    print("killed after steps", for_worker, for_driver, for_head)
-    with running_head(tmp_path) as head:
-        _finish(_start(head, path, whole), whole)
-
-        driver = _start(head, path, struck)
-        _wait_for(for_worker, driver, struck)
-        os.kill(draw.choice(head.workers()), signal.SIGKILL)
-        _wait_for(for_driver, driver, struck)
-        driver.kill()
-        driver.wait(timeout=60)
-
-        driver = _start(head, path, struck)
-        _wait_for(for_head, driver, struck)
-        head.kill()
-        assert driver.wait(timeout=240) != 0
-    with running_head(tmp_path) as head:
-        _finish(_start(head, path, struck), struck)
-
-    expected = _steps(whole)
-    assert expected.keys() == set(range(1, STEPS + 1))
-    # What a driver that is killed had not fetched yet, of its last half second, is missing in MLflow.
-    assert STEPS in _steps(struck) and len(_steps(struck)) >= STEPS - 6
-    for step, losses in _steps(struck).items():
-        assert set(losses) == set(expected[step]), f"step {step}"
-    # A checkpoint may still have been on its way when it was struck: one step more than the interval.
-    repeated = sum(len(losses) - 1 for losses in _steps(struck).values())
-    assert repeated <= 3 * 2
-    for epoch in (0, 1):
-        one, other = (load_checkpoint(_epochs(storage)[epoch])["model"] for storage in (whole, struck))
-        assert all(torch.equal(one[name], other[name]) for name in one), f"epoch {epoch + 1}"
 
 
 def _epochs(storage: Path) -> dict[int, str]:

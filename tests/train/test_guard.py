@@ -1,22 +1,12 @@
-"""What training watches itself for: batches left out in a row, gradients that grow, ranks that do not answer."""
+"""What training watches itself for: batches left out in a row, and gradients that grow."""
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
-import time
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from motip.errors import MotipError
-from motip.train.communicate import SingleProcess, Watched, WorkerLost, current_communicator
+from motip.train.communicate import SingleProcess
 from motip.train.guard import GradientWatch
 from motip.train.loop import frame_order, network_seed
 from motip.train.optimizer import build_optimizer
@@ -75,61 +65,3 @@ def test_random_numbers_follow_from_seed_epoch_and_step_alone() -> None:
     assert network_seed(1, 2, 3, 0) == network_seed(1, 2, 3, 0)
     assert len({network_seed(s, e, i, r) for s in (1, 2) for e in (0, 1) for i in (0, 1) for r in (0, 1)}) == 16
     assert frame_order(1, 2, 3).initial_seed() == frame_order(1, 2, 3).initial_seed()
-
-
-class _SlowRanks(SingleProcess):
-    """Answers once it has been told that somebody waits, twice."""
-
-    world_size = 2
-
-    def __init__(self) -> None:
-        self.heard = threading.Semaphore(0)
-
-    def gather(self, value: Any) -> list[Any]:
-        assert all(self.heard.acquire(timeout=60) for _ in range(2))
-        return [value, "other"]
-
-
-def test_who_waits_for_a_validation_or_a_save_says_so_again_and_again() -> None:
-    ranks, said = _SlowRanks(), list[str]()
-    comm = Watched(ranks, 0.01)
-    comm.where = lambda: "stage two, validation after epoch 3"
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-            ranks.heard.release()
-
-    listener, logger = Listener(), logging.getLogger("motip.train.communicate")
-    logger.addHandler(listener)
-    try:
-        assert comm.gather("own") == ["own", "other"]
-    finally:
-        logger.removeHandler(listener)
-    assert len(said) >= 2 and all("stage two, validation after epoch 3" in line for line in said)
-    assert "min for the other workers" in said[0]
-
-
-def _stalled(rank: int, directory: str) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/r", rank=rank, world_size=2, timeout=timedelta(seconds=4)
-    )
-    comm = Watched(current_communicator(), 4)
-    comm.where = lambda: "stage two, epoch 1, step 7/9, ground/video frames 1,2"
-    comm.sum_(torch.ones(1))
-    if rank == 1:
-        time.sleep(12)
-        os._exit(0)
-    begin = time.monotonic()
-    with pytest.raises(WorkerLost) as told:
-        comm.sum_(torch.ones(1))
-    Path(directory, "said").write_text(f"{time.monotonic() - begin:.1f}\n{told.value}")
-    os._exit(0)  # the group is broken: taking it down in order would wait for the other rank
-
-
-def test_a_rank_that_does_not_answer_ends_the_wait_of_the_other(tmp_path: Path) -> None:
-    multiprocessing.spawn(_stalled, args=(str(tmp_path),), nprocs=2)
-    seconds, _, message = (tmp_path / "said").read_text().partition("\n")
-    assert 3 < float(seconds) < 10
-    assert "rank 0 of 2" in message and "epoch 1, step 7/9, ground/video frames 1,2" in message
-    assert "COLLECTIVE_TIMEOUT_S" in message

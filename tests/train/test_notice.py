@@ -22,8 +22,9 @@ from motip.model.weights import load_checkpoint
 from motip.train import checkpoints, fit, notice
 from motip.train.communicate import SingleProcess
 from motip.train.feeds import LocalFeed
-from motip.train.fit import FolderReporter, RayReporter, _Mailbox
+from motip.train.fit import FolderReporter, RayReporter
 from motip.train.job import StageJob
+from motip.train.mailbox import Mailbox
 from motip.train.notice import PassedOn, Stopped
 from motip.train.retention import Retention
 from motip.train.scratch import Scratch
@@ -43,7 +44,7 @@ class Actor:
 @pytest.fixture
 def mailbox(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(ray, "get", lambda answer: answer)
-    return Actor(_Mailbox())
+    return Actor(Mailbox())
 
 
 def _sigterm() -> None:

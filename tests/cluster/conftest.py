@@ -1,0 +1,28 @@
+"""Ray on this machine, started once for all tests that can share it, after those that start a head of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from motip.cluster import Cluster, connect, disconnect
+
+QUICK = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+"""Ray Train looks after its workers every two seconds; tests of seconds need not wait for that."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "local_ray" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[Cluster]:
+    """Two CPUs. Tests leave nothing running on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        for name, value in QUICK.items():
+            patch.setenv(name, value)
+        cluster = connect(num_cpus=2)
+        yield cluster
+        disconnect()
