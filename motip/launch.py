@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from motip.cluster import Cluster, connect, disconnect
 from motip.config import Curriculum, load_curriculum
-from motip.curriculum import CurriculumResult, Options, run_curriculum
+from motip.config.experiment_file import load_experiment
+from motip.curriculum import CurriculumResult, Options, Tuning, run_curriculum
+from motip.curriculum.experiment import experiment_folder, run_arms
+from motip.curriculum.experiment_report import Findings, experiment_markdown, findings_json, learning_curves
 from motip.curriculum.records import curriculum_folder
 from motip.curriculum.weights import check_given_weights
-from motip.data.storage import Location, location
+from motip.data.storage import Location, location, write_bytes, write_json
 from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.report.domain_table import domain_table
+from motip.report.heatmap import png_of
 from motip.report.page import write_page
 from motip.report.progress import DriverUi, stage_table
 from motip.report.stage_tracks import Means
@@ -33,10 +38,11 @@ def launch_curriculum(
     until: str | None = None,
     strict: bool = False,
     before_page: Callable[[Location], None] | None = None,
+    tune: Tuning | None = None,
 ) -> CurriculumResult:
     """Run a curriculum file and print the stage table; see :func:`launch`."""
     return launch(
-        load_curriculum(config, overrides),
+        load_curriculum(config, overrides, tune=tune is not None),
         config_path=str(config),
         data_root=data_root,
         storage=storage,
@@ -44,7 +50,72 @@ def launch_curriculum(
         until=until,
         strict=strict,
         before_page=before_page,
+        tune=tune,
     )
+
+
+def launch_experiment(
+    config: str,
+    *,
+    data_root: str,
+    storage: str,
+    workers: str | int = 1,
+    overrides: Sequence[str] = (),
+    arms: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    strict: bool = False,
+) -> Location:
+    """Run the arms of an experiment file that are not finished, and write what all of them found.
+
+    Args:
+        overrides: for every arm, on top of its own changes to all stages.
+        arms, seeds: the only ones to run now; empty = all.
+
+    Returns:
+        the folder with ``results.md``, ``results.json`` and ``curves.png``.
+
+    Raises:
+        MotipError: anything the user can put right.
+    """
+    experiment = load_experiment(config, overrides)
+    for flag, named, known in (
+        ("--arms", arms, [arm.name for arm in experiment.arms]),
+        ("--seeds", seeds, list(experiment.seeds)),
+    ):
+        strangers = [each for each in named if each not in known]
+        if strangers:
+            raise MotipError(
+                "the experiment has no such entry",
+                where=flag,
+                found=strangers[0],
+                expected="some of " + ", ".join(map(str, known)),
+            )
+    options = _options(data_root, storage, workers, strict, config)
+    ui = DriverUi()
+    cluster = connect() if options.workers > 0 else None
+    try:
+        lineage = Lineage(storage=options.storage)
+        outcomes = run_arms(
+            experiment,
+            options,
+            lambda curriculum: run_curriculum(curriculum, options, cluster, lineage, ui),
+            ui.note,
+            arms or None,
+            seeds or None,
+        )
+    finally:
+        ui.close()
+        if cluster is not None:
+            disconnect()
+    folder = experiment_folder(experiment, options)
+    findings = Findings(experiment, outcomes)
+    text = experiment_markdown(findings)
+    write_bytes(folder / "results.md", text.encode())
+    write_json(folder / "results.json", findings_json(findings))
+    write_bytes(folder / "curves.png", png_of(learning_curves(findings)))
+    ui.console.print(text, markup=False)
+    ui.note(f"results of {len(outcomes)} runs: {folder}/results.md, results.json, curves.png")
+    return folder
 
 
 def launch(
@@ -57,33 +128,25 @@ def launch(
     until: str | None = None,
     strict: bool = False,
     before_page: Callable[[Location], None] | None = None,
+    tune: Tuning | None = None,
 ) -> CurriculumResult:
     """Run a curriculum and print the stage table.
 
     Args:
         workers: training workers, a number or `MIN:MAX`; 0 trains in this process.
-        before_page: given the curriculum's folder before its report page is made, to add to it; called only where all
-            val videos of the stages have been tracked already.
+        before_page: given the curriculum's folder before its report page is made, to add to it; called only where the
+            domains were scored, which leaves tracks of val videos.
 
     Raises:
         MotipError: anything the user can put right.
     """
-    least, most = workers_range(workers)
-    options = Options(
-        data_root=checked_data_root(data_root),
-        storage=checked_storage(storage),
-        workers=most,
-        least_workers=least,
-        strict=strict,
-        config_path=config_path,
-        until=until,
-    )
+    options = replace(_options(data_root, storage, workers, strict, config_path, until), tune=tune)
     if until is not None and until not in [stage.name for stage in curriculum.stages]:
         names = ", ".join(stage.name for stage in curriculum.stages)
         raise MotipError("there is no such stage", where="--until", found=until, expected=f"one of {names}")
     check_given_weights(curriculum, options)  # said here it costs no start of Ray
     ui = DriverUi()
-    cluster = connect() if most > 0 else None
+    cluster = connect() if options.workers > 0 else None
     if cluster is not None and cluster.gpus < 1:
         for stage in curriculum.stages:
             if stage.config.DEVICE == "cuda":
@@ -111,6 +174,21 @@ def launch(
     return result
 
 
+def _options(
+    data_root: str, storage: str, workers: str | int, strict: bool, config_path: str, until: str | None = None
+) -> Options:
+    least, most = workers_range(workers)
+    return Options(
+        data_root=checked_data_root(data_root),
+        storage=checked_storage(storage),
+        workers=most,
+        least_workers=least,
+        strict=strict,
+        config_path=str(config_path),
+        until=until,
+    )
+
+
 def _report_page(
     curriculum: Curriculum,
     options: Options,
@@ -126,7 +204,7 @@ def _report_page(
         on_gpu = cluster is not None and cluster.gpus >= 1 and config.DEVICE != "cpu"
         device = str(pick_device(config)) if cluster is None else "cuda" if on_gpu else "cpu"
         means = Means(cluster=cluster, device=device)
-        if before_page is not None and curriculum.domains.score != "none" and curriculum.domains.videos is None:
+        if before_page is not None and curriculum.domains.score != "none":
             before_page(folder)
         page = write_page(folder, means=means, lineage=result.lineage, run_id=result.run_id, say=ui.note)
     except Exception as error:

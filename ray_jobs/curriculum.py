@@ -3,18 +3,22 @@
 Examples:
     python ray_jobs/curriculum.py --config configs/demo/curriculum.yaml
     python ray_jobs/curriculum.py --config configs/samples/curriculum.yaml --data-root ../shared/samples
+    python ray_jobs/curriculum.py --config configs/demo/experiment.yaml --storage outputs/experiment --workers 0
     ray job submit --working-dir . -- python ray_jobs/curriculum.py --config configs/curriculum.yaml \\
         --data-root /data --storage /shared/motip --workers 4 --set EPOCHS=10 --set Vis-Specialist:LR=5e-6
+    python ray_jobs/curriculum.py --config configs/demo/curriculum.yaml --tune --trials 8
 
 It starts Ray on this machine, or joins the cluster that RAY_ADDRESS names. Run again, it goes on where it was cut off;
-a stage that is finished and whose inputs have not changed is not run again.
+a stage that is finished and whose inputs have not changed is not run again. A file with `arms:` is an experiment: every
+arm is run with every seed, and what they found is written as tables with intervals. With --tune each stage that has a
+line `sweep: FILE` is tuned first and then trained with the values found.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from motip.errors import exit_on_error
+from motip.errors import MotipError, exit_on_error
 
 
 def arguments() -> argparse.Namespace:
@@ -30,16 +34,52 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="[STAGE:]KEY=VALUE")
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    parser.add_argument("--arms", metavar="A,B", help="of an experiment file: only these arms (default: all)")
+    parser.add_argument("--seeds", metavar="1,2", help="of an experiment file: only these seeds (default: all)")
+    parser.add_argument("--tune", action="store_true", help="first tune each stage that names a sweep")
+    parser.add_argument(
+        "--trials", type=int, metavar="N", help="with --tune: settings tried"
+    )
+    parser.add_argument("--workers-per-trial", type=int, default=1, metavar="N", help="with --tune (default: 1)")
     parser.add_argument("--strict", action="store_true", help="an undecodable image ends the conversion")
     return parser.parse_args()
+
+
+def names(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def numbers(text: str | None) -> list[int]:
+    """Raises MotipError where one is no whole number."""
+    found = names(text)
+    for each in found:
+        if not each.isdecimal():
+            raise MotipError(
+                "this is no seed", where="--seeds", found=each, expected="whole numbers, as in --seeds 1,2"
+            )
+    return [int(each) for each in found]
 
 
 def main() -> None:
     args = arguments()
     with exit_on_error():
         from motip.commands.report_page import draw_sheets
-        from motip.launch import launch_curriculum
+        from motip.config.experiment_file import is_experiment
+        from motip.curriculum import Tuning
+        from motip.launch import launch_curriculum, launch_experiment
 
+        if is_experiment(args.config):
+            launch_experiment(
+                args.config,
+                data_root=args.data_root,
+                storage=args.storage,
+                workers=args.workers,
+                overrides=args.overrides,
+                arms=names(args.arms),
+                seeds=numbers(args.seeds),
+                strict=args.strict,
+            )
+            return
         launch_curriculum(
             args.config,
             data_root=args.data_root,
@@ -49,6 +89,7 @@ def main() -> None:
             until=args.until,
             strict=args.strict,
             before_page=draw_sheets,
+            tune=Tuning(args.workers_per_trial, args.trials) if args.tune else None,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,26 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config:
+    """A checked copy of a configuration with a layer of values on top, as if a file said so after all others.
+
+    Args:
+        where: what the values are said to come from, in errors and as their origin.
+
+    Raises:
+        MotipError: a key is unknown, or a value does not fit.
+    """
+    layer = dict(values)
+    for key in layer:
+        if key not in Config.model_fields:
+            _unknown(key, tuple(Config.model_fields), None, None, place=where)
+    _check_not_both(layer, where)
+    plain = {key: value for key, value in config.to_dict().items() if key != "_name"}
+    origins = {key: config.origin(key) for key in Config.model_fields if config.origin(key) != "default"}
+    _merge(plain, origins, layer, dict.fromkeys(layer, where))
+    return _build(plain, origins, Path(f"{config.name}.yaml"))
+
+
 def without_effect_message(config: Config) -> str | None:
     """One line naming the keys that were set but change nothing here, or None."""
     plain = config.to_dict()
@@ -191,12 +211,19 @@ def _check_known(layer: dict[str, Any], file: YamlFile | None) -> None:
             _unknown(key, tuple(ValConfig.model_fields), file, line, "val_config.")
 
 
-def _unknown(key: str, known: tuple[str, ...], file: YamlFile | None, line: int | None, prefix: str = "") -> None:
+def _unknown(
+    key: str,
+    known: tuple[str, ...],
+    file: YamlFile | None,
+    line: int | None,
+    prefix: str = "",
+    place: str = "--set",
+) -> None:
     folded = {name.lower(): name for name in known}
     near = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=0.5)
     raise MotipError(
         f"unknown configuration key {prefix}{key}",
-        where=f"{file.path}:{line}" if file else "--set",
+        where=f"{file.path}:{line}" if file else place,
         fix=f"did you mean {prefix}{folded[near[0]]}?" if near else "see docs/configuration.md for the keys",
     )
 

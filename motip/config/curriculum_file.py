@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from motip.config.chain import find_beside, load_config, read_yaml
 from motip.config.keys import Config, describe
+from motip.config.sweep_file import SweepFile, check_sweep, find_sweep
+from motip.config.tuned import with_overlay
 from motip.errors import MotipError
 
 DEFAULT_CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -44,11 +46,28 @@ class Synthetic(BaseModel):
     domain: Literal["dance", "ground", "aerial"]
     seed: int = 7
     sequences: dict[str, int] = {"train": 8, "val": 4}
-    frames: int = Field(24, ge=2)
+    frames: int | dict[str, int] = 24
+    "Frames of each sequence, at least 2; for all splits, or split by split."
     size: tuple[int, int] = (128, 224)
     "(height, width) in pixels."
     crowd: float = Field(0.0, ge=0, le=1)
     "Share of the sequences that are crowds, well beyond the base ID vocabulary."
+
+    @field_validator("frames")
+    @classmethod
+    def _enough_frames(cls, value: int | dict[str, int]) -> int | dict[str, int]:
+        if any(count < 2 for count in (value.values() if isinstance(value, dict) else [value])):
+            raise ValueError("a sequence needs at least 2 frames")
+        return value
+
+    @model_validator(mode="after")
+    def _frames_of_every_split(self) -> Synthetic:
+        if isinstance(self.frames, dict) and set(self.frames) != set(self.sequences):
+            raise ValueError("frames and sequences do not name the same splits")
+        return self
+
+    def frames_of(self, split: str) -> int:
+        return self.frames[split] if isinstance(self.frames, dict) else self.frames
 
 
 class Source(BaseModel):
@@ -103,6 +122,10 @@ class Stage(BaseModel):
     "Metric (class-averaged, on the stage's own validation videos) that chooses the best checkpoint."
     allow_unlabelled: tuple[str, ...] = ()
     "Classes that the stage may train although none of its training videos has a label of them."
+    sweep: SweepFile | None = None
+    "Sweep file that finds values for this stage before it is trained, with --tune."
+    tuned: str | None = None
+    "Values that a sweep has found, on top of `config`; --set is on top of both."
 
 
 class Domains(BaseModel):
@@ -147,12 +170,14 @@ class Curriculum(BaseModel):
         return self.stage(stage.weights) if stage.weights in names else None
 
 
-def load_curriculum(path: str | Path, overrides: Sequence[str] = ()) -> Curriculum:
+def load_curriculum(path: str | Path, overrides: Sequence[str] = (), *, tune: bool | str = False) -> Curriculum:
     """Read a curriculum file and every stage configuration it names.
 
     Args:
         path: the YAML file; stage configurations are found relative to it.
         overrides: `KEY=VALUE` applied to every stage's configuration, or `STAGE:KEY=VALUE` to one stage's.
+        tune: stages with a `sweep:`, or the stage of this name, will be tuned now from their hand-set values: their
+            `tuned:` does not count.
 
     Raises:
         MotipError: naming file, line or key.
@@ -168,7 +193,7 @@ def load_curriculum(path: str | Path, overrides: Sequence[str] = ()) -> Curricul
     if not isinstance(listed, list):
         raise MotipError("stages: holds a list, one `- name: …` for each stage", where=file.path, found=listed)
     sources = {str(key): _source(str(key), value, file.path) for key, value in named.items()}
-    stages = [_stage(number, raw, file.path, common, by_stage) for number, raw in enumerate(listed)]
+    stages = [_stage(number, raw, file.path, common, by_stage, tune) for number, raw in enumerate(listed)]
     strangers = sorted(set(by_stage) - {stage.name for stage in stages})
     if strangers:
         raise MotipError(
@@ -225,7 +250,9 @@ def _domains(raw: Any, path: Path) -> Domains:
     return domains
 
 
-def _stage(number: int, raw: Any, path: Path, common: list[str], by_stage: dict[str, list[str]]) -> Stage:
+def _stage(
+    number: int, raw: Any, path: Path, common: list[str], by_stage: dict[str, list[str]], tune: bool | str
+) -> Stage:
     where = f"{path}, stage {number + 1}"
     _refuse_unknown(raw, set(Stage.model_fields), where)
     values = dict(raw)
@@ -233,6 +260,12 @@ def _stage(number: int, raw: Any, path: Path, common: list[str], by_stage: dict[
         raise MotipError("a stage needs a name and a config", where=where, found=sorted(values))
     overrides = [*common, *by_stage.get(str(values["name"]), [])]
     values["config"] = load_config(find_beside(str(values["config"]), path), overrides)
+    if values.get("sweep"):
+        values["sweep"] = find_sweep(str(values["sweep"]), path)
+        check_sweep(values["sweep"], values["config"], f"{where}, sweep: {raw['sweep']}")
+    if values.get("tuned") and not (tune == values["name"] or (tune is True and values.get("sweep"))):
+        overlay = tuned_file(str(values["tuned"]), path)
+        values["config"] = with_overlay(values["config"], overlay, overrides)
     if values.get("initialise"):
         values["initialise"] = str(find_beside(str(values["initialise"]), path))
     if number > 0 and "weights" not in values and "initialise" not in values:
@@ -241,6 +274,14 @@ def _stage(number: int, raw: Any, path: Path, common: list[str], by_stage: dict[
         return Stage(**values)
     except ValidationError as error:
         raise MotipError(describe(error), where=where) from None
+
+
+def tuned_file(named: str, path: Path) -> Path:
+    """Where a stage's tuned values are read from; beside the curriculum file where there are none yet."""
+    try:
+        return find_beside(named, path)
+    except MotipError:
+        return path.parent / named
 
 
 def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

@@ -242,6 +242,10 @@ class Config(BaseModel):
     the others scored stays."""
     COLLECTIVE_TIMEOUT_S: int = Field(300, ge=1)
     "Seconds after which workers stop waiting for one that does not answer."
+    PROGRESS_TIMEOUT_S: int = Field(1800, ge=1)
+    """Seconds without any progress of a worker (a step, a tracked frame, a scored video, a written file) after which
+    it counts as hanging, also in validation and while saving, and the workers end. Work that is slow but goes on never
+    does."""
     WORKER_RESTARTS: int = Field(8, ge=0)
     "How often in a stage the workers are started again after one was lost; errors of the program are not repeated."
     RESIZE_EVERY_S: int = Field(60, ge=1)
@@ -257,6 +261,8 @@ class Config(BaseModel):
     PRETRAIN_ALLOW: tuple[str, ...] = ()
     """Tensors of DETR_PRETRAIN that may be missing, unknown or of another shape: full keys or patterns such as
     `id_decoder.*`. Anything else unexpected is an error."""
+    PRETRAIN_SKIP: tuple[str, ...] = ()
+    "Tensors of the weights that are left out although they fit, so that this part learns afresh: keys or patterns."
     RESUME_MODEL: str | None = None
     RESUME_OPTIMIZER: bool = True
     RESUME_SCHEDULER: bool = True

@@ -75,7 +75,7 @@ MEANINGS: dict[str, str] = {
     "sample_intervals": "Frame interval is drawn from this set; the plan's form of SAMPLE_INTERVALS.",
     "AUG_RESIZE_SCALES": "Short side of the image in pixels is drawn from these.",
     "AUG_MAX_SIZE": "The long side never exceeds this many pixels.",
-    "AUG_RANDOM_RESIZE": "Half of the clips are cropped; before the crop the short side is drawn from these.",
+    "AUG_RANDOM_RESIZE": "Half of the clips are cropped; before the crop the short side is drawn from these; an empty list: no crops.",
     "AUG_RANDOM_CROP_MIN": "Smallest side of the crop in pixels.",
     "AUG_RANDOM_CROP_MAX": "Largest side of the crop in pixels.",
     "AUG_MAX_SHIFT_RATIO": "Clips made of one image: the window slides by at most this share of its sides.",
@@ -182,7 +182,6 @@ MEANINGS: dict[str, str] = {
     "Synthetic.domain": "Which of the worlds.",
     "Synthetic.seed": "The same seed draws the same world.",
     "Synthetic.sequences": "Sequences per split.",
-    "Synthetic.frames": "Frames per sequence.",
 }  # fmt: skip
 """Key to its meaning, where no line stands under the field. Keys of blocks carry the block's name."""
 
@@ -308,7 +307,7 @@ def _annotation_text(annotation: Any) -> str:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin in (types.UnionType, typing.Union):
         inner = [_annotation_text(argument) for argument in arguments if argument is not type(None)]
-        return " or ".join([*inner, "null"])
+        return " or ".join([*inner, *(["null"] if type(None) in arguments else [])])
     if origin is tuple:
         if arguments[-1] is not Ellipsis:
             return f"list of {len(arguments)}: {_annotation_text(arguments[0])}"

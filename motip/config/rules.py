@@ -19,7 +19,8 @@ def check(values: dict[str, Any]) -> None:
 
 def _check_lists(values: dict[str, Any]) -> None:
     for key in ("AUG_RESIZE_SCALES", "AUG_RANDOM_RESIZE", "sampler_lengths", "sample_intervals", "SAMPLE_LENGTHS"):
-        if values[key] is not None and (not values[key] or min(values[key]) < 1):
+        may_be_empty = key == "AUG_RANDOM_RESIZE"
+        if values[key] is not None and min(values[key], default=1 if may_be_empty else 0) < 1:
             raise MotipError("a list of positive numbers is needed", where=key, found=list(values[key]))
     seconds = values["sample_interval_seconds"]
     if seconds is not None and (not seconds or not all(0 < value < float("inf") for value in seconds)):

@@ -10,6 +10,7 @@ from typing import Any
 
 from motip.config import Domains
 from motip.curriculum.domain_rows import Row
+from motip.curriculum.score_table import score_rows
 from motip.data.storage import Location, read_json, write_bytes, write_json
 from motip.evaluate.domains import DomainMatrix, Forgetting
 from motip.files import digest
@@ -83,6 +84,8 @@ class DomainReport:
             if run == stage_run:
                 lineage.set_tags(run, {Tag.FORGOTTEN: forgotten})
                 lineage.log_dict(run, row.scores_json(), "domains/scores.json")
+                header, lines = score_rows(row.scores)
+                lineage.log_table(run, header, lines, "evaluation/domains.json")
         return told
 
     def publish(self, lineage: Lineage, run_id: str) -> None:

@@ -18,7 +18,7 @@ from motip.train.job import Parent, StageJob
 SPEED_ONLY = frozenset(
     {"_name", "NUM_WORKERS", "PREFETCH_FACTOR", "LOG_EVERY_STEPS", "root_path", "OUTPUT_DIR", "OUTPUTS_DIR"}
     | {"CHECKPOINT_EVERY_STEPS", "CHECKPOINT_EVERY_MINUTES", "CHECKPOINTS_KEPT", "EPOCH_CHECKPOINTS_KEPT"}
-    | {"COLLECTIVE_TIMEOUT_S", "NONFINITE_LIMIT", "WORKER_RESTARTS", "RESIZE_EVERY_S"}
+    | {"COLLECTIVE_TIMEOUT_S", "PROGRESS_TIMEOUT_S", "NONFINITE_LIMIT", "WORKER_RESTARTS", "RESIZE_EVERY_S"}
 )
 """Keys that change how fast or where a stage runs, not what comes out: they do not make it stale."""
 

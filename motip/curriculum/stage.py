@@ -15,10 +15,12 @@ from motip.config import Config, Curriculum, Stage
 from motip.curriculum.dashboard import StageDashboard
 from motip.curriculum.inputs import datasets, job_facts, stage_job
 from motip.curriculum.records import Options, StageRecord, finished_record, stage_folder, unfinished_run
+from motip.curriculum.score_table import score_rows
 from motip.data.convert import ConvertReport
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
 from motip.data.storage import Location, fetch, location, sha256, write_bytes, write_json
 from motip.errors import MotipError
+from motip.evaluate.scores import Scores
 from motip.lineage import Lineage
 from motip.train.fit import FitResult, Placement, fit, place
 from motip.train.job import EpochPlans, Parent, StageJob
@@ -93,7 +95,7 @@ def _train(
 ) -> StageRecord:
     begin = time.monotonic()
     run_id = str(job.run_id)
-    keeper = _Keeper(session.lineage, run_id, session.ui, folder)
+    keeper = Keeper(session.lineage, run_id, session.ui, folder)
     try:
         try:
             result = fit(job, placement, str(folder), keeper)
@@ -174,7 +176,7 @@ def _conclude(
     return record
 
 
-class _Keeper:
+class Keeper:
     """Pass a training's records on to MLflow, the folder and the screen."""
 
     def __init__(self, lineage: Lineage, run_id: str, ui: Ui, folder: Location) -> None:
@@ -242,6 +244,9 @@ class _Keeper:
     def _scores(self, values: dict[str, Any]) -> None:
         name = f"scores/epoch_{values['epoch']:03d}.json"
         self._lineage.log_dict(self._run_id, values["scores"], name)
+        own = {source: Scores.from_json(each) for source, each in values["scores"].items()}
+        header, rows = score_rows({"": own})
+        self._lineage.log_table(self._run_id, header, rows, f"evaluation/epoch_{values['epoch']:03d}.json")
         write_json(self._folder / "scores" / f"epoch_{values['epoch']:03d}.json", values["scores"])
 
     def _transferred(self, values: dict[str, Any]) -> None:

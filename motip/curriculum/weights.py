@@ -9,6 +9,7 @@ from motip.curriculum.records import Options, StageRecord
 from motip.data.storage import Location, local_copy, location, sha256, whole_file
 from motip.errors import MotipError
 from motip.files import digest
+from motip.lineage.record import read_record, record_fresh
 from motip.model import ModelSpec
 from motip.model.weights import plan_transfer, read_weights, save_checkpoint
 from motip.train.build import fresh_model
@@ -29,7 +30,9 @@ def check_given_weights(curriculum: Curriculum, options: Options) -> None:
                     stage.config.class_names,
                     new_class_from=stage.config.CLASS_INIT,
                     allow=stage.config.PRETRAIN_ALLOW,
+                    skip=stage.config.PRETRAIN_SKIP,
                 )
+                read_record(find_weights(named, stage, options), weights.sha256)
 
 
 def find_weights(named: str, stage: Stage, options: Options) -> Location:
@@ -87,4 +90,5 @@ def fresh_weights(stage: Stage, options: Options) -> Location:
                 epoch=-1,
                 step=0,
             )
+        record_fresh(path, sha256(path), config.SEED)
     return path

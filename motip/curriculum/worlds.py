@@ -21,10 +21,11 @@ def with_worlds(curriculum: Curriculum, storage: str, note: Callable[[str], None
         place = location(storage)
         root = (place if isinstance(place, Path) else Path("~/motip").expanduser()).resolve() / "worlds" / name
         world = source.synthetic
-        splits = {split: {"sequences": count, "crowd": world.crowd} for split, count in world.sequences.items()}
-        report = write_world(
-            root, seed=world.seed, domains={world.domain: splits}, frames=world.frames, size=world.size
-        )
+        splits = {
+            split: {"sequences": count, "frames": world.frames_of(split), "crowd": world.crowd}
+            for split, count in world.sequences.items()
+        }
+        report = write_world(root, seed=world.seed, domains={world.domain: splits}, size=world.size)
         note(f"world {name}: {report.frames} frames {'drawn' if report.written else 'drawn before'}, {report.root}")
         drawn = report.source(world.domain)
         sources[name] = source.model_copy(update={"root": drawn["root"], "fps": drawn["fps"]})

@@ -31,6 +31,7 @@ PRIOR_BIAS = -math.log(99.0)
 
 WORDS_KEY = "id_decoder.word_to_embed.weight"
 POSITIONS_KEY = "id_decoder.rel_pos_embeds"
+LEFT_OUT = "left out on purpose (PRETRAIN_SKIP)"
 _CLASS_HEAD = re.compile(r"detr\.class_embed\.\d+\.(weight|bias)$")
 _LABEL_HEAD = re.compile(r"id_decoder\.embed_to_word_layers\.\d+\.weight$")
 _BATCH_COUNTER = ".num_batches_tracked"
@@ -67,6 +68,7 @@ def plan_transfer(
     *,
     new_class_from: Mapping[str, str] | None = None,
     allow: Collection[str] = (),
+    skip: Collection[str] = (),
 ) -> TransferPlan:
     """Decide where every tensor of the file goes and where every tensor of the model comes from.
 
@@ -77,6 +79,7 @@ def plan_transfer(
         new_class_from: where classes start that the file does not know (CLASS_INIT), see ``match_classes``.
         allow: patterns (``fnmatch``) of full keys that may be missing in the file, unknown to the model, of another
             shape, or may lose rows. Without them each of these is an error.
+        skip: patterns of full keys that are left out although they may fit: the model's own initialisation stays.
 
     Raises:
         MotipError: naming the first offending key; the file's classes are unknown; the file does not fit.
@@ -93,6 +96,7 @@ def plan_transfer(
         weight_file.classes, class_names, new_class_from, coco=weight_file.classes_origin == "COCO category ids"
     )
     planner = _Planner(weight_file, spec, moves, tuple(allow))
+    planner.leave_out(tuple(skip))
     planner.fill_model()
     planner.account_for_rest_of_file()
     planner.raise_problems()
@@ -130,6 +134,8 @@ class _Planner:
     moves: tuple[ClassMove, ...]
     allow: tuple[str, ...]
     values: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(init=False)
+    """Of the file, without those that are left out on purpose."""
     file_fates: dict[str, Fate] = field(default_factory=dict)
     model_fates: dict[str, Fate] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -137,11 +143,25 @@ class _Planner:
     """(key, what is wrong, what to compare or change)"""
     used_patterns: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.tensors = dict(self.file.tensors)
+
+    def leave_out(self, patterns: tuple[str, ...]) -> None:
+        for pattern in patterns:
+            hits = [key for key in self.file.tensors if fnmatchcase(key, pattern)]
+            for key in hits:
+                self.tensors.pop(key, None)
+                self.file_fates[key] = Fate(DROPPED, tuple(self.file.tensors[key].shape), LEFT_OUT)
+            if hits:
+                self.notes.append(f"{len(hits)} tensors are {LEFT_OUT}: {pattern}")
+            else:
+                self.notes.append(f"PRETRAIN_SKIP has no effect: the file holds nothing named {pattern}")
+
     def fill_model(self) -> None:
         slots, groups = _model_tensors(self.spec)
         words = self._resized_words(slots, groups)
         for first, names in groups.items():
-            sources = [name for name in names if name in self.file.tensors]
+            sources = [name for name in names if name in self.tensors]
             if not sources:
                 self._leave_initialised(slots, names)
                 continue
@@ -154,7 +174,7 @@ class _Planner:
             value, category, detail = moved
             self.values[first] = value.to(slots[first].dtype)
             for name in names:
-                second = f"filled through its other name {source}" if name not in self.file.tensors else detail
+                second = f"filled through its other name {source}" if name not in self.tensors else detail
                 self.model_fates[name] = Fate(
                     category, tuple(slots[name].shape), second, None if name == first else first
                 )
@@ -162,17 +182,17 @@ class _Planner:
 
     def _agree(self, sources: list[str]) -> bool:
         """Whether all names of one model tensor have one shape in the file, or those that differ are allowed."""
-        shape = self.file.tensors[sources[-1]].shape
-        other = [key for key in sources if self.file.tensors[key].shape != shape]
+        shape = self.tensors[sources[-1]].shape
+        other = [key for key in sources if self.tensors[key].shape != shape]
         if not other or self._allowed(*other):
             return True
-        found = f"shape {tuple(self.file.tensors[other[0]].shape)}, but {tuple(shape)} as {sources[-1]}"
+        found = f"shape {tuple(self.tensors[other[0]].shape)}, but {tuple(shape)} as {sources[-1]}"
         self._problem(other[0], found, "these are two names of one tensor: the file is damaged")
         return False
 
     def _move(self, key: str, slot: Tensor, words: Mapping[str, Tensor]) -> tuple[Tensor, str, str] | None:
         """The value for a model tensor from the file's tensor `key`, its category and detail; None if it cannot be."""
-        tensor = self.file.tensors[key]
+        tensor = self.tensors[key]
         if not tensor.is_floating_point():
             if not self._allowed(key):
                 kind = str(tensor.dtype).removeprefix("torch.")
@@ -206,7 +226,7 @@ class _Planner:
 
     def _resized_words(self, slots: Mapping[str, Tensor], groups: Mapping[str, list[str]]) -> dict[str, Tensor]:
         """New values of label embedding and label heads, where the ID vocabulary of the file has another size."""
-        embedding = self.file.tensors.get(WORDS_KEY)
+        embedding = self.tensors.get(WORDS_KEY)
         if embedding is None or WORDS_KEY not in slots or embedding.ndim != 2:
             return {}
         old, new = embedding.shape[1] - 1, slots[WORDS_KEY].shape[1] - 1
@@ -214,11 +234,11 @@ class _Planner:
         if old == new or tuple(embedding.shape) != wanted:
             return {}
         winners = [
-            [name for name in names if name in self.file.tensors]
+            [name for name in names if name in self.tensors]
             for first, names in groups.items()
             if _LABEL_HEAD.match(first)
         ]
-        heads = {names[-1]: self.file.tensors[names[-1]] for names in winners if names}
+        heads = {names[-1]: self.tensors[names[-1]] for names in winners if names}
         for key, head in heads.items():
             if tuple(head.shape) != (wanted[1], wanted[0]):
                 self._problem(
@@ -243,12 +263,13 @@ class _Planner:
         return {WORDS_KEY: resized, **dict(zip(heads, resized_heads, strict=True))}
 
     def _leave_initialised(self, slots: Mapping[str, Tensor], names: list[str]) -> None:
-        expected = names[0].startswith(IDENTITY_PREFIXES) and not self.file.has_identity
+        left_out = any(name in self.file.tensors for name in names)
+        expected = left_out or (names[0].startswith(IDENTITY_PREFIXES) and not self.file.has_identity)
         if not expected and not self._allowed(*names):
             self._problem(
                 names[0], "the file does not hold it", "compare the layer counts and BACKBONE with the file's"
             )
-        detail = "" if expected else "missing in the file, allowed"
+        detail = LEFT_OUT if left_out else "" if expected else "missing in the file, allowed"
         for name in names:
             self.model_fates[name] = Fate(
                 INITIALISED, tuple(slots[name].shape), detail, None if name == names[0] else names[0]
@@ -265,14 +286,14 @@ class _Planner:
             )
         for key in sources:
             self.file_fates[key] = Fate(
-                DROPPED, tuple(self.file.tensors[key].shape), "other shape in the model, allowed"
+                DROPPED, tuple(self.tensors[key].shape), "other shape in the model, allowed"
             )
 
     def _account_for_sources(self, sources: list[str], category: str, detail: str) -> None:
-        winner = self.file.tensors[sources[-1]]
-        same = [key for key in sources if _equal(self.file.tensors[key], winner)]
+        winner = self.tensors[sources[-1]]
+        same = [key for key in sources if _equal(self.tensors[key], winner)]
         for key in sources:
-            shape = tuple(self.file.tensors[key].shape)
+            shape = tuple(self.tensors[key].shape)
             if key in same:
                 self.file_fates[key] = Fate(category, shape, detail, None if key == same[0] else same[0])
             else:
@@ -284,7 +305,7 @@ class _Planner:
             )
 
     def account_for_rest_of_file(self) -> None:
-        for key, tensor in self.file.tensors.items():
+        for key, tensor in self.tensors.items():
             if key in self.file_fates or key in self.model_fates:
                 continue
             counter = key.endswith(_BATCH_COUNTER)
@@ -352,9 +373,9 @@ class _Planner:
                 f"DETECTOR ONLY: the file holds no identity half; {len(identity)} tensors of trajectory_modeling and "
                 "id_decoder start from their initialisation, association is learnt from nothing"
             )
-        if _boxes_without_refinement(self.file.tensors):
+        if _boxes_without_refinement(self.tensors):
             notes.append("all box heads of the file are equal: it looks trained without box refinement")
-        narrow = [key for key in self.file.tensors if self.file.tensors[key].dtype in (torch.float16, torch.bfloat16)]
+        narrow = [key for key in self.tensors if self.tensors[key].dtype in (torch.float16, torch.bfloat16)]
         if narrow:
             notes.append(f"{len(narrow)} tensors of the file are stored in 16 bits and were widened")
         unused = [pattern for pattern in self.allow if pattern not in self.used_patterns]

@@ -56,7 +56,12 @@ def build_model_for(
             fix="run the curriculum again: the stage is planned anew from the file as it is",
         )
     plan = plan_transfer(
-        weights, model.spec, config.class_names, new_class_from=config.CLASS_INIT, allow=config.PRETRAIN_ALLOW
+        weights,
+        model.spec,
+        config.class_names,
+        new_class_from=config.CLASS_INIT,
+        allow=config.PRETRAIN_ALLOW,
+        skip=config.PRETRAIN_SKIP,
     )
     return model, apply_transfer(model, plan)
 

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from motip.config import Curriculum, load_config, load_curriculum
+from motip.config.experiment_file import is_experiment
 from motip.errors import MotipError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 CURRICULA = [path for path in SHIPPED if "\nstages:" in path.read_text()]
-STAGE_FILES = [path for path in SHIPPED if path not in CURRICULA and "sweeps" not in path.parts]
+EXPERIMENTS = [path for path in SHIPPED if is_experiment(path)]
+SWEEPS = [path for path in SHIPPED if "sweeps" in path.parts or path.stem.startswith("sweep")]
+STAGE_FILES = [path for path in SHIPPED if path not in (*CURRICULA, *EXPERIMENTS, *SWEEPS)]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
@@ -30,6 +33,15 @@ def test_stage_files_load(path: Path) -> None:
 @pytest.mark.parametrize("path", CURRICULA, ids=lambda path: str(path.relative_to(ROOT)))
 def test_curricula_load_and_have_four_stages(path: Path) -> None:
     assert len(load_curriculum(path).stages) == (1 if path.name == "base.yaml" else 4)
+
+
+@pytest.mark.parametrize("name", ["curriculum.yaml", "curriculum_replay.yaml"])
+def test_the_demo_has_the_videos_of_the_plan(name: str) -> None:
+    curriculum = load_curriculum(ROOT / "configs" / "demo" / name)
+    assert [stage.data[0].videos for stage in curriculum.stages] == [56, 150, 80, 150]
+    for stage in curriculum.stages[2:] if "replay" in name else ():
+        aerial, *others = [mix.videos * mix.weight for mix in stage.data]
+        assert sum(others) / (aerial + sum(others)) == pytest.approx(0.3, abs=0.01)
 
 
 def test_the_plan_in_numbers() -> None:

@@ -262,3 +262,33 @@ def test_spec_and_class_names_must_agree(tmp_path: Path) -> None:
     file = read_weights(save_published(tmp_path / "a.pth", tiny_model(1)))
     with pytest.raises(MotipError, match="names 2 classes, but the class head has 1 rows"):
         plan_transfer(file, replace(tiny_model(1).spec), ["pedestrian", "car"])
+
+
+def test_what_is_skipped_stays_fresh_and_is_accounted_for(tmp_path: Path) -> None:
+    parent, child = tiny_model(1), tiny_model(2)
+    fresh = {name: tensor.clone() for name, tensor in child.state_dict().items()}
+    path = save_published(tmp_path / "a.pth", parent)
+    weights = read_weights(path)
+    skip = ["trajectory_modeling.*", "id_decoder.*", "detr.class_embed.*", "typo.*"]
+    report = apply_transfer(child, plan_transfer(weights, child.spec, ["pedestrian"], skip=skip))
+    assert_complete(report, parent.state_dict(), child)
+    left_out = [name for name in fresh if name.startswith(("trajectory_modeling", "id_decoder", "detr.class_embed"))]
+    assert len(left_out) > 20
+    for name, tensor in child.state_dict().items():
+        expected = fresh[name] if name in left_out else parent.state_dict()[name]
+        assert torch.equal(tensor, expected), name
+    assert {report.file_fates[name].category for name in left_out} == {DROPPED}
+    assert {report.model_fates[name].category for name in left_out} == {INITIALISED}
+    assert any("no effect" in note and "typo.*" in note for note in report.notes)
+    assert not any("DETECTOR ONLY" in note for note in report.notes)
+
+
+def test_a_skipped_identity_half_of_another_size_is_no_error(tmp_path: Path) -> None:
+    parent = dict(tiny_model(1).state_dict())
+    parent["id_decoder.word_to_embed.weight"] = torch.zeros(32, 9)
+    child = tiny_model(2)
+    path = save_published(tmp_path / "a.pth", parent)
+    plan = plan_transfer(read_weights(path), child.spec, ["pedestrian"], skip=["id_decoder.*"])
+    assert plan.report.model_fates["id_decoder.word_to_embed.weight"].category == INITIALISED
+    others = [name for name in parent if not name.startswith("id_decoder.")]
+    assert {plan.report.model_fates[name].category for name in others} == {COPIED}

@@ -42,14 +42,14 @@ class _Mover:
 
 
 class AerialScene:
-    """12 to 22 vehicles and people in view, 10 to 30 pixels; 30 to 60 in a crowd. Trees hide what passes below."""
+    """8 to 15 vehicles and people in view, 15 to 36 pixels; 22 to 44 in a crowd. Trees hide what passes below."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int], frames: int, crowd: bool) -> None:
-        """``size`` is (H, W); ``crowd`` means 30 to 60 objects in view, most of them people."""
+        """``size`` is (H, W); ``crowd`` means 22 to 44 objects in view, most of them people."""
         self._height, self._width = size
         self._unit = min(size[0] / 128, size[1] / 224)
         self._span = (round(size[1] * (1 + SPREAD)), round(size[0] * (1 + SPREAD)))
-        self._lighting = Lighting(rng, size, gain=(0.75, 1.25), contrast=0.15, flicker=0.02, noise=5)
+        self._lighting = Lighting(rng, size, gain=(0.75, 1.25), contrast=0.15, flicker=0.02, noise=3)
         self._fly(rng, frames)
         self._roads = self._lay_roads(rng)
         self._lot = self._place_lot(rng) if rng.random() < 0.4 else None
@@ -65,11 +65,11 @@ class AerialScene:
         time = np.arange(frames) / FPS
         width, height = self._span
         reach = 0.42 * SPREAD * np.array([self._width, self._height])
-        rate = rng.uniform(0.03, 0.16, 2)
+        rate = rng.uniform(0.01, 0.05, 2)
         self._look = np.array([width, height]) / 2 + reach * np.sin(
             time[:, None] * 2 * np.pi * rate + rng.uniform(0, 6, 2)
         )
-        self._turn = rng.uniform(0, 0.25) * np.sin(rng.uniform(0.1, 0.4) * time + rng.uniform(0, 6))
+        self._turn = rng.uniform(0, 0.2) * np.sin(rng.uniform(0.1, 0.3) * time + rng.uniform(0, 6))
         self._zoom = rng.uniform(0.95, 1.15) * (1 + 0.06 * np.sin(rng.uniform(0.1, 0.4) * time + rng.uniform(0, 6)))
 
     def _lay_roads(self, rng: np.random.Generator) -> list[_Road]:
@@ -79,7 +79,7 @@ class AerialScene:
         for number in range(int(rng.integers(2, 4)) + 1):
             angle = base + (np.pi / 2 if number % 2 else 0) + rng.normal(0, 0.15)
             x, y = rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height
-            roads.append(_Road(x, y, angle, rng.uniform(30, 38) * self._unit))
+            roads.append(_Road(x, y, angle, rng.uniform(38, 46) * self._unit))
         return roads
 
     def _place_lot(self, rng: np.random.Generator) -> tuple[float, float, float, float] | None:
@@ -95,7 +95,7 @@ class AerialScene:
         width, height = self._span
         hue = rng.choice([rng.uniform(0.05, 0.15), rng.uniform(0.2, 0.35), rng.uniform(0.9, 1.1)])
         soil = np.array(
-            [hsv(hue + rng.normal(0, 0.05), rng.uniform(0.1, 0.35), rng.uniform(0.4, 0.58)) for _ in "123456"]
+            [hsv(hue + rng.normal(0, 0.03), rng.uniform(0.1, 0.3), rng.uniform(0.42, 0.52)) for _ in "123456"]
         )
         terrain = blotches(rng, height, width, 22 * self._unit, soil)
         for _ in range(rng.integers(3, 8)):
@@ -131,7 +131,7 @@ class AerialScene:
     def _plant_trees(self, rng: np.random.Generator) -> list[tuple[float, float, Sprite]]:
         kinds = [tree_above(rng, radius * self._unit) for radius in (9, 12, 15)]
         trees = []
-        for _ in range(int(rng.integers(4, 15))):
+        for _ in range(int(rng.integers(4, 10))):
             road = self._roads[rng.integers(len(self._roads))]
             along = rng.uniform(-0.7, 0.7) * max(self._span)
             aside = rng.choice([-1, 1]) * (rng.uniform(0.3, 1.2) * road.breadth + 4 * self._unit)
@@ -146,11 +146,11 @@ class AerialScene:
         movers = []
         for road in self._roads:
             for side in (-1, 1):
-                pace = rng.uniform(8, 34) * self._unit
+                pace = rng.uniform(6, 22) * self._unit
                 place = -1.2 * max(self._span) - pace * frames / FPS
                 while place < 1.2 * max(self._span):
-                    place += rng.uniform(30, 75) * self._unit
-                    category = str(rng.choice(["car", "van", "truck", "bus"], p=[0.82, 0.1, 0.05, 0.03]))
+                    place += rng.uniform(42, 95) * self._unit
+                    category = str(rng.choice(["car", "van", "truck", "bus"], p=[0.85, 0.11, 0.02, 0.02]))
                     sway = rng.uniform(0, 6) * np.sin(rng.uniform(0.3, 1.2) * time + rng.uniform(0, 6)) * self._unit
                     along = side * (place + pace * time + sway)
                     aside = side * (0.24 * road.breadth + rng.normal(0, 0.6) * self._unit)
@@ -173,7 +173,7 @@ class AerialScene:
             steps = np.stack([np.cos(angles), np.sin(angles)], 1) * pace / FPS
             middle = start + np.cumsum(steps, axis=0)
             members = int(rng.integers(4, 15)) if crowd and rng.random() < 0.7 else int(rng.integers(1, 4))
-            spacing = rng.uniform(7, 11) * np.sqrt(members) * 0.6 * self._unit
+            spacing = rng.uniform(11, 15) * np.sqrt(members) * 0.6 * self._unit
             for _ in range(members):
                 wobble = rng.uniform(1, 4) * self._unit
                 phases = rng.uniform(0, 6, 2)
@@ -188,22 +188,22 @@ class AerialScene:
     def _draw_mover(self, rng: np.random.Generator, category: str) -> list[Sprite]:
         """Its poses: several for people, one for everything else."""
         if category in ("pedestrian", "people"):
-            size, costume = rng.uniform(11, 14) * self._unit, Costume.random(rng)
+            size, costume = rng.uniform(15, 18) * self._unit, Costume.random(rng)
             return [person_above(size, costume, 2 * np.pi * k / POSES) for k in range(POSES)]
         length, width = {
-            "car": (rng.uniform(20, 26), rng.uniform(11, 13)),
-            "van": (rng.uniform(24, 30), rng.uniform(12, 14)),
-            "truck": (rng.uniform(32, 40), rng.uniform(13, 15)),
-            "bus": (rng.uniform(40, 48), rng.uniform(14, 15)),
-            "others": (11.0, 8.0),
+            "car": (rng.uniform(28, 34), rng.uniform(15, 17)),
+            "van": (rng.uniform(32, 36), rng.uniform(16, 18)),
+            "truck": (rng.uniform(42, 50), rng.uniform(16, 18)),
+            "bus": (rng.uniform(52, 60), rng.uniform(17, 18)),
+            "others": (14.0, 10.0),
         }[category]
         colour = hsv(rng.random(), rng.choice([0.05, rng.uniform(0.5, 1)]), rng.choice([0.12, rng.uniform(0.7, 1)]))
         return [car_above(length * self._unit, width * self._unit, colour, category)]
 
     def _populate(self, rng: np.random.Generator, movers: list[_Mover], crowd: bool) -> list[_Mover]:
         """As many of the movers as keep the number in view between its bounds, vehicles first."""
-        low, high = (28, 58) if crowd else (12, 22)
-        wanted = rng.uniform(34, 50) if crowd else rng.uniform(14, 19)
+        low, high = (22, 44) if crowd else (8, 15)
+        wanted = rng.uniform(26, 36) if crowd else rng.uniform(9, 13)
         vehicle_share = rng.uniform(0.15, 0.3) if crowd else rng.uniform(0.35, 0.65)
         vehicles = [mover for mover in movers if mover.category in VEHICLES]
         walkers = [mover for mover in movers if mover.category not in VEHICLES]

@@ -20,7 +20,7 @@ class DanceScene:
         self._height, self._width = size
         unit = min(size[0] / 128, size[1] / 224)
         self._count = int(rng.integers(8, 13)) if crowd else int(rng.integers(4, 9))
-        self._lighting = Lighting(rng, size, gain=(0.75, 1.2), contrast=0.35, flicker=0.12, noise=5)
+        self._lighting = Lighting(rng, size, gain=(0.75, 1.2), contrast=0.35, flicker=0.08, noise=3)
         self._camera(rng, frames, unit)
         self._stage = self._draw_stage(rng, unit)
         self._feet, self._x, self._steps = self._choreograph(rng, frames)
@@ -69,7 +69,7 @@ class DanceScene:
         """Feet height and place across the stage per (dancer, frame), and the phase of the step."""
         count, time = self._count, np.arange(frames)
         slots = (np.arange(count) + 0.5) / count * 0.84 + 0.08
-        beat = rng.uniform(36, 72)
+        beat = rng.uniform(50, 90)
         beats = int(np.ceil(frames / beat)) + 3
         x, depth = np.empty((count, frames)), np.empty((count, frames))
         order = rng.permutation(count)

@@ -13,7 +13,7 @@ from motip.data.synthetic.sprites import Costume, car_ground, hsv, person_side, 
 FPS = 5.0
 CAMERA_HEIGHT = 1.5
 """Metres above the road."""
-NEAR, FAR = 4.0, 22.0
+NEAR, FAR = 4.0, 18.0
 """Metres between which objects exist; beyond, they are too small to label."""
 PERIOD = 24.0
 """Metres after which the road's texture repeats."""
@@ -50,13 +50,13 @@ class GroundScene:
         self._focal = 223 * self._unit
         self._rng = rng
         self._target = int(rng.integers(10, 15)) if crowd else int(rng.integers(5, 10))
-        self._lighting = Lighting(rng, size, gain=(0.7, 1.25), contrast=0.12, flicker=0.04, noise=5)
+        self._lighting = Lighting(rng, size, gain=(0.7, 1.25), contrast=0.12, flicker=0.03, noise=3)
         self._next_id = 1
         time = np.arange(frames) / FPS
-        pace = rng.choice([0.0, rng.uniform(0.6, 2.5), rng.uniform(2, 4.5)], p=[0.2, 0.4, 0.4])
+        pace = rng.choice([0.0, rng.uniform(0.4, 1.2), rng.uniform(1, 2.2)], p=[0.2, 0.4, 0.4])
         self._speed = np.maximum(0, pace * (1 + 0.5 * np.sin(rng.uniform(0.2, 0.7) * time + rng.uniform(0, 6))))
         self._travelled = np.cumsum(self._speed) / FPS
-        self._yaw = rng.uniform(2, 12) * self._unit * np.sin(rng.uniform(0.2, 0.8) * time + rng.uniform(0, 6))
+        self._yaw = rng.uniform(2, 8) * self._unit * np.sin(rng.uniform(0.2, 0.8) * time + rng.uniform(0, 6))
         shake = rng.normal(0, 0.35, frames) * self._unit * (pace > 0)
         self._horizon = rng.uniform(0.38, 0.46) * self._height + shake
         self._street = self._draw_street(rng)
@@ -164,11 +164,11 @@ class GroundScene:
             tall, category, view = rng.uniform(1.55, 1.9), "pedestrian", ""
             if kind == "walker":
                 x, speed_x = direction * rng.uniform(3.6, 5.4) - 0.5, 0.0
-                speed_z = rng.choice([-1, 1]) * rng.uniform(0.6, 1.5)
+                speed_z = rng.choice([-1, 1]) * rng.uniform(0.4, 1.2)
             else:
                 z = rng.uniform(6, 14)
                 x = rng.uniform(-4, 4) if anywhere else -direction * (0.5 * self._width / self._focal * z + 0.4)
-                speed_x, speed_z = direction * rng.uniform(0.9, 1.8), 0.0
+                speed_x, speed_z = direction * rng.uniform(0.6, 1.3), 0.0
         else:
             view = {"ahead": "rear", "oncoming": "front", "parked": "rear", "crossing car": "side"}[str(kind)]
             category = "truck" if rng.random() < 0.08 else "car"
@@ -177,13 +177,13 @@ class GroundScene:
             if kind == "ahead":
                 x, speed_z = rng.normal(0.3, 0.3), float(np.mean(self._speed)) + rng.normal(0, 0.8)
             elif kind == "oncoming":
-                x, speed_z = rng.normal(-3.6, 0.3), -rng.uniform(1.5, 5)
+                x, speed_z = rng.normal(-3.6, 0.3), -rng.uniform(0.8, 2.5)
             elif kind == "parked":
                 x = 3.6 + rng.normal(0, 0.2)
             else:
                 z = rng.uniform(9, 18)
                 x = rng.uniform(-5, 5) if anywhere else -direction * (0.5 * self._width / self._focal * z + 2.2)
-                speed_x = direction * rng.uniform(2, 5)
+                speed_x = direction * rng.uniform(1, 2.5)
         return _Thing(0, category, view, [], tall, float(x), float(z), float(speed_x), float(speed_z))
 
     def _pedestrian(self) -> list[Sprite]:

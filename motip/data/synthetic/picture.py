@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-MIN_VISIBLE = 0.15
+MIN_VISIBLE = 0.4
 """An object that shows less than this share of its pixels has no box in that frame (a gap in its track)."""
-MIN_INSIDE = 0.15
+MIN_INSIDE = 0.35
 """An object with less than this share of its pixels inside the frame has left it."""
 MIN_SIDE = 3
 """Boxes narrower or lower than this many pixels are not labelled."""

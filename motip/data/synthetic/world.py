@@ -35,7 +35,7 @@ from motip.data.synthetic.writers import (
 from motip.errors import MotipError
 from motip.files import digest, write_json_atomic
 
-DRAWING_VERSION = 1
+DRAWING_VERSION = 2
 """Raised whenever the same seed draws another world, so that old folders are written anew."""
 MARKER = "world.json"
 JPEG_QUALITY = 92
