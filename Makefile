@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STORAGE ?= $(CURDIR)/outputs/demo
+# Two workers with one clip each learn what one worker with two clips does, on two cores in less time.
+DEMO_WORKERS ?= --workers 1:2 --set BATCH_SIZE=1
 
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -28,7 +30,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $(STAMP)
 
 demo: setup
-	$(BIN)/python ray_jobs/curriculum.py --config configs/demo/curriculum.yaml --storage $(STORAGE)
+	$(BIN)/python ray_jobs/curriculum.py --config configs/demo/curriculum.yaml --storage $(STORAGE) $(DEMO_WORKERS)
 	@$(BIN)/motip report open $(STORAGE)/curricula/demo
 
 test: test-fast test-cluster

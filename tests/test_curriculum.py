@@ -111,7 +111,30 @@ def test_four_finished_runs_under_one_parent(finished) -> None:
     steps = lineage.walk(result.records[-1].run_id)
     assert [step.stage for step in steps][-4:] == STAGES
     assert all(step.status == "FINISHED" for step in steps if step.kind == "stage")
-    assert {check.state for check in lineage.verify(result.records[-1].run_id)} == {"same"}
+    assert [step.kind for step in steps][:-4] == ["initialised"]
+    checks = lineage.verify(result.records[-1].run_id)
+    assert {check.state for check in checks} == {"same"}
+    assert [check.what for check in checks].count("data") == 8  # train and val of each stage
+
+
+def test_each_stage_has_one_run_with_all_its_papers(finished) -> None:
+    _, _, result, _, lineage, _ = finished
+    client = lineage._store.client()
+    runs = client.search_runs([lineage._store.experiment_id])
+    stages = {run.info.run_id: run for run in runs if "mlflow.parentRunId" in run.data.tags}
+    assert set(stages) == {record.run_id for record in result.records} and len(runs) == 5
+    for record in result.records:
+        run, run_id = stages[record.run_id], record.run_id
+        for paper in ("config.json", "transfer.json", "dashboard.png", "evaluation/domains.json", "scores"):
+            folder, _, name = paper.rpartition("/")
+            assert name in [Path(each.path).name for each in client.list_artifacts(run_id, folder or None)], paper
+        table = Path(client.download_artifacts(run_id, f"evaluation/epoch_{record.best_epoch:03d}.json"))
+        assert json.loads(table.read_text())["columns"][:3] == ["source", "protocol", "class"]
+        assert run.data.metrics["best_HOTA"] == record.metrics["HOTA"] and "HOTA" in run.data.metrics
+        assert set(run.data.params) <= set(Config.model_fields)
+        assert {each.tags[0].value for each in run.inputs.dataset_inputs} == {"training", "validation"}
+        alias = client.get_model_version_by_alias("motip-curriculum", record.stage.lower())
+        assert (alias.run_id, alias.tags["sha256"]) == (run_id, record.sha256)
 
 
 def test_a_second_run_skips_all_four(finished) -> None:

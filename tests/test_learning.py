@@ -12,13 +12,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_each_domain_is_learned_when_a_stage_enters_it(tmp_path: Path) -> None:
-    """Half an hour of one core. The seed is fixed; the margins are a fraction of what whole stages gain."""
+    """Half an hour of one core. The seed is fixed; the margins are about half of what whole stages gain."""
     path = ROOT / "configs" / "demo" / "curriculum.yaml"
-    result, _, _ = run(path, tmp_path, overrides=("SEED=5", "EPOCHS=5", "SCHEDULER_MILESTONES=[3,4]"))
+    overrides = ("SEED=5", "EPOCHS=5", "EVALUATE_EVERY_EPOCHS=5", "SCHEDULER_MILESTONES=[2,3,4]")
+    result, _, _ = run(path, tmp_path, overrides=overrides)
     assert result.domains is not None
     scores = result.domains.matrix.values
-    assert scores["base"]["dance"] > 45, "the shipped base weights track their own domain"
-    assert scores["base"]["aerial"] < 5
-    assert scores["BDD-Refinement"]["ground"] > scores["base"]["ground"] + 10
-    assert scores["Vis-Specialist"]["aerial"] > scores["BDD-Refinement"]["aerial"] + 10
-    assert scores["Vis-Specialist"]["dance"] < scores["base"]["dance"] - 5, "without replay the base domain suffers"
+    base, last = scores["base"], scores["Vis-Specialist"]
+    assert base["dance"] > 55, "the shipped base weights track their own domain"
+    assert base["aerial"] < 10 and base["ground"] < 15
+    assert scores["BDD-Refinement"]["ground"] > base["ground"] + 20
+    assert last["aerial"] > base["aerial"] + 25
+    assert last["dance"] < base["dance"] - 15, "without replay the base domain suffers"

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from motip.lineage import DataUsed, Lineage, NullLineage, provenance
 from motip.lineage.provenance import REDACTED, redact
 from motip.lineage.spool import Spool
 from motip.lineage.tags import MAX_VALUE, Tag, join_params, split_params
+from tests.mlflow_server import free_port
 
 DIGEST = "d" * 64
 CONFIG = {"LR": 1e-4, "NUM_CLASSES": 2, "sampler_lengths": [5, 8], "SEED": 42, "DETR_PRETRAIN": None, "NAME": "bdd"}
@@ -81,12 +81,6 @@ def run_stage(
 
 def client_of(lineage: Lineage):  # type: ignore[no-untyped-def]
     return lineage._store.client()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def history(lineage: Lineage, run_id: str, name: str) -> dict[int, float]:

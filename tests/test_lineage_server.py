@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from motip.lineage import Lineage
-from tests.test_lineage import CONFIG, client_of, free_port, history, run_stage
+from tests.mlflow_server import Server, serving
+from tests.test_lineage import CONFIG, client_of, history, run_stage
 
 
 @pytest.fixture(autouse=True)
@@ -46,48 +42,11 @@ def _write_from_processes(
     return run_id
 
 
-class Server:
-    """A real ``mlflow server`` on loopback that can be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/ml.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.address}/health", timeout=2) as answer:
-                    if answer.status == 200:
-                        return
-            except OSError:
-                time.sleep(0.3)
-        raise AssertionError(f"mlflow server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
-
-    def stop(self) -> None:
-        if self._process is not None:
-            # No farewell: answers get lost after the server has acted, as in a real outage.
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(20)
-            self._process = None
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     (tmp_path / "server").mkdir()
-    server = Server(tmp_path / "server")
-    server.start()
-    yield server
-    server.stop()
+    with serving(tmp_path / "server") as running:
+        yield running
 
 
 @pytest.mark.cluster
@@ -108,8 +67,11 @@ def test_a_whole_chain_through_a_server(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.timeout(600)
-def test_eight_processes_and_a_server_that_goes_away_lose_nothing(server: Server, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("away_s", [5, pytest.param(60, marks=pytest.mark.slow)])
+def test_eight_processes_and_a_server_that_goes_away_lose_nothing(
+    server: Server, tmp_path: Path, away_s: float
+) -> None:
     lineage = Lineage(server.address, tmp_path / "storage")
 
     def outage(run_id: str) -> None:
@@ -117,7 +79,7 @@ def test_eight_processes_and_a_server_that_goes_away_lose_nothing(server: Server
         while time.monotonic() < deadline and len(history(lineage, run_id, "loss_0")) < 20:
             time.sleep(0.2)
         server.stop()
-        time.sleep(5)
+        time.sleep(away_s)
         server.start()
 
     run_id = _write_from_processes(lineage, server.address, tmp_path / "storage", 8, 500, meanwhile=outage)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from motip.curriculum.stage import _Keeper
+from motip.curriculum.stage import Keeper
 from motip.lineage import Lineage
 from motip.train.step import TrainStep
 from tests.small_curriculum import QuietUi, run, write_files
@@ -27,8 +27,8 @@ def lineage(storage: Path) -> Lineage:
     return Lineage(storage=storage)
 
 
-def keeper(lineage: Lineage, run_id: str, folder: Path) -> _Keeper:
-    return _Keeper(lineage, run_id, QuietUi(), folder)
+def keeper(lineage: Lineage, run_id: str, folder: Path) -> Keeper:
+    return Keeper(lineage, run_id, QuietUi(), folder)
 
 
 def attached(lineage: Lineage, run_id: str) -> list[str]:

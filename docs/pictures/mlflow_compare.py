@@ -13,6 +13,7 @@ import argparse
 import sqlite3
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,16 +22,19 @@ sys.path.insert(0, str(HERE.parents[1]))
 import cv2  # noqa: E402
 
 from tests.browser import browser  # noqa: E402
-from tests.mlflow_server import compared, comparison, serving  # noqa: E402
+from tests.mlflow_server import compared, comparison, row, serving  # noqa: E402
 
 NAME = "mlflow_compare.png"
-WIDTH, HEIGHT = 1500, 1250
+WIDTH, HEIGHT = 1500, 1180
 
-ONLY_WHAT_DIFFERS = """
-for (const each of document.querySelectorAll('[aria-label="Close"], [data-testid="assistant-close"]')) each.click();
-for (const each of document.querySelectorAll('button[role=switch]'))
-  if (each.getAttribute('aria-checked') === 'false') each.click();"""
-"""Folds away the assistant, and the rows in which all runs are alike."""
+FOLD = """
+document.querySelector('[aria-label="Close"]')?.click();
+for (const each of document.querySelectorAll('[role=switch]'))
+  if ((each.getAttribute('aria-label') || '').startsWith('Parameters')) each.click();
+const title = [...document.querySelectorAll('*')].filter(
+  each => !each.children.length && (each.innerText || '').trim() === 'Visualizations').pop();
+title?.click();"""
+"""Folds away the assistant, the plots, and the parameters that are the same in all stages."""
 
 
 def main() -> None:
@@ -46,8 +50,10 @@ def main() -> None:
         runs, experiment = stages(copy, args.curriculum)
         with serving(Path(temporary), copy) as server, browser(Path(temporary)) as window:
             window.look(WIDTH, HEIGHT, "light")
-            compared(window, comparison(server.address, runs, experiment), "LR", "best_HOTA")
-            window.run(ONLY_WHAT_DIFFERS)
+            compared(window, comparison(server.address, runs, experiment), ["LR"], len(runs))
+            window.run(FOLD)
+            print("best_HOTA", row(window, "best_HOTA", len(runs)))
+            time.sleep(2)
             taken = Path(temporary) / NAME
             window.picture(taken, HEIGHT)
         pixels = cv2.imread(str(taken))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -84,6 +85,7 @@ def transfer(
         names,
         new_class_from=settings.CLASS_INIT,
         allow=[*settings.PRETRAIN_ALLOW, *(allow or [])],
+        skip=settings.PRETRAIN_SKIP,
     )
     report = plan.report
     if output is not None:
@@ -110,18 +112,26 @@ def transfer(
 @app.command("export")
 def export(
     path: Annotated[str, typer.Argument(help="A checkpoint.")],
-    out_dir: Annotated[str, typer.Argument(help="Folder for model.safetensors and config.json.")],
+    out_dir: Annotated[
+        str, typer.Argument(metavar="OUT", help="Folder for model.safetensors and config.json, or NAME.safetensors.")
+    ],
     config: Annotated[
         str | None, typer.Option(help="Needed for published checkpoints of another than the default architecture.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Store floats as float16 or bfloat16.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Storage with the run of the checkpoint (default: the one the checkpoint lies in)."),
+    ] = None,
 ) -> None:
-    """Write weights as safetensors with everything that tracking needs.
+    """Write weights as safetensors with everything that tracking needs, and the record of where they came from.
 
     Example: motip weights export checkpoint_best.pth exported/
     """
     import torch
 
+    from motip.commands.show import note
+    from motip.commands.weights_record import write_export_record
     from motip.config import load_config
     from motip.errors import MotipError
     from motip.model.export import export_safetensors
@@ -131,7 +141,13 @@ def export(
         raise MotipError("unknown type", where="--dtype", found=dtype, expected="one of " + ", ".join(types))
     settings = None if config is None else load_config(config)
     written = export_safetensors(path, out_dir, config=settings, dtype=types[dtype] if dtype else None)
-    print(f"written: {written} ({written.stat().st_size / 1e6:.1f} MB) and config.json beside it")
+    record, steps = write_export_record(path, written, storage, dtype)
+    print(f"lineage: {record.name} beside it, {len(steps)} steps: {' -> '.join(step.stage for step in steps)}")
+    for step in steps:
+        if step.note:
+            note(f"{step.stage}: {step.note}")
+    beside = "" if written.parent != Path(out_dir) else " and config.json beside it"
+    print(f"written: {written} ({written.stat().st_size / 1e6:.1f} MB){beside}")
 
 
 def _short(architecture: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,15 @@ from motip.data.decode import decode_rgb, image_height_width
 from motip.data.id_labels import SLOT_FIELDS, ClipSlots, IdSettings, draw_id_slots
 from motip.data.sequence import ClassMap, Frame
 from motip.data.shards import open_shard, read_labels, shard_path
-from motip.data.storage import Location
+from motip.data.storage import Location, RemotePath, location
 from motip.errors import MotipError
 
 if TYPE_CHECKING:
     from motip.data.batch import ClipBatch
     from motip.data.manifest import VideoEntry
 
+REMOTE_READERS = 24
+"""Videos whose labels are read at a time from an object store; pyarrow's client keeps 25 connections."""
 PICTURES, LABELS = 0, 1
 """Independent random streams of a clip: changing the image augmentation leaves its ID labels as they were."""
 
@@ -111,22 +114,27 @@ def plan_videos(
     entries: Iterable[VideoEntry], class_maps: Mapping[str, ClassMap], storage: Location | str
 ) -> list[PlanVideo]:
     """What the clip plan needs of the manifest's videos: their frame numbers and objects per frame (labels are read,
-    images are not; do it once per stage and keep the result for all epochs)."""
-    videos = []
-    for entry in entries:
+    images are not; do it once per stage and keep the result for all epochs).
+
+    In an object store, where each request is waited for, several videos are read at a time.
+    """
+
+    def planned(entry: VideoEntry) -> PlanVideo:
         class_map = class_maps[entry.source]
         frames = read_labels(shard_path(storage, entry.shard)).frames
-        videos.append(
-            PlanVideo(
-                source=entry.source,
-                video=entry.video,
-                shard=entry.shard,
-                frame_numbers=tuple(frame.number for frame in frames),
-                objects=tuple(len(class_map.split(frame)[1]) for frame in frames),
-                fps=entry.fps,
-            )
+        return PlanVideo(
+            source=entry.source,
+            video=entry.video,
+            shard=entry.shard,
+            frame_numbers=tuple(frame.number for frame in frames),
+            objects=tuple(len(class_map.split(frame)[1]) for frame in frames),
+            fps=entry.fps,
         )
-    return videos
+
+    if not isinstance(location(storage), RemotePath):
+        return [planned(entry) for entry in entries]
+    with ThreadPoolExecutor(REMOTE_READERS) as pool:
+        return list(pool.map(planned, entries))
 
 
 def read_video_frames(entry: VideoEntry, storage: Location | str) -> Iterator[tuple[int, np.ndarray]]:

@@ -13,6 +13,9 @@ import numpy as np
 
 from motip.errors import MotipError
 
+ROWS = 1 << 32
+"""More rows than any video has."""
+
 
 class Schedule(Protocol):
     """How clips are drawn in one epoch (`Config.clip_schedule`): one of the two interval fields is set."""
@@ -152,7 +155,7 @@ def plan_clips(
     counts: Counter[str] = Counter(videos=len(ordered), frames=sum(len(video.frame_numbers) for video in ordered))
     choices = [_intervals(video, schedule, interval_seconds) for video in ordered]
     starts = _start_frames(ordered, choices, min(schedule.lengths), counts)
-    if not starts:
+    if not len(starts):
         raise _nothing_to_train(ordered, choices, schedule)
     if not any(any(video.objects) for video in ordered):
         raise MotipError(
@@ -169,7 +172,10 @@ def plan_clips(
         counts["starts_not_drawn_limit"] = len(starts) - limit
         starts = starts[:limit]
 
-    drafts = [_draw_clip(ordered[index], start, choices[index], schedule, draw) for index, start in starts]
+    drafts = [
+        _draw_clip(ordered[start // ROWS], start % ROWS, choices[start // ROWS], schedule, draw)
+        for start in map(int, starts)
+    ]
     drafts = _batch_by_length(drafts, schedule.lengths, global_batch, draw, counts)
     clips = [replace(draft, seed=_clip_seed(seed, epoch, position)) for position, draft in enumerate(drafts)]
     _count_contents(clips, {video.key: video for video in ordered}, counts)
@@ -222,29 +228,33 @@ def _intervals(video: PlanVideo, schedule: Schedule, seconds: Sequence[float] | 
 
 def _start_frames(
     ordered: Sequence[PlanVideo], choices: Sequence[tuple[int, ...] | None], shortest: int, counts: Counter[str]
-) -> list[tuple[int, int]]:
-    """(video index, row) of every row where the shortest clip at the smallest interval still fits."""
-    starts: list[tuple[int, int]] = []
+) -> np.ndarray:
+    """(n,) int64, video index times ROWS plus row, of every row where the shortest clip at the smallest interval fits.
+
+    One number each: tens of millions of them lie in every worker's memory.
+    """
+    starts: list[np.ndarray] = []
     for index, (video, intervals) in enumerate(zip(ordered, choices, strict=True)):
         frames = len(video.frame_numbers)
         span = (shortest - 1) * (intervals[0] if intervals else 1)
         fitting = frames if frames == 1 else max(0, frames - span)
         counts["starts_too_near_the_end"] += frames - fitting
         counts["videos_too_short"] += fitting == 0
-        starts += [(index, row) for row in range(fitting)]
-    return starts
+        starts.append(index * ROWS + np.arange(fitting, dtype=np.int64))
+    return np.concatenate(starts) if starts else np.empty(0, np.int64)
 
 
 def _apply_weights(
     ordered: Sequence[PlanVideo],
-    starts: list[tuple[int, int]],
+    starts: np.ndarray,
     weights: Mapping[str, float],
     draw: np.random.Generator,
     counts: Counter[str],
-) -> list[tuple[int, int]]:
-    by_source: dict[str, list[tuple[int, int]]] = {}
-    for index, row in starts:
-        by_source.setdefault(ordered[index].source, []).append((index, row))
+) -> np.ndarray:
+    names = sorted({video.source for video in ordered})
+    source_of_video = np.array([names.index(video.source) for video in ordered])
+    source_of_start = source_of_video[starts // ROWS]
+    by_source = {name: starts[source_of_start == names.index(name)] for name in names}
     unknown = sorted(set(weights) - {video.source for video in ordered})
     if unknown:
         raise MotipError(
@@ -252,8 +262,8 @@ def _apply_weights(
             expected=f"some of {', '.join(sorted({video.source for video in ordered}))}",
             fix="convert these sources for this stage, or drop them from its data",
         )
-    weighted: list[tuple[int, int]] = []
-    for source, own in sorted(by_source.items()):
+    weighted: list[np.ndarray] = []
+    for source, own in [each for each in by_source.items() if len(each[1])]:
         weight = float(weights.get(source, 1.0))
         if not 0 < weight < float("inf"):
             raise MotipError(
@@ -264,13 +274,13 @@ def _apply_weights(
             )
         total = max(1, round(weight * len(own)))
         whole, rest = divmod(total, len(own))
-        extra = sorted(draw.permutation(len(own))[:rest].tolist())
-        weighted += own * whole + [own[index] for index in extra]
+        extra = np.sort(draw.permutation(len(own))[:rest])
+        weighted += [np.tile(own, whole), own[extra]]
         if whole == 0:
             counts["starts_not_drawn_weight"] += len(own) - rest
         else:
             counts["starts_repeated_weight"] += total - len(own)
-    return weighted
+    return np.concatenate(weighted)
 
 
 def _limit(total: int, schedule: Schedule, max_clips: int | None, length_per_iteration: int | None) -> int:

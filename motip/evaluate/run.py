@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,8 +27,12 @@ from motip.model.class_names import canonical_name
 from motip.track.run import track_sequence
 from motip.track.settings import TrackerSettings
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 1
 """Part of every kept track's identity; raised when tracking comes to mean something else."""
+DEATHS = 3
+"""So many workers may die on one video before the video is held to be the cause."""
 
 OnVideo = Callable[[VideoEntry, int, int], None]
 """Called with a finished video, how many are done, and how many there are."""
@@ -238,7 +244,9 @@ def spread(
     cluster: Cluster | None = None,
     workers: int | None = None,
 ) -> Finished:
-    """Let workers go through videos, each video once; results come as they are finished.
+    """Let workers go through videos; results come as they are finished, one for each video.
+
+    On Ray a worker whose process or node is gone is replaced, once there is room, and another takes its video.
 
     Args:
         worker: class made as ``VideoTracker`` is, whose ``track(video)`` returns a result and its facts.
@@ -247,7 +255,7 @@ def spread(
         workers: actors at most; None takes one for every CPU (GPU with a CUDA ``device``).
 
     Raises:
-        MotipError: more workers than there is room for.
+        MotipError: more workers than there is room for, or workers die again and again.
     """
     if cluster is not None:
         yield from _on_ray(worker, subject, videos, storage, device, cluster, workers)
@@ -283,20 +291,54 @@ def _on_ray(
         return
     actor: Any = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(worker)
     shared = ray.put(subject)
-    actors: list[Any] = [actor.remote(shared, storage, "cuda" if on_gpu else "cpu", 1) for _ in range(count)]
+    actors: list[Any] = []
+    idle: list[Any] = []
     # Long videos first, so that no actor is left alone with one at the end.
     queue = sorted(videos, key=lambda video: (-video.frames, video.identity))
-    running: dict[Any, tuple[Any, VideoEntry]] = {}
+    running: dict[Any, tuple[Any, VideoEntry | None]] = {}  # None: the actor is starting
+    deaths: Counter[str] = Counter()
+
+    def start() -> None:
+        actors.append(actor.remote(shared, storage, "cuda" if on_gpu else "cpu", 1))
+        running[actors[-1].__ray_ready__.remote()] = actors[-1], None
+
     try:
-        while queue or running:
-            idle = [each for each in actors if each not in [busy for busy, _ in running.values()]]
-            for each in idle[: len(queue)]:
-                video = queue.pop(0)
-                running[each.track.remote(video)] = each, video
+        for _ in range(count):
+            start()
+        while queue or any(video is not None for _, video in running.values()):
+            while queue and idle:
+                free, following = idle.pop(), queue.pop(0)
+                running[free.track.remote(following)] = free, following
             done, _ = ray.wait(list(running), num_returns=1)
-            _, video = running.pop(done[0])
-            rows, facts = ray.get(done[0])
-            yield video, rows, facts
+            each, video = running.pop(done[0])
+            try:
+                result = ray.get(done[0])
+            except ray.exceptions.RayActorError as error:
+                actors.remove(each)
+                ray.kill(each)  # it may only have been out of reach
+                _count_death(deaths, video, error)
+                queue[:0] = [video] if video is not None else []
+                start()
+                continue
+            idle.append(each)
+            if video is not None:
+                yield video, *result
     finally:
         for each in actors:
             ray.kill(each)
+
+
+def _count_death(deaths: Counter[str], video: VideoEntry | None, error: Exception) -> None:
+    """Raises MotipError where one video, or the start of workers, has cost too many of them."""
+    what = "start" if video is None else f"{video.source}/{video.video}"
+    deaths[what] += 1
+    told = str(error).strip().splitlines()[0]
+    if deaths[what] >= DEATHS:
+        raise MotipError(
+            f"{DEATHS} workers died one after the other" + ("" if video is None else " on the same video"),
+            where="the start of a worker" if video is None else what,
+            found=told,
+            expected="a worker that lives",
+            fix="most often memory ran out: fewer --workers, or nodes with more memory; see `ray logs`",
+        ) from error
+    logger.warning("a worker is gone (%s: %s), another takes over", what, told)

@@ -2,7 +2,8 @@
 
 from motip.lineage.null import NullLineage
 from motip.lineage.provenance import provenance
+from motip.lineage.steps import DataUsed, LineageStep
 from motip.lineage.tracking import Lineage
-from motip.lineage.walk import DataUsed, FileCheck, LineageStep
+from motip.lineage.verify import FileCheck
 
 __all__ = ["DataUsed", "FileCheck", "Lineage", "LineageStep", "NullLineage", "provenance"]

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from motip.lineage.scores import RunScores
-    from motip.lineage.walk import DataUsed, FileCheck, LineageStep
+    from motip.lineage.steps import DataUsed, LineageStep
+    from motip.lineage.verify import FileCheck
 
 
 class NullLineage:
@@ -37,6 +38,7 @@ class NullLineage:
         tags: Mapping[str, str] | None = None,
         *,
         reopen_finished: bool = False,
+        kind: str = "curriculum",
     ) -> str:
         return self._next(name)
 
@@ -92,7 +94,7 @@ class NullLineage:
     def walk(self, run_id: str) -> list[LineageStep]:
         raise _nothing_kept(run_id)
 
-    def verify(self, run_id: str) -> list[FileCheck]:
+    def verify(self, run_id: str, *, data: bool = True) -> list[FileCheck]:
         raise _nothing_kept(run_id)
 
     def curriculum_of(self, run_id: str) -> str:

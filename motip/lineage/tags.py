@@ -25,6 +25,7 @@ class Tag:
     FROM_RELATIVE = "motip.from.relative"
     FROM_SHA256 = "motip.from.sha256"
     FROM_RUN = "motip.from.run"
+    FROM_RECORD = "motip.from.record"
     CHECKPOINT_PATH = "motip.checkpoint.path"
     CHECKPOINT_RELATIVE = "motip.checkpoint.relative"
     CHECKPOINT_SHA256 = "motip.checkpoint.sha256"

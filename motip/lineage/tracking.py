@@ -21,11 +21,13 @@ from motip.files import digest
 from motip.lineage import walk as lineage_walk
 from motip.lineage.model import find_run, latest_model, register
 from motip.lineage.provenance import provenance, redact
+from motip.lineage.record import as_text, read_record, record_text
 from motip.lineage.scores import RunScores, read_scores
 from motip.lineage.spool import Entry, Spool
+from motip.lineage.steps import DataUsed, LineageStep, here
 from motip.lineage.store import Store, Unreachable
 from motip.lineage.tags import Tag, join_params, split_params
-from motip.lineage.walk import DataUsed, FileCheck, LineageStep
+from motip.lineage.verify import FileCheck, verify
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,6 +65,7 @@ class Lineage:
         rest: float = 15.0,
     ) -> None:
         self._store = Store(tracking_uri, storage, experiment)
+        self._shards = storage
         self._spool = Spool(self._store.folder / "spool")
         self._patience, self._rest = patience, rest
         self._away_until = 0.0
@@ -89,6 +92,7 @@ class Lineage:
         tags: Mapping[str, str] | None = None,
         *,
         reopen_finished: bool = False,
+        kind: str = "curriculum",
     ) -> str:
         """The parent run of a curriculum: a new one, or the unfinished one of the same name and config.
 
@@ -96,6 +100,7 @@ class Lineage:
 
         Args:
             reopen_finished: continue a finished run of the same inputs too, instead of starting another.
+            kind: what the run is the parent of; `sweep` for that of trials.
 
         Raises:
             MotipError: the server does not answer within the patience, or refuses.
@@ -105,7 +110,7 @@ class Lineage:
 
         def start() -> str:
             client = self._store.client()
-            earlier = self._find_runs(f"tags.`{Tag.INPUTS}` = '{inputs}' and tags.`{Tag.KIND}` = 'curriculum'")
+            earlier = self._find_runs(f"tags.`{Tag.INPUTS}` = '{inputs}' and tags.`{Tag.KIND}` = '{kind}'")
             for run in earlier:
                 if run.info.status == "FINISHED" and not reopen_finished:
                     continue
@@ -117,12 +122,12 @@ class Lineage:
             created = client.create_run(
                 self._store.experiment_id,
                 run_name=name,
-                tags={Tag.KIND: "curriculum", Tag.CURRICULUM: name, Tag.INPUTS: inputs, **_clean(tags)},
+                tags={Tag.KIND: kind, Tag.CURRICULUM: name, Tag.INPUTS: inputs, **_clean(tags)},
             )
             return str(created.info.run_id)
 
         run_id = self._store.patiently(start, self._patience)
-        self.log_dict(run_id, config, "curriculum.json")
+        self.log_dict(run_id, config, f"{kind}.json")
         return run_id
 
     def start_stage(
@@ -141,21 +146,24 @@ class Lineage:
 
         Args:
             parent_run_id: of the curriculum.
-            config: resolved configuration, names as in the YAML; logged as parameters and as ``config.json``.
+            config: resolved configuration, names as in the YAML; logged as ``config.json`` and, without names that
+                begin with an underscore (they stand in no YAML), as parameters.
             data_digest: hex sha256 over everything the stage reads.
             parent_checkpoint: ``{"path", "sha256", "run_id"}`` of the weights it starts from (run_id may be None for
-                weights that no run made); None for a start from scratch.
+                weights that no run made: the chain then goes on with the record beside them); None for a start from
+                scratch.
             resume_run_id: continue this run; without it, or where MLflow does not have it any more, an unfinished run
                 of the same stage and inputs is looked for.
             datasets: what the data consists of, for MLflow's dataset inputs; by default one entry.
 
         Raises:
-            MotipError: the server does not answer within the patience, or a resumed run was started with other
-                parameters.
+            MotipError: the server does not answer within the patience, a resumed run was started with other
+                parameters, or the record beside the weights is of another file.
         """
         config = redact(config)
         parent = dict(parent_checkpoint or {})
         inputs = digest([stage, config, data_digest, parent.get("sha256")])
+        told = [] if parent.get("run_id") or not parent else read_record(parent["path"] or "", parent["sha256"] or "")
 
         def start() -> str:
             run_id = self._still_there(resume_run_id) or self._unfinished_stage(parent_run_id, inputs)
@@ -172,6 +180,7 @@ class Lineage:
                     Tag.INPUTS: inputs,
                     Tag.DATA_SHA256: data_digest,
                     **self._parent_tags(parent),
+                    **(split_params({Tag.FROM_RECORD: as_text(told)}) if told else {}),
                     **_provenance_tags(),
                     **({Tag.SEED: str(config["SEED"])} if "SEED" in config else {}),
                     **_clean(tags),
@@ -185,6 +194,8 @@ class Lineage:
         used = tuple(datasets) or (DataUsed(f"{stage}-data", data_digest),)
         self._store.patiently(lambda: self._log_inputs(run_id, used, parent), self._patience)
         self.log_dict(run_id, config, "config.json")
+        if told:
+            self.log_dict(run_id, record_text(told), "weights_lineage.json")
         return run_id
 
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
@@ -258,7 +269,7 @@ class Lineage:
         Unlike MLflow's own ``log_table`` it replaces an earlier table of that name instead of adding to it.
         """
         self.log_dict(run_id, {"columns": list(header), "data": [list(row) for row in rows]}, name)
-        self.set_tags(run_id, {Tag.TABLES: json.dumps([{"path": name, "type": "table"}])})
+        self._deliver(run_id, {"kind": "table", "name": name})
 
     def log_figure(self, run_id: str, figure: Figure, name: str) -> None:
         """Attach a matplotlib figure; the format follows the name's suffix."""
@@ -280,9 +291,9 @@ class Lineage:
         """Everything the run came from, oldest first; see ``motip.lineage.walk.walk``."""
         return self._store.patiently(lambda: lineage_walk.walk(self._store, run_id), self._patience)
 
-    def verify(self, run_id: str) -> list[FileCheck]:
-        """Recompute the sha256 of every checkpoint in the run's chain; see ``motip.lineage.walk.verify``."""
-        return lineage_walk.verify(self.walk(run_id), self._store.storage)
+    def verify(self, run_id: str, *, data: bool = True) -> list[FileCheck]:
+        """Recompute the digests of all weights and data in the run's chain; see ``motip.lineage.verify``."""
+        return verify(self.walk(run_id), self._store.storage, str(self._shards), data=data)
 
     def curriculum_of(self, run_id: str) -> str:
         """Name of the curriculum that a run is, or is a stage of."""
@@ -368,6 +379,11 @@ class Lineage:
                 client.log_batch(run_id, tags=[RunTag(key, value) for key, value in entry["tags"].items()])
             elif entry["kind"] == "artifact":
                 self._attach(client, run_id, entry)
+            elif entry["kind"] == "table":
+                tables = json.loads(client.get_run(run_id).data.tags.get(Tag.TABLES, "[]"))
+                if entry["name"] not in [table["path"] for table in tables]:
+                    tables.append({"path": entry["name"], "type": "table"})
+                    client.set_tag(run_id, Tag.TABLES, json.dumps(tables))
             elif entry["kind"] == "model":
                 register(self._store, run_id, entry["uri"], entry["sha256"], entry["step"])
             else:
@@ -420,7 +436,7 @@ class Lineage:
         client = self._store.client()
         run = client.get_run(run_id)
         logged, wanted = join_params(run.data.params), join_params(split_params(config))
-        changed = sorted(key for key in logged if logged[key] != wanted.get(key, ""))
+        changed = sorted(key for key in logged if not key.startswith("_") and logged[key] != wanted.get(key, ""))
         if changed:
             raise MotipError(
                 f"run {run_id} was started with other parameters: {', '.join(changed)}",
@@ -440,7 +456,8 @@ class Lineage:
 
         client = self._store.client()
         logged = client.get_run(run_id).data.params
-        params = [Param(key, value) for key, value in split_params(config).items() if key not in logged]
+        named = {key: value for key, value in config.items() if not key.startswith("_")}
+        params = [Param(key, value) for key, value in split_params(named).items() if key not in logged]
         for start in range(0, len(params), BATCH_PARAMS):
             client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
 
@@ -492,18 +509,17 @@ def _batch(entries: list[Entry]) -> list[Entry]:
 
 
 def _provenance_tags() -> dict[str, str]:
-    facts = provenance()
-    git = facts["git"]
+    facts = here()
     tags = {
         Tag.PYTHON: facts["python"],
         Tag.VERSIONS: json.dumps(facts["versions"], sort_keys=True),
         Tag.HARDWARE: json.dumps(facts["hardware"], sort_keys=True),
-        Tag.GIT_COMMIT: git["commit"] or "",
-        Tag.GIT_DIRTY: "" if git["dirty"] is None else str(git["dirty"]).lower(),
+        Tag.GIT_COMMIT: facts["git_commit"],
+        Tag.GIT_DIRTY: facts["git_dirty"],
     }
-    if git["commit"]:
+    if facts["git_commit"]:
         # MLflow's own name for it, which its UI shows as the version.
-        tags["mlflow.source.git.commit"] = git["commit"]
+        tags["mlflow.source.git.commit"] = facts["git_commit"]
     return tags
 
 

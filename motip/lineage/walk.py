@@ -1,18 +1,16 @@
-"""Read the lineage back: the chain of stages behind a run, and whether its files are still the same."""
+"""Read the lineage back: the chain of steps behind a run, from tags, parameters, metrics and inputs alone."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from motip.errors import MotipError
-from motip.files import sha256_file
+from motip.lineage.record import at_hand, parse_record
+from motip.lineage.steps import CheckpointPlace, DataUsed, LineageStep, changes
 from motip.lineage.tags import Tag, join_params
 
 if TYPE_CHECKING:
@@ -21,73 +19,8 @@ if TYPE_CHECKING:
 
     from motip.lineage.store import Store
 
-
-@dataclass(frozen=True, slots=True)
-class DataUsed:
-    """A data set that went into a stage.
-
-    Attributes:
-        name: such as ``bdd100k/train``.
-        sha256: full hex digest over its content.
-        context: what it was used for (training, validation).
-        source: where it came from, JSON-able.
-        profile: counts worth showing (videos, frames, boxes), JSON-able.
-    """
-
-    name: str
-    sha256: str
-    context: str = "training"
-    source: Mapping[str, Any] = field(default_factory=dict)
-    profile: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class LineageStep:
-    """One stage in a chain; ``kind`` is ``weights`` for a start that no recorded run made.
-
-    Attributes:
-        config_changes: parameter to (value in the stage before, value here), None where it is absent.
-        scores: the ``best_`` metrics, without the prefix.
-        came_from / checkpoint: path, path relative to the storage, sha256; empty where unknown.
-    """
-
-    kind: str
-    stage: str
-    run_id: str = ""
-    status: str = ""
-    started: int = 0
-    data_digest: str = ""
-    data: tuple[DataUsed, ...] = ()
-    came_from: CheckpointPlace | None = None
-    checkpoint: CheckpointPlace | None = None
-    config_changes: Mapping[str, tuple[str | None, str | None]] = field(default_factory=dict)
-    seed: str = ""
-    git_commit: str = ""
-    git_dirty: str = ""
-    python: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    hardware: Mapping[str, Any] = field(default_factory=dict)
-    scores: Mapping[str, float] = field(default_factory=dict)
-    interrupted: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class FileCheck:
-    """A checkpoint of a chain against its recorded digest; ``state`` is same, changed or missing."""
-
-    stage: str
-    path: str
-    expected: str
-    found: str
-    state: str
-
-
-class CheckpointPlace(NamedTuple):
-    """Where a checkpoint is: absolute path or URI, the same relative to the storage (or empty), sha256."""
-
-    path: str
-    relative: str
-    sha256: str = ""
+DOMAIN_PREFIX = "R/"
+"""Metrics of a stage's run with one more word after this are its scores by domain."""
 
 
 def checkpoint_place(checkpoint: Path | str, storage: Path) -> CheckpointPlace:
@@ -99,7 +32,9 @@ def checkpoint_place(checkpoint: Path | str, storage: Path) -> CheckpointPlace:
 
 
 def walk(store: Store, run_id: str) -> list[LineageStep]:
-    """The chain of stages that led to ``run_id``, oldest first, from tags, parameters and inputs alone.
+    """The chain of steps that led to ``run_id``, oldest first.
+
+    Before the first stage that a run is known of stands what the record beside its weights told when it began.
 
     Args:
         run_id: a stage, or a curriculum (which stands for its last stage).
@@ -118,25 +53,13 @@ def walk(store: Store, run_id: str) -> list[LineageStep]:
             )
         seen.add(run.info.run_id)
         before = _run_before(store, client, run)
-        steps.append(_step(run, before))
-        place = steps[-1].came_from
-        if before is None and place is not None:
-            steps.append(LineageStep("weights", Path(place.path).stem, checkpoint=place))
+        earlier = _given_weights(run) if before is None else []
+        known = [step.config for step in earlier if step.config]
+        config = before.data.params if before is not None else known[-1] if known else {}
+        steps.append(_step(run, _own_params(config)))
+        steps += earlier[::-1]
         run = before
     return steps[::-1]
-
-
-def verify(steps: SequenceOf[LineageStep], storage: Path) -> list[FileCheck]:
-    """Each checkpoint of the chain with its digest computed anew, oldest first."""
-    checks = []
-    for step in steps:
-        place = step.checkpoint
-        if place is None or not place.sha256:
-            continue
-        path, found = _digest_of(place, storage)
-        state = "missing" if not found else "same" if found == place.sha256 else "changed"
-        checks.append(FileCheck(step.stage, path, place.sha256, found, state))
-    return checks
 
 
 def curriculum_of(store: Store, run_id: str) -> str:
@@ -199,14 +122,29 @@ def _run_before(store: Store, client: MlflowClient, run: Run) -> Run | None:
     makers = client.search_runs(
         [run.info.experiment_id],
         f"tags.`{Tag.CHECKPOINT_SHA256}` = '{tags[Tag.FROM_SHA256]}'",
-        order_by=["attributes.start_time ASC"],
+        order_by=["attributes.start_time DESC"],
     )
     return next((maker for maker in makers if maker.info.run_id != run.info.run_id), None)
 
 
-def _step(run: Run, before: Run | None) -> LineageStep:
+def _given_weights(run: Run) -> list[LineageStep]:
+    """The steps before a run that started from a file: those of the record beside it, else the file alone."""
     tags = run.data.tags
-    scores = {name.removeprefix("best_"): value for name, value in run.data.metrics.items() if name.startswith("best_")}
+    place = _place(tags, Tag.FROM_PATH, Tag.FROM_RELATIVE, Tag.FROM_SHA256)
+    if place is None:
+        return []
+    told = join_params({key: value for key, value in tags.items() if key.startswith(Tag.FROM_RECORD)})
+    if told:
+        steps = parse_record(json.loads(told[Tag.FROM_RECORD]), place.sha256, f"record of {Path(place.path).name}")
+        return at_hand(steps, place)
+    return [LineageStep("weights", Path(place.path).stem, checkpoint=place)]
+
+
+def _step(run: Run, config_before: Mapping[str, str]) -> LineageStep:
+    tags, metrics = run.data.tags, run.data.metrics
+    scores = {name.removeprefix("best_"): value for name, value in metrics.items() if name.startswith("best_")}
+    domains = {name.removeprefix(DOMAIN_PREFIX): value for name, value in metrics.items() if _is_domain(name)}
+    config = _own_params(run.data.params)
     return LineageStep(
         kind=tags.get(Tag.KIND, "run"),
         stage=tags.get(Tag.STAGE, run.info.run_name),
@@ -217,7 +155,8 @@ def _step(run: Run, before: Run | None) -> LineageStep:
         data=_data(run),
         came_from=_place(tags, Tag.FROM_PATH, Tag.FROM_RELATIVE, Tag.FROM_SHA256),
         checkpoint=_place(tags, Tag.CHECKPOINT_PATH, Tag.CHECKPOINT_RELATIVE, Tag.CHECKPOINT_SHA256),
-        config_changes=_changes(before.data.params, run.data.params) if before is not None else {},
+        config=config,
+        config_changes=changes(config_before, config),
         seed=tags.get(Tag.SEED, ""),
         git_commit=tags.get(Tag.GIT_COMMIT, ""),
         git_dirty=tags.get(Tag.GIT_DIRTY, ""),
@@ -225,8 +164,18 @@ def _step(run: Run, before: Run | None) -> LineageStep:
         versions=json.loads(tags.get(Tag.VERSIONS, "{}")),
         hardware=json.loads(tags.get(Tag.HARDWARE, "{}")),
         scores=dict(sorted(scores.items())),
+        domains=dict(sorted(domains.items())),
         interrupted=tags.get(Tag.INTERRUPTED, ""),
     )
+
+
+def _is_domain(metric: str) -> bool:
+    return metric.startswith(DOMAIN_PREFIX) and metric.count("/") == 1
+
+
+def _own_params(params: Mapping[str, str]) -> dict[str, str]:
+    """Parameters that stand in the YAML, long ones joined."""
+    return {key: value for key, value in join_params(params).items() if not key.startswith("_")}
 
 
 def _data(run: Run) -> tuple[DataUsed, ...]:
@@ -244,32 +193,3 @@ def _place(tags: Mapping[str, str], path: str, relative: str, sha256: str) -> Ch
     if not tags.get(path):
         return None
     return CheckpointPlace(tags[path], tags.get(relative, ""), tags.get(sha256, ""))
-
-
-def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
-    old, new = join_params(before), join_params(after)
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return {key: (old.get(key), new.get(key)) for key in keys}
-
-
-def _digest_of(place: CheckpointPlace, storage: Path) -> tuple[str, str]:
-    """Where the file is now and its sha256; an empty digest if it is nowhere."""
-    if "://" in place.path:
-        return place.path, _remote_digest(place.path)
-    for path in (Path(place.path), *([storage / place.relative] if place.relative else [])):
-        if path.is_file():
-            return str(path), sha256_file(path)
-    return place.path, ""
-
-
-def _remote_digest(uri: str) -> str:
-    from pyarrow import fs
-
-    filesystem, path = fs.FileSystem.from_uri(uri)
-    if filesystem.get_file_info(path).type != fs.FileType.File:
-        return ""
-    digest = hashlib.sha256()
-    with filesystem.open_input_stream(path) as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -62,6 +62,8 @@ def export_safetensors(
 ) -> Path:
     """Write ``model.safetensors`` and ``config.json`` into `out_dir`; no YAML is needed to track with them.
 
+    Where `out_dir` ends in ``.safetensors``, that one file is written: its header holds the description too.
+
     Args:
         checkpoint_path: any checkpoint ``load_for_tracking`` takes.
         config: needed for files that carry no architecture (the published code's) and are not of the default one.
@@ -93,7 +95,10 @@ def export_safetensors(
     }
     if differences:
         description["config_differences"] = differences
-    target = Path(out_dir) / WEIGHTS_NAME
+    target = Path(out_dir)
+    alone = target.suffix == ".safetensors"
+    if not alone:
+        target = target / WEIGHTS_NAME
     header = json.dumps({**description, "aliases": aliases}, sort_keys=True)
     with atomic_write(target) as temporary:
         try:
@@ -101,7 +106,8 @@ def export_safetensors(
         except SafetensorError as error:  # it wraps the operating system's errors in its own
             raise OSError(str(error)) from error
         temporary.chmod(0o644)  # the library's own files are for their writer alone
-    write_json_atomic(target.with_name(DESCRIPTION_NAME), {**description, "weights_sha256": sha256_file(target)})
+    if not alone:
+        write_json_atomic(target.with_name(DESCRIPTION_NAME), {**description, "weights_sha256": sha256_file(target)})
     return target
 
 

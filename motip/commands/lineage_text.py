@@ -1,0 +1,110 @@
+"""A chain of weights as text: an overview, what is to be said of each step, and what they were run with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from motip.lineage import DataUsed, LineageStep
+
+HEADER = ["step", "what", "data", "weights from", "weights", "HOTA by domain", "seed", "code"]
+KINDS = {
+    "initialised": "drawn from the seed",
+    "export": "exported",
+    "checkpoint": "trained, run not known",
+    "weights": "given, no record",
+}
+
+
+def overview(steps: Sequence[LineageStep]) -> tuple[list[str], list[list[str]]]:
+    """Header and one row per step."""
+    return HEADER, [_row(step) for step in steps]
+
+
+def details(steps: Sequence[LineageStep], *, verbose: bool) -> list[str]:
+    """Lines on each step: its run, its files with whole digests, and what is different from the step before."""
+    lines = []
+    for step in steps:
+        where = f"run {step.run_id}" if step.run_id else KINDS.get(step.kind, step.kind)
+        told = f", told by {step.record}" if step.record else ""
+        lines += ["", f"{step.stage}: {where}, started {_time(step.started)}{told}" if step.run_id
+                  else f"{step.stage}: {where}{told}"]  # fmt: skip
+        if step.came_from:
+            lines.append(f"  from     {step.came_from.path} sha256 {step.came_from.sha256}")
+        if step.checkpoint:
+            lines.append(f"  weights  {step.checkpoint.path} sha256 {step.checkpoint.sha256}")
+        for used in step.data:
+            lines.append(f"  data     {used.context}: {used.name}, {_amount(used)}, sha256 {used.sha256}")
+            if verbose and used.source.get("videos"):
+                lines.append(f"           {', '.join(map(str, used.source['videos']))}")
+        lines += [
+            f"  changed  {key}: {_value(old)} -> {_value(new)}" for key, (old, new) in step.config_changes.items()
+        ]
+        if step.note:
+            lines.append(f"  note     {step.note}")
+    return lines
+
+
+def environments(steps: Sequence[LineageStep]) -> list[str]:
+    """What the steps were run with; steps that share it stand together."""
+    shared: dict[str, list[str]] = {}
+    for step in steps:
+        if step.python or step.versions or step.hardware:
+            shared.setdefault(_environment(step), []).append(step.stage)
+    lines = [""]
+    for text, names in shared.items():
+        who = "all steps" if len(shared) == 1 and len(names) == len(steps) else ", ".join(names)
+        lines.append(f"run with ({who}):\n{text}")
+    return lines
+
+
+def _environment(step: LineageStep) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in step.versions.items())
+    facts = dict(step.hardware)
+    gpus = facts.pop("gpus", [])
+    machine = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+    code = step.git_commit or "not in a checkout"
+    dirty = {"true": " with uncommitted changes", "false": ", clean"}.get(step.git_dirty, "")
+    return (
+        f"  git      {code}{dirty if step.git_commit else ''}\n  packages python {step.python}, {packages}\n"
+        f"  machine  {machine}, {'GPUs ' + '; '.join(gpus) if gpus else 'no GPU'}"
+    )
+
+
+def _row(step: LineageStep) -> list[str]:
+    what = KINDS.get(step.kind, step.status.lower() or step.kind)
+    data = [f"{used.name} {used.sha256[:12]} ({_amount(used)})" for used in step.data]
+    code = step.git_commit[:8] + (" dirty" if step.git_dirty == "true" else "")
+    return [
+        step.stage,
+        f"interrupted {step.interrupted}" if step.interrupted and step.status != "FINISHED" else what,
+        "\n".join(data) or step.data_digest[:12] or "-",
+        step.came_from.sha256[:12] if step.came_from else "-",
+        step.checkpoint.sha256[:12] if step.checkpoint else "-",
+        _hota(step),
+        step.seed or "-",
+        code or "-",
+    ]
+
+
+def _hota(step: LineageStep) -> str:
+    """The stage's own best HOTA, then that of each domain it was scored in."""
+    own = [f"own val {step.scores['HOTA']:.1f}"] if "HOTA" in step.scores else []
+    return "\n".join([*own, *(f"{domain} {value:.1f}" for domain, value in step.domains.items())]) or "-"
+
+
+def _amount(used: DataUsed) -> str:
+    videos = used.profile.get("videos")
+    return f"{videos} videos" if videos else "videos not counted"
+
+
+def _time(milliseconds: int) -> str:
+    if not milliseconds:
+        return "at an unknown time"
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _value(value: Any) -> str:
+    return "not there" if value is None else str(value)

@@ -1,0 +1,120 @@
+"""A sweep on a real Ray: killed in the middle of a trial, gone on with, one trial given up, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from motip.cluster import Cluster, connect, disconnect
+from motip.config import load_curriculum
+from motip.curriculum import Options, SweepResult, Tuning, run_sweep
+from motip.data.storage import read_json
+from motip.lineage import Lineage
+from tests.cluster.heads import descendants
+from tests.small_curriculum import QuietUi
+from tests.small_sweep import write_sweep_files
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SWEEP = """trials: 3
+startup: 1
+seed: 1
+metric: agnostic/HOTA
+set: {NEWBORN_THRESH: 0.012}
+space:
+  DET_THRESH: {choices: [0.012, 0.95]}
+prune: {first: 1, reduction: 2}
+confirm: {seeds: 1, hand_set: false}
+"""
+"""A few steps teach nothing, but with a low threshold something is tracked and with a high one nothing is."""
+
+
+@pytest.mark.timeout(1200)
+def test_a_sweep_is_killed_goes_on_gives_one_trial_up_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_sweep_files(tmp_path, SWEEP)
+    stage = tmp_path / "one.yaml"
+    stage.write_text(stage.read_text() + "DET_THRESH: 0.9\n")
+    _start_and_kill(tmp_path, path)
+    before = {record.name: record.read_text() for record in tmp_path.rglob("trials/000.json")}
+    assert len(before) == 1
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    lineage, ui = Lineage(storage=tmp_path / "storage"), QuietUi()
+    cluster = connect(num_cpus=2)
+    try:
+        result = _sweep(path, tmp_path, cluster, lineage, ui)
+        left = _left_over()
+    finally:
+        disconnect()
+    assert left == [], left
+    status = {told.ask.key: told.status for told in result.trials}
+    assert status == {"000": "finished", "001": "finished", "002": "pruned"}, ui.notes
+    assert {record.name: record.read_text() for record in tmp_path.rglob("trials/000.json")} == before
+    assert result.values == {"DET_THRESH": 0.012} == yaml.safe_load((tmp_path / "tuned.yaml").read_text())
+    assert [told.ask.key for told in result.repeats] == ["001-seed30"] and result.repeats[0].status == "finished"
+    runs = lineage._find_runs(f"tags.`mlflow.parentRunId` = '{result.run_id}'")
+    ends = {run.data.tags["motip.trial"]: run.info.status for run in runs}
+    assert ends == {"000": "FINISHED", "001": "FINISHED", "002": "KILLED", "001-seed30": "FINISHED"}
+    assert len(runs) == len(ends), "one run for each trial, however often it was started"
+    pruned = next(run for run in runs if run.data.tags["motip.trial"] == "002")
+    assert "others were better" in pruned.data.tags["motip.pruned"]
+    resumed = next(run for run in runs if run.data.tags["motip.trial"] == "001")
+    assert resumed.data.tags["motip.resumed"] == "1"
+
+
+def _start_and_kill(folder: Path, path: Path) -> None:
+    """The command as a user gives it, switched off with all its processes while its second trial has begun."""
+    command = [sys.executable, "ray_jobs/tune.py", "--config", str(path), "--stage", "BDD-Foundation"]
+    command += ["--data-root", str(folder), "--storage", str(folder / "storage"), "--tuned", str(folder / "tuned.yaml")]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") or "timeout" in key}
+    with (folder / "first.log").open("wb") as log:
+        job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while not _begun(folder, "001"):
+                assert job.poll() is None, (folder / "first.log").read_text()[-3000:]
+                time.sleep(0.2)
+        finally:
+            for pid in (job.pid, *(pid for pid, _ in descendants(job.pid))):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            job.wait(timeout=60)
+
+
+def _begun(folder: Path, key: str) -> bool:
+    """The trial's run is in MLflow and its workers are on their way, or at work."""
+    return any("run_id" in read_json(record) for record in folder.rglob(f"trials/{key}.json"))
+
+
+def _sweep(path: Path, folder: Path, cluster: Cluster, lineage: Lineage, ui: QuietUi) -> SweepResult:
+    curriculum = load_curriculum(path, tune="BDD-Foundation")
+    tuning = Tuning(workers=1, overlay=str(folder / "tuned.yaml"))
+    options = Options(str(folder), str(folder / "storage"), 1, config_path=str(path), tune=tuning)
+    return run_sweep(curriculum, curriculum.stages[0], options, cluster, lineage, ui)
+
+
+def _left_over() -> list[str]:
+    """Actors that live and placement groups that reserve something, once Ray had time to take its own down."""
+    import ray
+    from ray._private.state import actors
+
+    left: list[str] = []
+    for _ in range(60):
+        groups = ray.util.placement_group_table().values()
+        left = [f"placement group {group['bundles']}" for group in groups if group["state"] != "REMOVED"]
+        left += [f"actor {each.get('ActorClassName')}" for each in actors().values() if each["State"] != "DEAD"]
+        if not left:
+            break
+        time.sleep(0.5)
+    return left
