@@ -42,10 +42,10 @@ class _Mover:
 
 
 class AerialScene:
-    """8 to 15 vehicles and people in view, 15 to 36 pixels; 22 to 44 in a crowd. Trees hide what passes below."""
+    """7 to 14 vehicles and people in view, 17 to 36 pixels; 20 to 38 in a crowd. Trees hide what passes below."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int], frames: int, crowd: bool) -> None:
-        """``size`` is (H, W); ``crowd`` means 22 to 44 objects in view, most of them people."""
+        """``size`` is (H, W); ``crowd`` means 20 to 38 objects in view, most of them people."""
         self._height, self._width = size
         self._unit = min(size[0] / 128, size[1] / 224)
         self._span = (round(size[1] * (1 + SPREAD)), round(size[0] * (1 + SPREAD)))
@@ -131,7 +131,7 @@ class AerialScene:
     def _plant_trees(self, rng: np.random.Generator) -> list[tuple[float, float, Sprite]]:
         kinds = [tree_above(rng, radius * self._unit) for radius in (9, 12, 15)]
         trees = []
-        for _ in range(int(rng.integers(4, 10))):
+        for _ in range(int(rng.integers(3, 8))):
             road = self._roads[rng.integers(len(self._roads))]
             along = rng.uniform(-0.7, 0.7) * max(self._span)
             aside = rng.choice([-1, 1]) * (rng.uniform(0.3, 1.2) * road.breadth + 4 * self._unit)
@@ -149,8 +149,8 @@ class AerialScene:
                 pace = rng.uniform(6, 22) * self._unit
                 place = -1.2 * max(self._span) - pace * frames / FPS
                 while place < 1.2 * max(self._span):
-                    place += rng.uniform(42, 95) * self._unit
-                    category = str(rng.choice(["car", "van", "truck", "bus"], p=[0.85, 0.11, 0.02, 0.02]))
+                    place += rng.uniform(52, 110) * self._unit
+                    category = str(rng.choice(["car", "van", "truck", "bus"], p=[0.85, 0.12, 0.015, 0.015]))
                     sway = rng.uniform(0, 6) * np.sin(rng.uniform(0.3, 1.2) * time + rng.uniform(0, 6)) * self._unit
                     along = side * (place + pace * time + sway)
                     aside = side * (0.24 * road.breadth + rng.normal(0, 0.6) * self._unit)
@@ -173,13 +173,13 @@ class AerialScene:
             steps = np.stack([np.cos(angles), np.sin(angles)], 1) * pace / FPS
             middle = start + np.cumsum(steps, axis=0)
             members = int(rng.integers(4, 15)) if crowd and rng.random() < 0.7 else int(rng.integers(1, 4))
-            spacing = rng.uniform(11, 15) * np.sqrt(members) * 0.6 * self._unit
+            spacing = rng.uniform(15, 19) * np.sqrt(members) * 0.6 * self._unit
             for _ in range(members):
                 wobble = rng.uniform(1, 4) * self._unit
                 phases = rng.uniform(0, 6, 2)
                 own = np.stack([np.sin(rng.uniform(0.4, 1.5) * time + phase) for phase in phases], 1) * wobble
                 place = middle + rng.normal(0, spacing, 2) + own
-                category = str(rng.choice(["pedestrian", "people", "others"], p=[0.86, 0.09, 0.05]))
+                category = str(rng.choice(["pedestrian", "people", "others"], p=[0.88, 0.09, 0.03]))
                 if category == "people":
                     place = np.broadcast_to(place[:1], place.shape) + 0.15 * own
                 movers.append(_Mover(category, place, angles, pace))
@@ -188,7 +188,7 @@ class AerialScene:
     def _draw_mover(self, rng: np.random.Generator, category: str) -> list[Sprite]:
         """Its poses: several for people, one for everything else."""
         if category in ("pedestrian", "people"):
-            size, costume = rng.uniform(15, 18) * self._unit, Costume.random(rng)
+            size, costume = rng.uniform(17, 20) * self._unit, Costume.random(rng)
             return [person_above(size, costume, 2 * np.pi * k / POSES) for k in range(POSES)]
         length, width = {
             "car": (rng.uniform(28, 34), rng.uniform(15, 17)),
@@ -197,13 +197,13 @@ class AerialScene:
             "bus": (rng.uniform(52, 60), rng.uniform(17, 18)),
             "others": (14.0, 10.0),
         }[category]
-        colour = hsv(rng.random(), rng.choice([0.05, rng.uniform(0.5, 1)]), rng.choice([0.12, rng.uniform(0.7, 1)]))
+        colour = hsv(rng.random(), rng.choice([0.05, rng.uniform(0.5, 1)]), rng.choice([0.22, rng.uniform(0.7, 1)]))
         return [car_above(length * self._unit, width * self._unit, colour, category)]
 
     def _populate(self, rng: np.random.Generator, movers: list[_Mover], crowd: bool) -> list[_Mover]:
         """As many of the movers as keep the number in view between its bounds, vehicles first."""
-        low, high = (22, 44) if crowd else (8, 15)
-        wanted = rng.uniform(26, 36) if crowd else rng.uniform(9, 13)
+        low, high = (20, 38) if crowd else (7, 14)
+        wanted = rng.uniform(23, 31) if crowd else rng.uniform(8, 12)
         vehicle_share = rng.uniform(0.15, 0.3) if crowd else rng.uniform(0.35, 0.65)
         vehicles = [mover for mover in movers if mover.category in VEHICLES]
         walkers = [mover for mover in movers if mover.category not in VEHICLES]
