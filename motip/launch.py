@@ -61,15 +61,15 @@ def launch_experiment(
     storage: str,
     workers: str | int = 1,
     overrides: Sequence[str] = (),
-    arms: Sequence[str] = (),
-    seeds: Sequence[int] = (),
+    arms: str | None = None,
+    seeds: str | None = None,
     strict: bool = False,
 ) -> Location:
     """Run the arms of an experiment file that are not finished, and write what all of them found.
 
     Args:
         overrides: for every arm, on top of its own changes to all stages.
-        arms, seeds: the only ones to run now; empty = all.
+        arms, seeds: the only ones to run now, with commas between them; None = all.
 
     Returns:
         the folder with ``results.md``, ``results.json`` and ``curves.png``.
@@ -78,18 +78,8 @@ def launch_experiment(
         MotipError: anything the user can put right.
     """
     experiment = load_experiment(config, overrides)
-    for flag, named, known in (
-        ("--arms", arms, [arm.name for arm in experiment.arms]),
-        ("--seeds", seeds, list(experiment.seeds)),
-    ):
-        strangers = [each for each in named if each not in known]
-        if strangers:
-            raise MotipError(
-                "the experiment has no such entry",
-                where=flag,
-                found=strangers[0],
-                expected="some of " + ", ".join(map(str, known)),
-            )
+    wanted_arms = _chosen("--arms", arms, [arm.name for arm in experiment.arms])
+    wanted_seeds = [int(each) for each in _chosen("--seeds", seeds, [str(seed) for seed in experiment.seeds])]
     options = _options(data_root, storage, workers, strict, config)
     ui = DriverUi()
     cluster = connect() if options.workers > 0 else None
@@ -100,8 +90,8 @@ def launch_experiment(
             options,
             lambda curriculum: run_curriculum(curriculum, options, cluster, lineage, ui),
             ui.note,
-            arms or None,
-            seeds or None,
+            wanted_arms,
+            wanted_seeds,
         )
     finally:
         ui.close()
@@ -116,6 +106,18 @@ def launch_experiment(
     ui.console.print(text, markup=False)
     ui.note(f"results of {len(outcomes)} runs: {folder}/results.md, results.json, curves.png")
     return folder
+
+
+def _chosen(flag: str, text: str | None, known: Sequence[str]) -> Sequence[str]:
+    if text is None:
+        return known
+    named = [part.strip() for part in text.split(",") if part.strip()]
+    for each in named:
+        if each not in known:
+            raise MotipError(
+                "the experiment has no such entry", where=flag, found=each, expected="some of " + ", ".join(known)
+            )
+    return named
 
 
 def launch(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 
-from motip.errors import MotipError, exit_on_error
+from motip.errors import exit_on_error
 
 
 def arguments() -> argparse.Namespace:
@@ -37,27 +37,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--arms", metavar="A,B", help="of an experiment file: only these arms (default: all)")
     parser.add_argument("--seeds", metavar="1,2", help="of an experiment file: only these seeds (default: all)")
     parser.add_argument("--tune", action="store_true", help="first tune each stage that names a sweep")
-    parser.add_argument(
-        "--trials", type=int, metavar="N", help="with --tune: settings tried"
-    )
+    parser.add_argument("--trials", type=int, metavar="N", help="with --tune: settings tried")
     parser.add_argument("--workers-per-trial", type=int, default=1, metavar="N", help="with --tune (default: 1)")
     parser.add_argument("--strict", action="store_true", help="an undecodable image ends the conversion")
     return parser.parse_args()
-
-
-def names(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def numbers(text: str | None) -> list[int]:
-    """Raises MotipError where one is no whole number."""
-    found = names(text)
-    for each in found:
-        if not each.isdecimal():
-            raise MotipError(
-                "this is no seed", where="--seeds", found=each, expected="whole numbers, as in --seeds 1,2"
-            )
-    return [int(each) for each in found]
 
 
 def main() -> None:
@@ -75,8 +58,8 @@ def main() -> None:
                 storage=args.storage,
                 workers=args.workers,
                 overrides=args.overrides,
-                arms=names(args.arms),
-                seeds=numbers(args.seeds),
+                arms=args.arms,
+                seeds=args.seeds,
                 strict=args.strict,
             )
             return

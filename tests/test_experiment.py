@@ -76,14 +76,14 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, change: tuple[str, str],
 def test_arms_share_stages_and_an_experiment_goes_on_where_it_was(tmp_path: Path) -> None:
     path, storage = _file(tmp_path), tmp_path / "storage"
     folder = launch_experiment(str(path), data_root=str(tmp_path), storage=str(storage), workers=0,
-                               arms=["chain", "direct"], seeds=[1])  # fmt: skip
+                               arms="chain,direct", seeds="1")  # fmt: skip
     first = json.loads((folder / "results.json").read_text())
     assert {name: arm["seeds"] for name, arm in first.items()} == {"chain": [1], "direct": [1]}
     stages = storage / "curricula" / "small-experiment"
     before = {each: each.stat().st_mtime_ns for each in stages.glob("*/*/checkpoint_best.pth")}
     assert len(before) == 6
 
-    launch_experiment(str(path), data_root=str(tmp_path), storage=str(storage), workers=0, seeds=[1])
+    launch_experiment(str(path), data_root=str(tmp_path), storage=str(storage), workers=0, seeds="1")
     after = {each: each.stat().st_mtime_ns for each in stages.glob("*/*/checkpoint_best.pth")}
     assert before.items() <= after.items(), "what was trained is not trained again"
     assert len(after) == 10

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-JOBS = ["convert", "curriculum", "evaluate", "train"]
+JOBS = ["convert", "curriculum", "evaluate", "train", "tune"]
 
 
 def run(root: Path, job: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -46,6 +46,11 @@ def test_jobs_are_thin(repo_root: Path, job: str) -> None:
         ("evaluate", ["--checkpoint", "README.md"], ""),
         ("evaluate", ["--checkpoint", "gone.pth", "--config", "gone.yaml"], "configuration file not found"),
         ("evaluate", ["--checkpoint", "gone.pth", "--workers", "-2"], "workers is negative"),
+        ("tune", ["--config", "configs/bdd_stage2.yaml"], "which values are searched stands in a sweep file"),
+        ("tune", ["--config", "configs/bdd_stage2.yaml", "--sweep", "gone.yaml"], "configuration file not found"),
+        ("tune", ["--config", "configs/demo/curriculum.yaml", "--trials", "1"], "the number is too small"),
+        ("tune", ["--config", "configs/demo/curriculum.yaml"], "which stage is tuned?"),
+        ("tune", ["--config", "configs/demo/curriculum.yaml", "--stage", "Base"], "there is no such stage"),
     ],
 )
 def test_bad_input_is_one_message(

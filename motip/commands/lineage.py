@@ -26,7 +26,8 @@ class _ShowByDefault(typer.core.TyperGroup):
 app = typer.Typer(
     no_args_is_help=True,
     cls=_ShowByDefault,
-    help="Where a run's weights came from. `motip lineage RUN` is short for `motip lineage show RUN`.",
+    help="Where a run's weights came from. `motip lineage RUN --storage DIR` is short for "
+    "`motip lineage show RUN --storage DIR`.",
 )
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="MLflow id of a stage's or a curriculum's run.")]

@@ -285,9 +285,7 @@ class _Planner:
                 None if name == names[0] else names[0],
             )
         for key in sources:
-            self.file_fates[key] = Fate(
-                DROPPED, tuple(self.tensors[key].shape), "other shape in the model, allowed"
-            )
+            self.file_fates[key] = Fate(DROPPED, tuple(self.tensors[key].shape), "other shape in the model, allowed")
 
     def _account_for_sources(self, sources: list[str], category: str, detail: str) -> None:
         winner = self.tensors[sources[-1]]

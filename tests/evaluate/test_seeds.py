@@ -55,7 +55,7 @@ def test_a_difference_is_paired_by_seed() -> None:
     paired = difference(before, after, draws=500)
     crossed = difference(before, after[1:] + after[:1], draws=500)
     assert paired.mean == pytest.approx(crossed.mean)
-    assert 0 < paired.low and paired.high - paired.low < crossed.high - crossed.low
+    assert paired.low > 0 and paired.high - paired.low < crossed.high - crossed.low
 
 
 def test_the_base_weights_stand_for_every_seed() -> None:

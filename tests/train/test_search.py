@@ -17,7 +17,7 @@ from motip.train import search as search_module
 from motip.train.search import room
 from motip.train.suggest import Ask, Told, suggest
 
-SPACE = {
+SPACE: dict[str, Range | Choices] = {
     "LR": Range(low=1e-5, high=1e-2, log=True),
     "LR_DROP": Range(low=2, high=8, step=2),
     "sample_intervals": Choices(choices=([1], [1, 2], [1, 2, 3])),
@@ -62,7 +62,7 @@ def test_the_same_results_give_the_same_suggestion_and_none_twice() -> None:
 
 def test_tpe_goes_where_trials_were_good_and_random_search_does_not() -> None:
     def far(method: str) -> float:
-        late = searched(SweepFile(space=SPACE, search=method), 30)[15:]  # type: ignore[arg-type]
+        late = searched(SweepFile(space=SPACE, search=method), 30)[15:]
         return sum(abs(math.log10(told.ask.values["LR"]) + 3.5) for told in late) / len(late)
 
     assert far("tpe") < 0.7 * far("random")
@@ -129,7 +129,12 @@ def test_fewer_at_once_can_be_asked_for_and_get_more_each(tiny: Config) -> None:
     ("cluster", "workers", "wanted", "words"),
     [
         (Cluster(2, 0, 1, True), 0, None, ["--workers-per-trial", "1 or more"]),
-        (Cluster(2, 0, 1, True), 40, None, ["not even one trial fits", "2 CPUs", "40 workers x", "--workers-per-trial"]),
+        (
+            Cluster(2, 0, 1, True),
+            40,
+            None,
+            ["not even one trial fits", "2 CPUs", "40 workers x"],
+        ),
         (Cluster(32, 4, 1, True), 5, None, ["more training workers than GPUs", "at most 4", "--workers-per-trial"]),
         (Cluster(2, 0, 1, True), 1, 2, ["--at-once", "at most 1: 2 CPUs / (1 x (1 + 1 x 0.5) per trial) = 1"]),
         (Cluster(32, 4, 1, True), 2, 3, ["--at-once", "4 GPUs / (2 x 1 per trial) = 2"]),
