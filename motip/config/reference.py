@@ -75,7 +75,8 @@ MEANINGS: dict[str, str] = {
     "sample_intervals": "Frame interval is drawn from this set; the plan's form of SAMPLE_INTERVALS.",
     "AUG_RESIZE_SCALES": "Short side of the image in pixels is drawn from these.",
     "AUG_MAX_SIZE": "The long side never exceeds this many pixels.",
-    "AUG_RANDOM_RESIZE": "Half of the clips are cropped; before the crop the short side is drawn from these; an empty list: no crops.",
+    "AUG_RANDOM_RESIZE": "Half of the clips are cropped; before the crop the short side is drawn from these; an empty "
+    "list: no crops.",
     "AUG_RANDOM_CROP_MIN": "Smallest side of the crop in pixels.",
     "AUG_RANDOM_CROP_MAX": "Largest side of the crop in pixels.",
     "AUG_MAX_SHIFT_RATIO": "Clips made of one image: the window slides by at most this share of its sides.",
