@@ -33,11 +33,13 @@ ENGINES = {
     "ray.job_submission": {"jobs"},
     "trackeval": {"evaluate/metrics.py"},
     "yaml": {"config"},
+    "triton": {"model/triton_kernels.py"},
 }
 """Third-party engine to the only room (or file) that speaks to it."""
 
-NARROW = {"torch", "torchvision", "numpy", "scipy", "motip"}
-"""What the rooms that must run on a bare torch machine may import."""
+NARROW = {"torch", "torchvision", "numpy", "scipy", "motip", "triton"}
+"""What the rooms that must run on a bare torch machine may import; triton, which not every such machine has, only when
+one of its kernels is to run."""
 
 
 def room(path: Path) -> str:

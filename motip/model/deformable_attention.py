@@ -1,17 +1,23 @@
 """Multi-scale deformable attention (Deformable DETR, section 4.1) behind one function.
 
-``deformable_attention`` looks its implementation up at run time. None needs a compiler:
+``deformable_attention`` looks its implementation up at run time. The default needs no compiler:
 
 * ``grid_sample`` runs everywhere PyTorch runs and can be exported;
 * ``embedding_bag`` reads each sample's channels as one contiguous row, which a CPU does faster: the whole
   detector takes 0.6 of the time at 480x864, forward and backward at 240x432 0.75 of it (ResNet-50, one core);
-* ``auto``, the default, is ``embedding_bag`` for tensors on a CPU and ``grid_sample`` for all others.
+* ``triton`` runs kernels of its own on CUDA, forward and backward, where triton and a C compiler are installed;
+* ``auto``, the default, is ``embedding_bag`` for tensors on a CPU. On CUDA it is ``triton`` where that runs, but
+  ``embedding_bag`` under ``torch.use_deterministic_algorithms``: its gradients have a fixed order, those of the other
+  two have not. It is ``grid_sample`` for all others.
+
+The environment variable ``MOTIP_DEFORMABLE_ATTENTION`` names another one than ``auto``, for every process that has it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,13 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motip.errors import MotipError
+from motip.model.triton_attention import triton_attention, triton_ready
 
 SpatialShapes = Sequence[tuple[int, int]]
 Implementation = Callable[[Tensor, SpatialShapes, Tensor, Tensor], Tensor]
 
+VARIABLE = "MOTIP_DEFORMABLE_ATTENTION"
+
 _logger = logging.getLogger(__name__)
 _implementations: dict[str, Implementation] = {}
-_chosen: str = "auto"
+_chosen: str = os.environ.get(VARIABLE) or "auto"
 _logged: set[str] = set()
 
 
@@ -40,20 +49,33 @@ def use_implementation(name: str) -> None:
     Choose ``grid_sample`` before exporting a model.
     """
     global _chosen
-    if name not in _implementations:
-        raise MotipError(
-            "unknown implementation of deformable attention", found=name, expected=", ".join(sorted(_implementations))
-        )
+    _named(name)
     _chosen = name
     log_implementation()
 
 
 def log_implementation() -> str:
-    """Log the chosen implementation once per process and return its name."""
+    """Log the chosen implementation once per process and return its name.
+
+    Raises:
+        MotipError: MOTIP_DEFORMABLE_ATTENTION names none that there is.
+    """
+    _named(_chosen, VARIABLE)
     if _chosen not in _logged:
         _logged.add(_chosen)
         _logger.info("deformable attention: %s implementation", _chosen)
     return _chosen
+
+
+def _named(name: str, where: str | None = None) -> Implementation:
+    if name not in _implementations:
+        raise MotipError(
+            "unknown implementation of deformable attention",
+            where=where,
+            found=name,
+            expected=", ".join(sorted(_implementations)),
+        )
+    return _implementations[name]
 
 
 def deformable_attention(
@@ -71,7 +93,7 @@ def deformable_attention(
     Returns:
         (B, Q, heads * d), in the type of `value`. Q may be 0.
     """
-    return _implementations[_chosen](value, spatial_shapes, sampling_locations, attention_weights)
+    return _named(_chosen, VARIABLE)(value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def _grid_sample_attention(
@@ -132,12 +154,24 @@ def _embedding_bag_attention(
 def _auto_attention(
     value: Tensor, spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    implementation = _embedding_bag_attention if value.device.type == "cpu" else _grid_sample_attention
-    return implementation(value, spatial_shapes, sampling_locations, attention_weights)
+    name = best_implementation(value.device)
+    return _implementations[name](value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def best_implementation(device: torch.device) -> str:
+    """The implementation that ``auto`` takes for tensors on `device`."""
+    if device.type == "cpu":
+        return "embedding_bag"
+    if device.type != "cuda":
+        return "grid_sample"
+    if torch.are_deterministic_algorithms_enabled():
+        return "embedding_bag"
+    return "triton" if triton_ready(device) else "grid_sample"
 
 
 register_implementation("grid_sample", _grid_sample_attention)
 register_implementation("embedding_bag", _embedding_bag_attention)
+register_implementation("triton", triton_attention)
 register_implementation("auto", _auto_attention)
 
 

@@ -1,9 +1,11 @@
-"""Time of one deformable attention of the encoder: `grid_sample` against `embedding_bag`, same results asserted.
+"""Time of one deformable attention of the encoder by each implementation, same results asserted.
 
     python tests/benchmarks/bench_deformable_attention.py           # the figures of docs/performance.md
     python tests/benchmarks/bench_deformable_attention.py --quick   # seconds
 
-Full size (8 heads of 32 channels, 4 points), one frame, every pixel of the four levels asks.
+Full size (8 heads of 32 channels, 4 points), one frame, every pixel of the four levels asks. On a machine with a CUDA
+device its times and those of the Triton kernels, in float32 and bf16, with the share of the least time that arithmetic
+allows (`attention_cost.py`); otherwise CPU seconds, and Triton is left out. `--counts` prints the arithmetic alone.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +23,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from motip.model import deformable_attention as room
+from motip.model.triton_attention import triton_ready
+from tests.benchmarks.attention_cost import Shape, as_dict, backward_cost, forward_cost, measured_ceilings, seconds_of
 
 SIDES = ("grid_sample", "embedding_bag")
 HEADS, CHANNELS, POINTS, STRIDES = 8, 32, 4, (8, 16, 32, 64)
@@ -53,33 +58,93 @@ def least_cpu_seconds(work: Callable[[], object], repeats: int) -> float:
     return min(seconds)
 
 
+def on_cpu(shapes: list[tuple[int, int]], inputs: list[Tensor], repeats: int) -> None:
+    """CPU seconds of PyTorch's two ways, side by side."""
+    forward, backward = _calls(shapes, inputs)
+    with torch.no_grad():
+        seconds = {"forward": [least_cpu_seconds(partial(forward, side), repeats) for side in SIDES]}
+    seconds["forward and backward"] = [least_cpu_seconds(partial(backward, side), repeats) for side in SIDES]
+    print(f"{'CPU seconds':<22}{SIDES[0]:>14}{SIDES[1]:>15}{'ratio':>7}")
+    for name, (grid, bag) in seconds.items():
+        print(f"{name:<22}{grid:>14.3f}{bag:>15.3f}{bag / grid:>7.2f}")
+    print("triton: left out, there is no CUDA device")
+
+
+def on_cuda(shape: Shape, inputs: list[Tensor], repeats: int) -> list[dict[str, object]]:
+    """Milliseconds of every way in float32 and bf16, and how near the least time they come."""
+    device = torch.device("cuda")
+    ceilings = measured_ceilings(device)
+    rates = f"{ceilings.memory / 1e9:.0f} GB/s memory, {ceilings.cache / 1e9:.0f} GB/s cache"
+    print(f"{torch.cuda.get_device_name()}: {rates}, {ceilings.flops / 1e12:.1f} TFLOP/s float32")
+    print(f"{'ms, share of the ceiling':<34}{'forward':>10}{'share':>7}{'both':>10}{'share':>7}")
+    rows: list[dict[str, object]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        moved = [inputs[0].to(device, dtype), *(tensor.to(device) for tensor in inputs[1:])]
+        forward, backward = _calls(shape.sizes, moved)
+        ahead, back = forward_cost(shape, dtype.itemsize), backward_cost(shape, dtype.itemsize)
+        for side in (*SIDES, *(("triton",) if triton_ready(device) else ())):
+            with torch.no_grad():
+                one = seconds_of(partial(forward, side), device, repeats)
+            both = seconds_of(partial(backward, side), device, repeats)
+            least = ceilings.least_seconds(ahead), ceilings.least_seconds(ahead) + ceilings.least_seconds(back)
+            name = f"{side}, {str(dtype).removeprefix('torch.')}"
+            print(
+                f"{name:<34}{one * 1e3:>10.3f}{least[0] / one:>7.0%}{both * 1e3:>10.3f}{least[1] / both:>7.0%}",
+            )
+            rows.append({"side": side, "dtype": str(dtype), "forward": one, "both": both, "least_seconds": least})
+    return rows
+
+
+def _calls(
+    shapes: list[tuple[int, int]], inputs: list[Tensor]
+) -> tuple[Callable[[str], Tensor], Callable[[str], tuple[Tensor, ...]]]:
+    """Forward, and forward with backward, by the name of the implementation."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+
+    def forward(side: str) -> Tensor:
+        return room._implementations[side](leaves[0], shapes, leaves[1], leaves[2])
+
+    def backward(side: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(side).float().square().mean(), leaves)
+
+    return forward, backward
+
+
+def agree(shapes: list[tuple[int, int]], inputs: list[Tensor], sides: tuple[str, ...]) -> None:
+    forward, _ = _calls(shapes, inputs)
+    with torch.no_grad():
+        first = forward(sides[0])
+        for side in sides[1:]:
+            if (first - forward(side)).abs().max() > 1e-4:
+                raise SystemExit(f"{sides[0]} and {side} disagree")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, nargs=2, default=[480, 864], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="96x128, once")
+    parser.add_argument("--counts", action="store_true", help="operations and bytes only")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     size, repeats = ([96, 128], 1) if args.quick else (args.size, args.repeats)
     shapes, inputs = make_case(*size)
-
-    def forward(side: str) -> Tensor:
-        return room._implementations[side](inputs[0], shapes, inputs[1], inputs[2])
-
-    def backward(side: str) -> tuple[Tensor, ...]:
-        leaves = [tensor.requires_grad_() for tensor in inputs]
-        return torch.autograd.grad(forward(side).square().mean(), leaves)
-
-    with torch.no_grad():
-        if (forward(SIDES[0]) - forward(SIDES[1])).abs().max() > 1e-4:
-            raise SystemExit("the two implementations disagree")
-        seconds = {"forward": [least_cpu_seconds(lambda side=side: forward(side), repeats) for side in SIDES]}
-    seconds["forward and backward"] = [least_cpu_seconds(lambda side=side: backward(side), repeats) for side in SIDES]
+    shape = Shape(shapes, queries=inputs[0].shape[1], heads=HEADS, channels=CHANNELS, points=POINTS)
     print(f"{size[0]}x{size[1]}, {inputs[0].shape[1]} queries, {args.threads} threads, torch {torch.__version__}")
-    print(f"{'CPU seconds':<22}{SIDES[0]:>14}{SIDES[1]:>15}{'ratio':>7}")
-    for name, (grid, bag) in seconds.items():
-        print(f"{name:<22}{grid:>14.3f}{bag:>15.3f}{bag / grid:>7.2f}")
+    for name, cost in (("forward", forward_cost), ("backward", backward_cost)):
+        for bytes_each in (4, 2):
+            counted = as_dict(cost(shape, bytes_each))
+            print(f"{name}, {8 * bytes_each} bit: " + ", ".join(f"{v / 1e9:.3f} G {k}" for k, v in counted.items()))
+    if args.counts:
+        return
+    if torch.cuda.is_available():
+        on_device = [tensor.cuda() for tensor in inputs]
+        agree(shapes, on_device, (*SIDES, "triton") if triton_ready(on_device[0].device) else SIDES)
+        on_cuda(shape, inputs, 10 * repeats)
+    else:
+        agree(shapes, inputs, SIDES)
+        on_cpu(shapes, inputs, repeats)
 
 
 if __name__ == "__main__":

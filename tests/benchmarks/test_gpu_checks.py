@@ -1,0 +1,75 @@
+"""The script for a CUDA card, without one: it runs from end to end, and its stand-ins are what they stand for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from motip.config import load_config
+from motip.model import ModelSpec
+from motip.train.memory import ladder
+from tests.benchmarks.attention_cost import Ceilings, Shape, as_dict, backward_cost, forward_cost
+from tests.benchmarks.gpu_step import AERIAL, RUNGS
+
+_BARE = """
+import runpy, sys
+for name in ("ray", "mlflow", "pydantic", "yaml", "cv2", "pyarrow", "av", "typer", "triton"):
+    sys.modules[name] = None  # cannot be imported
+script, sys.argv = sys.argv[1], sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_the_stand_ins_are_those_of_the_aerial_stage(repo_root: Path) -> None:
+    config = load_config(repo_root / "configs/visdrone_stage2.yaml", ["sampler_lengths=[5]"])
+    assert ModelSpec.from_config(config) == AERIAL
+    assert [(rung.name, rung.plan, rung.recompute_decoder, rung.scale) for rung in RUNGS] == [
+        (rung.name, rung.plan, rung.recompute_decoder, rung.scale) for rung in ladder(config)
+    ]
+
+
+@pytest.mark.timeout(900)
+def test_the_script_runs_where_there_is_only_torch(repo_root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny.json"
+    script = repo_root / "tests/benchmarks/gpu_checks.py"
+    sections = ["attention", "training", "memory", "tracking"]
+    result = subprocess.run(
+        [sys.executable, "-c", _BARE, script, "--out", out, "--tiny", "--device", "cpu", "--only", *sections],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    report = json.loads(out.read_text())
+    assert list(report) == ["machine", "tiny", *sections] and report["tiny"] is True
+    attention = report["attention"][1:]
+    assert all(case["forward"]["seconds"] > 0 and case["greatest_difference"] < 0.05 for case in attention)
+    losses = [case["first_loss"] for case in report["training"]]
+    assert max(losses) - min(losses) < 0.05 * losses[0]
+    assert [case["rung"] for case in report["memory"]] == [rung.name for rung in RUNGS] * 2
+    # The same gradients on each rung but the last, hence the same loss.
+    assert len({round(case["first_loss"], 3) for case in report["memory"][: len(RUNGS) - 1]}) == 1
+    assert all(case["boxes_per_frame"] > 0 for case in report["tracking"])
+
+
+def test_a_count_by_hand() -> None:
+    """Two samples of two channels on a map of six pixels, for one query of one head."""
+    shape = Shape([(2, 3)], queries=1, heads=1, channels=2, points=2)
+    assert shape.samples == 2
+    ahead = forward_cost(shape)
+    assert ahead.flops == 2 * (4 * 2 * 2 + 24)
+    assert ahead.bytes == 4 * (6 * 2 + 2 + 2 * 2 + 2)  # map, output, locations, weights
+    assert ahead.gathered == 2 * 4 * 2 * 4
+    back = backward_cost(shape)
+    # map and incoming gradient read, the map's gradient cleared and written, locations and weights read and written
+    assert back.bytes == 4 * (6 * 2 + 2 + 2 * 6 * 2 + 2 * (2 * 2 + 2))
+    assert backward_cost(shape, 2).bytes == 2 * (6 * 2 + 2) + 6 * 2 * (8 + 4 + 2) + 4 * 2 * (2 * 2 + 2)
+    assert back.gathered == 2 * ahead.gathered
+    least = Ceilings(memory=1e3, cache=1e9, flops=1e9).least_seconds(ahead)
+    assert least == ahead.bytes / 1e3
+    assert as_dict(ahead, Ceilings(1e3, 1e9, 1e9), 2 * least)["share_of_ceiling"] == 0.5
