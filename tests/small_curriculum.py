@@ -33,13 +33,13 @@ sources:
     root: .
     domain: ground
     classes: {pedestrian: [pedestrian], car: [car]}
-    synthetic: {domain: ground, seed: 3, sequences: {train: 2, val: 1}, frames: 4}
+    synthetic: {domain: ground, seed: 5, sequences: {train: 2, val: 1}, frames: 4}
   aerial:
     format: visdrone
     root: .
     domain: aerial
     classes: {pedestrian: [pedestrian, people], car: [car, van]}
-    synthetic: {domain: aerial, seed: 3, sequences: {train: 2, val: 1}, frames: 4}
+    synthetic: {domain: aerial, seed: 5, sequences: {train: 2, val: 1}, frames: 4}
 stages:
   - {name: BDD-Foundation, config: one.yaml, data: [{source: ground, videos: 1}], initialise: base.yaml}
   - {name: BDD-Refinement, config: two.yaml, data: [{source: ground, videos: 2}]}

@@ -241,7 +241,7 @@ def test_fewer_videos_of_each_source_are_the_same_ones(again) -> None:
 def test_nothing_is_scored_where_that_is_asked_for(again, finished) -> None:
     domains, _, calls = again("domains: {score: none}\n")
     assert domains is None and calls == []
-    assert not list(finished.storage.rglob("domains.json"))
+    assert not list((finished.storage / "curricula").rglob("domains.json"))
 
 
 def test_an_interrupted_scoring_goes_on(again, finished) -> None:

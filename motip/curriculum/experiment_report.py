@@ -36,7 +36,10 @@ class Findings:
         return [stage.name for stage in next(each for each in self.outcomes if each.arm == arm).stages]
 
     def domains(self) -> list[str]:
-        return list(dict.fromkeys(name for each in self.outcomes for name in each.final.scores))
+        """Scored domains, in the order of the curriculum's sources; a file's keys are sorted."""
+        scored = {name for each in self.outcomes for name in each.final.scores}
+        sources = self.experiment.curriculum_of(self.arms[0], self.experiment.seeds[0]).sources.values()
+        return [name for name in dict.fromkeys(source.domain for source in sources) if name in scored]
 
     def of(self, arm: str, stage: str, seeds: Sequence[int]) -> list[StageOutcome]:
         found = {each.seed: each for each in self.outcomes if each.arm == arm}

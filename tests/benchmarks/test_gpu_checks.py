@@ -46,7 +46,7 @@ def test_the_script_runs_where_there_is_only_torch(repo_root: Path, tmp_path: Pa
     )
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(out.read_text())
-    assert list(report) == ["machine", "tiny", *sections] and report["tiny"] is True
+    assert set(report) == {"machine", "tiny", *sections} and report["tiny"] is True
     attention = report["attention"][1:]
     assert all(case["forward"]["seconds"] > 0 and case["greatest_difference"] < 0.05 for case in attention)
     losses = [case["first_loss"] for case in report["training"]]

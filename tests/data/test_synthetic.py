@@ -104,10 +104,10 @@ def test_visdrone_folder(world: WorldReport) -> None:
     keys = objects[:, 0] * 100000 + objects[:, 1]
     assert len(keys) == len(np.unique(keys))
     in_view = np.bincount(objects[:, 0])[1:]
-    assert 10 <= in_view.mean() <= 24
+    assert 6 <= in_view.mean() <= 16
     crowded = rows(root / "annotations" / f"{crowd}.txt")
     in_crowd = np.bincount(crowded[crowded[:, 7] != 0][:, 0])[1:]
-    assert in_crowd.mean() > 25
+    assert in_crowd.mean() > 18, "well above the base ID vocabulary of 16"
     assert in_crowd.max() <= 64
 
 
