@@ -121,6 +121,7 @@ def test_ctrl_c_leaves_a_file_that_plays(room: Path, tmp_path: Path) -> None:
         ({"--checkpoint": "in.mp4"}, ""),
         ({"--output_path": "/proc/none/out.mp4"}, "cannot be written"),
         ({"--output_path": "out.avi"}, "written as MP4"),
+        ({"--output_path": "in.mp4"}, "would replace the video"),
         ({"--device": "cuda:99"}, "no such device"),
         ({"--score_thresh": "7"}, "DET_THRESH"),
         ({"--start_frame": "0"}, "holds no frame"),

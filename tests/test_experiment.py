@@ -104,3 +104,24 @@ def test_the_command_names_an_arm_that_is_not_there(tmp_path: Path) -> None:
                           text=True, check=False)  # fmt: skip
     assert done.returncode == 2
     assert "--arms" in done.stderr and "chian" in done.stderr and "forgetful" in done.stderr
+
+
+def test_an_arm_that_was_changed_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, storage = _file(tmp_path), tmp_path / "storage"
+    where = {"data_root": str(tmp_path), "storage": str(storage), "workers": 0}
+    folder = launch_experiment(str(path), **where, arms="direct", seeds="1")  # type: ignore[arg-type]
+    assert "direct" in json.loads((folder / "results.json").read_text())
+    path.write_text(EXPERIMENT.replace("    stages: [Vis-Adaptation, Vis-Specialist]", "    stages: [Vis-Specialist]"))
+    launch_experiment(str(path), **where, arms="forgetful", seeds="1")  # type: ignore[arg-type]
+    assert "arm direct, seed 1: left out" in capsys.readouterr().out
+    assert set(json.loads((folder / "results.json").read_text())) == {"forgetful"}
+
+
+def test_an_arm_that_skips_stages_starts_from_weights_that_a_configuration_names(tmp_path: Path) -> None:
+    path = _file(tmp_path)
+    file = tmp_path / "curriculum.yaml"
+    file.write_text(file.read_text().replace(", initialise: base.yaml", ""))
+    stage = tmp_path / "one.yaml"
+    stage.write_text(stage.read_text() + "DETR_PRETRAIN: given.pth\n")
+    experiment = load_experiment(path)
+    assert experiment.curriculum_of(experiment.arm("direct"), 1).stages[0].weights == "given.pth"

@@ -66,11 +66,20 @@ def track(
     Example: motip track --checkpoint checkpoint_best.pth --video_path street.mp4 --output_path street_tracked.mp4
     --score_thresh 0.4 --longterm_patience 30
     """
+    from motip.errors import MotipError
     from motip.report.tracked_video import checked_output, track_video
     from motip.track.run import track as open_tracking
 
     output = checked_output(output_path)
     lines = None if json_path is None else _checked_lines(json_path, output)
+    source = Path(video_path).expanduser().resolve()
+    if source in (output.resolve(), None if lines is None else lines.resolve()):
+        raise MotipError(
+            "the output would replace the video that is tracked",
+            where="--output_path, --json",
+            found=source,
+            fix="name another file",
+        )
     tracking = open_tracking(
         video_path,
         checkpoint,

@@ -85,7 +85,8 @@ class Experiment(BaseModel):
                 update={"weights": None, "initialise": str(find_beside(arm.initialise, self.path))}
             )
         elif first is not start:
-            first = first.model_copy(update={"weights": start.weights, "initialise": start.initialise})
+            given = start.weights or (None if start.initialise else start.config.DETR_PRETRAIN)
+            first = first.model_copy(update={"weights": given, "initialise": start.initialise})
         update = {"name": self.name, "stages": (first, *stages[1:]), "domains": self.domains}
         return curriculum.model_copy(update=update)
 

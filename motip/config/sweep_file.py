@@ -217,6 +217,10 @@ def check_sweep(sweep: SweepFile, config: Config, where: str = "--sweep") -> Non
     first = {key: whole(sweep, key, values.ends()[0]) for key, values in sweep.space.items()}
     with_values(fixed, first, f"{where}, space")
     for key, values in sweep.space.items():
+        if isinstance(values, Range) and sweep.is_whole(key) and values.step and not float(values.step).is_integer():
+            raise MotipError(
+                f"{key} takes whole numbers", where=f"{where}, space.{key}.step", found=values.step, fix="a whole step"
+            )
         for value in values.ends():
             with_values(fixed, {**first, key: whole(sweep, key, value)}, f"{where}, space.{key}")
     if sweep.prune is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from motip.config import Curriculum
 from motip.config.experiment_file import Arm, Experiment
+from motip.curriculum.inputs import SPEED_ONLY
 from motip.curriculum.records import Options, StageRecord
 from motip.curriculum.run import CurriculumResult
 from motip.data.manifest import Manifest
@@ -15,8 +16,9 @@ from motip.data.storage import Location, location, read_json, write_json
 from motip.errors import MotipError
 from motip.evaluate.run import tracks_place
 from motip.evaluate.scores import Scores
+from motip.files import digest
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -78,29 +80,46 @@ def run_arms(
         curriculum = experiment.curriculum_of(arm, seed)
         say(f"arm {arm.name}, seed {seed} ({number} of {len(wanted)}): {len(curriculum.stages)} stages")
         result = run(curriculum)
-        write_json(_place(folder, arm, seed), _facts(curriculum, result, options))
+        write_json(_place(folder, arm, seed), {"inputs": _inputs(curriculum), **_facts(curriculum, result, options)})
         say(f"arm {arm.name}, seed {seed}: done")
-    return read_outcomes(experiment, options)
+    return read_outcomes(experiment, options, say)
 
 
 def experiment_folder(experiment: Experiment, options: Options) -> Location:
     return location(options.storage) / "experiments" / experiment.name
 
 
-def read_outcomes(experiment: Experiment, options: Options) -> list[Outcome]:
+def read_outcomes(experiment: Experiment, options: Options, say: Callable[[str], None]) -> list[Outcome]:
     """The outcomes that are there, in the order of the file.
 
-    Raises:
-        MotipError: a file is damaged.
+    Those of arms that have been changed since are left out, and said.
     """
     folder = experiment_folder(experiment, options)
     outcomes = []
     for arm in experiment.arms:
         for seed in experiment.seeds:
             path = _place(folder, arm, seed)
-            if path.is_file():
-                outcomes.append(_outcome(arm.name, seed, read_json(path), path))
+            stored = read_json(path) if path.is_file() else None
+            if stored is None:
+                continue
+            if (stored.get("format"), stored.get("inputs")) == (FORMAT, _inputs(experiment.curriculum_of(arm, seed))):
+                outcomes.append(_outcome(arm.name, seed, stored))
+            else:
+                say(f"arm {arm.name}, seed {seed}: left out, the arm was changed since it was run; run it again")
     return outcomes
+
+
+def _inputs(curriculum: Curriculum) -> str:
+    """Digest of what the arm asks for: an outcome belongs to an arm only as it was when it was run."""
+    stages = [
+        {
+            **stage.model_dump(mode="json", include={"name", "weights", "initialise", "best", "val", "data"}),
+            "config": {key: value for key, value in stage.config.to_dict().items() if key not in SPEED_ONLY},
+        }
+        for stage in curriculum.stages
+    ]
+    sources = {name: source.model_dump(mode="json") for name, source in curriculum.sources.items()}
+    return digest({"stages": stages, "sources": sources, "domains": curriculum.domains.model_dump(mode="json")})
 
 
 def _place(folder: Location, arm: Arm, seed: int) -> Location:
@@ -153,11 +172,7 @@ def _refused(curriculum: Curriculum, manifest: Manifest, sha256: str, options: O
     return counts
 
 
-def _outcome(arm: str, seed: int, stored: dict[str, Any], path: Location) -> Outcome:
-    if stored.get("format") != FORMAT:
-        raise MotipError(
-            "this outcome was written by another version", where=path, fix="remove it and run the experiment again"
-        )
+def _outcome(arm: str, seed: int, stored: dict[str, Any]) -> Outcome:
     stages = [
         StageOutcome(
             name=each["name"],

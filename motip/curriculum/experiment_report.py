@@ -39,7 +39,8 @@ class Findings:
         """Scored domains, in the order of the curriculum's sources; a file's keys are sorted."""
         scored = {name for each in self.outcomes for name in each.final.scores}
         sources = self.experiment.curriculum_of(self.arms[0], self.experiment.seeds[0]).sources.values()
-        return [name for name in dict.fromkeys(source.domain for source in sources) if name in scored]
+        order = dict.fromkeys(source.domain for source in sources)
+        return [name for name in order if name in scored] + sorted(scored - order.keys())
 
     def of(self, arm: str, stage: str, seeds: Sequence[int]) -> list[StageOutcome]:
         found = {each.seed: each for each in self.outcomes if each.arm == arm}
@@ -57,7 +58,7 @@ class Findings:
 
     def _scores(self, arm: str, stage: str, domain: str, seeds: Sequence[int]) -> list[Scores]:
         rows = self.of(arm, stage, seeds)
-        rows = rows[:1] if stage.startswith(BASE) else rows  # one model, whatever the seed
+        rows = rows[:1] if stage == BASE or stage.startswith(f"{BASE} of ") else rows  # one model, whatever the seed
         return [row.scores[domain] for row in rows if domain in row.scores]
 
     def refused(self, arm: str, domain: str) -> list[int]:
@@ -159,8 +160,8 @@ def learning_curves(findings: Findings) -> Figure:
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             own = [each for each in findings.outcomes if each.arm == arm.name]
             for each in own:
-                axis.plot(*_points(each, domain), color=colour, linewidth=0.6, alpha=0.4)
-            steps = _points(own[0], domain)[0]
+                axis.plot(*_points(each, domain, findings.metric), color=colour, linewidth=0.6, alpha=0.4)
+            steps = _points(own[0], domain, findings.metric)[0]
             values = [findings.value(arm.name, stage, domain) for stage in findings.stages(arm.name)]
             means = [value.mean for value in values if value is not None]
             axis.plot(steps, means, color=colour, marker=marker, linewidth=1.8, label=arm.name)
@@ -174,9 +175,11 @@ def learning_curves(findings: Findings) -> Figure:
     return figure
 
 
-def _points(outcome: Outcome, domain: str) -> tuple[list[int], list[float]]:
+def _points(outcome: Outcome, domain: str, metric: str) -> tuple[list[int], list[float]]:
     stages = [stage for stage in outcome.stages if domain in stage.scores]
-    return [stage.steps for stage in stages], [stage.scores[domain].hota for stage in stages]
+    return [stage.steps for stage in stages], [
+        float(stage.scores[domain].class_averaged[metric] or 0.0) for stage in stages
+    ]
 
 
 def _text(value: Estimate | None, sign: bool = False) -> str:

@@ -260,7 +260,7 @@ def _confirm(
         settings[HAND_SET] = {}
     seeds = range(seed + 1, seed + 1 + sweep.confirm.seeds)
     wanted = [Ask(repeat_key(key, each), values, each) for each in seeds for key, values in settings.items()]
-    written = {told.ask.key: told for told in read_trials(folder) if told.status in ("finished", "failed")}
+    written = {told.ask.key: told for told in read_trials(folder) if told.status == "finished"}
     known = [written[ask.key] for ask in wanted if ask.key in written]
     missing = [ask for ask in wanted if ask.key not in written]
     if missing:

@@ -430,7 +430,8 @@ def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnR
             trainer.fit()
         except Exception as error:
             _raise_told(mailbox, folder)
-            raise _why(mailbox, error) or _failed(job, folder, error, str(error)) from error
+            told = _failed(job, folder, error, str(error))  # what all workers said is kept in any case
+            raise _why(mailbox, error, told) or told from error
         _raise_told(mailbox, folder)
         if sigterm.given or listening.ended:
             raise Stopped
@@ -489,12 +490,18 @@ def _raise_told(mailbox: Any, folder: str) -> None:
     raise error
 
 
-def _why(mailbox: Any, error: BaseException) -> MotipError | None:
-    """Why the last attempt ended, in our own words where there are any."""
+def _why(mailbox: Any, error: BaseException, told: MotipError) -> MotipError | None:
+    """Why the last attempt ended, in our own words where there are any.
+
+    A worker that waits in vain may be the consequence of another's failure, so the workers' own words are named too.
+    """
     import ray
 
     lost: MotipError | None = ray.get(mailbox.lost.remote())
-    return lost or find_motip_error(error)
+    if lost is None:
+        return find_motip_error(error)
+    fix = f"read first what all workers said: {told.where}; {lost.fix}"
+    return MotipError(lost.what, where=lost.where, found=lost.found, expected=lost.expected, fix=fix)
 
 
 def _failed(job: StageJob, folder: str, error: BaseException, text: str) -> MotipError:

@@ -379,7 +379,9 @@ def _driver_types() -> Any:
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
             decision = super().on_trial_result(tune_controller, _by_key(trial), result)
-            if decision == self.STOP and result["epochs"] < result["of"]:
+            # The hand-set setting is what all others are judged by: it is trained to its end.
+            hand_set = trial.config.get("values") == "{}"
+            if decision == self.STOP and result["epochs"] < result["of"] and not hand_set:
                 ray.get(self._board.prune.remote(trial.config["key"]))
             return str(self.CONTINUE)
 

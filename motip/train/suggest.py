@@ -146,7 +146,14 @@ def _frozen(told: Told, params: dict[str, Any], kinds: dict[str, BaseDistributio
 
 def _values_of(sweep: SweepFile, told: Told, hand_set: Mapping[str, Any]) -> dict[str, Any]:
     values = {**hand_set, **told.ask.values}
-    return {key: values.get(key) for key in sweep.space}
+    return {key: _as_listed(sweep.space[key], values.get(key)) for key in sweep.space}
+
+
+def _as_listed(space: Range | Choices, value: Any) -> Any:
+    """A choice as the sweep file writes it: 1 and 1.0 are one value, but two texts."""
+    if isinstance(space, Range):
+        return value
+    return next((each for each in space.choices if Choices(choices=(each,)).contains(value)), value)
 
 
 def _inside(sweep: SweepFile, values: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from motip.config import load_config, load_curriculum
+from motip.config import Config, load_config, load_curriculum
 from motip.config.sweep_file import Choices, Range, SweepFile, check_sweep, hand_set, load_sweep
 from motip.config.tuned import overlay_text, read_overlay, with_overlay
 from motip.errors import MotipError
@@ -176,3 +176,9 @@ def test_a_bad_tuned_value_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(MotipError, match="unknown configuration key LRR") as caught:
         load_curriculum(path)
     assert "tuned.yaml" in str(caught.value.where)
+
+
+def test_a_broken_step_of_a_whole_key_is_refused_before_anything_is_trained() -> None:
+    sweep = SweepFile(space={"EPOCHS": Range(low=2, high=8, step=2.5)})
+    with pytest.raises(MotipError, match="takes whole numbers"):
+        check_sweep(sweep, Config())

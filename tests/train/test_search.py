@@ -207,3 +207,14 @@ def test_the_best_value_so_far() -> None:
     told = Told(Ask("0", {}), history={6: 5.0, 2: 3.0, 4: math.nan, 8: 4.0})
     assert told.best_so_far() == {2: 3.0, 4: 3.0, 6: 5.0, 8: 5.0}
     assert told.value == 5.0 and Told(Ask("0", {})).value is None
+
+
+def test_whole_choices_of_a_float_key_are_found_again() -> None:
+    """1 in the sweep file is the hand-set 1.0: neither an error nor a setting to try twice."""
+    sweep = SweepFile(space={"MAX_CLIP_NORM": Choices(choices=(0.1, 1, 5))})
+    known = [Told(Ask("000", {}), "finished", {2: 20.0})]
+    for number in (1, 2):
+        values = suggest(sweep, {"MAX_CLIP_NORM": 1.0}, known, number)
+        assert values is not None and values["MAX_CLIP_NORM"] != 1
+        known.append(Told(Ask(f"{number:03d}", values), "finished", {2: 20.0 + number}))
+    assert suggest(sweep, {"MAX_CLIP_NORM": 1.0}, known, 3) is None
