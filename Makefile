@@ -1,7 +1,7 @@
 # make demo: set up, then the four-stage curriculum on the embedded demo world
 # make test: set up, then the tests (fast suite first, then the ones that start a real Ray cluster)
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c "" 2>/dev/null && echo python3.12 || echo python3)
-# make test-slow: what takes too long for every change: learning, a soak, a cluster that grows and shrinks
+# make test-slow: what takes too long for every change: learning, a soak, a cluster that changes, a sweep
 # The interpreter of the machine is used as it is; 3.11 and 3.12 are supported.
 VENV := .venv
 BIN := $(VENV)/bin

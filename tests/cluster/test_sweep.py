@@ -22,7 +22,7 @@ from tests.cluster.heads import descendants
 from tests.small_curriculum import QuietUi
 from tests.small_sweep import write_sweep_files
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 
