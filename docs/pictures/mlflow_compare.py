@@ -22,19 +22,10 @@ sys.path.insert(0, str(HERE.parents[1]))
 import cv2  # noqa: E402
 
 from tests.browser import browser  # noqa: E402
-from tests.mlflow_server import compared, comparison, row, serving  # noqa: E402
+from tests.mlflow_server import compared, comparison, serving  # noqa: E402
 
 NAME = "mlflow_compare.png"
-WIDTH, HEIGHT = 1500, 1180
-
-FOLD = """
-document.querySelector('[aria-label="Close"]')?.click();
-for (const each of document.querySelectorAll('[role=switch]'))
-  if ((each.getAttribute('aria-label') || '').startsWith('Parameters')) each.click();
-const title = [...document.querySelectorAll('*')].filter(
-  each => !each.children.length && (each.innerText || '').trim() === 'Visualizations').pop();
-title?.click();"""
-"""Folds away the assistant, the plots, and the parameters that are the same in all stages."""
+WIDTH, HEIGHT = 1500, 1400
 
 
 def main() -> None:
@@ -51,8 +42,6 @@ def main() -> None:
         with serving(Path(temporary), copy) as server, browser(Path(temporary)) as window:
             window.look(WIDTH, HEIGHT, "light")
             compared(window, comparison(server.address, runs, experiment), ["LR"], len(runs))
-            window.run(FOLD)
-            print("best_HOTA", row(window, "best_HOTA", len(runs)))
             time.sleep(2)
             taken = Path(temporary) / NAME
             window.picture(taken, HEIGHT)
