@@ -71,7 +71,8 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
             found=f"{config.DETR_NUM_TRAIN_FRAMES} and {config.ONLY_DETR}",
             fix="set DETR_NUM_TRAIN_FRAMES to at least 1",
         )
-    return torch.optim.AdamW(groups, lr=config.LR, weight_decay=config.WEIGHT_DECAY)
+    # One kernel for all parameters instead of a dozen small operations for each of them.
+    return torch.optim.AdamW(groups, lr=config.LR, weight_decay=config.WEIGHT_DECAY, fused=True)
 
 
 class LearningRates:
