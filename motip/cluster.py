@@ -9,15 +9,23 @@ from dataclasses import dataclass
 
 from motip.errors import MotipError
 
+OWN = "MOTIP_OWN_RAY"
+"""Set in every process of a Ray that `connect` started: it has no dashboard, and ends with the driver."""
+
 
 @dataclass(frozen=True)
 class Cluster:
-    """What there is to share out: CPUs, GPUs and nodes alive, and how this process came to them."""
+    """What there is to share out: CPUs, GPUs and nodes alive, and how this process came to them.
+
+    Attributes:
+        node_cpus: CPUs of each node alive. A process is never split over two; empty: as if all CPUs were of one node.
+    """
 
     cpus: float
     gpus: float
     nodes: int
     joined: bool
+    node_cpus: tuple[float, ...] = ()
 
 
 def connect(num_cpus: int | None = None) -> Cluster:
@@ -38,12 +46,14 @@ def connect(num_cpus: int | None = None) -> Cluster:
 
     address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
+        os.environ.pop(OWN, None)
         if address:
             _check_answers(address)
         try:
             if address:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
             else:
+                os.environ[OWN] = "1"
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -60,8 +70,8 @@ def connect(num_cpus: int | None = None) -> Cluster:
                 else "free the port or directory that the message names, or stop another Ray with `ray stop`",
             ) from error
     resources = ray.cluster_resources()
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])
-    return Cluster(resources.get("CPU", 0.0), resources.get("GPU", 0.0), nodes, bool(address))
+    node_cpus = tuple(float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"])
+    return Cluster(resources.get("CPU", 0.0), resources.get("GPU", 0.0), len(node_cpus), bool(address), node_cpus)
 
 
 def _check_answers(address: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from motip.cluster import Cluster
+from motip.cluster import OWN, Cluster
 from motip.config import Config
 from motip.data.filesystem import whole_files
 from motip.data.storage import RemotePath, fetch, location, write_bytes
@@ -89,7 +89,7 @@ def place(workers: int, config: Config, cluster: Cluster, least: int | None = No
             expected=f"at most {cluster.gpus:g} (one GPU each)",
             fix=f"use --workers {int(cluster.gpus)} or add nodes",
         )
-    shares = data_resources(cluster.cpus, workers, config.NUM_WORKERS)
+    shares = data_resources(cluster.cpus, workers, config.NUM_WORKERS, node_cpus=cluster.node_cpus)
     return Placement(workers, shares.worker_cpus, shares.actors_per_worker, shares.actor_cpus, gpu)
 
 
@@ -401,7 +401,7 @@ def _train(job: StageJob, placement: Placement, mailbox: Any, folder: str) -> No
 def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnRecord) -> None:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # On the driver's own node: as long as the driver lives, so does what the workers told it.
@@ -409,7 +409,7 @@ def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnR
     mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=beside).remote()
     parent, _, name = folder.rpartition("/")
     # [4] One run name per set of inputs: a stale run of other inputs can never be resumed by accident.
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         _worker,
         train_loop_config={"job": job, "placement": placement, "mailbox": mailbox, "folder": folder},
         # [5] A worker that does not answer ends the wait of the others, instead of half an hour of silence.
@@ -435,6 +435,25 @@ def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnR
         _raise_told(mailbox, folder)
         if sigterm.given or listening.ended:
             raise Stopped
+
+
+def _trainer_class() -> Any:
+    """TorchTrainer, without the actor that looks after left placement groups on a Ray that `connect` started.
+
+    That actor asks the dashboard's server whether the controller lives. Such a Ray has none, and a stage would wait for
+    the answer at its end, for 12 s; it leaves nothing behind either, as it ends with the driver.
+    """
+    from ray.train.torch import TorchTrainer
+
+    if OWN not in os.environ:
+        return TorchTrainer
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+    return Trainer
 
 
 def _scaling(placement: Placement, resize_every_s: int) -> dict[str, Any]:
