@@ -3,8 +3,8 @@
 ``deformable_attention`` looks its implementation up at run time. The default needs no compiler:
 
 * ``grid_sample`` runs everywhere PyTorch runs and can be exported;
-* ``embedding_bag`` reads each sample's channels as one contiguous row, which a CPU does faster: the whole
-  detector takes 0.6 of the time at 480x864, forward and backward at 240x432 0.75 of it (ResNet-50, one core);
+* ``embedding_bag`` reads each sample's channels as one contiguous row, which a CPU does faster: see `bag_attention` and
+  tests/benchmarks/bench_deformable_attention.py;
 * ``triton`` runs kernels of its own on CUDA, forward and backward, where triton and a C compiler are installed;
 * ``auto``, the default, is ``embedding_bag`` for tensors on a CPU. On CUDA it is ``triton`` where that runs, but
   ``embedding_bag`` under ``torch.use_deterministic_algorithms``: its gradients have a fixed order, those of the other
@@ -18,24 +18,20 @@ from __future__ import annotations
 import logging
 import math
 import os
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from motip.errors import MotipError
+from motip.model.bag_attention import bag_attention
 from motip.model.triton_attention import triton_attention, triton_ready
 
 SpatialShapes = Sequence[tuple[int, int]]
 Implementation = Callable[[Tensor, SpatialShapes, Tensor, Tensor], Tensor]
 
 VARIABLE = "MOTIP_DEFORMABLE_ATTENTION"
-_SUM = 0
-"""PyTorch's number for ``mode="sum"``."""
 
 _logger = logging.getLogger(__name__)
 _implementations: dict[str, Implementation] = {}
@@ -122,110 +118,6 @@ def _grid_sample_attention(
     return total.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
 
 
-def _embedding_bag_attention(
-    value: Tensor, spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
-    """The same sum as a bag of rows: every pixel and head is a row of d channels, every sample four weighted rows."""
-    batch, pixels, heads, channels = value.shape
-    queries = sampling_locations.shape[1]
-    # Row 0 of each (image, head); row numbers fit int32, which halves what is kept for the backward pass.
-    images = torch.arange(batch, dtype=torch.int32, device=value.device).view(-1, 1, 1, 1) * (pixels * heads)
-    first_rows = images + torch.arange(heads, dtype=torch.int32, device=value.device).view(1, 1, -1, 1)
-    rows, shares = [], []
-    start = 0
-    for level, (height, width) in enumerate(spatial_shapes):
-        columns = _neighbours(sampling_locations[:, :, :, level, :, 0], width)
-        weight = attention_weights[:, :, :, level].to(sampling_locations.dtype)
-        level_rows = first_rows + start * heads
-        for row, y_share in _neighbours(sampling_locations[:, :, :, level, :, 1], height):
-            row_begin, row_weight = row * (width * heads) + level_rows, y_share * weight
-            for column, x_share in columns:
-                rows.append(column * heads + row_begin)
-                shares.append(x_share * row_weight)
-        start += height * width
-    table = value.to(sampling_locations.dtype).reshape(batch * pixels * heads, channels)
-    bags = _weighted_rows(
-        table, torch.stack(rows, -1).flatten(3).flatten(0, 2), torch.stack(shares, -1).flatten(3).flatten(0, 2)
-    )
-    return bags.view(batch, queries, heads * channels).to(value.dtype)
-
-
-def _neighbours(location: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """The two pixels (int32) beside each location 0..1 along an axis of `size`, and the share of each.
-
-    A pixel outside has the share 0 and the number of one inside.
-    """
-    place = location * size - 0.5
-    first = place.detach().floor()
-    share = place - first
-    pixel = first.to(torch.int32)
-    found = []
-    for number, part in ((pixel, 1.0 - share), (pixel + 1, share)):
-        inside = number.clamp(0, size - 1)
-        found.append((inside, part.masked_fill(number != inside, 0.0)))
-    return found
-
-
-def _weighted_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """table (R, d), rows (N, K) integers, weights (N, K) -> (N, d)."""
-    if torch.compiler.is_compiling():  # a compiler wants operators it knows,
-        return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
-    bags: Tensor = _WeightedRows.apply(table, rows, weights)
-    return bags
-
-
-class _WeightedRows(torch.autograd.Function):
-    """Weighted sums of rows of a table: ``F.embedding_bag`` with a backward pass that is one as well.
-
-    PyTorch's own adds each sample to its row on its own. Sorted by row, the samples of a row are a bag of the output's
-    gradients: the same sum takes a fifth of the time, in an order that is always the same.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(table, rows, weights)
-        return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        table, rows, weights = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_table = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            by_row, sample = rows.flatten().sort(stable=True)
-            begins = torch.searchsorted(by_row, torch.arange(len(table), dtype=rows.dtype, device=rows.device))
-            weight_of = weights.flatten().index_select(0, sample)
-            grad_table = F.embedding_bag(
-                sample // rows.shape[1], grad, begins, mode="sum", per_sample_weights=weight_of
-            )
-        if ctx.needs_input_grad[2]:
-            grad_weights = _products_with_rows(grad, table, rows)
-        return grad_table, None, grad_weights
-
-
-def _products_with_rows(grad: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-    """grad (N, d), table (R, d), rows (N, K) -> (N, K), the product of each sum's gradient with its rows."""
-    count, samples = rows.shape
-    begins = torch.arange(0, (count + 1) * samples, samples, dtype=rows.dtype, device=rows.device)
-    if rows.device.type == "cpu":
-        wanted = _sparse(begins, rows.flatten(), grad.new_zeros(count * samples), (count, len(table)))
-        return torch.sparse.sampled_addmm(wanted, grad, table.t(), beta=0.0).values().view(count, samples)
-    bags = torch.arange(count, dtype=rows.dtype, device=rows.device).repeat_interleave(samples)
-    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad, table, rows.flatten(), begins[:-1], bags, _SUM
-    )
-    return products.view(count, samples)
-
-
-def _sparse(begins: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
-    # PyTorch says once in a process that compressed rows are in beta; of the one operator used here the results are
-    # tested.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(begins, columns, values, size, check_invariants=False)
-
-
 def _auto_attention(
     value: Tensor, spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
@@ -245,7 +137,7 @@ def best_implementation(device: torch.device) -> str:
 
 
 register_implementation("grid_sample", _grid_sample_attention)
-register_implementation("embedding_bag", _embedding_bag_attention)
+register_implementation("embedding_bag", bag_attention)
 register_implementation("triton", triton_attention)
 register_implementation("auto", _auto_attention)
 
