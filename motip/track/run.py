@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
 from motip.model import MOTIP
+from motip.model.frame_detector import Detector, detector_for_frames
 from motip.model.preprocess import normalise
 from motip.track.detections import Detections
 from motip.track.loading import open_checkpoint
@@ -237,6 +238,7 @@ class _Run:
         self._resize = resize
         self._batch_size = batch_size
         self._on_detections = on_detections
+        self._detector: Detector = model.detr
         self._trackers: list[RuntimeTracker] = []
         self._image_size: tuple[int, int] | None = None
         self._numbers: list[int] = []
@@ -250,7 +252,7 @@ class _Run:
         for batch in _batches(_checked(frames), self._batch_size):
             size = self._image_size or self._begin(batch[0][1])
             images = [image for _, image in batch]
-            logits, boxes, embeds = _detect(self._model, images, self._variants[0], self._resize)
+            logits, boxes, embeds = _detect(self._model, images, self._variants[0], self._resize, self._detector)
             for index, (number, image) in enumerate(batch):
                 if self._on_detections is not None:
                     self._on_detections(number, size, logits[index], boxes[index])
@@ -282,11 +284,13 @@ class _Run:
         return results
 
     def _begin(self, image: np.ndarray) -> tuple[int, int]:
-        """Make the trackers, now that the size of the frames is known."""
+        """Make the trackers, now that the size of the frames is known, and the detector ready for many of them."""
         size = (int(image.shape[0]), int(image.shape[1]))
         for settings in self._variants:
             shared = self._trackers[0].decoder if self._trackers else None
             self._trackers.append(RuntimeTracker(self._model, settings, size, shared))
+        arithmetic = _AUTOCAST.get(self._variants[0].dtype, torch.float32)
+        self._detector = detector_for_frames(self._model.detr, arithmetic)
         self._image_size = size
         return size
 
@@ -313,7 +317,7 @@ def resize_frame(image: Tensor, settings: TrackerSettings) -> Tensor:
 
 @torch.inference_mode()
 def _detect(
-    model: MOTIP, images: list[np.ndarray], settings: TrackerSettings, resize: Resize | None
+    model: MOTIP, images: list[np.ndarray], settings: TrackerSettings, resize: Resize | None, detector: Detector
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = next(model.parameters()).device
     resized = []
@@ -324,7 +328,7 @@ def _detect(
     mask = torch.zeros(len(batch), *batch.shape[-2:], dtype=torch.bool, device=device)
     dtype = _AUTOCAST.get(settings.dtype)
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        output = model.detr(normalise(batch, mask), mask)
+        output = detector(normalise(batch, mask), mask)
     return output.pred_logits, output.pred_boxes, output.outputs
 
 

@@ -31,7 +31,7 @@ def _parts(**changes: Any) -> tuple[TrajectoryModeling, IdDecoder]:
 @pytest.fixture(params=["packed", "plain"], autouse=True)
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "plain":
-        monkeypatch.setattr(packed, "can_pack", lambda weight: False)
+        monkeypatch.setattr(packed, "can_pack", lambda weight, dtype: False)
     elif not can_pack(torch.zeros(2, 2)):
         pytest.skip("no oneDNN on an x86 processor here: weights are never packed")
 
