@@ -2,6 +2,7 @@
 # make test: set up, then the tests (fast suite first, then the ones that start a real Ray cluster)
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c "" 2>/dev/null && echo python3.12 || echo python3)
 # make test-slow: what takes too long for every change: learning, a soak, a cluster that changes, a sweep
+# make bench: every speed claim beside its baseline, into docs/performance.md; make bench ONLY=tracker: one of them
 # The interpreter of the machine is used as it is; 3.11 and 3.12 are supported.
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ DEMO_WORKERS ?= --workers 1:2 --set BATCH_SIZE=1
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test test-fast test-cluster test-slow lint clean
+.PHONY: help setup demo test test-fast test-cluster test-slow bench lint clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -43,6 +44,9 @@ test-cluster: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY))
 
 lint: setup
 	$(BIN)/ruff check .

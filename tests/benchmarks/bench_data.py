@@ -1,10 +1,10 @@
 """Clips per CPU-second: our shards and decoder against files, PIL and a plain torch DataLoader, same frames.
 
-    MOTIP_SAMPLES_DIR=../shared/samples python -m tests.benchmarks.bench_data [--clips 16] [--lengths 5 30] [--ray]
+    MOTIP_SAMPLES_DIR=../shared/samples python -m tests.benchmarks.bench_data [--clips 16] [--lengths 5 30] [--no-ray]
 
 The baseline works as the published loader does: every frame is opened with PIL at full size, flipped, resized (or
 resized, cropped and resized), jittered and turned into a tensor, one clip at a time. CPU time is that of this process
-and all its descendants, so that loader workers and Ray's own processes count. The ratio is to the baseline's row.
+and all its descendants, so that loader workers and Ray's own processes count. The ratio is to the first way's figures.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from motip.data.clip_loader import ClipLoader, collate, plan_videos
 from motip.data.clips import ClipRef, plan_clips
 from motip.data.sequence import ClassMap, Frame, Sequence
 from motip.data.shards import shard_path, write_shard
+from tests.benchmarks.records import Quantity, Recorder, add_flags, quantity
 
 CLASSES = {"bdd": ClassMap(("pedestrian", "car"), {"car": ("car",)})}
 FRAMES = 60
@@ -148,14 +150,28 @@ def through_ray(world: World) -> Iterator[object]:
         ray.shutdown()
 
 
-WORKERS = {"batch_size": None, "num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": True}
+WORKERS: dict[str, Any] = {
+    "batch_size": None,
+    "num_workers": 2,
+    "multiprocessing_context": "fork",
+    "persistent_workers": True,
+}
+BASELINE = "a torch DataLoader over image files with PIL at full size, 2 workers"
 # name -> (batches of a world, rounds over its clips); Ray works far ahead, so its run must be longer than that
 WAYS: dict[str, tuple[Callable[[World], Iterator[object]], int]] = {
-    "DataLoader, files, PIL full size": (pil_dataloader, 1),
-    "DataLoader, shards, our decoder": (our_dataloader, 1),
-    "one process, shards, our decoder": (in_process, 1),
+    "DataLoader, our decoder": (our_dataloader, 1),
+    "one process, our decoder": (in_process, 1),
+    "Ray Data": (through_ray, 8),
 }
-RAY_WAY = {"Ray Data, shards, our decoder": (through_ray, 8)}
+
+
+Cost = tuple[list[float], list[float]]
+
+
+def costs(way: Callable[[World], Iterator[object]], world: World, rounds: int, repeats: int) -> Cost:
+    """CPU and wall seconds per clip of each of some runs."""
+    pairs = [cost(way, world, rounds) for _ in range(repeats)]
+    return [cpu for cpu, _ in pairs], [wall for _, wall in pairs]
 
 
 def cost(way: Callable[[World], Iterator[object]], world: World, rounds: int) -> tuple[float, float]:
@@ -193,31 +209,40 @@ def tree_cpu_seconds() -> dict[int, float]:
     return tree
 
 
+def compared(ours: Cost, baseline: Cost) -> list[Quantity]:
+    (cpu, wall), (cpu_base, wall_base) = ours, baseline
+    return [
+        quantity("CPU s per clip", cpu, cpu_base),
+        quantity("clips/s", [1 / each for each in wall], [1 / each for each in wall_base]),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=30, help="clips per run at T=5, fewer for longer ones")
     parser.add_argument("--lengths", type=int, nargs="+", default=[5, 30])
-    parser.add_argument("--ray", action="store_true", help="also through Ray Data with two actors")
-    parser.add_argument("--only", default="", help="only the ways whose name contains this")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each way")
+    parser.add_argument("--no-ray", action="store_true", help="without Ray Data, which starts a cluster here")
+    add_flags(parser, "T=5, once, without Ray")
     options = parser.parse_args()
+    if options.quick:
+        options.lengths, options.repeats, options.no_ray = [5], 1, True
     samples = Path(os.environ.get("MOTIP_SAMPLES_DIR", "../shared/samples")).resolve()
     torch.set_num_threads(1)
-    if options.ray:
-        WAYS.update(RAY_WAY)
-    print(f"{'T':>3}  {'way':<34}{'CPU-s/clip':>11}{'clips/CPU-s':>13}{'clips/s':>9}{'ratio':>7}")
+    recorder = Recorder("data", "Data: clips per CPU-second", options)
     for length in options.lengths:
         with tempfile.TemporaryDirectory() as folder:
-            world = build(Path(folder), samples, length, max(24, options.clips * 5 // length))
-            baseline = 0.0
+            clips = max(24, options.clips * 5 // length)
+            world = build(Path(folder), samples, length, clips)
+            baseline = costs(pil_dataloader, world, 1, options.repeats)
             for name, (way, rounds) in WAYS.items():
-                if options.only not in name:
+                if name == "Ray Data" and options.no_ray:
+                    recorder.skip(f"T={length}, {name}", "left out by its flag")
                     continue
-                cpu, wall = cost(way, world, rounds)
-                baseline = baseline or cpu
-                print(
-                    f"{length:>3}  {name:<34}{cpu:>11.3f}{1 / cpu:>13.2f}{1 / wall:>9.2f}{baseline / cpu:>6.1f}x",
-                    flush=True,
-                )
+                ours = costs(way, world, rounds, options.repeats)
+                settings = {"images": "1280x720", "augmentation": "published", "clips": clips, "decoders": 2}
+                recorder.add(f"T={length}, {name}", settings, BASELINE, compared(ours, baseline))
+    recorder.finish()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time of one deformable attention of the encoder by each implementation, same results asserted.
 
-    python tests/benchmarks/bench_deformable_attention.py           # the figures of docs/performance.md
-    python tests/benchmarks/bench_deformable_attention.py --quick   # seconds
+    python -m tests.benchmarks.bench_deformable_attention           # the figures of docs/performance.md
+    python -m tests.benchmarks.bench_deformable_attention --quick   # seconds
 
 Full size (8 heads of 32 channels, 4 points), one frame, every pixel of the four levels asks. On a machine with a CUDA
 device its times and those of the Triton kernels, in float32 and bf16, with the share of the least time that arithmetic
@@ -11,20 +11,18 @@ allows (`attention_cost.py`); otherwise CPU seconds, and Triton is left out. `--
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from motip.model import deformable_attention as room
 from motip.model.triton_attention import triton_ready
 from tests.benchmarks.attention_cost import Shape, as_dict, backward_cost, forward_cost, measured_ceilings, seconds_of
+from tests.benchmarks.records import Recorder, add_flags, quantity
 
 SIDES = ("grid_sample", "embedding_bag")
 HEADS, CHANNELS, POINTS, STRIDES = 8, 32, 4, (8, 16, 32, 64)
@@ -48,51 +46,61 @@ def make_case(height: int, width: int) -> tuple[list[tuple[int, int]], list[Tens
     return shapes, [torch.randn(1, pixels, HEADS, CHANNELS), centres[None, :, None, None, None] + offsets, weights]
 
 
-def least_cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+def cpu_seconds(work: Callable[[], object], repeats: int) -> list[float]:
     work()  # loads kernels
     seconds = []
     for _ in range(repeats):
         started = time.process_time()
         work()
         seconds.append(time.process_time() - started)
-    return min(seconds)
+    return seconds
 
 
-def on_cpu(shapes: list[tuple[int, int]], inputs: list[Tensor], repeats: int) -> None:
+def on_cpu(
+    shapes: list[tuple[int, int]], inputs: list[Tensor], repeats: int, settings: dict[str, Any], recorder: Recorder
+) -> None:
     """CPU seconds of PyTorch's two ways, side by side."""
     forward, backward = _calls(shapes, inputs)
     with torch.no_grad():
-        seconds = {"forward": [least_cpu_seconds(partial(forward, side), repeats) for side in SIDES]}
-    seconds["forward and backward"] = [least_cpu_seconds(partial(backward, side), repeats) for side in SIDES]
-    print(f"{'CPU seconds':<22}{SIDES[0]:>14}{SIDES[1]:>15}{'ratio':>7}")
+        seconds = {"forward": [cpu_seconds(partial(forward, side), repeats) for side in SIDES]}
+    seconds["forward and backward"] = [cpu_seconds(partial(backward, side), repeats) for side in SIDES]
     for name, (grid, bag) in seconds.items():
-        print(f"{name:<22}{grid:>14.3f}{bag:>15.3f}{bag / grid:>7.2f}")
-    print("triton: left out, there is no CUDA device")
+        recorder.add(f"{name}, embedding_bag", settings, "grid_sample", [quantity("CPU s", bag, grid)])
+    recorder.skip("the Triton kernels", "there is no CUDA device")
 
 
-def on_cuda(shape: Shape, inputs: list[Tensor], repeats: int) -> list[dict[str, object]]:
-    """Milliseconds of every way in float32 and bf16, and how near the least time they come."""
+def on_cuda(shape: Shape, inputs: list[Tensor], repeats: int, settings: dict[str, Any], recorder: Recorder) -> None:
+    """Milliseconds of every way in float32 and bf16 against grid_sample, and how near the least time they come."""
     device = torch.device("cuda")
     ceilings = measured_ceilings(device)
-    rates = f"{ceilings.memory / 1e9:.0f} GB/s memory, {ceilings.cache / 1e9:.0f} GB/s cache"
-    print(f"{torch.cuda.get_device_name()}: {rates}, {ceilings.flops / 1e12:.1f} TFLOP/s float32")
-    print(f"{'ms, share of the ceiling':<34}{'forward':>10}{'share':>7}{'both':>10}{'share':>7}")
-    rows: list[dict[str, object]] = []
+    settings = {
+        **settings,
+        "GB/s from memory": round(ceilings.memory / 1e9),
+        "GB/s in the cache": round(ceilings.cache / 1e9),
+        "TFLOP/s float32": round(ceilings.flops / 1e12, 1),
+    }
     for dtype in (torch.float32, torch.bfloat16):
         moved = [inputs[0].to(device, dtype), *(tensor.to(device) for tensor in inputs[1:])]
         forward, backward = _calls(shape.sizes, moved)
         ahead, back = forward_cost(shape, dtype.itemsize), backward_cost(shape, dtype.itemsize)
+        least = {"forward": ceilings.least_seconds(ahead)}
+        least["forward and backward"] = least["forward"] + ceilings.least_seconds(back)
+        first: dict[str, float] = {}
         for side in (*SIDES, *(("triton",) if triton_ready(device) else ())):
             with torch.no_grad():
-                one = seconds_of(partial(forward, side), device, repeats)
-            both = seconds_of(partial(backward, side), device, repeats)
-            least = ceilings.least_seconds(ahead), ceilings.least_seconds(ahead) + ceilings.least_seconds(back)
-            name = f"{side}, {str(dtype).removeprefix('torch.')}"
-            print(
-                f"{name:<34}{one * 1e3:>10.3f}{least[0] / one:>7.0%}{both * 1e3:>10.3f}{least[1] / both:>7.0%}",
-            )
-            rows.append({"side": side, "dtype": str(dtype), "forward": one, "both": both, "least_seconds": least})
-    return rows
+                found = {"forward": seconds_of(partial(forward, side), device, repeats)}
+            found["forward and backward"] = seconds_of(partial(backward, side), device, repeats)
+            first = first or found
+            for name, seconds in found.items():
+                recorder.add(
+                    f"{name}, {side}, {str(dtype).removeprefix('torch.')}",
+                    {**settings, "timed calls": repeats},
+                    "grid_sample in the same type",
+                    [
+                        quantity("ms", 1e3 * seconds, 1e3 * first[name]),
+                        quantity("share of the least time, %", 100 * least[name] / seconds),
+                    ],
+                )
 
 
 def _calls(
@@ -124,27 +132,29 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=[480, 864], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="96x128, once")
+    add_flags(parser, "96x128, once")
     parser.add_argument("--counts", action="store_true", help="operations and bytes only")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     size, repeats = ([96, 128], 1) if args.quick else (args.size, args.repeats)
     shapes, inputs = make_case(*size)
     shape = Shape(shapes, queries=inputs[0].shape[1], heads=HEADS, channels=CHANNELS, points=POINTS)
-    print(f"{size[0]}x{size[1]}, {inputs[0].shape[1]} queries, {args.threads} threads, torch {torch.__version__}")
     for name, cost in (("forward", forward_cost), ("backward", backward_cost)):
         for bytes_each in (4, 2):
             counted = as_dict(cost(shape, bytes_each))
             print(f"{name}, {8 * bytes_each} bit: " + ", ".join(f"{v / 1e9:.3f} G {k}" for k, v in counted.items()))
     if args.counts:
         return
+    recorder = Recorder("deformable_attention", "Deformable attention, one layer of the encoder", args)
+    settings: dict[str, Any] = {"size": f"{size[0]}x{size[1]}", "queries": shape.queries, "threads": args.threads}
     if torch.cuda.is_available():
         on_device = [tensor.cuda() for tensor in inputs]
         agree(shapes, on_device, (*SIDES, "triton") if triton_ready(on_device[0].device) else SIDES)
-        on_cuda(shape, inputs, 10 * repeats)
+        on_cuda(shape, inputs, 10 * repeats, settings, recorder)
     else:
         agree(shapes, inputs, SIDES)
-        on_cpu(shapes, inputs, repeats)
+        on_cpu(shapes, inputs, repeats, settings, recorder)
+    recorder.finish()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time and memory of scoring one long crowded sequence: our Identity and all three families against TrackEval's own.
 
-    python tests/benchmarks/bench_evaluation.py           # the figures of docs/performance.md: 20 000 tracker ids
-    python tests/benchmarks/bench_evaluation.py --quick   # seconds: 2000 tracker ids
+    python -m tests.benchmarks.bench_evaluation           # the figures of docs/performance.md: 20 000 tracker ids
+    python -m tests.benchmarks.bench_evaluation --quick   # seconds: 500 tracker ids
 
 A tracker that loses its objects often writes thousands of short tracks; TrackEval's Identity then solves an assignment
 over (ground-truth ids + tracker ids) squared. HOTA and CLEAR are TrackEval's classes on both sides. Each measurement
@@ -13,23 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from trackeval.metrics import CLEAR, HOTA, Identity
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from motip.data.sequence import TrackRows
 from motip.evaluate.metrics import FAMILIES, prepare
 from motip.evaluate.protocols import ScoredSequence
+from tests.benchmarks.machine import memory_mb
+from tests.benchmarks.records import Recorder, add_flags, quantity
 
 TOLERANCE = 1e-9
 WIDTH, HEIGHT = 1920.0, 1080.0
@@ -78,14 +74,14 @@ def make_rows(frames: np.ndarray, ids: np.ndarray, boxes_xyxy: np.ndarray) -> Tr
 
 
 def run_side(args: argparse.Namespace) -> dict[str, Any]:
-    """One measurement, in this process: median times, peak memory and every field of the results."""
+    """One measurement, in this process: the times, peak memory and every field of the results."""
     rng = np.random.default_rng(0)
     truth = truth_rows(args.frames, args.objects, rng)
     sequence = ScoredSequence("crowd", truth, tracker_rows(truth, args.tracker_ids, rng))
     _, _, data = prepare(sequence, ("object",), "object")
     if data["num_tracker_ids"] != args.tracker_ids:
         raise SystemExit(f"{data['num_tracker_ids']} tracker ids were made, not {args.tracker_ids}")
-    before = memory_gb("VmRSS")
+    before = memory_mb("VmRSS")
     wall, cpu = [], []
     for _ in range(args.repeats):
         started, started_cpu = time.perf_counter(), time.process_time()
@@ -93,10 +89,10 @@ def run_side(args: argparse.Namespace) -> dict[str, Any]:
         wall.append(time.perf_counter() - started)
         cpu.append(time.process_time() - started_cpu)
     return {
-        "wall": statistics.median(wall),
-        "cpu": statistics.median(cpu),
-        "before": before,
-        "peak": memory_gb("VmHWM"),
+        "wall s": wall,
+        "CPU s": cpu,
+        "peak GB": memory_mb("VmHWM") / 1e3,
+        "before": before / 1e3,
         "results": {
             family: {name: np.asarray(value).tolist() for name, value in fields.items()}
             for family, fields in results.items()
@@ -104,17 +100,10 @@ def run_side(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def memory_gb(field: str) -> float:
-    """A figure of this process in GB; VmHWM starts afresh in a new program, `ru_maxrss` does not."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise SystemExit(f"/proc/self/status has no {field}: this benchmark needs Linux")
-    return int(found[1]) * 1024 / 1e9
-
-
 def measure(args: argparse.Namespace, side: str, part: str) -> dict[str, Any]:
     repeats = args.repeats if side == "ours" else args.baseline_repeats
-    command = [sys.executable, __file__, "--side", side, "--part", part, "--repeats", str(repeats)]
+    command = [sys.executable, "-m", "tests.benchmarks.bench_evaluation", "--side", side, "--part", part]
+    command += ["--repeats", str(repeats)]
     for name in ("frames", "objects", "tracker_ids"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -145,12 +134,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tracker-ids", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=3, help="of our side; the median counts")
     parser.add_argument("--baseline-repeats", type=int, default=1, help="of TrackEval's side, which takes a minute")
-    parser.add_argument("--quick", action="store_true", help="2000 tracker ids")
+    add_flags(parser, "100 frames, 500 tracker ids")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
-        args.tracker_ids = 2000
+        args.frames, args.tracker_ids = 100, 500
     if min(args.repeats, args.baseline_repeats) < 1:
         parser.error("--repeats and --baseline-repeats must be at least 1")
     return args
@@ -161,23 +150,18 @@ def main() -> None:
     if args.side:
         print(json.dumps(run_side(args)))
         return
-    print(
-        f"{args.frames} frames x {args.objects} objects, {args.tracker_ids} tracker ids, load {os.getloadavg()[0]:.1f}"
-    )
-    print(f"median of {args.repeats} (ours) and {args.baseline_repeats} (TrackEval); CPU time is the steadier figure")
-    print(f"{'':>10} {'':>10} {'CPU s':>8} {'wall s':>8} {'peak GB':>8} {'before':>7}")
+    recorder = Recorder("evaluation", "Scoring a long crowded sequence", args)
     for part in PARTS:
         ours, theirs = (measure(args, side, part) for side in SIDES)
         compared = check_equal(ours["results"], theirs["results"])
-        for side, figures in zip(SIDES, (ours, theirs), strict=True):
-            print(
-                f"{part:>10} {side:>10} {figures['cpu']:>8.2f} {figures['wall']:>8.2f} "
-                f"{figures['peak']:>8.2f} {figures['before']:>7.2f}"
-            )
-        ratios = [theirs[name] / ours[name] for name in ("cpu", "wall", "peak")]
-        print(f"{part:>10} {'ratio':>10} {ratios[0]:>8.1f} {ratios[1]:>8.1f} {ratios[2]:>8.1f}")
-        print(f"{'':>10} {compared} numbers equal to {TOLERANCE:g}, IDF1 {ours['results']['Identity']['IDF1']:.4f}")
-    print(f"load at the end {os.getloadavg()[0]:.1f}")
+        recorder.add(
+            f"{part}, {args.tracker_ids} ids",
+            {"frames": args.frames, "objects in each": args.objects, "GB before": round(ours["before"], 2)},
+            "TrackEval's own classes",
+            [quantity(name, ours[name], theirs[name]) for name in ("CPU s", "wall s", "peak GB")],
+            note=f"{compared} numbers are equal to {TOLERANCE:g}.",
+        )
+    recorder.finish()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Peak memory and time of one training forward+backward of the ID decoder: ours against nn.MultiheadAttention.
 
-    python tests/benchmarks/bench_id_decoder.py                     # the figures of docs/performance.md: T=30 N=40 G=6
-    python tests/benchmarks/bench_id_decoder.py --quick             # seconds
-    python tests/benchmarks/bench_id_decoder.py --objects 100 --sides ours
+    python -m tests.benchmarks.bench_id_decoder                 # T=30 N=40 G=6, and N=100 for ours alone
+    python -m tests.benchmarks.bench_id_decoder --quick         # seconds
+    python -m tests.benchmarks.bench_id_decoder --objects 100 --sides ours
 
 The baseline is the straightforward reading of the paper: one-hot products for the ID embedding, one attention mask of
 (batch x heads, T*N, T*N) with the relative position bias gathered into it, attention maps returned. Both sides hold the
@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from motip.model.id_decoder import IdDecoder
 from motip.model.spec import ModelSpec
+from tests.benchmarks.machine import cores_allowed, memory_mb
+from tests.benchmarks.records import Recorder, add_flags, quantity
 
 
 class NaiveIdDecoder(nn.Module):
@@ -73,8 +73,11 @@ class NaiveIdDecoder(nn.Module):
         for target, source in pairs:
             target.copy_(source)
 
-    def forward(self, history: Tensor, labels: Tensor, hidden: Tensor, objects: Tensor) -> Tensor:
-        """history, objects (B,T,N,D); labels, hidden (B,T,N)."""
+    def forward(
+        self, history: Tensor, labels: Tensor, hidden: Tensor, objects: Tensor, hidden_now: Tensor | None = None
+    ) -> Tensor:
+        """history, objects (B,T,N,D); labels, hidden (B,T,N); hidden_now (B,T,N) of the objects, None: `hidden`."""
+        hidden_now = hidden if hidden_now is None else hidden_now
         batch, frames, slots = labels.shape
         one_hot = torch.eye(self.words)
         history = torch.cat([history, self.word_to_embed(one_hot[labels])], -1).flatten(1, 2)
@@ -87,7 +90,7 @@ class NaiveIdDecoder(nn.Module):
         for layer in range(len(self.cross_attn)):
             if layer > 0:
                 flat = tokens.flatten(0, 1)
-                attended, _ = self.self_attn[layer - 1](flat, flat, flat, key_padding_mask=hidden.flatten(0, 1))
+                attended, _ = self.self_attn[layer - 1](flat, flat, flat, key_padding_mask=hidden_now.flatten(0, 1))
                 tokens = self.self_norm[layer - 1](flat + attended).view_as(tokens)
             bias = self.rel_pos_embeds[layer][ages.clamp(min=0)].permute(2, 0, 1)
             mask = bias[None].expand(batch, -1, -1, -1).masked_fill(future, float("-inf")).flatten(0, 1)
@@ -117,7 +120,7 @@ def make_case(args: argparse.Namespace) -> tuple[IdDecoder, dict[str, Tensor]]:
     }
 
 
-def run_side(args: argparse.Namespace) -> dict[str, float]:
+def run_side(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     decoder, case = make_case(args)
     decoder.train()
@@ -138,7 +141,7 @@ def run_side(args: argparse.Namespace) -> dict[str, float]:
         return nn.functional.cross_entropy(logits.flatten(0, 2), target.flatten(), ignore_index=-100)
 
     step(2).backward()  # loads kernels and allocates gradients, so that the figures are the step's own
-    before = resident_bytes()
+    before = memory_mb("VmRSS")
     seconds, cpu_seconds = [], []
     for _ in range(args.repeats):
         model.zero_grad(set_to_none=False)
@@ -148,25 +151,19 @@ def run_side(args: argparse.Namespace) -> dict[str, float]:
         loss.backward()
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert history.grad is not None and objects.grad is not None
     return {
-        "seconds": min(seconds),
-        "cpu_seconds": min(cpu_seconds),
-        "peak_mb": (peak - before) / 2**20,
+        "wall s": seconds,
+        "CPU s": cpu_seconds,
+        "peak MB": memory_mb("VmHWM") - before,
         "loss": loss.item(),
         "history_grad": history.grad.norm().item(),
         "objects_grad": objects.grad.norm().item(),
     }
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def measure(args: argparse.Namespace, side: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--side", side]
+def measure(args: argparse.Namespace, side: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.benchmarks.bench_id_decoder", "--side", side]
     for name in ("frames", "objects", "groups", "threads", "repeats"):
         command += [f"--{name}", str(getattr(args, name))]
     command += ["--checkpoint"] * args.checkpoint
@@ -176,16 +173,19 @@ def measure(args: argparse.Namespace, side: str) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compare(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Run the sides; with both, check that they agree and add ours/naive ratios."""
+def compare(args: argparse.Namespace, recorder: Recorder) -> None:
+    """Run the sides; with both, check that they agree."""
     results = {side: measure(args, side) for side in args.sides}
-    if len(results) == 2:
-        ours, naive = results["ours"], results["naive"]
-        for name in ("loss", "history_grad", "objects_grad"):
-            if abs(ours[name] - naive[name]) > 1e-3 * abs(naive[name]):
-                raise SystemExit(f"the sides disagree on {name}: {ours[name]} and {naive[name]}")
-        results["ratio"] = {name: ours[name] / naive[name] for name in ("seconds", "cpu_seconds", "peak_mb")}
-    return results
+    ours, naive = results["ours"], results.get("naive", {})
+    for name in ("loss", "history_grad", "objects_grad") if naive else ():
+        if abs(ours[name] - naive[name]) > 1e-3 * abs(naive[name]):
+            raise SystemExit(f"the sides disagree on {name}: {ours[name]} and {naive[name]}")
+    recorder.add(
+        f"T={args.frames}, N={args.objects}, G={args.groups}",
+        {"threads": args.threads, "layers": 6, "channels": 512, "USE_DECODER_CHECKPOINT": args.checkpoint},
+        "nn.MultiheadAttention, maps and masks materialised" if naive else None,
+        [quantity(name, ours[name], naive.get(name)) for name in ("wall s", "CPU s", "peak MB")],
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -193,15 +193,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=30)
     parser.add_argument("--objects", type=int, default=40)
     parser.add_argument("--groups", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=min(2, cores_allowed()))
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--checkpoint", action="store_true", help="USE_DECODER_CHECKPOINT on our side")
     parser.add_argument("--sides", nargs="+", choices=["naive", "ours"], default=["naive", "ours"])
-    parser.add_argument("--quick", action="store_true", help="T=10 N=12 G=2")
+    parser.add_argument("--crowd", type=int, default=100, help="objects of a second run, ours alone; 0: none")
     parser.add_argument("--side", choices=["naive", "ours"], help=argparse.SUPPRESS)
+    add_flags(parser, "T=10 N=12 G=2, once")
     args = parser.parse_args(argv)
+    if "ours" not in args.sides:
+        parser.error("--sides must name ours")
     if args.quick:
-        args.frames, args.objects, args.groups = 10, 12, 2
+        args.frames, args.objects, args.groups, args.repeats, args.crowd = 10, 12, 2, 1, 0
     return args
 
 
@@ -210,11 +213,14 @@ def main() -> None:
     if args.side:
         print(json.dumps(run_side(args)))
         return
-    results = compare(args)
-    print(f"T={args.frames} N={args.objects} G={args.groups}, {args.threads} threads, torch {torch.__version__}")
-    print(f"{'':>6}  {'peak MB':>10}  {'seconds':>8}  {'CPU s':>8}")
-    for side, figures in results.items():
-        print(f"{side:>6}  {figures['peak_mb']:10.2f}  {figures['seconds']:8.2f}  {figures['cpu_seconds']:8.2f}")
+    recorder = Recorder("id_decoder", "ID decoder, one training forward and backward", args)
+    compare(args, recorder)
+    if args.crowd and args.objects != args.crowd:
+        crowd = copy(args)
+        # The baseline's masks and maps would need six times its memory at 40 objects.
+        crowd.objects, crowd.sides, crowd.repeats = args.crowd, ["ours"], 1
+        compare(crowd, recorder)
+    recorder.finish()
 
 
 if __name__ == "__main__":

@@ -8,19 +8,22 @@ metric in MLflow's SQLite database, and the size of a checkpoint.
 
 from __future__ import annotations
 
+import argparse
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from tests.benchmarks.machine import memory_mb
+from tests.benchmarks.records import Quantity, Recorder, add_flags, quantity
+
 VIDEO_FRAMES, FRAME_BYTES, OBJECTS = 200, 155_182, 10
 """A BDD100K video, and the mean of twelve of its real frames."""
 
 
-def planning(videos: int) -> None:
+def planning(videos: int) -> list[Quantity]:
     from motip.config import load_curriculum
     from motip.data.clips import PlanVideo, plan_clips
 
@@ -30,15 +33,18 @@ def planning(videos: int) -> None:
         PlanVideo("bdd100k", name, f"bdd100k/train/{name}.parquet", tuple(range(VIDEO_FRAMES)), (10,) * VIDEO_FRAMES, 5)
         for name in names
     ]
-    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, begin = memory_mb("VmHWM"), time.process_time()
     plan = plan_clips(listed, config.clip_schedule(0), epoch=0, seed=1, global_batch=64)
     seconds = time.process_time() - begin
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(f"planning {len(plan)} clips of {videos} videos: {1e6 * seconds / len(plan):.0f} us of CPU and "
-          f"{grown / len(plan):.0f} bytes a clip")  # fmt: skip
+    grown = (memory_mb("VmHWM") - before) * 1e6
+    return [
+        quantity("clips", len(plan)),
+        quantity("CPU us per clip", 1e6 * seconds / len(plan)),
+        quantity("bytes per clip", grown / len(plan)),
+    ]
 
 
-def requests() -> None:
+def requests() -> list[Quantity]:
     from motip.data.sequence import Frame, Sequence
     from motip.data.shards import Shard, read_labels, write_shard
     from motip.data.storage import location, size_and_time
@@ -70,11 +76,16 @@ def requests() -> None:
                 shard.read_frames(positions)
                 read.append(len(store.requests))
                 groups.append(len({position // shard.header.rows_per_group for position in positions}))
-        print(f"a shard of {size_and_time(path)[0]} bytes: {opened} requests to open it, {np.mean(read):.2f} for a "
-              f"clip ({np.mean(groups):.2f} row groups), {labels} for the labels of the whole video")  # fmt: skip
+        return [
+            quantity("bytes of the shard", size_and_time(path)[0]),
+            quantity("requests to open it", opened),
+            quantity("requests per clip", [float(each) for each in read]),
+            quantity("row groups per clip, mean", float(np.mean(groups))),
+            quantity("requests for all its labels", labels),
+        ]
 
 
-def metrics(points: int = 300, names: int = 30) -> None:
+def metrics(points: int = 300, names: int = 30) -> list[Quantity]:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
@@ -94,11 +105,13 @@ def metrics(points: int = 300, names: int = 30) -> None:
         write(0, 10)
         before, begin = size(), time.process_time()
         write(10, 10 + points)
-        print(f"a metric in SQLite: {(size() - before) / points / names:.0f} bytes; a point of {names}: "
-              f"{1e3 * (time.process_time() - begin) / points:.1f} ms of CPU")  # fmt: skip
+        return [
+            quantity("bytes per metric", (size() - before) / points / names),
+            quantity(f"CPU ms per point of {names}", 1e3 * (time.process_time() - begin) / points),
+        ]
 
 
-def checkpoint() -> None:
+def checkpoint() -> list[Quantity]:
     import torch
 
     from motip.config import load_curriculum
@@ -110,12 +123,23 @@ def checkpoint() -> None:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     all_of_it = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     stored = 4 * (all_of_it + 2 * trained)  # AdamW keeps two moments of each trained number
-    print(f"gradients {4 * trained / 1e6:.1f} MB; a checkpoint {stored / 1e6:.1f} MB")
+    return [quantity("MB of gradients", 4 * trained / 1e6), quantity("MB of a checkpoint", stored / 1e6)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, "20 videos, 5 points")
+    args = parser.parse_args()
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    recorder = Recorder("scale", "What grows with the number of videos, per piece", args)
+    videos, points = (20, 5) if args.quick else (1000, 300)
+    frames = {"frames per video": VIDEO_FRAMES, "objects per frame": OBJECTS}
+    recorder.add(f"planning the clips of {videos} videos", frames, None, planning(videos))
+    recorder.add("checkpoint of the full network", {"configuration": "configs/curriculum.yaml"}, None, checkpoint())
+    recorder.add("metrics in MLflow's SQLite", {"points": points}, None, metrics(points))
+    recorder.add("a shard in an object store on loopback", {**frames, "bytes per frame": FRAME_BYTES}, None, requests())
+    recorder.finish()
 
 
 if __name__ == "__main__":
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    planning(1000)
-    checkpoint()
-    metrics()
-    requests()
+    main()

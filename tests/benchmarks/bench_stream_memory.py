@@ -1,9 +1,9 @@
 """Memory and waiting of the data path over a large shard set: Ray Data actors, object store, a simulated training step.
 
-    python -m tests.benchmarks.bench_stream_memory [--gigabytes 0.5] [--step 0.5] [--steps 200] [--actors 1]
+    python -m tests.benchmarks.bench_stream_memory [--gigabytes 2] [--lengths 5 30] [--step 0.5] [--steps 120]
 
 Shards are written first: 200-frame videos of 1280x720 JPEGs (noise on smooth ground, as large as real frames), as many
-as the size asks for. Then --steps clips of --length frames are taken in steps that sleep for --step seconds, like a
+as the size asks for. Then --steps clips of each length are taken in steps that sleep for --step seconds, like a
 worker that waits for its device. Reported: latency of the first batch, share of the time spent waiting, RSS of the
 decoding actors in the first quarter and in the last (growth means a leak), object store use and spilled bytes.
 """
@@ -27,6 +27,7 @@ from motip.data.clips import ClipRef, plan_clips
 from motip.data.sequence import ClassMap, Frame, Sequence
 from motip.data.shards import shard_path, write_shard
 from motip.data.stream import clip_dataset, iterate
+from tests.benchmarks.records import Recorder, add_flags, quantity
 
 CLASSES = {"bdd": ClassMap(("pedestrian", "car"), {"car": ("car",)})}
 FRAMES = 200
@@ -127,27 +128,35 @@ def spilled_bytes() -> int:
     return int(reply.store_stats.spilled_bytes_total)
 
 
-def run(options: argparse.Namespace, folder: Path) -> None:
+def run(options: argparse.Namespace, folder: Path, recorder: Recorder) -> None:
     import ray
 
-    began = time.perf_counter()
     entries = write_world(folder, options.gigabytes)
-    size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
-    print(f"{len(entries)} shards, {size / 2**30:.2f} GiB, written in {time.perf_counter() - began:.0f} s", flush=True)
-    config = Config(NUM_CLASSES=2, sampler_lengths=(options.length,), sample_intervals=(1, 2, 3, 4))
-    loader = ClipLoader(config, CLASSES, folder)
-    plan = plan_clips(
-        plan_videos(entries, CLASSES, folder), config.clip_schedule(0), epoch=0, seed=0, max_clips=options.steps
-    )
-    rows: list[ClipRef] = list(plan.clips)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        measure(options, loader, rows)
-    finally:
-        ray.shutdown()
+    gigabytes = sum(path.stat().st_size for path in folder.rglob("*.parquet")) / 2**30
+    print(f"{len(entries)} shards, {gigabytes:.2f} GiB", flush=True)
+    for length in options.lengths:
+        config = Config(NUM_CLASSES=2, sampler_lengths=(length,), sample_intervals=(1, 2, 3, 4))
+        loader = ClipLoader(config, CLASSES, folder)
+        plan = plan_clips(
+            plan_videos(entries, CLASSES, folder), config.clip_schedule(0), epoch=0, seed=0, max_clips=options.steps
+        )
+        settings = {
+            "GiB of shards": round(gigabytes, 2),
+            "clips": len(plan.clips),
+            "s per step": options.step,
+            "decoding actors": options.actors,
+        }
+        # A cluster for each length: the store's figures are counted from its start.
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        try:
+            figures = measure(options, loader, list(plan.clips))
+        finally:
+            ray.shutdown()
+        recorder.add(f"T={length}", settings, None, [quantity(name, value) for name, value in figures.items()])
 
 
-def measure(options: argparse.Namespace, loader: ClipLoader, rows: list[ClipRef]) -> None:
+def measure(options: argparse.Namespace, loader: ClipLoader, rows: list[ClipRef]) -> dict[str, float]:
+    """Figures of one run by name; memory is that of all decoding actors together, without the store's pages."""
     waited: list[float] = []
     with Watch() as watch:
         begin = mark = time.perf_counter()
@@ -160,29 +169,31 @@ def measure(options: argparse.Namespace, loader: ClipLoader, rows: list[ClipRef]
         spilled = spilled_bytes()
     first, later = waited[0], sum(waited[1:])
     quarter = len(watch.actors_mb) // 4
-    print(f"{len(waited)} clips of {options.length} frames, {options.actors} actors, steps of {options.step} s")
-    print(f"first batch        {first:.2f} s after the dataset was asked for")
-    print(f"waiting            {100 * later / (total - first):.1f} % of the time after it")
-    print(
-        f"actors' memory     {max(watch.actors_mb[: quarter + 1]):.0f} MB in the first quarter, "
-        f"{max(watch.actors_mb[-quarter - 1 :]):.0f} MB in the last, {max(watch.actors_mb):.0f} MB at most (all actors)"
-    )
-    print(
-        f"object store       {max(watch.store_mb):.0f} MB at most; one actor maps {max(watch.shared_mb):.0f} MB of it"
-    )
-    print(f"spilled            {spilled / 2**20:.0f} MB")
+    return {
+        "waiting, % of the time": 100 * later / (total - first),
+        "actors' MB, first quarter": max(watch.actors_mb[: quarter + 1]),
+        "actors' MB, last quarter": max(watch.actors_mb[-quarter - 1 :]),
+        "object store, most MB": max(watch.store_mb),
+        "spilled MB": spilled / 2**20,
+        "s to the first batch": first,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=0.5, help="size of the shard set (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=5, help="frames per clip (default: %(default)s)")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the shard set (default: %(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[5, 30], help="frames per clip")
     parser.add_argument("--steps", type=int, default=120, help="clips to take (default: %(default)s)")
     parser.add_argument("--step", type=float, default=0.5, help="seconds a step takes (default: %(default)s)")
-    parser.add_argument("--actors", type=int, default=1, help="decoding actors (default: %(default)s)")
+    parser.add_argument("--actors", type=int, default=2, help="decoding actors (default: %(default)s)")
+    add_flags(parser, "T=5, 0.05 GiB, 12 clips")
     options = parser.parse_args()
+    if options.quick:
+        options.gigabytes, options.lengths, options.steps, options.step = 0.05, [5], 12, 0.1
+    recorder = Recorder("stream_memory", "Data: waiting and memory over a large shard set", options)
     with tempfile.TemporaryDirectory() as folder:
-        run(options, Path(folder))
+        run(options, Path(folder), recorder)
+    recorder.finish()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Milliseconds per frame of the tracker without the detector: ours against the naive form, same ids asserted.
 
-    python tests/benchmarks/bench_tracker.py                       # the figures of docs/performance.md
-    python tests/benchmarks/bench_tracker.py --objects 200 --quick # a crowd, with 200 ID labels
-    python tests/benchmarks/bench_tracker.py --quick               # seconds
+    python -m tests.benchmarks.bench_tracker                  # the figures of docs/performance.md
+    python -m tests.benchmarks.bench_tracker --objects 200    # a crowd, with 200 ID labels
+    python -m tests.benchmarks.bench_tracker --quick          # seconds
 
 The naive form is the straightforward reading of the paper: in every frame the whole history (29 frames) goes through
 trajectory modelling and through `nn.MultiheadAttention` in each of the 6 layers, attention maps included, and each
@@ -14,27 +14,26 @@ the same ids.
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from motip.model import ModelSpec, build_model
 from motip.model.motip import MOTIP
 from motip.track.settings import TrackerSettings
 from motip.track.tracker import RuntimeTracker
 from tests.benchmarks.bench_id_decoder import NaiveIdDecoder
+from tests.benchmarks.machine import cores_allowed
+from tests.benchmarks.records import Recorder, add_flags, quantity
 from tests.parity import recipe
 
 HISTORY = 29
+CROWD = 100
+"""From so many objects on a third of the frames is timed: the naive form takes seconds for each."""
 SETTINGS = TrackerSettings(memory_rule="published", newborn_order="query", mask_unused_labels=False, newborn_thresh=0.5)
 Detections = tuple[Tensor, Tensor, Tensor]
 
@@ -136,8 +135,10 @@ def script(objects: int, frames: int) -> list[Detections]:
     return detections
 
 
-def timed(update: Callable[[Detections], list[int]], frames: list[Detections]) -> tuple[float, float, list[list[int]]]:
-    """Median wall and CPU milliseconds per frame once the history is full, and the ids of every frame."""
+def timed(
+    update: Callable[[Detections], list[int]], frames: list[Detections]
+) -> tuple[list[float], list[float], list[list[int]]]:
+    """Wall and CPU milliseconds of each frame once the history is full, and the ids of every frame."""
     ids = [update(frame) for frame in frames[:HISTORY]]
     wall, cpu = [], []
     for frame in frames[HISTORY:]:
@@ -145,34 +146,42 @@ def timed(update: Callable[[Detections], list[int]], frames: list[Detections]) -
         ids.append(update(frame))
         wall.append(1000 * (time.perf_counter() - started))
         cpu.append(1000 * (time.process_time() - started_cpu))
-    return statistics.median(wall), statistics.median(cpu), ids
+    return wall, cpu, ids
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--objects", type=int, nargs="+", default=[20, 50])
+    parser.add_argument("--objects", type=int, nargs="+", default=[20, 50, 200])
     parser.add_argument("--frames", type=int, default=30, help="frames timed after the history is full")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="5 frames")
+    parser.add_argument("--threads", type=int, default=min(2, cores_allowed()))
+    add_flags(parser, "20 objects, 5 frames")
     args = parser.parse_args()
+    if args.quick:
+        args.objects, args.frames = [20], 5
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f"history {HISTORY} frames, {args.threads} threads, torch {torch.__version__}")
-    print("CPU time is the steadier figure where other programs share the cores")
-    print(f"{'objects':>8} {'naive ms':>9} {'ours ms':>9} {'ratio':>6} {'naive CPU':>10} {'ours CPU':>9} {'ratio':>6}")
+    recorder = Recorder("tracker", "Tracker without the detector", args)
     for objects in args.objects:
         model = full_size_model(max(50, objects))
-        frames = script(objects, HISTORY + (5 if args.quick else args.frames))
+        count = args.frames if objects < CROWD else -(-args.frames // 3)
+        frames = script(objects, HISTORY + count)
         naive, ours = NaiveTracker(model), RuntimeTracker(model, SETTINGS, (1080, 1920))
         # Interleaving would share caches between the two; each runs alone instead.
         naive_ms, naive_cpu, naive_ids = timed(lambda frame, tracker=naive: tracker.update(*frame), frames)
         ours_ms, ours_cpu, ours_ids = timed(lambda frame, tracker=ours: tracker.update(*frame).ids.tolist(), frames)
         if naive_ids != ours_ids:
             raise SystemExit(f"the two trackers disagree with {objects} objects")
-        print(
-            f"{objects:>8} {naive_ms:>9.1f} {ours_ms:>9.1f} {naive_ms / ours_ms:>6.1f} "
-            f"{naive_cpu:>10.1f} {ours_cpu:>9.1f} {naive_cpu / ours_cpu:>6.1f}"
+        recorder.add(
+            f"{objects} objects",
+            {"history": HISTORY, "threads": args.threads, "ID labels": max(50, objects), "frames timed": count},
+            "the naive form with nn.MultiheadAttention",
+            [
+                quantity("ms per frame", ours_ms, naive_ms),
+                # The steadier figure where other programs share the cores.
+                quantity("CPU ms per frame", ours_cpu, naive_cpu),
+            ],
         )
+    recorder.finish()
 
 
 if __name__ == "__main__":

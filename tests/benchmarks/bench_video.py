@@ -1,7 +1,7 @@
 """Frames per second of drawing tracks and encoding 1080p video, without detector and decoding, against plain ways.
 
-    python tests/benchmarks/bench_video.py                        # 300 frames, 30 objects
-    python tests/benchmarks/bench_video.py --objects 100 --frames 120
+    python -m tests.benchmarks.bench_video                        # 300 frames, 30 objects
+    python -m tests.benchmarks.bench_video --objects 100 --frames 120
 
 Ours is what `motip track` does with a frame and its tracks: trails, boxes with rims, labels, bar, H.264 in yuv420p that
 plays in a browser. The others draw boxes and labels with bare OpenCV calls and write with `cv2.VideoWriter` (MPEG-4
@@ -15,24 +15,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import av
+import cv2
+import numpy as np
+
+from motip.data.video import open_source
+from motip.report.draw import DrawnTracks, Painter
+from motip.report.video import VideoWriter
+from tests.benchmarks.records import Recorder, add_flags, quantity
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import av  # noqa: E402
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-
-from motip.data.video import open_source  # noqa: E402
-from motip.report.draw import DrawnTracks, Painter  # noqa: E402
-from motip.report.video import VideoWriter  # noqa: E402
-
 HEIGHT, WIDTH = 1080, 1920
 FPS = Fraction(30)
 NAMES = ("pedestrian", "car")
@@ -101,33 +99,52 @@ def drawing_alone(path: Path, frames: list[np.ndarray], count: int, objects: int
         painter.draw(frames[number % len(frames)], tracks(number, objects), "frame   tracks   fps")
 
 
-SIDES: dict[str, Callable[[Path, list[np.ndarray], int, int], None]] = {
-    "ours": ours,
-    "of it drawing": drawing_alone,
-    "cv2.VideoWriter, MPEG-4": with_opencv,
+Work = Callable[[Path, list[np.ndarray], int, int], None]
+BASELINES: dict[str, Work] = {
     "PyAV, default x264": with_pyav,
+    "cv2.VideoWriter, MPEG-4 part 2": with_opencv,
 }
+QUANTITIES = ("frames/s", "CPU ms per frame", "MB per 100 frames")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=300)
-    parser.add_argument("--objects", type=int, default=30)
-    args = parser.parse_args()
-    frames, what = pictures()
-    print(f"{WIDTH}x{HEIGHT}, {args.frames} frames ({what}), {args.objects} objects, load {os.getloadavg()[0]:.1f}")
-    print(f"{'':26}{'frames/s':>9}{'CPU ms/frame':>14}{'MB':>7}{'speed, ours = 1':>17}")
-    first = 0.0
-    for name, work in SIDES.items():
+def measure(work: Work, frames: list[np.ndarray], args: argparse.Namespace) -> list[list[float]]:
+    """Each of QUANTITIES, once per repeat."""
+    found: list[list[float]] = [[] for _ in QUANTITIES]
+    for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "out.mp4"
             wall, cpu = time.perf_counter(), time.process_time()
             work(path, frames, args.frames, args.objects)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             size = path.stat().st_size / 1e6 if path.is_file() else 0.0
-        rate = args.frames / wall
-        first = first or rate
-        print(f"{name:26}{rate:9.1f}{1000 * cpu / args.frames:14.1f}{size:7.1f}{rate / first:17.2f}")
+        for values, value in zip(
+            found, (args.frames / wall, 1000 * cpu / args.frames, 100 * size / args.frames), strict=True
+        ):
+            values.append(value)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=300)
+    parser.add_argument("--objects", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3)
+    add_flags(parser, "20 frames, once")
+    args = parser.parse_args()
+    if args.quick:
+        args.frames, args.repeats = 20, 1
+    frames, what = pictures()
+    recorder = Recorder("video", "Drawing tracks and writing 1080p video", args)
+    settings = {"size": f"{WIDTH}x{HEIGHT}", "frames": args.frames, "picture": what}
+    mine = measure(ours, frames, args)
+    for name, work in BASELINES.items():
+        figures = zip(QUANTITIES, mine, measure(work, frames, args), strict=True)
+        recorder.add(
+            f"{args.objects} tracks, against {name}", settings, name, [quantity(*figure) for figure in figures]
+        )
+    drawing = measure(drawing_alone, frames, args)
+    recorder.add(f"{args.objects} tracks, drawing alone", settings, None, [quantity(QUANTITIES[1], drawing[1])])
+    recorder.finish()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,7 +15,10 @@ from motip.config import load_config
 from motip.model import ModelSpec
 from motip.train.memory import ladder
 from tests.benchmarks.attention_cost import Ceilings, Shape, as_dict, backward_cost, forward_cost
+from tests.benchmarks.bench_gpu import add_section
 from tests.benchmarks.gpu_step import AERIAL, RUNGS
+from tests.benchmarks.records import Recorder
+from tests.benchmarks.targets import TARGETS
 
 _BARE = """
 import runpy, sys
@@ -55,6 +59,52 @@ def test_the_script_runs_where_there_is_only_torch(repo_root: Path, tmp_path: Pa
     # The same gradients on each rung but the last, hence the same loss.
     assert len({round(case["first_loss"], 3) for case in report["memory"][: len(RUNGS) - 1]}) == 1
     assert all(case["boxes_per_frame"] > 0 for case in report["tracking"])
+    recorder = as_records(report)
+    assert len(recorder.claim.records) == sum(len(report[section]) for section in sections) - 1  # ceilings
+    assert all(record.quantities for record in recorder.claim.records)
+
+
+def as_records(report: dict) -> Recorder:
+    recorder = Recorder("gpu", "On a card", argparse.Namespace(quick=True, json=None))
+    for section, cases in report.items():
+        if section not in ("machine", "tiny"):
+            add_section(recorder, section, cases, {})
+    return recorder
+
+
+def test_what_a_card_would_report_becomes_records() -> None:
+    """Rates against the first case, gigabytes, and what found no memory among the things not measured."""
+    step = {"size": (480, 864), "objects": 20, "clips_per_second": 2.0, "peak_bytes": 10e9, "peak_reserved": 12e9}
+    clip = {"size": (672, 1100), "objects": 200, "attention": "triton"}
+    frames = {"size": (1080, 1920), "attention": "grid_sample", "frames_per_second": 4.0}
+    report = {
+        "training": [
+            {**step, "half": "None", "attention": "grid_sample"},
+            {**step, "half": "torch.bfloat16", "attention": "triton", "clips_per_second": 5.0, "peak_bytes": 5e9},
+        ],
+        "memory": [
+            {**clip, "rung": "as configured", "out_of_memory": "tried 4 GB"},
+            {**clip, "rung": "one image at a time", "clips_per_second": 1.0, "peak_reserved": 21e9},
+        ],
+        "tracking": [
+            {**frames, "dtype": "FP32"},
+            {**frames, "dtype": "BF16", "attention": "triton", "frames_per_second": 10.0},
+        ],
+        "compile": [
+            {"compiled": None, "clips_per_second": 5.0, "first_step_seconds": 1.0},
+            {"compiled": "inductor", "clips_per_second": 6.0, "first_step_seconds": 60.0},
+        ],
+    }
+    claim = as_records(report).claim
+    found = {(record.work, each.name): each for record in claim.records for each in record.quantities}
+    assert found["training step, bf16, triton", "clips/s"].ratio == 2.5
+    assert found["training step, bf16, triton", "peak GB"].ratio == 0.5
+    assert found["tracking, bf16, triton", "frames/s"].ratio == 2.5
+    assert found["training step, bf16, torch.compile inductor", "s of the first step"].ratio == 60
+    assert claim.not_measured == {"worst aerial clip, as configured, triton": "out of memory: tried 4 GB"}
+    # The targets of a card are found among the records by these very names.
+    asked = [(target.work, target.quantity) for target in TARGETS if target.claim == "gpu"]
+    assert len(asked) == 3 and [each for each in asked if each not in found] == []
 
 
 def test_a_count_by_hand() -> None:

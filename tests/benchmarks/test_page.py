@@ -1,0 +1,111 @@
+"""docs/performance.md is what the results in docs/performance/ say, and says what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import page, plots
+from tests.benchmarks.records import Claim, Record, quantity
+from tests.benchmarks.results import FOLDER, Machine, document, read, read_all
+from tests.benchmarks.targets import TARGETS
+
+CPU = {"cpu": "Some CPU", "cores": 2, "memory_gb": 16, "gpu": None}
+CARD = {**CPU, "gpu": {"name": "Some card", "memory_gb": 80, "cuda": "12.8"}}
+
+
+def record(work: str, *quantities: object, configuration: dict[str, object] | None = None, **more: object) -> Record:
+    values = {"command": "python -m x", "date": "2026-01-02", "load": (1.0, 2.0), "baseline": "naive", **more}
+    return Record(work, configuration or {"threads": 1}, quantities=quantities, **values)  # type: ignore[arg-type]
+
+
+def machine(*claims: Claim, hardware: dict[str, object] = CPU) -> Machine:
+    return Machine("some-cpu", hardware, {claim.name: claim for claim in claims})
+
+
+def test_the_page_is_the_generated_one() -> None:
+    expected = page.render(read_all())
+    assert page.PAGE.read_text() == expected, "run python -m tests.benchmarks.page"
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_results_say_what_follows_from_them(file: Path) -> None:
+    """Ratios, targets and verdicts in the file are those of the figures and of today's targets."""
+    assert json.loads(file.read_text()) == document(read(file))
+    assert not any(claim.quick for claim in read(file).claims.values())
+
+
+def test_pictures_of_growth_are_there() -> None:
+    having = [each.claims[plots.CLAIM] for each in read_all() if plots.CLAIM in each.claims]
+    drawn = [each.work for claim in having for each in claim.records]
+    assert drawn
+    assert {path.name for path in page.PICTURES.glob("growth_*.png")} == set(map(plots.file_name, drawn))
+
+
+def test_a_target_is_met_or_missed_by_its_record() -> None:
+    tracker = Claim(
+        "tracker",
+        "Tracker",
+        {},
+        records=[
+            record("20 objects", quantity("ms per frame", [9.0, 8.0, 10.0], 36.0)),
+            record("50 objects", quantity("ms per frame", 30.0, 100.0)),
+        ],
+    )
+    lines = page.render([machine(tracker)]).splitlines()
+    table = [line for line in lines if line.startswith("| Tracker")]
+    assert table[0] == (
+        "| Tracker besides the detector, 20 objects | ms per frame | 9 | 36 | 0.25 | ≤ 11 | met | 2026-01-02 |"
+    )
+    assert "| 30 | 100 | 0.30 | ≤ 24 | **missed** |" in table[1]
+    assert table[2].endswith("| ≤ 300 | not measured |  |")
+    assert "| 20 objects | ms per frame | 9 (8 to 10, n=3) | 36 | 0.25 |" in lines
+    assert any("Tracker, 200 objects (ms per frame)" in line and "--only tracker" in line for line in lines)
+
+
+def test_targets_of_a_card_are_asked_of_a_card() -> None:
+    tables = [page.render([machine(hardware=hardware)]) for hardware in (CPU, CARD)]
+    rows = [sum("| not measured |" in line for line in text.splitlines()) for text in tables]
+    with_card = sum(target.card for target in TARGETS)
+    assert rows == [len(TARGETS) - with_card, with_card]
+    assert "this machine has no card" in tables[0] and "this machine has no card" not in tables[1]
+
+
+def test_what_a_script_left_out_and_notes_are_on_the_page(tmp_path: Path) -> None:
+    (tmp_path / "data.md").write_text("Written by hand.\n")
+    claim = Claim("data", "Data", {}, records=[record("T=5, Ray Data", quantity("s", 1.0), note="Said by the script.")])
+    claim.not_measured["T=30"] = "no time"
+    text = page.render([machine(claim)], tmp_path)
+    assert "* Data, T=30: no time." in text
+    assert text.index("Said by the script.") < text.index("Written by hand.")
+
+
+def test_a_record_with_points_gets_a_picture_and_a_table(tmp_path: Path) -> None:
+    points = ({"at": 2.0, "s": 1.0, "MB": 10.0}, {"at": 4.0, "s": 2.0, "MB": 11.0}, {"at": 8.0, "s": 4.1, "MB": 12.0})
+    growth = Claim("growth", "Growth", {}, records=[record("frames", quantity("exponent of s", 1.0), points=points)])
+    text = page.render([machine(growth)])
+    assert "(pictures/growth_frames.png)" in text and "| 8 | 4.1 | 12 |" in text
+    first = plots.draw([machine(growth)], tmp_path)[0]
+    assert first.name == "growth_frames.png" and first.read_bytes().startswith(b"\x89PNG")
+    before = first.read_bytes()
+    plots.draw([machine(growth)], tmp_path)
+    assert first.read_bytes() == before
+
+
+def test_two_machines_have_two_tables() -> None:
+    claim = Claim("video", "Video", {}, records=[record("work", quantity("s", 1.0))])
+    text = page.render([machine(claim), machine(claim, hardware=CARD)])
+    assert text.count("## Targets: ") == 2 and text.count("## Video") == 1 and text.count("**Some card") == 1
+
+
+def test_the_whole_configuration_is_on_the_page() -> None:
+    """What records share stands above their table, what they do not share below it."""
+    records = [
+        record(name, quantity("s", 1.0), configuration={"threads": 3, "size": [4, size]})
+        for name, size in (("small", 5), ("large", 50))
+    ]
+    lines = page.render([machine(Claim("video", "Video", {}, records=records))]).splitlines()
+    assert any("; threads 3." in line and "size" not in line for line in lines)
+    assert "*small*: size 4, 5." in lines and "*large*: size 4, 50." in lines

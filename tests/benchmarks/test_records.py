@@ -1,0 +1,144 @@
+"""Records: median and spread, ratio and verdict, the way to a file and back, and what a script has to do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from motip.errors import MotipError
+from tests.benchmarks import records
+from tests.benchmarks.machine import hardware, machine_name, memory_mb
+from tests.benchmarks.plots import exponent
+from tests.benchmarks.records import Quantity, Recorder, Values, as_json, from_json, quantity, shown
+from tests.benchmarks.results import Machine, document, merge, read, write
+from tests.benchmarks.targets import Target
+
+
+def recorded(tmp_path: Path, quick: bool = False) -> Path:
+    """What a script does: two records of the tracker, one thing left out."""
+    file = tmp_path / "tracker.json"
+    recorder = Recorder("tracker", "Tracker", argparse.Namespace(quick=quick, json=file))
+    recorder.add(
+        "20 objects",
+        {"threads": 1},
+        "the naive form",
+        [quantity("ms per frame", [9.0, 8.0, 10.0], [40.0, 36.0]), quantity("ids", 20)],
+        note="A note.",
+    )
+    recorder.add("50 objects", {"threads": 1}, None, [quantity("ms per frame", 30.0)])
+    recorder.skip("200 objects", "no time")
+    recorder.finish()
+    return file
+
+
+def test_median_spread_and_repeats() -> None:
+    assert Values.of([3.0, 1.0, 2.0, 10.0]) == Values(2.5, 1.0, 10.0, 4)
+    assert Values.of(2) == Values(2.0, 2.0, 2.0, 1)
+    assert Values.of([3.0, 1.0, 2.0]).text() == "2 (1 to 3, n=3)"
+    assert Values.of(0.0123).text() == "0.0123"
+    assert [shown(value) for value in (0, 3e-6, 14.26, 6796.4)] == ["0", "3e-06", "14.3", "6796"]
+
+
+def test_the_ratio_is_that_of_the_medians() -> None:
+    assert quantity("s", [1.0, 2.0, 9.0], [4.0, 4.0, 40.0]).ratio == 0.5
+    assert quantity("s", 1.0).ratio is None and quantity("s", 1.0, 0.0).ratio is None
+
+
+@pytest.mark.parametrize(
+    ("of", "way", "limit", "ours", "baseline", "expected"),
+    [
+        ("ours", "at most", 11, 11.0, None, "met"),
+        ("ours", "at most", 11, 11.1, 1.0, "missed"),
+        ("ratio", "at most", 0.5, 5.0, 10.0, "met"),
+        ("ratio", "at most", 0.5, 5.1, 10.0, "missed"),
+        ("ratio", "at least", 1.5, 3.0, 2.0, "met"),
+        ("ratio", "at least", 1.5, 2.9, 2.0, "missed"),
+        ("ratio", "at least", 1.5, 2.9, None, "no baseline"),
+    ],
+)
+def test_verdicts(of: str, way: str, limit: float, ours: float, baseline: float | None, expected: str) -> None:
+    target = Target("claim", "label", "work", "s", of, way, limit)  # type: ignore[arg-type]
+    assert target.verdict(ours, quantity("s", ours, baseline).ratio) == expected
+
+
+def test_what_a_script_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(recorded(tmp_path).read_text())
+    assert (found["claim"], found["quick"], found["not_measured"]) == ("tracker", False, {"200 objects": "no time"})
+    assert "torch" in found["versions"]
+    first, second = found["records"]
+    assert first["configuration"]["threads"] == 1 and first["configuration"]["cores"] >= 1
+    assert len(first["date"]) == 10 and len(first["load"]) == 2
+    milliseconds, ids = first["quantities"]
+    assert milliseconds["ours"] == {"median": 9.0, "min": 8.0, "max": 10.0, "n": 3}
+    assert milliseconds["ratio"] == pytest.approx(9 / 38)
+    assert (milliseconds["target"], milliseconds["verdict"]) == ("≤ 11", "met")
+    assert (ids["target"], ids["verdict"], ids["baseline"], ids["ratio"]) == (None, None, None, None)
+    assert (second["baseline"], second["quantities"][0]["verdict"]) == (None, "missed")
+    printed = capsys.readouterr().out
+    assert "20 objects, against the naive form" in printed and "not measured: 200 objects (no time)" in printed
+
+
+def test_the_way_to_a_file_and_back(tmp_path: Path) -> None:
+    found = json.loads(recorded(tmp_path).read_text())
+    claim = from_json(found)
+    assert as_json(claim) == found
+    assert claim.records[0].quantities[0] == Quantity("ms per frame", Values(9, 8, 10, 3), Values(38, 36, 40, 2))
+
+
+def test_the_command_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["any/folder/bench_data.py", "--json", "any/folder/out.json", "--lengths", "5", "--json=x", "--quick"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert records.command() == "python -m tests.benchmarks.bench_data --lengths 5 --quick"
+
+
+def test_merging_replaces_one_claim(tmp_path: Path) -> None:
+    claim = from_json(json.loads(recorded(tmp_path).read_text()))
+    machine = Machine("box", {"cpu": "C", "cores": 2, "memory_gb": 4, "gpu": None}, {})
+    merge(machine, claim)
+    other = from_json({**as_json(claim), "claim": "data", "title": "Data"})
+    merge(machine, other)
+    renewed = from_json({**as_json(claim), "records": as_json(claim)["records"][:1]})
+    merge(machine, renewed)
+    write(machine, tmp_path)
+    again = read(tmp_path / "box.json")
+    assert document(again) == document(machine)
+    assert [len(again.claims[name].records) for name in ("tracker", "data")] == [1, 2]
+
+
+def test_a_quick_run_is_never_merged(tmp_path: Path) -> None:
+    claim = from_json(json.loads(recorded(tmp_path, quick=True).read_text()))
+    machine = Machine("box", {}, {})
+    with pytest.raises(MotipError, match="quick run"):
+        merge(machine, claim)
+    assert machine.claims == {}
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"machine": {}, "claims": {"a": {}}}', "[]"])
+def test_a_damaged_results_file_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "box.json"
+    file.write_text(text)
+    with pytest.raises(MotipError, match=r"not a results file(.|\n)*box\.json"):
+        read(file)
+
+
+def test_a_machine_is_named_by_what_counts() -> None:
+    card = {"name": "NVIDIA H100 80GB HBM3", "memory_gb": 85, "cuda": "12.8"}
+    assert machine_name({"cpu": "AMD EPYC", "cores": 2, "gpu": None}) == "amd-epyc-2-cores"
+    assert machine_name({"cpu": "AMD EPYC", "cores": 2, "gpu": card}) == "nvidia-h100-80gb-hbm3"
+    assert set(hardware()) == {"cpu", "cores", "memory_gb", "gpu", "system"}
+
+
+def test_memory_is_that_of_this_process() -> None:
+    before = memory_mb("VmRSS")
+    held = bytearray(50_000_000)
+    assert memory_mb("VmRSS") > before + 40 and memory_mb("VmHWM") >= memory_mb("VmRSS") - 1
+    assert len(held) == 50_000_000
+
+
+def test_the_exponent_of_a_power() -> None:
+    sizes = [2.0, 5.0, 10.0, 30.0]
+    assert exponent(sizes, [3 * size**1.7 for size in sizes]) == pytest.approx((1.7, 3.0))
