@@ -93,6 +93,41 @@ def test_no_queries(implementation: str) -> None:
     out.sum().backward()
 
 
+@pytest.mark.parametrize("far", [-1.0e3, 1.0e3, -3.0e12, 3.0e12])
+def test_samples_far_outside_count_as_zero(implementation: str, far: float) -> None:
+    shapes, (value, locations, weights) = _case(3)
+    outside = locations.detach().clone()
+    outside[..., 0] += far
+    value.grad = None
+    outside.requires_grad_()
+    attended = deformable_attention(value, shapes, outside, weights)
+    attended.sum().backward()
+    assert not attended.any() and not outside.grad.any() and not value.grad.any() and not weights.grad.any()
+
+
+def test_a_location_that_is_not_a_number_is_not_hidden_on_a_cpu() -> None:
+    shapes, (value, locations, weights) = _case(2)
+    broken = locations.detach().clone()
+    broken[0, 1, 2, 0, 0, 0] = torch.nan
+    attended = rooms.bag_attention(value, shapes, broken, weights)
+    assert attended[0, 1, 8:].isnan().all() and attended.isnan().sum() == 4
+
+
+def test_batches_and_levels_do_not_mix() -> None:
+    """Frames of zeros lie between the maps of a table: a value of one image or level must not reach another."""
+    shapes, (value, locations, weights) = _case(4)
+    attended = rooms.bag_attention(value, shapes, locations, weights)
+    for image, level in itertools.product(range(2), range(4)):
+        starts = [0, *itertools.accumulate(h * w for h, w in shapes)]
+        changed = value.detach().clone()
+        changed[image, starts[level] : starts[level + 1]] += 1.0e3
+        silent = weights.detach().clone()
+        silent[image, :, :, level] = 0.0
+        reference = rooms.bag_attention(value, shapes, locations, silent)
+        torch.testing.assert_close(rooms.bag_attention(changed, shapes, locations, silent), reference)
+    assert attended.any()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4), st.integers(1, 4))
 def test_constant_maps_give_the_constant(shapes: list[tuple[int, int]], points: int) -> None:
