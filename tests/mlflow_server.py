@@ -18,26 +18,37 @@ from pathlib import Path
 from tests.browser import Browser
 
 STARTS_WITHIN_S = 600.0
-DRAWN_WITHIN_S = 60.0
+DRAWN_WITHIN_S = 300.0
 
 ROW = """
 const [name, cells] = arguments;
-const shown = [...document.querySelectorAll('*')].filter(
-  each => !each.children.length && (each.innerText || '').trim());
-const middle = each => { const box = each.getBoundingClientRect(); return box.top + box.height / 2; };
-const found = shown.filter(each => each.innerText.trim() === name).map(first => shown
-  .filter(each => Math.abs(middle(each) - middle(first)) < 8)
-  .filter(each => each.getBoundingClientRect().left > first.getBoundingClientRect().left)
-  .sort((a, b) => a.getBoundingClientRect().left - b.getBoundingClientRect().left)
-  .map(each => each.innerText.trim()).slice(0, cells)).filter(row => row.length === cells);
-return found.length ? found[found.length - 1] : null"""
-"""What stands to the right of a name: parameters are a table, metrics a grid that has only what is in view."""
+const text = each => (each.innerText || '').trim();
+const head = [...document.querySelectorAll('tr > th')].find(each => text(each) === name);
+if (head) return [...head.parentElement.querySelectorAll('td')].map(text).slice(0, cells);
+const [names, values] = document.querySelectorAll('[role=grid]');
+if (!values) return null;
+const link = [...names.querySelectorAll('a')].find(each => text(each) === name);
+if (!link) return null;
+const top = link.closest('[style*="top"]').style.top;
+const found = [...values.querySelectorAll('[style*="top"]')].filter(each => each.style.top === top)
+  .sort((one, other) => parseFloat(one.style.left) - parseFloat(other.style.left)).map(text);
+if (found.length < cells) return null;
+values.scrollTop = parseFloat(top);
+return found.slice(0, cells)"""
+"""The cells of a name. Parameters are a table; metrics are two grids, one of names and one of values, which hold only
+the rows that are in view, each at the height that its style says; the one that is found is scrolled to the top."""
 
 SCROLL = """
-for (const each of document.querySelectorAll('*'))
-  if (each.scrollHeight > each.clientHeight + 20 && getComputedStyle(each).overflowY !== 'visible'
-      && each.className.toString().includes('Grid'))
-    each.scrollTop = each.scrollTop + each.clientHeight + 5 > each.scrollHeight ? 0 : each.scrollTop + 200;"""
+const values = document.querySelectorAll('[role=grid]')[1];
+if (values) values.scrollTop =
+  values.scrollTop + values.clientHeight >= values.scrollHeight ? 0 : values.scrollTop + 0.8 * values.clientHeight;"""
+"""The names follow the values, as for whoever turns the wheel."""
+
+FOLD = """
+document.querySelector('[aria-label="Close"]')?.click();
+document.querySelector('[aria-label="collapse Visualizations"]')?.click();
+for (const each of document.querySelectorAll('[role=switch]')) if (each.ariaChecked !== 'true') each.click();"""
+"""Closes the assistant and the plots, and leaves out the parameters, metrics and tags that all runs have alike."""
 
 
 class Server:
@@ -118,14 +129,19 @@ def compared(window: Browser, page: str, names: Sequence[str], runs: int) -> dic
     return {name: row(window, name, runs) for name in names}
 
 
+def only_differences(window: Browser) -> None:
+    """Leave on an open comparison the parameters, metrics and tags that differ, and nothing above their tables."""
+    window.run(FOLD)
+
+
 def row(window: Browser, name: str, runs: int) -> list[str]:
-    """The cells beside a name, once they are there; grids are scrolled until it comes into view."""
+    """The cells beside a name, once they are there; the grid of metrics is scrolled until it comes into view."""
     end = time.monotonic() + DRAWN_WITHIN_S
     while time.monotonic() < end:
         cells = window.run(ROW, name, runs)
         if cells:
             return [str(cell) for cell in cells]
         window.run(SCROLL)
-        time.sleep(0.5)
+        time.sleep(0.25)
     text = str(window.run("return document.body.innerText"))
     raise AssertionError(f"no {name} with {runs} cells on the page: {text[:3000]}")

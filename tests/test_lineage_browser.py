@@ -10,7 +10,7 @@ import pytest
 
 from motip.lineage import Lineage
 from tests.browser import browser
-from tests.mlflow_server import compared, comparison, serving
+from tests.mlflow_server import compared, comparison, only_differences, row, serving
 from tests.test_lineage import CONFIG, run_stage
 
 STAGES = {
@@ -19,7 +19,7 @@ STAGES = {
     "Vis-Adaptation": (0.0003, 64, 21.75),
     "Vis-Specialist": (0.0002, 64, 27.125),
 }
-"""Learning rate, ID vocabulary, best HOTA. The page draws metrics in a grid of its own, which is not read here."""
+"""Learning rate, ID vocabulary, best HOTA; the last epoch's HOTA is two points lower."""
 
 
 @pytest.mark.cluster
@@ -43,11 +43,18 @@ def test_the_comparison_of_four_stages_shows_what_differs(tmp_path: Path, monkey
         page = comparison(server.address, runs, "1")
         assert link.partition("/#/")[2] == page.partition("/#/")[2]  # the link that the main job prints
         window.look(1500, 1400, "light")
-        rows = compared(window, page, ["LR", "NUM_ID_VOCABULARY"], len(runs))
+        rows = compared(window, page, ["LR", "NUM_ID_VOCABULARY", "SEED", "best_HOTA", "HOTA"], len(runs))
         assert rows["LR"] == ["0.0007", "0.0005", "0.0003", "0.0002"]
         assert rows["NUM_ID_VOCABULARY"] == ["16", "16", "64", "64"]
+        assert rows["SEED"] == ["29"] * 4
+        assert rows["best_HOTA"] == ["41.25", "44.5", "21.75", "27.13"]  # the page rounds
+        assert rows["HOTA"] == ["39.25", "42.5", "19.75", "25.13"]
+        only_differences(window)
+        assert {name: row(window, name, len(runs)) for name in ("LR", "best_HOTA")} == {
+            name: rows[name] for name in ("LR", "best_HOTA")
+        }
         text = window.run("return document.body.innerText")
-        assert all(stage in text for stage in STAGES) and "Metrics" in text
+        assert all(stage in text for stage in STAGES) and "SEED" not in text
         window.picture(tmp_path / "compare.png", 1400)
     pixels = cv2.imread(str(tmp_path / "compare.png"))
     assert pixels is not None and pixels.shape[:2] == (1400, 1500)

@@ -11,10 +11,11 @@ import yaml
 
 from motip.cluster import Cluster
 from motip.config import Curriculum, load_curriculum
-from motip.curriculum import Options, SweepResult, Tuning, run_curriculum, run_sweep
+from motip.curriculum import Options, SweepResult, Tuning, run_curriculum, run_sweep, sweep_trial
 from motip.curriculum import sweep as sweep_module
 from motip.errors import MotipError
 from motip.lineage import Lineage
+from motip.train.notice import Stopped
 from tests.small_curriculum import QuietUi
 from tests.small_sweep import HERE, SearchHere, write_sweep_files
 
@@ -52,6 +53,14 @@ def children(lineage: Lineage, run_id: str) -> dict[str, Any]:
 
 
 def test_a_sweep_that_is_cut_off_goes_on_and_ends_in_an_overlay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+    real = sweep_trial.fit
+
+    def fit(job: Any, placement: Any, own: str, on_record: Any) -> Any:
+        trained.append(Path(own).name.partition("-")[0])
+        return real(job, placement, own, on_record)
+
+    monkeypatch.setattr(sweep_trial, "fit", fit)
     first = SearchHere(cut=["001"])
     with pytest.raises(KeyboardInterrupt):
         run(folder, monkeypatch, first)
@@ -59,6 +68,7 @@ def test_a_sweep_that_is_cut_off_goes_on_and_ends_in_an_overlay(folder: Path, mo
     second = SearchHere(prune=["001"])
     result, ui, lineage = run(folder, monkeypatch, second)
     assert second.ran[:2] == ["001", "002"], "what ended is not run again, what was cut off is"
+    assert trained[:3] == ["000", "001", "002"], "given up by what it had reached before it was cut off"
     assert any("1 trials ended, 1 were cut off" in note for note in ui.notes)
     status = {told.ask.key: told.status for told in result.trials}
     assert status == {"000": "finished", "001": "pruned", "002": "finished"}
@@ -125,6 +135,34 @@ def test_tuning_a_curriculum_trains_the_stage_with_what_was_found(
     sweep_run = lineage._store.client().get_run(found[0].run_id)
     assert sweep_run.data.tags["mlflow.parentRunId"] == result.run_id
     assert any(note.startswith("tuned BDD-Foundation: ") for note in ui.notes)
+
+
+def test_a_trial_that_is_told_to_end_after_its_last_epoch_has_finished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sweep_trial.fit
+
+    def fit(job: Any, placement: Any, own: str, on_record: Any) -> Any:
+        """As with Ray's workers, which have gone on by the time the driver has heard of an epoch."""
+        told: list[Stopped] = []
+
+        def record(kind: str, values: dict[str, Any]) -> None:
+            try:
+                on_record(kind, values)
+            except Stopped as stopped:
+                told.append(stopped)
+
+        done = real(job, placement, own, record)
+        if told:
+            raise told[0]
+        return done
+
+    monkeypatch.setattr(sweep_trial, "fit", fit)
+    result, ui, lineage = run(folder, monkeypatch, SearchHere(prune=["001"]), trials=2)
+    assert result.trials[1].status == "finished" and sorted(result.trials[1].history) == [1, 2]
+    late = children(lineage, result.run_id)["001"]
+    assert late.info.status == "FINISHED" and "motip.pruned" not in late.data.tags
+    assert any(note.startswith("trial 001 finished after 2 epochs") for note in ui.notes)
 
 
 def test_a_hand_set_setting_that_cannot_be_trained_ends_the_sweep(

@@ -22,10 +22,10 @@ sys.path.insert(0, str(HERE.parents[1]))
 import cv2  # noqa: E402
 
 from tests.browser import browser  # noqa: E402
-from tests.mlflow_server import compared, comparison, serving  # noqa: E402
+from tests.mlflow_server import compared, comparison, only_differences, row, serving  # noqa: E402
 
 NAME = "mlflow_compare.png"
-WIDTH, HEIGHT = 1500, 1400
+WIDTH, HEIGHT = 1500, 1480
 
 
 def main() -> None:
@@ -42,6 +42,8 @@ def main() -> None:
         with serving(Path(temporary), copy) as server, browser(Path(temporary)) as window:
             window.look(WIDTH, HEIGHT, "light")
             compared(window, comparison(server.address, runs, experiment), ["LR"], len(runs))
+            only_differences(window)
+            print("best_HOTA", *row(window, "best_HOTA", len(runs)))
             time.sleep(2)
             taken = Path(temporary) / NAME
             window.picture(taken, HEIGHT)

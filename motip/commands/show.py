@@ -11,11 +11,16 @@ if TYPE_CHECKING:
 
 
 def console(stderr: bool = False) -> Console:
-    """Standard output, or standard error; lines in a pipe or log file are never broken to a terminal's width."""
+    """Standard output, or standard error; lines in a pipe or log file are never broken to a terminal's width.
+
+    What stands in brackets or between colons is printed as it is: paths and other programs' errors have both.
+    """
     from rich.console import Console
 
-    screen = Console(soft_wrap=True, stderr=stderr)
-    return screen if screen.is_terminal else Console(soft_wrap=True, width=240, stderr=stderr)
+    screen = Console(soft_wrap=True, stderr=stderr, markup=False, emoji=False)
+    if screen.is_terminal:
+        return screen
+    return Console(soft_wrap=True, width=240, stderr=stderr, markup=False, emoji=False)
 
 
 def note(text: str, stderr: bool = False) -> None:

@@ -102,6 +102,7 @@ class TrialRunner:
     def _train(self, job: StageJob, own: Location, keeper: _TrialKeeper, report: Report, told: Told) -> Told:
         try:
             try:
+                self._tell_again(job, own, report, told)
                 fit(job, self.placement, str(own), keeper)
             finally:
                 keeper.deliver_notes()
@@ -111,10 +112,8 @@ class TrialRunner:
                 raise
             told.status = "pruned"
         keeper.dashboard.finish()
-        # Epochs of an earlier attempt are told by its checkpoints, not by this one's records.
-        for epoch, metrics in completed(str(own)).epochs.items():
-            if self.stage.best in metrics:
-                told.history[epoch + 1] = metrics[self.stage.best]
+        if self._recall(own, told) == job.config["EPOCHS"]:
+            told.status = "finished"  # the word to end came after its last epoch
         if told.status == "finished" and told.value is None:
             raise MotipError(
                 f"no epoch of the trial has the metric {self.stage.best}",
@@ -122,6 +121,24 @@ class TrialRunner:
                 expected="one that a stage's validation scores have",
             )
         return told
+
+    def _tell_again(self, job: StageJob, own: Location, report: Report, told: Told) -> None:
+        """What the trial reached before it was cut off: others are judged by it, and it may be given up right away.
+
+        Raises:
+            Stopped: so it is.
+        """
+        self._recall(own, told)
+        for epochs, value in told.best_so_far().items():
+            report.value(epochs, value, job.config["EPOCHS"])
+
+    def _recall(self, own: Location, told: Told) -> int:
+        """Complete the history from the checkpoints, which know all attempts; returns how many epochs are done."""
+        epochs = completed(str(own)).epochs
+        for epoch, metrics in epochs.items():
+            if self.stage.best in metrics:
+                told.history[epoch + 1] = metrics[self.stage.best]
+        return max(epochs, default=-1) + 1
 
     def _tell_ending(self, run_id: str, told: Told, epochs: int, own: Location) -> None:
         best = next(epoch for epoch, value in sorted(told.history.items()) if value == told.value)

@@ -243,9 +243,9 @@ class ConversionUi:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        terminal = console or Console()
+        terminal = console or Console(markup=False, emoji=False)
         # A job's log is a file: a table folded at 80 columns cannot be read there.
-        self.console = terminal if console or terminal.is_terminal else Console(width=160)
+        self.console = terminal if console or terminal.is_terminal else Console(width=160, markup=False, emoji=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._tasks: dict[str, Any] = {}

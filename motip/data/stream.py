@@ -55,7 +55,11 @@ class DataResources:
 
 
 def data_resources(
-    total_cpus: float, workers: int, actors_per_worker: int, worker_cpus: float | None = None
+    total_cpus: float,
+    workers: int,
+    actors_per_worker: int,
+    worker_cpus: float | None = None,
+    node_cpus: Sequence[float] = (),
 ) -> DataResources:
     """Divide a cluster's CPUs so that all training workers and all decoding actors can run at once.
 
@@ -68,6 +72,8 @@ def data_resources(
         workers: training workers.
         actors_per_worker: decoding actors wanted for each; 0 = the worker decodes itself.
         worker_cpus: CPUs that a worker must have; None = a fair share, 1 at most.
+        node_cpus: of each node, so that a fair share leaves no node a rest that is too small for one more process;
+            empty = all CPUs are of one node.
 
     Raises:
         MotipError: with the arithmetic, when less than a tenth of a CPU is left for a process.
@@ -76,8 +82,8 @@ def data_resources(
     headroom = min(0.5, total_cpus / 8)
     room = total_cpus - headroom
     if worker_cpus is None:
-        share = min(1.0, _floor(room / (workers * (1 + actors_per_worker))))
-        worker_cpus = actor_cpus = share
+        processes = workers * (1 + actors_per_worker)
+        worker_cpus = actor_cpus = min(_floor(room / processes), _whole_share(node_cpus or [total_cpus], processes))
     else:
         left = room - workers * worker_cpus
         actor_cpus = min(1.0, _floor(left / (workers * actors_per_worker))) if actors_per_worker else 1.0
@@ -346,6 +352,13 @@ def _wrong_rows(found: str, rows: Sequence[ClipRef]) -> MotipError:
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _whole_share(node_cpus: Sequence[float], processes: int) -> float:
+    """The largest share of a CPU, in hundredths, of which the nodes have so many, none split over two of them."""
+    hundredths = [int(cpus * 100 + 1e-6) for cpus in node_cpus]
+    fits = (share for share in range(100, 0, -1) if sum(each // share for each in hundredths) >= processes)
+    return next(fits, 0) / 100
 
 
 def _floor(value: float) -> float:

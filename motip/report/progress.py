@@ -154,10 +154,13 @@ def _percent(value: float | None) -> str:
 
 
 def wide_console() -> Console:
-    """A console that never folds lines below 140 columns: a job's log is a file, and tables must stay readable."""
-    console = Console(soft_wrap=True)
+    """A console that never folds lines below 140 columns: a job's log is a file, and tables must stay readable.
+
+    What stands in brackets or between colons is printed as it is: paths and other programs' errors have both.
+    """
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     if console.width < 140:
-        console = Console(soft_wrap=True, width=140)
+        console = Console(soft_wrap=True, width=140, markup=False, emoji=False)
     return console
 
 
@@ -171,7 +174,7 @@ class DriverUi:
         self._stage = ""
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, emoji=False)
 
     def converting(self, phase: str, done: int, total: int) -> None:
         """A bar on a terminal, a line every ten seconds elsewhere."""

@@ -63,9 +63,9 @@ def sweep_figure(
     scored = [trial for trial in trials if trial.value is not None]
     values = [trial.value for trial in scored if trial.value is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    norm = Normalize(low, high if high > low else low + 1)
-    _parallel(left, scored, space, norm, metric, hand_set, best)
-    _over_rate(right, scored, space, norm, metric, hand_set, best)
+    look = _Look(Normalize(low, high if high > low else low + 1), hand_set, best)
+    _parallel(left, scored, space, metric, look)
+    _over_rate(right, scored, space, metric, look)
     failed = len(trials) - len(scored)
     counted = f"{len(trials)} trials" + (f", {failed} without a score are not drawn" if failed else "")
     figure.suptitle(f"{title}: {counted}", fontsize=11)
@@ -73,13 +73,7 @@ def sweep_figure(
 
 
 def _parallel(
-    axes: Axes,
-    trials: Sequence[Shown],
-    space: Mapping[str, Range | Choices],
-    norm: Normalize,
-    metric: str,
-    hand_set: str,
-    best: str,
+    axes: Axes, trials: Sequence[Shown], space: Mapping[str, Range | Choices], metric: str, look: _Look
 ) -> None:
     """One upright axis for each key and one for the score; heights are shares of each axis's own range."""
     keys = list(space)
@@ -91,12 +85,12 @@ def _parallel(
     end = len(keys)
     axes.axvline(end, color="0.75", lw=1, zorder=0)
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        _label(axes, end, share, f"{float(norm.inverse(share)):.1f}")
-    for trial in sorted(trials, key=lambda each: (each.key in (hand_set, best), each.value or 0.0)):
+        _label(axes, end, share, f"{float(look.norm.inverse(share)):.1f}")
+    for trial in sorted(trials, key=lambda each: (look.stands_out(each), each.value or 0.0)):
         heights = [scale.height(trial.values.get(key)) for key, scale in zip(keys, scales, strict=True)]
         points = [(place, height) for place, height in enumerate(heights) if height is not None]
-        points.append((end, float(norm(trial.value or 0.0))))
-        colour, width = _look(trial, norm, hand_set, best)
+        points.append((end, float(look.norm(trial.value or 0.0))))
+        colour, width = look.of(trial)
         style = "--" if trial.status == "pruned" else "-"
         axes.plot(*zip(*points, strict=True), style, c=colour, lw=width, alpha=0.9)
     axes.set_xticks(range(end + 1), [*keys, metric], fontsize=8)
@@ -113,13 +107,7 @@ def _label(axes: Axes, place: float, height: float, text: str) -> None:
 
 
 def _over_rate(
-    axes: Axes,
-    trials: Sequence[Shown],
-    space: Mapping[str, Range | Choices],
-    norm: Normalize,
-    metric: str,
-    hand_set: str,
-    best: str,
+    axes: Axes, trials: Sequence[Shown], space: Mapping[str, Range | Choices], metric: str, look: _Look
 ) -> None:
     ranges = [key for key, values in space.items() if isinstance(values, Range)]
     key = RATE if RATE in ranges else next(iter(ranges), None)
@@ -127,7 +115,7 @@ def _over_rate(
         place = trial.values.get(key) if key is not None else number
         if place is None or trial.value is None:
             continue
-        colour, width = _look(trial, norm, hand_set, best)
+        colour, width = look.of(trial)
         hollow = trial.status == "pruned"
         axes.plot(
             *([place], [trial.value], "o"), ms=7, mec=colour, mew=1.5, mfc="white" if hollow else colour, zorder=width
@@ -146,13 +134,24 @@ def _over_rate(
     axes.set_title(f"{metric} over {key or 'the trials'}", fontsize=9)
 
 
-def _look(trial: Shown, norm: Normalize, hand_set: str, best: str) -> tuple[Any, float]:
-    """Colour and line width."""
-    if trial.key == hand_set:
-        return HAND, 2.5
-    if trial.key == best:
-        return BEST, 2.5
-    return colormaps[MAP](float(norm(trial.value or 0.0)) * 0.92), 1.2
+@dataclass(frozen=True)
+class _Look:
+    """How a trial is drawn: its score as a colour, hand-set and best in colours of their own and on top."""
+
+    norm: Normalize
+    hand_set: str
+    best: str
+
+    def of(self, trial: Shown) -> tuple[Any, float]:
+        """Colour and line width."""
+        if trial.key == self.hand_set:
+            return HAND, 2.5
+        if trial.key == self.best:
+            return BEST, 2.5
+        return colormaps[MAP](float(self.norm(trial.value or 0.0)) * 0.92), 1.2
+
+    def stands_out(self, trial: Shown) -> bool:
+        return trial.key in (self.hand_set, self.best)
 
 
 class _Scale:

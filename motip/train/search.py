@@ -116,8 +116,8 @@ def room(workers: int, config: Config, cluster: Cluster, wanted: int | None = No
             fix="lower --at-once or --workers-per-trial, or add nodes",
         )
     at_once = at_once if wanted is None else max(1, wanted)
-    share = replace(cluster, cpus=cluster.cpus / at_once, gpus=cluster.gpus / at_once)
-    return Room(at_once, replace(place(workers, config, share), runs=at_once), sentence)
+    together = place(workers * at_once, config, cluster)
+    return Room(at_once, replace(together, workers=workers, runs=at_once), sentence)
 
 
 class Report:

@@ -40,7 +40,10 @@ class Machines:
     """The head, which takes no work, and nodes that do."""
 
     def __init__(self) -> None:
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        # A node that is killed hangs up at once; one that only waits for a core of a busy machine is not given up on.
+        patience = {"health_check_timeout_ms": 120_000}
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": patience}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
 
     def grow(self, number: int) -> None:

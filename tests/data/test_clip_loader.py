@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import threading
 from collections.abc import Iterator
@@ -240,6 +241,16 @@ def test_cpu_shares_fit_the_machine(cpus: float, workers: int, actors: int) -> N
     assert 1 <= share.actors_per_worker <= actors
     assert workers * (share.worker_cpus + share.actors_per_worker * share.actor_cpus) < cpus
     assert share.worker_cpus <= 1 and share.actor_cpus <= 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "actors"), [([0, 1, 1, 1, 1], 3, 1), ([2, 1], 2, 1), ([8] * 4, 5, 4), ([3, 3, 3], 5, 1)]
+)
+def test_no_process_is_split_over_two_nodes(nodes: list[float], workers: int, actors: int) -> None:
+    share = data_resources(sum(nodes), workers, actors, node_cpus=nodes)
+    assert share.worker_cpus == share.actor_cpus and share.actors_per_worker == actors
+    places = sum(math.floor(cpus / share.worker_cpus + 1e-9) for cpus in nodes)
+    assert places >= workers * (1 + actors), share
 
 
 def test_cpus_that_would_never_become_free_are_refused_with_the_arithmetic() -> None:

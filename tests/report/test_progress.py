@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from motip.commands.show import console, note
 from motip.data import convert_report
 from motip.report import progress
-from motip.report.progress import DriverUi
+from motip.report.progress import DriverUi, wide_console
 
 
 def shown(is_terminal: bool, phases: list[tuple[str, int, int]]) -> str:
@@ -51,6 +52,17 @@ def test_a_terminal_gets_a_bar() -> None:
     text = shown(True, PHASES)
     assert "\x1b[" in text and "60/60" in text
     assert "converting: 60 sequences" not in text
+
+
+@pytest.mark.parametrize("text", ["lost: [/usr/src/pair.cc:545] closed by peer", "[red]s3://a:car:b[/]"])
+def test_brackets_and_colons_are_printed_as_they_are(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    DriverUi(Console(file=stream)).note(text)
+    wide_console().print(text)
+    console().print(text)
+    note(text)
+    assert stream.getvalue() == f"{text}\n"
+    assert capsys.readouterr().out == f"{text}\n{text}\nnote: {text}\n"
 
 
 # ---- a stage in training --------------------------------------------------------------------------------------------

@@ -125,6 +125,11 @@ def test_fewer_at_once_can_be_asked_for_and_get_more_each(tiny: Config) -> None:
     assert fewer.placement.cpus > most.placement.cpus
 
 
+def test_trials_that_fit_by_the_sum_fit_node_by_node(tiny: Config) -> None:
+    found = room(1, tiny, Cluster(3, 0, 3, True, (1.0, 1.0, 1.0)))
+    assert found.at_once == 2 and found.placement.cpus == found.placement.decoder_cpus == 0.5
+
+
 @pytest.mark.parametrize(
     ("cluster", "workers", "wanted", "words"),
     [
