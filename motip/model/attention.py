@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from motip.model.products import product
+
 
 class MultiHeadAttention(nn.Module):
     """Holds ``in_proj_weight`` (3E,E), ``in_proj_bias``, ``out_proj.*``: the keys of ``torch.nn.MultiheadAttention``.
@@ -29,23 +31,23 @@ class MultiHeadAttention(nn.Module):
 
     def project_query(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., heads, head_dim)."""
-        query = F.linear(x, self.in_proj_weight[: self.dim], self.in_proj_bias[: self.dim])
+        query = product(x, self.in_proj_weight[: self.dim], self.in_proj_bias[: self.dim])
         return query.unflatten(-1, (self.heads, self.head_dim))
 
     def project_value(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., heads, head_dim)."""
-        value = F.linear(x, self.in_proj_weight[2 * self.dim :], self.in_proj_bias[2 * self.dim :])
+        value = product(x, self.in_proj_weight[2 * self.dim :], self.in_proj_bias[2 * self.dim :])
         return value.unflatten(-1, (self.heads, self.head_dim))
 
     def project_query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., E) -> queries and keys, each (..., heads, head_dim), in one product."""
-        both = F.linear(x, self.in_proj_weight[: 2 * self.dim], self.in_proj_bias[: 2 * self.dim])
+        both = product(x, self.in_proj_weight[: 2 * self.dim], self.in_proj_bias[: 2 * self.dim])
         query, key = both.unflatten(-1, (2, self.heads, self.head_dim)).unbind(-3)
         return query, key
 
     def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., E) -> queries, keys and values, each (..., heads, head_dim), in one product."""
-        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        projected = product(x, self.in_proj_weight, self.in_proj_bias)
         query, key, value = projected.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
         return query, key, value
 

@@ -1,67 +1,17 @@
-"""Image backbones: ResNet-50 with frozen batch norm (published), and a small GroupNorm network for the demo world."""
+"""Image backbones: the published ResNet-50 (`resnet`), and a small GroupNorm network for the demo world."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 from motip.model.spec import ModelSpec
 
-
-class FrozenBatchNorm(nn.Module):
-    """Batch norm with four fixed buffers (weight, bias, running_mean, running_var) and no step counter.
-
-    With the one or two clips per step that fit a card, running statistics would only add noise.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("weight", torch.ones(channels))
-        self.register_buffer("bias", torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale.view(1, -1, 1, 1).to(x.dtype) + shift.view(1, -1, 1, 1).to(x.dtype)
-
-
-class ResNet50Body(ResNet):
-    """torchvision's ResNet-50 without its classifier; returns the maps of layer2, layer3 and layer4.
-
-    conv1 and layer1 are never trained (spec of the published code); layer2-4 only if `train`.
-    """
-
-    channels = (512, 1024, 2048)
-
-    def __init__(self, dilation: bool, train: bool) -> None:
-        super().__init__(
-            Bottleneck,
-            [3, 4, 6, 3],
-            norm_layer=FrozenBatchNorm,
-            replace_stride_with_dilation=[False, False, dilation],
-        )
-        del self.avgpool, self.fc
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(train and name.startswith(("layer2", "layer3", "layer4")))
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        x = self.layer1(x)
-        maps = []
-        for layer in (self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-            maps.append(x)
-        return maps
+if TYPE_CHECKING:
+    from motip.model.resnet import ResNet50Body
 
 
 class _GroupNormBlock(nn.Module):
@@ -121,6 +71,8 @@ class Backbone(nn.Module):
         super().__init__()
         body: ResNet50Body | TinyGroupNormBody
         if spec.backbone == "resnet50":
+            from motip.model.resnet import ResNet50Body
+
             body = ResNet50Body(spec.dilation, spec.train_backbone)
         else:
             body = TinyGroupNormBody(spec.train_backbone)

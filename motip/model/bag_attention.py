@@ -36,11 +36,14 @@ def bag_attention(
     # Row 0 of each (image, head); row numbers fit int32, which halves what is kept for the backward pass.
     images = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1, 1) * (layout.pixels * heads)
     first_rows = images + torch.arange(heads, dtype=torch.int32, device=device).view(1, 1, -1, 1)
+    # Taken apart once: the gradient of each index alone would be a tensor of zeros as large as all of them.
+    across, down = (axis.unbind(3) for axis in sampling_locations.unbind(-1))
+    weights = attention_weights.to(dtype).unbind(3)
     cells, shares = [], []
     for level, (height, width) in enumerate(spatial_shapes):
-        column, right = _cell(sampling_locations[:, :, :, level, :, 0], width)
-        row, lower = _cell(sampling_locations[:, :, :, level, :, 1], height)
-        weight = attention_weights[:, :, :, level].to(dtype)
+        column, right = _cell(across[level], width)
+        row, lower = _cell(down[level], height)
+        weight = weights[level]
         lower = lower * weight
         upper, left = weight - lower, 1.0 - right
         cells.append((row * layout.widths[level] + column + layout.starts[level]) * heads + first_rows)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from motip.model.backbone import Backbone, resize_mask
 from motip.model.position import SinePositionEncoding
+from motip.model.products import PixelwiseConv
 from motip.model.spec import ModelSpec
 from motip.model.transformer import DeformableTransformer, FeatureLevel
 
@@ -66,7 +67,7 @@ def _projections(channels: tuple[int, ...], dim: int, levels: int) -> list[nn.Mo
     projections: list[nn.Module] = []
     for level in range(levels):
         if level < len(channels):
-            convolution = nn.Conv2d(channels[level], dim, 1)
+            convolution: nn.Conv2d = PixelwiseConv(channels[level], dim)
         else:
             convolution = nn.Conv2d(channels[-1], dim, 3, stride=2, padding=1)
         projections.append(nn.Sequential(convolution, nn.GroupNorm(32, dim)))

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
-from motip.model.backbone import FrozenBatchNorm, ResNet50Body
 from motip.model.packed import PackedConv
+from motip.model.resnet import FrozenBatchNorm, ResNet50Body
 
 
 class PackedResNet:

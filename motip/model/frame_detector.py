@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motip.model.backbone import ResNet50Body, resize_mask
+from motip.model.backbone import TinyGroupNormBody, resize_mask
 from motip.model.deformable_attention import log_implementation
 from motip.model.detector import DeformableDetr, DetectorOutput
 from motip.model.frame_attention import FrameAttention, PaddedMaps, Sampler
-from motip.model.frame_backbone import PackedResNet
 from motip.model.packed import PackedConv, PackedLinear, can_pack
 from motip.model.transformer import MLP, DecoderLayer, EncoderLayer, encoder_reference_points, refine, valid_ratio
 
@@ -61,7 +60,7 @@ class FrameDetector:
         transformer = modules.transformer
         backbone, self._position = modules.backbone
         body = backbone.body
-        self._body = PackedResNet(body, dtype) if isinstance(body, ResNet50Body) else body
+        self._body = body if isinstance(body, TinyGroupNormBody) else _packed(body, dtype)
         self._projections = [(PackedConv(convolution, dtype), norm) for convolution, norm in modules.input_proj]
         self._level_embed = transformer.level_embed.detach()
         self._encoder = [_EncoderLayer.of(layer, dtype) for layer in transformer.encoder.layers]
@@ -216,3 +215,9 @@ class _DecoderLayer:
         value = self.value(hidden).unflatten(-1, (self.heads, -1)).transpose(0, 1)
         attended = F.scaled_dot_product_attention(query[None], key[None], value[None])
         return attended[0].transpose(0, 1).flatten(1)
+
+
+def _packed(body: Any, dtype: torch.dtype) -> Callable[[Tensor], list[Tensor]]:
+    from motip.model.frame_backbone import PackedResNet  # with torchvision, see `resnet`
+
+    return PackedResNet(body, dtype)

@@ -8,6 +8,7 @@ from motip.model.deformable_attention import log_implementation
 from motip.model.detector import DeformableDetr, DetectorOutput
 from motip.model.id_decoder import IdDecoder, TrajectoryModeling
 from motip.model.init import init_parameters
+from motip.model.products import use_products
 from motip.model.spec import ModelSpec
 
 
@@ -26,6 +27,7 @@ class MOTIP(nn.Module):
         if not spec.only_detr:
             self.trajectory_modeling = TrajectoryModeling(spec)
             self.id_decoder = IdDecoder(spec)
+        use_products(self)
 
     def forward(self, images: Tensor, mask: Tensor) -> DetectorOutput:
         """The detector pass: images (B,3,H,W) normalised, mask (B,H,W) bool True on padding."""

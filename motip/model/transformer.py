@@ -8,10 +8,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from motip.model.attention import MultiHeadAttention
 from motip.model.deformable_attention import DeformableAttention, SpatialShapes
+from motip.model.products import relu_of
 from motip.model.spec import ModelSpec
+
+_MANY = 1 << 22
+"""Pixels times channels of a batch: two frames of 480x854 have more, a frame of the demo world a hundredth."""
 
 
 class FeatureLevel(NamedTuple):
@@ -40,7 +45,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = relu_of(layer, x)
         return self.layers[-1](x)
 
 
@@ -68,7 +73,7 @@ class EncoderLayer(nn.Module):
     ) -> Tensor:
         attended = self.self_attn(src + position, reference_points, src, shapes, padding)
         src = self.norm1(src + self.dropout(attended))
-        inner = self.linear2(self.dropout(F.relu(self.linear1(src))))
+        inner = self.linear2(self.dropout(relu_of(self.linear1, src)))
         return self.norm2(src + self.dropout(inner))
 
 
@@ -99,7 +104,7 @@ class DecoderLayer(nn.Module):
         target = self.norm2(target + self.dropout(self._attend_to_queries(target, position)))
         attended = self.cross_attn(target + position, reference_points, memory, shapes, padding)
         target = self.norm1(target + self.dropout(attended))
-        inner = self.linear2(self.dropout(F.relu(self.linear1(target))))
+        inner = self.linear2(self.dropout(relu_of(self.linear1, target)))
         return self.norm3(target + self.dropout(inner))
 
     def _attend_to_queries(self, target: Tensor, position: Tensor) -> Tensor:
@@ -124,9 +129,37 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """src, position (B,S,D), valid_ratios (B,levels,2), padding (B,S) -> memory (B,S,D)."""
         reference_points = encoder_reference_points(shapes, valid_ratios)
+        if _computed_again(src):
+            # One image at a time: what a layer needs while it is at work is then that much smaller too.
+            images = zip(src.split(1), position.split(1), reference_points.split(1), padding.split(1), strict=True)
+            return torch.cat([self._recomputed(*image, shapes) for image in images])
         for layer in self.layers:
             src = layer(src, position, reference_points, shapes, padding)
         return src
+
+    def _recomputed(
+        self, src: Tensor, position: Tensor, reference_points: Tensor, padding: Tensor, shapes: SpatialShapes
+    ) -> Tensor:
+        for layer in self.layers:
+            dropout: nn.Dropout = layer.dropout  # type: ignore[assignment]
+            inputs = (src, position, reference_points, shapes, padding)
+            src = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=dropout.p > 0)
+        return src
+
+
+def _computed_again(src: Tensor) -> bool:
+    """Whether an encoder layer keeps only its input for the backward pass.
+
+    Otherwise the layers keep more than all else of a training step together. On a CPU it is an eighth of a step's time.
+    A card has other means: it computes whole images again, if it must.
+    """
+    return (
+        src.device.type == "cpu"
+        and src.requires_grad
+        and torch.is_grad_enabled()
+        and src.numel() >= _MANY
+        and not torch.compiler.is_compiling()
+    )
 
 
 def encoder_reference_points(shapes: SpatialShapes, valid_ratios: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
@@ -311,7 +310,9 @@ def inference_size(height: int, width: int, short_side: int, max_longer: int) ->
 def resize_frame(image: Tensor, settings: TrackerSettings) -> Tensor:
     """(3, H, W) uint8 -> resized (3, h, w) uint8, bilinear with antialiasing."""
     size = inference_size(image.shape[-2], image.shape[-1], settings.short_side, settings.max_longer)
-    resized: Tensor = transforms.resize(image, list(size), antialias=True)
+    from torchvision.transforms.v2.functional import resize  # takes as long to import as torch
+
+    resized: Tensor = resize(image, list(size), antialias=True)
     return resized
 
 

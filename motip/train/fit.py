@@ -388,7 +388,7 @@ def _train(job: StageJob, placement: Placement, mailbox: Any, folder: str) -> No
     else:
         device = torch.device("cpu")
         here = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // (here * placement.runs)))
+        torch.set_num_threads(max(1, _cores() // (here * placement.runs)))
     # [2] The batches come from Ray Data, this rank's rows of the clip plan in order.
     feed = RayFeed(job, config, comm.rank, comm.world_size, placement.decoders, placement.decoder_cpus)
     reporter = RayReporter(mailbox, folder, _retention(job, config))
@@ -396,6 +396,11 @@ def _train(job: StageJob, placement: Placement, mailbox: Any, folder: str) -> No
         run_stage(job, comm, feed, reporter, device)
     finally:
         reporter.leave()
+
+
+def _cores() -> int:
+    """Cores that this process may use: more threads than that would wait for each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnRecord) -> None:

@@ -23,6 +23,7 @@ from motip.track.settings import TrackerSettings
 from motip.train.build import build_model_for, restore_optimizer
 from motip.train.checkpoints import Cadence, save_epoch, save_step
 from motip.train.communicate import Communicator
+from motip.train.host_memory import keep_freed_memory
 from motip.train.job import Feed, StageJob
 from motip.train.notice import Notice, Stopped
 from motip.train.optimizer import GROUP_NAMES, LearningRates, build_optimizer
@@ -130,6 +131,8 @@ def run_stage(job: StageJob, comm: Communicator, feed: Feed, reporter: Reporter,
         WorkerLost: another rank died or hangs. Where this one hangs itself, its process ends.
     """
     config = Config.from_dict(job.config)
+    if device.type == "cpu":
+        keep_freed_memory()
     watched = Watched(comm, config.COLLECTIVE_TIMEOUT_S, config.PROGRESS_TIMEOUT_S)
     with watched.guarded(reporter.lost):
         try:
