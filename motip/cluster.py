@@ -96,3 +96,4 @@ def disconnect() -> None:
 
     if ray.is_initialized():
         ray.shutdown()
+    os.environ.pop(OWN, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -152,7 +153,8 @@ def _products_with_rows(grad: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     count, samples = rows.shape
     begins = torch.arange(0, (count + 1) * samples, samples, dtype=rows.dtype, device=rows.device)
     # Fake tensors, as the memory estimate has, cannot be sparse.
-    if rows.device.type == "cpu" and type(grad) is Tensor:
+    plain = type(grad) is Tensor and grad.dtype in (torch.float32, torch.float64)
+    if rows.device.type == "cpu" and plain:
         wanted = _sparse(begins, rows.flatten(), grad.new_zeros(count * samples), (count, len(table)))
         return torch.sparse.sampled_addmm(wanted, grad, table.t(), beta=0.0).values().view(count, samples)
     products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -167,8 +169,15 @@ def _bag_numbers(rows: Tensor) -> Tensor:
 
 
 def _sparse(begins: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
-    # PyTorch says once in a process that compressed rows are in beta; of the one operator used here the results are
-    # tested.
+    _hear_of_beta()
+    return torch.sparse_csr_tensor(begins, columns, values, size, check_invariants=False)
+
+
+@cache
+def _hear_of_beta() -> None:
+    """PyTorch says once in a process that compressed rows are in beta; of the one operator used here the results are
+    tested."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(begins, columns, values, size, check_invariants=False)
+        warnings.simplefilter("ignore")
+        nothing = torch.zeros(1, dtype=torch.int32)
+        torch.sparse_csr_tensor(nothing, nothing[:0], torch.zeros(0), (0, 1), check_invariants=False)

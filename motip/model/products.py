@@ -91,7 +91,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         x = x.contiguous()
-        multiplied = _multiplied(x, weight.contiguous(), bias, relu)
+        multiplied = _multiplied(x, weight.contiguous(), bias)
+        if relu:
+            multiplied.relu_()  # oneDNN's own makes 0 of what is no number, and would hide a weight that has diverged
         ctx.save_for_backward(x, weight, multiplied if relu else None)
         return multiplied
 
@@ -115,8 +117,8 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-    multiplied: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    multiplied: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return multiplied
 
 

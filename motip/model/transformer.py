@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -147,6 +150,23 @@ class Encoder(nn.Module):
         return src
 
 
+class _Once(threading.local):
+    on = False
+
+
+_once = _Once()
+
+
+@contextmanager
+def computed_again_as_a_whole() -> Iterator[None]:
+    """Around a detector whose images are computed again anyway: its layers need not be so once more."""
+    before, _once.on = _once.on, True
+    try:
+        yield
+    finally:
+        _once.on = before
+
+
 def _computed_again(src: Tensor) -> bool:
     """Whether an encoder layer keeps only its input for the backward pass.
 
@@ -155,6 +175,8 @@ def _computed_again(src: Tensor) -> bool:
     """
     return (
         src.device.type == "cpu"
+        and type(src) is Tensor  # the memory estimate speaks for a card with tensors that say they are on a CPU
+        and not _once.on
         and src.requires_grad
         and torch.is_grad_enabled()
         and src.numel() >= _MANY

@@ -13,6 +13,7 @@ from motip.model import MOTIP, ModelSpec, build_model
 from motip.model.init import init_copy_id_decoder, init_grid_queries
 from motip.model.weights import TransferReport, apply_transfer, load_checkpoint, plan_transfer, read_weights
 from motip.train.job import StageJob
+from motip.train.optimizer import load_optimizer
 
 if TYPE_CHECKING:
     from motip.train.loop import Run
@@ -77,7 +78,7 @@ def restore_optimizer(run: Run, stored: dict[str, Any] | None) -> int:
         MotipError: RESUME_SCHEDULER finds no epoch left to train.
     """
     if stored is not None:
-        run.optimizer.load_state_dict(stored["optimizer"])
+        load_optimizer(run.optimizer, stored["optimizer"])
         run.rates.load_state_dict(stored["scheduler"])
         run.step.load_state_dict(stored["scaler"])
         run.global_step = int(stored["step"])
@@ -96,7 +97,7 @@ def _prolong(run: Run, path: str, optimizer: bool, scheduler: bool) -> int:
     if (given.get("config") or {}).get("_name") != run.config.name:
         return 0
     if optimizer and given.get("optimizer"):
-        run.optimizer.load_state_dict(given["optimizer"])
+        load_optimizer(run.optimizer, given["optimizer"])
         run.note(f"optimiser moments taken along from {path}")
     if not scheduler:
         return 0

@@ -446,7 +446,7 @@ def _trainer_class() -> Any:
     """TorchTrainer, without the actor that looks after left placement groups on a Ray that `connect` started.
 
     That actor asks the dashboard's server whether the controller lives. Such a Ray has none, and a stage would wait for
-    the answer at its end, for 12 s; it leaves nothing behind either, as it ends with the driver.
+    the answer at its end, for 12 s; what a controller that is killed leaves behind goes when the driver ends.
     """
     from ray.train.torch import TorchTrainer
 

@@ -15,6 +15,7 @@ from motip.losses.matcher import DetectionTargets
 from motip.model import MOTIP
 from motip.model.detector import DetectorOutput
 from motip.model.preprocess import normalise
+from motip.model.transformer import computed_again_as_a_whole
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ def detect_frames(model: MOTIP, batch: ClipBatch, order: list[int], plan: FrameP
 
     # Normalising inside the recomputed part keeps uint8 instead of float images until the backward pass.
     def detect_again(index: Tensor) -> DetectorOutput:
-        return checkpoint(detect, index, use_reentrant=False)
+        return checkpoint(detect_whole, index, use_reentrant=False)
+
+    def detect_whole(index: Tensor) -> DetectorOutput:
+        with computed_again_as_a_whole():
+            return detect(index)
 
     frames = [clip * length + t for t in order for clip in range(clips)]
     trained = min(plan.train_frames, length) * clips

@@ -75,6 +75,19 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.LR, weight_decay=config.WEIGHT_DECAY, fused=True)
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over moments and rates. How they are computed stays as it is here: a state can come from another kernel."""
+    kernels = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kernel in zip(optimizer.param_groups, kernels, strict=True):
+        group.update(kernel)
+        if kernel.get("fused"):
+            for parameter in group["params"]:
+                own = optimizer.state.get(parameter, {})
+                if "step" in own:  # the fused kernel counts beside the weights, the others on the host
+                    own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=parameter.device)
+
+
 class LearningRates:
     """The learning rate as a function of (epoch, step): linear warm-up, then a drop at each milestone.
 

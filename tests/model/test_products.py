@@ -99,3 +99,10 @@ def test_the_whole_network_multiplies_so() -> None:
     spec = ModelSpec(backbone="tiny_gn", enc_layers=1, dec_layers=1, num_id_decoder_layers=1, num_queries=4)
     kinds = {type(module) for module in build_model(spec).modules() if isinstance(module, nn.Linear)}
     assert kinds == {Linear}
+
+
+def test_a_weight_that_is_no_number_shows_through_the_relu() -> None:
+    x, weight = torch.randn(64, 128), torch.randn(256, 128)
+    weight[7] = torch.nan
+    found = product(x, weight.requires_grad_(), relu=True)
+    assert found[:, 7].isnan().all() and found.isnan().sum() == 64

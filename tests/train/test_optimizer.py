@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from motip.config import Config
 from motip.errors import MotipError
 from motip.model import ModelSpec, build_model
-from motip.train.optimizer import LearningRates, build_optimizer, freeze_parameters, parameter_groups
+from motip.train.optimizer import LearningRates, build_optimizer, freeze_parameters, load_optimizer, parameter_groups
 from tests.train.small import small_config, small_model
 
 
@@ -137,3 +138,25 @@ def test_state_of_another_optimiser_is_refused() -> None:
         rates.load_state_dict(torch.optim.lr_scheduler.MultiStepLR(single, [1]).state_dict())
     with pytest.raises(MotipError, match="no steps"):
         LearningRates(_optimizer(config), config, steps_per_epoch=0)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_moments_of_another_kernel_go_on_as_the_same(before: bool) -> None:
+    """A checkpoint of an optimiser with small operations resumes with the fused kernel, and steps alike."""
+    config = small_config()
+    gradients = [torch.Generator().manual_seed(seed) for seed in (1, 1)]
+    models = [small_model(config), small_model(config)]
+    optimizers = [build_optimizer(model, config) for model in models]
+    for group in optimizers[0].param_groups:
+        group["fused"] = before
+    for step in range(2):
+        for model, optimizer, generator in zip(models, optimizers, gradients, strict=True):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        if step == 0:
+            load_optimizer(optimizers[1], copy.deepcopy(optimizers[0].state_dict()))
+            models[1].load_state_dict(models[0].state_dict())
+    assert all(group["fused"] for group in optimizers[1].param_groups)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)
