@@ -1,6 +1,6 @@
 """The detector for one frame after the other on a CPU, as a tracker needs it.
 
-It gives what `DeformableDetr` gives in eval mode, to rounding, in 0.4 of the time (docs/performance.md): batch norms
+It gives what `DeformableDetr` gives in eval mode, to rounding, in less time (docs/performance.md): batch norms
 are folded into the convolutions, weights are packed, images lie channels last, what depends on the size of the frames
 alone is computed once, and of the heads only those that the last layer's answer needs are run.
 """
