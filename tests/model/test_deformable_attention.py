@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from motip.errors import MotipError
+from motip.model import bag_attention as bag_attention_room
 from motip.model import deformable_attention as rooms
 from motip.model.deformable_attention import DeformableAttention, deformable_attention
 
@@ -198,3 +199,13 @@ def test_initial_offsets_point_in_even_directions(heads: int) -> None:
     assert torch.allclose(offsets[:, :, 2], 3 * offsets[:, :, 0], atol=1e-5)
     assert torch.allclose(offsets.abs().amax(-1)[:, :, 0], torch.ones(heads, 2))
     assert torch.allclose(offsets.sum(0), torch.zeros(2, 3, 2), atol=1e-5)
+
+
+def test_both_ways_to_the_gradient_of_the_weights_agree() -> None:
+    """Of the two, CUDA takes the one that a CPU takes for tensors that cannot be sparse only."""
+    generator = torch.Generator().manual_seed(3)
+    grad, table = (torch.randn(size, 8, generator=generator) for size in (20, 50))
+    rows = torch.randint(50, (20, 12), generator=generator, dtype=torch.int32)
+    other = bag_attention_room._products_with_rows(torch.nn.Parameter(grad, requires_grad=False), table, rows)
+    torch.testing.assert_close(bag_attention_room._products_with_rows(grad, table, rows), other)
+    torch.testing.assert_close(other, (grad[:, None] * table[rows.long()]).sum(-1))
