@@ -46,6 +46,7 @@ class SourcePlan:
     name: str
     jobs: list[SequenceJob] = field(default_factory=list)
     locked: dict[str, list[str]] = field(default_factory=dict)
+    # Source sequences by split, of the splits that this conversion handles.
     found: dict[str, int] = field(default_factory=dict)
     limit: int = 0
     notes: list[str] = field(default_factory=list)
@@ -96,6 +97,8 @@ def convert(
     _refuse_shared_names(plans)
     jobs = [job for plan in plans for job in plan.jobs]
     results = _run(map_fn, convert_sequence, jobs, "converting", progress)
+    # Another run on the same storage may have written its manifest since.
+    previous = Manifest.load(storage) if manifest_path(storage).is_file() else previous
     manifest = _manifest(plans, results, previous, seed)
     notes = [note for plan in plans for note in plan.notes]
     notes += check_leakage(manifest, [plan.name for plan in plans], strict=strict)
@@ -326,8 +329,12 @@ def _run(map_fn: MapFn, function: Callable[[Any], Any], jobs: list[Any], phase: 
 
 
 def _manifest(plans: list[SourcePlan], results: list[SequenceResult], previous: Manifest, seed: int) -> Manifest:
-    """What was converted now, beside other sources and evaluation splits of the same storage as they were."""
-    ours = {plan.name: {"train", *plan.found} for plan in plans}
+    """What was converted now, beside what it did not handle of the same storage, as it was.
+
+    That is other sources, other evaluation splits, and the training videos of a source that this curriculum only
+    evaluates: they belong to another curriculum on the same storage.
+    """
+    ours = {plan.name: set(plan.found) for plan in plans}
 
     def stays(source: str, split: str) -> bool:
         return split not in ours.get(source, ())
