@@ -35,6 +35,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or type(x) is not Tensor  # such as the memory estimate's, which have no oneDNN form
+        or not torch.backends.mkldnn.enabled
         or not _has_onednn()
     ):
         multiplied = F.linear(x, weight, bias)
@@ -124,4 +125,5 @@ def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def _has_onednn() -> bool:
+    # What holds as long as the process does; the switch that is asked beside it may change.
     return can_pack(torch.zeros(1)) and hasattr(torch.ops.aten, "mkldnn_linear_backward_weights")

@@ -1,9 +1,8 @@
-"""The demo as a user starts it: two workers against one, the start of a stage, and all of `make demo` when asked for.
+"""The demo as a user starts it: two workers against one, the start of a stage, and all of `make demo`.
 
-    python -m tests.benchmarks.bench_demo                 # workers and start, some ten minutes
-    python -m tests.benchmarks.bench_demo --only start    # one of them
-    python -m tests.benchmarks.bench_demo --whole         # and `make demo` from nothing, ten minutes more
-    python -m tests.benchmarks.bench_demo --quick         # two epochs of a few clips
+    python -m tests.benchmarks.bench_demo                       # all, some twenty minutes
+    python -m tests.benchmarks.bench_demo --only workers start  # without `make demo`, half of that
+    python -m tests.benchmarks.bench_demo --quick               # two epochs of a few clips, without `make demo`
 
 *Workers.* The demo's Vis-Adaptation stage for two epochs on the drawn aerial world, with `ray_jobs/curriculum.py`: two
 workers of one clip on two cores, then one worker of two clips, pinned with its Ray and everything that it starts to
@@ -266,12 +265,12 @@ def whole(folder: Path, recorder: Recorder) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["workers", "start"], default=["workers", "start"])
+    parts = ["workers", "start", "whole"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="some of them")
     parser.add_argument("--repeats", type=int, default=1, help="of the comparison of workers")
     parser.add_argument(
         "--workers", type=int, default=min(2, cores_allowed()), help="of the stage whose start is timed"
     )
-    parser.add_argument("--whole", action="store_true", help="also time `make demo` from nothing")
     parser.add_argument("--side", choices=["start"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     add_flags(parser, "two epochs of a few clips")
@@ -290,10 +289,8 @@ def main() -> None:
             compare_workers(args, folder, recorder)
         if "start" in args.only:
             start_of_a_stage(args, folder, recorder)
-        if args.whole:
+        if "whole" in args.only and not args.quick:
             whole(folder, recorder)
-        else:
-            recorder.skip(WHOLE, "takes ten minutes and all cores: --whole")
     recorder.finish()
 
 

@@ -1,16 +1,16 @@
-"""The results of one machine: one JSON file, in which a claim that is measured again takes the place of the old one."""
+"""The results of one machine: one JSON file, in which what is measured again takes the place of the old figures."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from motip.errors import MotipError
 from motip.files import write_json_atomic
 from tests.benchmarks.machine import hardware, machine_name
-from tests.benchmarks.records import Claim, as_json, from_json
+from tests.benchmarks.records import Claim, Record, as_json, from_json
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "performance"
@@ -75,7 +75,10 @@ def document(machine: Machine) -> dict[str, Any]:
 
 
 def merge(machine: Machine, claim: Claim) -> None:
-    """Put the claim in the place of the one of the same name.
+    """Put a claim among those of the machine.
+
+    What the same script measured before with other arguments stays beside it with its date, unless it is the same
+    work.
 
     Raises:
         MotipError: it comes from a quick run, whose figures mean nothing.
@@ -86,4 +89,19 @@ def merge(machine: Machine, claim: Claim) -> None:
             where=f"claim {claim.name}",
             fix="measure without --quick",
         )
-    machine.claims[claim.name] = claim
+    before = machine.claims.get(claim.name)
+    kept = _others(before, claim) if before else []
+    works = {record.work for record in kept}
+    missing = {work: reason for work, reason in claim.not_measured.items() if work not in works}
+    machine.claims[claim.name] = replace(claim, records=[*claim.records, *kept], not_measured=missing)
+
+
+def _others(before: Claim, claim: Claim) -> list[Record]:
+    """Records of another command and of other work; they name the versions that they were made with."""
+    commands = {record.command for record in claim.records}
+    works = {record.work for record in claim.records}
+    kept = [record for record in before.records if record.command not in commands and record.work not in works]
+    if before.versions == claim.versions:
+        return kept
+    versions = ", ".join(f"{name} {version}" for name, version in before.versions.items())
+    return [replace(record, configuration={"versions": versions, **record.configuration}) for record in kept]

@@ -14,7 +14,7 @@ from motip.errors import MotipError
 from tests.benchmarks import records
 from tests.benchmarks.machine import hardware, machine_name, memory_mb
 from tests.benchmarks.plots import exponent
-from tests.benchmarks.records import Quantity, Recorder, Values, as_json, from_json, quantity, shown
+from tests.benchmarks.records import Claim, Quantity, Record, Recorder, Values, as_json, from_json, quantity, shown
 from tests.benchmarks.results import Machine, document, merge, read, write
 from tests.benchmarks.targets import Target
 
@@ -108,6 +108,27 @@ def test_merging_replaces_one_claim(tmp_path: Path) -> None:
     again = read(tmp_path / "box.json")
     assert document(again) == document(machine)
     assert [len(again.claims[name].records) for name in ("tracker", "data")] == [1, 2]
+
+
+def test_what_was_measured_with_other_arguments_stays() -> None:
+    def claim(torch: str, command: str, **seconds: float) -> Claim:
+        records = [
+            Record(work, {}, command, "2026-01-01", (0, 0), None, (quantity("s", value),))
+            for work, value in seconds.items()
+        ]
+        return Claim("data", "Data", {"torch": torch}, records=records, not_measured={"more": "no time"})
+
+    machine = Machine("box", {}, {})
+    merge(machine, claim("2.9", "bench", small=1.0, gone=1.0))
+    merge(machine, claim("2.9", "bench --more", more=2.0))
+    merge(machine, claim("3.0", "bench", small=3.0))
+    found = machine.claims["data"]
+    assert [(each.work, each.quantities[0].ours.median) for each in found.records] == [("small", 3.0), ("more", 2.0)]
+    assert found.versions == {"torch": "3.0"} and found.records[1].configuration == {"versions": "torch 2.9"}
+    assert found.not_measured == {}
+    # The same work by another command is measured again, not beside.
+    merge(machine, claim("3.0", "bench --fast", small=0.5))
+    assert [each.quantities[0].ours.median for each in machine.claims["data"].records] == [0.5, 2.0]
 
 
 def test_a_quick_run_is_never_merged(tmp_path: Path) -> None:

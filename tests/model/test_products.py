@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motip.model import ModelSpec, build_model, products
+from motip.model.packed import PackedLinear
 from motip.model.products import Linear, PixelwiseConv, pixelwise, product, relu_of, use_products
 
 needs_onednn = pytest.mark.skipif(not products._has_onednn(), reason="this PyTorch or processor has no such operators")
@@ -72,6 +73,16 @@ def test_only_what_is_wanted_has_a_gradient() -> None:
     x, weight, bias = tensors((6, 24), (16, 24), (16,))
     product(x.detach(), weight, bias.detach()).sum().backward()
     assert x.grad is None and bias.grad is None and weight.grad is not None
+
+
+@needs_onednn
+def test_the_switch_of_onednn_is_asked_each_time() -> None:
+    inputs = tensors((6, 24), (16, 24), (16,))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert type(product(*inputs).grad_fn).__name__ == "AddmmBackward0"
+        assert not PackedLinear(inputs[1]).packed
+    assert type(product(*inputs).grad_fn).__name__ != "AddmmBackward0"
+    assert PackedLinear(inputs[1]).packed
 
 
 def test_other_types_take_the_usual_way() -> None:
