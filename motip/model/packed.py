@@ -124,7 +124,7 @@ def can_pack(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
         and (dtype in (None, torch.float32) or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()))
         and platform.machine().lower() in ("x86_64", "amd64")
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
