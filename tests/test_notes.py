@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from motip.curriculum.stage import Keeper
+from motip.data.storage import write_json
 from motip.lineage import Lineage
+from motip.report.history import epochs_told
+from motip.train.fit import FitResult
 from motip.train.step import TrainStep
 from tests.small_curriculum import QuietUi, run, write_files
 
@@ -140,3 +143,21 @@ def test_a_note_that_cannot_be_written_yet_is_written_with_the_next_record(linea
     (folder / "notes.txt").rmdir()
     each("step", METRICS)
     assert without_times(folder / "notes.txt") == [line(1)]
+
+
+def test_an_epoch_that_was_stored_but_not_told_of_is_made_up(lineage: Lineage, tmp_path: Path) -> None:
+    """kill -9 between storing an epoch and delivering its metrics must not lose them."""
+    folder = tmp_path / "stage"
+    run_id = lineage.start_curriculum("demo", {})
+    write_json(folder / "stage.json", {"status": "running", "stage": "one"})
+    epochs = {0: {"train/loss": 3.0, "HOTA": 1.0}, 1: {"train/loss": 2.0, "HOTA": 2.0}}
+    stored = FitResult(epochs, {0: 10, 1: 20})
+    first = keeper(lineage, run_id, folder)
+    first("epoch", {"epoch": 0, "step": 10, "metrics": epochs[0]})  # the next is stored, and the process dies
+    second = keeper(lineage, run_id, folder)
+    second.make_up(stored)
+    second.make_up(stored)
+    client = lineage._store.client()
+    assert [(each.step, each.value) for each in client.get_metric_history(run_id, "HOTA")] == [(10, 1.0), (20, 2.0)]
+    assert epochs_told(folder) == {0, 1}
+    assert attached(lineage, run_id) == ["step 20: metrics of epoch 2 recorded only when the stage went on"]

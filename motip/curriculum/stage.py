@@ -22,7 +22,8 @@ from motip.data.storage import Location, fetch, location, sha256, write_bytes, w
 from motip.errors import MotipError
 from motip.evaluate.scores import Scores
 from motip.lineage import Lineage
-from motip.train.fit import FitResult, Placement, fit, place
+from motip.report.history import epochs_told
+from motip.train.fit import FitResult, Placement, completed, fit, place
 from motip.train.job import EpochPlans, Parent, StageJob
 from motip.train.retention import best_first
 
@@ -98,6 +99,7 @@ def _train(
     keeper = Keeper(session.lineage, run_id, session.ui, folder)
     try:
         try:
+            keeper.make_up(completed(str(folder)))
             result = fit(job, placement, str(folder), keeper)
         finally:
             keeper.deliver_notes()
@@ -204,6 +206,16 @@ class Keeper:
         if handler is not None:
             handler(values)
         self._ui.record(kind, values)
+
+    def make_up(self, stored: FitResult) -> None:
+        """Deliver the metrics of epochs that an attempt stored, but was killed before it told of them."""
+        told = epochs_told(self._folder)
+        for epoch, metrics in sorted(stored.epochs.items()):
+            if epoch not in told:
+                step = stored.steps[epoch]
+                text = f"metrics of epoch {epoch + 1} recorded only when the stage went on"
+                self._noted({"step": step, "text": text})
+                self._epoch_done({"epoch": epoch, "step": step, "metrics": metrics})
 
     def deliver_notes(self) -> None:
         """Bring the notes in MLflow up to date. Not at every note: each time it is the whole file."""

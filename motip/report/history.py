@@ -113,6 +113,11 @@ class History:
         return history
 
 
+def epochs_told(folder: Location) -> set[int]:
+    """Epochs that the training told of: where it was killed, a finished epoch can be missing."""
+    return {int(epoch) for epoch in _read(folder / FILE).get("epochs", {})}
+
+
 def _read(path: Location) -> dict[str, Any]:
     """A file's values; nothing where it is not there, as in the folders of older versions."""
     values: dict[str, Any] = read_json(path) if path.is_file() else {}
