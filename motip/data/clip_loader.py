@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -170,20 +172,20 @@ def local_batches(
 
 
 def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
-    """Pad clips of one length to the largest image (and a multiple of ``divisibility``) and the most ID slots."""
+    """Pad clips of one length to the largest image (and a multiple of ``divisibility``) and the most ID slots.
+
+    The images of a single clip that needs no padding are the sample's own memory, which may be read-only.
+    """
     import torch  # the decoding actors share this file and must not pay for torch's memory
 
     from motip.data.batch import ClipBatch, IdSlots
 
     frames = samples[0].images.shape[0]
     height, width = (-(-max(s.images.shape[i] for s in samples) // divisibility) * divisibility for i in (2, 3))
-    # NumPy's large arrays lie in huge pages, torch's do not: touching them for the first time costs a third.
-    images = np.empty((len(samples), frames, 3, height, width), dtype=np.uint8)
+    images = _padded_images(samples, height, width)
     masks = np.zeros((len(samples), frames, height, width), dtype=bool)
     for index, sample in enumerate(samples):
         h, w = sample.images.shape[2:]
-        images[index, :, :, :h, :w] = sample.images
-        images[index, :, :, h:], images[index, :, :, :, w:] = 0, 0
         masks[index, :, h:], masks[index, :, :, w:] = True, True
 
     def tensors(name: str) -> list[list[Any]]:
@@ -191,6 +193,7 @@ def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
 
     with_slots = samples[0].slots is not None
     counted = [sample.slots for sample in samples if sample.slots is not None and sample.weight]
+    _allow_read_only_images()
     return ClipBatch(
         images=torch.from_numpy(images),
         masks=torch.from_numpy(masks),
@@ -205,6 +208,32 @@ def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
         distractors=sum(slots.distractors for slots in counted),
         dropped=sum(slots.dropped for slots in counted),
     )
+
+
+@cache
+def _allow_read_only_images() -> None:
+    """PyTorch warns once in a process of arrays that must not be written to. Nobody writes into a batch's images."""
+    import torch
+
+    example = np.zeros(1, np.uint8)
+    example.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.from_numpy(example)
+
+
+def _padded_images(samples: Sequence[ClipSample], height: int, width: int) -> np.ndarray:
+    """(B, T, 3, height, width) uint8, zero at the bottom and right."""
+    first = samples[0].images
+    if len(samples) == 1 and first.shape[2:] == (height, width):
+        return first[None]  # copying the pixels of a long clip costs a fifth of decoding it
+    # NumPy's large arrays lie in huge pages, torch's do not: touching them for the first time costs a third.
+    images = np.empty((len(samples), len(first), 3, height, width), dtype=np.uint8)
+    for index, sample in enumerate(samples):
+        h, w = sample.images.shape[2:]
+        images[index, :, :, :h, :w] = sample.images
+        images[index, :, :, h:], images[index, :, :, :, w:] = 0, 0
+    return images
 
 
 def _padded(samples: Sequence[ClipSample], field: str) -> np.ndarray:

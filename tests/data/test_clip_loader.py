@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -156,6 +157,18 @@ def test_batches_are_padded_and_masked(world: SimpleNamespace) -> None:
             assert batch.slots.unknown_masks[index, :, :, own:].all()
     divisible = collate([world.loader.load(plan.clips[0])], divisibility=32)
     assert divisible.images.shape[3] % 32 == 0 and divisible.images.shape[4] % 32 == 0
+
+
+def test_a_single_clip_is_not_copied_and_may_be_read_only(world: SimpleNamespace) -> None:
+    sample = world.loader.load(_plan(world).clips[0])
+    assert np.shares_memory(collate([sample]).images.numpy(), sample.images)
+    sample.images.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batch = collate([sample])
+    assert torch.equal(batch.images[0], torch.from_numpy(sample.images.copy())) and not batch.masks.any()
+    twice = collate([sample, sample])
+    assert torch.equal(twice.images[1], batch.images[0]) and not np.shares_memory(twice.images.numpy(), sample.images)
 
 
 def test_objects_beyond_the_vocabulary_are_counted_in_the_batch(world: SimpleNamespace) -> None:
