@@ -2,6 +2,7 @@
 # make test: set up, then the tests (fast suite first, then the ones that start a real Ray cluster)
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c "" 2>/dev/null && echo python3.12 || echo python3)
 # make test-slow: what takes too long for every change: learning, a soak, a cluster that changes, a sweep
+# make setup: the environment alone; make lint: ruff and mypy; make clean: remove what runs and tools left behind
 # make bench: every speed claim beside its baseline, into docs/performance.md; make bench ONLY=tracker: one of them
 # The interpreter of the machine is used as it is; 3.11 and 3.12 are supported.
 VENV := .venv

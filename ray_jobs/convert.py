@@ -2,7 +2,7 @@
 
 Examples:
     python ray_jobs/convert.py --config configs/curriculum.yaml --data-root /data
-    python ray_jobs/convert.py --config configs/samples/curriculum.yaml --data-root ../shared/samples --strict
+    python ray_jobs/convert.py --config configs/samples/curriculum.yaml --data-root SAMPLES --strict
     ray job submit --working-dir . -- python ray_jobs/convert.py --config configs/curriculum.yaml \\
         --data-root s3://bucket/raw --storage s3://bucket/motip
 

@@ -2,7 +2,7 @@
 
 Examples:
     python ray_jobs/curriculum.py --config configs/demo/curriculum.yaml
-    python ray_jobs/curriculum.py --config configs/samples/curriculum.yaml --data-root ../shared/samples
+    python ray_jobs/curriculum.py --config configs/samples/curriculum.yaml --data-root SAMPLES
     python ray_jobs/curriculum.py --config configs/demo/experiment.yaml --storage outputs/experiment --workers 0
     ray job submit --working-dir . -- python ray_jobs/curriculum.py --config configs/curriculum.yaml \\
         --data-root /data --storage /shared/motip --workers 4 --set EPOCHS=10 --set Vis-Specialist:LR=5e-6

@@ -3,7 +3,7 @@
 Examples:
     python ray_jobs/evaluate.py --checkpoint checkpoint_best.pth --config configs/curriculum.yaml --storage ~/motip
     python ray_jobs/evaluate.py --checkpoint checkpoint_best.pth --config configs/samples/curriculum.yaml \\
-        --data-root ../shared/samples --sources visdrone --workers 0
+        --data-root SAMPLES --sources visdrone --workers 0
     ray job submit --working-dir . -- python ray_jobs/evaluate.py --checkpoint /shared/motip/best.pth \\
         --storage /shared/motip
     python ray_jobs/evaluate.py --checkpoint checkpoint_best.pth --sweep-thresholds

@@ -1,11 +1,13 @@
 """One stage on its own (the plan's train-start.sh): convert its data, train, validate, record.
 
 Examples:
-    python ray_jobs/train.py --config configs/bdd_stage2.yaml --data-root /data --set DETR_PRETRAIN=checkpoint_best.pth
-    python ray_jobs/train.py --config configs/samples/stage1.yaml --data-root ../shared/samples --videos 1 \\
+    python ray_jobs/train.py --config configs/bdd_stage2.yaml --data-root /data --videos 150 \\
+        --set DETR_PRETRAIN=checkpoint_best.pth
+    python ray_jobs/train.py --config configs/samples/stage1.yaml --data-root SAMPLES --videos 1 \\
         --set DATASETS=[BDD100K] --set NUM_CLASSES=1 --set CLASSES=[car]
     ray job submit --working-dir . -- python ray_jobs/train.py --config configs/visdrone_stage1.yaml \\
-        --data-root /data --storage /shared/motip --workers 4
+        --data-root /data --storage /shared/motip --workers 4 --videos 80 \\
+        --set DETR_PRETRAIN=/shared/motip/checkpoint_best.pth
 
 DATASETS of the configuration names the data (BDD100K, VisDrone, DanceTrack), looked for in DATA_ROOT under the data
 root and in the data root itself. DETR_PRETRAIN names the weights; null trains from fresh ones. Run again, it goes on.

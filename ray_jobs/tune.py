@@ -2,7 +2,7 @@
 
 Examples:
     python ray_jobs/tune.py --config configs/bdd_stage2.yaml --sweep configs/sweeps/lr_and_intervals.yaml \\
-        --data-root /data --set DETR_PRETRAIN=checkpoint_best.pth --trials 16 --workers-per-trial 1
+        --data-root /data --set DETR_PRETRAIN=checkpoint_best.pth --videos 150 --trials 16
     python ray_jobs/tune.py --config configs/curriculum.yaml --stage Vis-Adaptation \\
         --sweep configs/sweeps/visdrone_stage1.yaml --data-root /data
     python ray_jobs/tune.py --config configs/demo/curriculum.yaml --stage BDD-Foundation --sweep configs/demo/sweep.yaml
@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, metavar="N", help="settings that are tried (default: the sweep file's)")
     parser.add_argument("--workers-per-trial", type=int, default=1, metavar="N", help="(default: 1)")
     parser.add_argument("--at-once", type=int, metavar="N", help="trials side by side (default: as many as fit)")
-    parser.add_argument("--tuned", metavar="FILE", help="where the values go (default: configs/tuned/<stage>.yaml)")
+    parser.add_argument("--tuned", metavar="FILE", help="where the values go (default: the stage's `tuned:`, else under configs/tuned/)")
     parser.add_argument("--data-root", help="folder with the raw datasets")
     parser.add_argument("--storage", default="~/motip", help="shards, trials, MLflow database (default: ~/motip)")
     parser.add_argument("--videos", type=int, help="training videos of each dataset, for a stage's configuration")

@@ -39,7 +39,7 @@ def compare(
     The interval comes from drawing whole sequences with replacement, the same for A and B. Where it spans 0 the
     difference is within noise. Training again with another seed is a noise of its own, which it does not know.
 
-    Example: motip compare evaluations/3f2a91c0d5e7 evaluations/8b10c44e72fd
+    Example: motip compare ~/motip/evaluations/3f2a91c0d5e7 ~/motip/evaluations/8b10c44e72fd
     """
     from motip.commands.show import as_json, console, note, table
     from motip.evaluate.compare import COVERAGE, METRICS, comparisons_json

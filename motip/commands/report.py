@@ -41,7 +41,7 @@ def errors(
     ignored. Writes contact_sheet.png, errors.json and the worst moments as H.264 videos. Tracks that lie in
     evaluations/ are used; otherwise the videos are tracked first.
 
-    Example: motip report errors curricula/motip-aerial/Vis-Specialist --clips 8
+    Example: motip report errors ~/motip/curricula/motip-aerial/Vis-Specialist --clips 8
     """
     from motip.commands.report_run import judged, place_for
     from motip.commands.show import console, note, table
@@ -73,7 +73,7 @@ def dashboard(
 
     A training draws it after every epoch; this is for a copy elsewhere, or for a run of an older version.
 
-    Example: motip report dashboard curricula/motip-aerial/Vis-Specialist --out dashboard.png
+    Example: motip report dashboard ~/motip/curricula/motip-aerial/Vis-Specialist --out dashboard.png
     """
     from motip.commands.report_run import picture_place, stage_folder_of
     from motip.commands.show import console

@@ -34,7 +34,7 @@ def convert(
 ) -> None:
     """Convert raw datasets to shards in this process; ray_jobs/convert.py does the same on a cluster.
 
-    Example: motip convert --config configs/samples/curriculum.yaml --data-root ../shared/samples --storage outputs
+    Example: motip convert --config configs/samples/curriculum.yaml --data-root SAMPLES --storage outputs
     """
     from motip.config import load_curriculum
     from motip.curriculum.worlds import with_worlds

@@ -30,7 +30,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "EXP_GROUP": "runs are recorded in MLflow",
     "EXP_NAME": "the curriculum and stage names name the run",
     "GIT_VERSION": "the commit is recorded by itself",
-    "MULTI_LAST_CHECKPOINTS": "every saved checkpoint is kept",
+    "MULTI_LAST_CHECKPOINTS": "`EPOCH_CHECKPOINTS_KEPT` says how many epochs' weights are kept",
     "USE_PREVIOUS_CHECKPOINT": "the published loader of older files is not needed",
     "USE_ACCELERATE_CLIP_NORM": "clipping is the same with one worker or many",
     "AUG_COLOR_JITTER_V2": "there is one colour jitter",

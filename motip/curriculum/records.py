@@ -57,7 +57,11 @@ class Options:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A finished stage, as written to ``stage.json``; it is what the next stage starts from."""
+    """A finished stage, as written to ``stage.json``; it is what the next stage starts from.
+
+    Attributes:
+        told: whether MLflow has been told of the end; a process can be killed between the two.
+    """
 
     stage: str
     inputs: str
@@ -77,6 +81,7 @@ class StageRecord:
     status: str = "finished"
     format: int = FORMAT
     transfer: dict[str, Any] = field(default_factory=dict)
+    told: bool = True
 
 
 def curriculum_folder(curriculum: Curriculum, options: Options) -> Location:

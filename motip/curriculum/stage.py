@@ -18,7 +18,7 @@ from motip.curriculum.records import Options, StageRecord, finished_record, stag
 from motip.curriculum.score_table import score_rows
 from motip.data.convert import ConvertReport
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
-from motip.data.storage import Location, fetch, location, sha256, write_bytes, write_json
+from motip.data.storage import Location, fetch, location, read_json, sha256, write_bytes, write_json
 from motip.errors import MotipError
 from motip.evaluate.scores import Scores
 from motip.lineage import Lineage
@@ -64,7 +64,7 @@ def run_stage(session: Session, stage: Stage, parent: Parent | None) -> StageRec
     folder = stage_folder(session.curriculum, stage, job.inputs, session.options)
     done = finished_record(folder, job.inputs)
     if done is not None:
-        return done
+        return done if done.told else _tell_end(session, folder, done)
     EpochPlans(job, stage.config, max(1, session.options.workers))(0)  # no trainable clip is said now, not by workers
     placement = _placement(stage.config, session)
     job = replace(job, run_id=_start_run(session, stage, job, train, folder))
@@ -111,9 +111,19 @@ def _train(
         session.lineage.finish(run_id, "FAILED")
         raise
     keeper.dashboard.finish()
-    session.lineage.log_stage_result(run_id, record.checkpoint, record.sha256, record.metrics, step=record.step)
-    session.lineage.finish(run_id, "FINISHED")
-    return record
+    return _tell_end(session, folder, record)
+
+
+def _tell_end(session: Session, folder: Location, record: StageRecord) -> StageRecord:
+    """Bring a finished stage's result to MLflow; done again, it changes nothing."""
+    if record.run_id is not None:
+        session.lineage.log_stage_result(
+            record.run_id, record.checkpoint, record.sha256, record.metrics, step=record.step
+        )
+        session.lineage.finish(record.run_id, "FINISHED")
+    told = replace(record, told=True)
+    write_json(folder / "stage.json", asdict(replace(told, skipped=False)))
+    return told
 
 
 def _placement(config: Config, session: Session) -> Placement:
@@ -173,6 +183,7 @@ def _conclude(
         epochs=stage.config.EPOCHS,
         seconds=seconds,
         transfer=transfer,
+        told=False,
     )
     write_json(folder / "stage.json", asdict(record))
     return record
@@ -186,7 +197,8 @@ class Keeper:
         self._run_id = run_id
         self._ui = ui
         self._folder = folder
-        self.transfer: dict[str, Any] = {}
+        stored = folder / "transfer.json"  # only the first attempt tells of it
+        self.transfer: dict[str, Any] = _without_lists(read_json(stored)) if stored.is_file() else {}
         self.dashboard = StageDashboard(lineage, run_id, folder, ui.note)
         self._notes_file = folder / "notes.txt"
         # Told again after a restart: the attempt before may have ended between writing a note and delivering it.
@@ -208,13 +220,16 @@ class Keeper:
         self._ui.record(kind, values)
 
     def make_up(self, stored: FitResult) -> None:
-        """Deliver the metrics of epochs that an attempt stored, but was killed before it told of them."""
+        """Deliver what is known of epochs that an attempt stored, but was killed before it told of them."""
         told = epochs_told(self._folder)
         for epoch, metrics in sorted(stored.epochs.items()):
             if epoch not in told:
                 step = stored.steps[epoch]
                 text = f"metrics of epoch {epoch + 1} recorded only when the stage went on"
                 self._noted({"step": step, "text": text})
+                scores = self._scores_file(epoch)
+                if scores.is_file():
+                    self._deliver_scores(epoch, read_json(scores))
                 self._epoch_done({"epoch": epoch, "step": step, "metrics": metrics})
 
     def deliver_notes(self) -> None:
@@ -254,14 +269,24 @@ class Keeper:
             _log.warning("notes.txt cannot be written yet: %s", str(error).splitlines()[0])
 
     def _scores(self, values: dict[str, Any]) -> None:
-        name = f"scores/epoch_{values['epoch']:03d}.json"
-        self._lineage.log_dict(self._run_id, values["scores"], name)
-        own = {source: Scores.from_json(each) for source, each in values["scores"].items()}
+        write_json(self._scores_file(values["epoch"]), values["scores"])  # before MLflow, which may refuse
+        self._deliver_scores(values["epoch"], values["scores"])
+
+    def _scores_file(self, epoch: int) -> Location:
+        return self._folder / "scores" / f"epoch_{epoch:03d}.json"
+
+    def _deliver_scores(self, epoch: int, scores: dict[str, Any]) -> None:
+        self._lineage.log_dict(self._run_id, scores, f"scores/epoch_{epoch:03d}.json")
+        own = {source: Scores.from_json(each) for source, each in scores.items()}
         header, rows = score_rows({"": own})
-        self._lineage.log_table(self._run_id, header, rows, f"evaluation/epoch_{values['epoch']:03d}.json")
-        write_json(self._folder / "scores" / f"epoch_{values['epoch']:03d}.json", values["scores"])
+        self._lineage.log_table(self._run_id, header, rows, f"evaluation/epoch_{epoch:03d}.json")
 
     def _transferred(self, values: dict[str, Any]) -> None:
-        self.transfer = {key: value for key, value in values.items() if key not in ("file", "model")}
-        self._lineage.log_dict(self._run_id, values, "transfer.json")
+        self.transfer = _without_lists(values)
         write_json(self._folder / "transfer.json", values)
+        self._lineage.log_dict(self._run_id, values, "transfer.json")
+
+
+def _without_lists(transfer: dict[str, Any]) -> dict[str, Any]:
+    """A transfer report without its lines for each tensor."""
+    return {key: value for key, value in transfer.items() if key not in ("file", "model")}

@@ -102,6 +102,7 @@ class TrialRunner:
     def _train(self, job: StageJob, own: Location, keeper: _TrialKeeper, report: Report, told: Told) -> Told:
         try:
             try:
+                keeper.make_up(completed(str(own)))
                 self._tell_again(job, own, report, told)
                 fit(job, self.placement, str(own), keeper)
             finally:

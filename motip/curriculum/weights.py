@@ -55,7 +55,8 @@ def find_weights(named: str, stage: Stage, options: Options) -> Location:
         else f"weights of stage {stage.name} in {options.config_path or 'the curriculum file'}",
         found=named,
         expected=" or ".join(str(candidate) for candidate in candidates),
-        fix="put the file there (motip_dancetrack.pth is in the MOTIP model zoo), or name another one in `weights:`",
+        fix="put the file there (the MOTIP model zoo calls it r50_deformable_detr_motip_dancetrack.pth), "
+        "or name another one in `weights:`",
     )
 
 

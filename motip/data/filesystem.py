@@ -41,18 +41,17 @@ class WholeFiles(pafs.FileSystemHandler):
     def __hash__(self) -> int:
         return hash((type(self), self._remote))
 
-    @property
-    def _inner(self) -> pafs.FileSystem:
-        return s3() if self._remote else pafs.LocalFileSystem()
+    def _inner(self, path: str) -> pafs.FileSystem:
+        return s3(path.partition("/")[0]) if self._remote else pafs.LocalFileSystem()
 
     def _ask(self, verb: str, path: str, action: Callable[[pafs.FileSystem], Answer]) -> Answer:
-        return retried(lambda: action(self._inner), f"{verb} {'s3://' if self._remote else ''}{path}")
+        return retried(lambda: action(self._inner(path)), f"{verb} {'s3://' if self._remote else ''}{path}")
 
     def get_type_name(self) -> str:
         return "s3" if self._remote else "local"
 
     def normalize_path(self, path: str) -> str:
-        return str(self._inner.normalize_path(path))
+        return str(self._inner(path).normalize_path(path))
 
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
         return self._ask("looking at", ", ".join(paths), lambda files: files.get_file_info(paths))

@@ -2,7 +2,8 @@
 
 Local places are plain :class:`pathlib.Path`. :class:`RemotePath` offers the same verbs for S3, so code that only
 lists, reads and joins does not ask which of the two it has. Endpoint, region and credentials of S3 come from the
-environment (``AWS_ENDPOINT_URL``, ``AWS_REGION``, ``AWS_ACCESS_KEY_ID``, …), never from a file of ours.
+environment (``AWS_ENDPOINT_URL``, ``AWS_REGION``, ``AWS_ACCESS_KEY_ID``, …), never from a file of ours. Where it names
+neither endpoint nor region, S3 is asked which region the bucket is in.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from motip.errors import MotipError
 from motip.files import atomic_write
 
 CHUNK_BYTES = 8 << 20
+OTHER_STORES_REGION = "us-east-1"
+"""What stores behind an endpoint of their own take for theirs."""
 STREAM_TRIES = 6
 """Of each request while a file is read bit by bit, by the S3 client itself; nobody above it could repeat one."""
 
@@ -37,23 +40,46 @@ Answer = TypeVar("Answer")
 
 
 @functools.cache
-def s3(tries: int = 3) -> pafs.S3FileSystem:
+def s3(bucket: str, tries: int = 3) -> pafs.S3FileSystem:
     """The object store that the environment names.
 
     Args:
+        bucket: that is to be used; without endpoint and region in the environment, its region is where requests go.
         tries: of each request by the S3 client itself, silently, within about a second for 3.
+
+    Raises:
+        MotipError: the environment names no region, and S3 does not say which one the bucket is in.
     """
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     scheme, _, host = endpoint.rpartition("://")
     return pafs.S3FileSystem(
         endpoint_override=host or None,
         scheme=scheme or "https",
-        region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        region=_named_region() or (OTHER_STORES_REGION if endpoint else _region_of(bucket)),
         # Of a single try: a wrong endpoint is an error, no hang, once these tries and those of `retried` are used up.
         connect_timeout=10,
         request_timeout=60,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=tries),
     )
+
+
+def _named_region() -> str:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
+
+
+@functools.cache
+def _region_of(bucket: str) -> str:
+    """The region that a bucket of AWS is in; it answers this also to those who may not read the bucket."""
+    try:
+        return str(pafs.resolve_s3_region(bucket))
+    except (OSError, pa.ArrowException) as error:
+        raise MotipError(
+            f"which region the bucket {bucket} is in cannot be found out: {error}",
+            where=f"s3://{bucket}",
+            expected="a bucket that exists, and a way to S3",
+            fix="check the name, or set AWS_REGION to the bucket's region in the environment of this process (for "
+            "another store than AWS, AWS_ENDPOINT_URL)",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -93,6 +119,9 @@ class RemotePath:
     def name(self) -> str:
         return posixpath.basename(self.key)
 
+    def _store(self, tries: int = 3) -> pafs.S3FileSystem:
+        return s3(self.key.partition("/")[0], tries)
+
     @property
     def suffix(self) -> str:
         return posixpath.splitext(self.name)[1]
@@ -112,7 +141,7 @@ class RemotePath:
         return "s3://" + self.key
 
     def _info(self) -> pafs.FileInfo:
-        return _ask(self.uri, "looking at", lambda: s3().get_file_info(self.key))
+        return _ask(self.uri, "looking at", lambda: self._store().get_file_info(self.key))
 
     def exists(self) -> bool:
         return self._info().type != pafs.FileType.NotFound
@@ -129,7 +158,7 @@ class RemotePath:
 
     def _listing(self, recursive: bool = False) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.key, recursive=recursive, allow_not_found=recursive)
-        return _ask(self.uri, "listing", lambda: s3().get_file_info(selector))
+        return _ask(self.uri, "listing", lambda: self._store().get_file_info(selector))
 
     def iterdir(self) -> Iterator[RemotePath]:
         return iter([RemotePath("s3://" + info.path) for info in self._listing()])
@@ -148,7 +177,7 @@ class RemotePath:
 
     def read_bytes(self) -> bytes:
         def read() -> bytes:
-            with s3().open_input_file(self.key) as stream:
+            with self._store().open_input_file(self.key) as stream:
                 return bytes(stream.read())
 
         return _ask(self.uri, "reading", read)
@@ -160,13 +189,13 @@ class RemotePath:
         # An S3 object appears whole or not at all, so this is atomic without a temporary name. One call writes it
         # all: an interruption between two would let the stream be closed, and half an object be published.
         def write() -> None:
-            with s3().open_output_stream(self.key) as stream:
+            with self._store().open_output_stream(self.key) as stream:
                 stream.write(data)
 
         _ask(self.uri, "writing", write)
 
     def open_input(self) -> pa.NativeFile:
-        return _ask(self.uri, "opening", lambda: s3(STREAM_TRIES).open_input_file(self.key))
+        return _ask(self.uri, "opening", lambda: self._store(STREAM_TRIES).open_input_file(self.key))
 
     def chunks(self) -> Iterator[bytes]:
         """The content in pieces of at most CHUNK_BYTES; a piece that fails is asked for again, not the whole."""
@@ -185,7 +214,7 @@ class RemotePath:
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove a file; the folder that it empties stays, as on a disk."""
         try:
-            _ask(self.uri, "removing", lambda: s3().delete_file(self.key))
+            _ask(self.uri, "removing", lambda: self._store().delete_file(self.key))
         except MotipError as error:
             # Also where a first try removed it and its answer was lost.
             if not (missing_ok and isinstance(error.__cause__, FileNotFoundError)):
