@@ -262,7 +262,8 @@ def _stage(
     values["config"] = load_config(find_beside(str(values["config"]), path), overrides)
     if values.get("sweep"):
         values["sweep"] = find_sweep(str(values["sweep"]), path)
-        check_sweep(values["sweep"], values["config"], f"{where}, sweep: {raw['sweep']}")
+        if tune is True or tune == values["name"]:  # an override may not fit a sweep that is not asked for
+            check_sweep(values["sweep"], values["config"], f"{where}, sweep: {raw['sweep']}")
     if values.get("tuned") and not (tune == values["name"] or (tune is True and values.get("sweep"))):
         overlay = tuned_file(str(values["tuned"]), path)
         values["config"] = with_overlay(values["config"], overlay, overrides)
