@@ -26,7 +26,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--strict", action="store_true", help="broken images and look-alikes of val in train are errors"
     )
-    parser.add_argument("--seed", type=int, default=0, help="order in which videos are picked (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="order in which videos are picked, here and in the stages that follow (default: that of the conversion "
+        "before, else 0)",
+    )
     parser.add_argument("--allow-fewer", action="store_true", help="take what there is where a stage asks for more")
     return parser.parse_args()
 

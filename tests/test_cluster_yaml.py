@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,52 @@ def test_settings_are_written_once_and_reach_ray(config: dict[str, Any], tmp_pat
     assert said.startswith(f"token true {tmp_path}/venv/bin:")
 
 
+def test_jobs_look_for_s3_in_the_region_of_the_machines(config: dict[str, Any], tmp_path: Path) -> None:
+    """Without AWS_REGION a bucket would be looked for in us-east-1, wherever the machines are."""
+    edited = yaml.safe_load(PATH.read_text().replace("&region us-east-1", "&region eu-north-1"))
+    region, commands = edited["provider"]["region"], edited["setup_commands"]
+    (export,) = [line for line in commands if "AWS_REGION" in line]
+    # For head and workers alike, and before the check that needs it.
+    assert commands.index(export) < commands.index(edited["metadata"]["edit"]["check_storage"])
+    assert region == "eu-north-1" and not [line for line in commands if "us-east-1" in line]
+    (tmp_path / ".bashrc").write_text("")
+    (tmp_path / "cloud-init").write_text(f'#!/bin/sh\n[ "$*" = "query v1.region" ] && echo {region}\n')
+    (tmp_path / "cloud-init").chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for _ in range(2):
+        subprocess.run(["bash", "-c", export], env=environment, check=True)
+    assert (tmp_path / ".bashrc").read_text() == f"export AWS_REGION={region}\n"
+    python = "import pyarrow.fs as fs; print(fs.S3FileSystem().region)"
+    said = subprocess.run(["bash", "-c", f'. ~/.bashrc; "{sys.executable}" -c "{python}"'],
+                          env=environment, check=True, capture_output=True, text=True).stdout  # fmt: skip
+    assert said.strip() == region, "the check of the bucket asks in another region"
+
+
+def test_a_machine_that_does_not_know_its_region_comes_up(config: dict[str, Any], tmp_path: Path) -> None:
+    (export,) = [line for line in config["setup_commands"] if "AWS_REGION" in line]
+    (tmp_path / ".bashrc").write_text("")
+    (tmp_path / "cloud-init").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "cloud-init").chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", export], env=environment, check=True, capture_output=True, text=True)
+    assert "no region from cloud-init" in done.stdout
+    assert (tmp_path / ".bashrc").read_text() == ""
+
+
+def test_the_check_of_the_bucket_tells_a_bucket_from_none(config: dict[str, Any]) -> None:
+    from tests.object_store import object_store
+
+    check = config["metadata"]["edit"]["check_storage"].replace("~/venv/bin/python", f'"{sys.executable}"')
+    with object_store() as store:
+        # The client itself takes no address from the environment.
+        address = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
+        check = check.replace("S3FileSystem()", f"S3FileSystem(endpoint_override='{address}', scheme='http')")
+        for bucket, ok in ((store.uri.removeprefix("s3://"), True), ("no-such-bucket", False)):
+            done = subprocess.run(["bash", "-c", check.replace("EDIT-ME", bucket)], capture_output=True, text=True)
+            assert (done.returncode == 0) is ok, done.stderr
+            assert ok or "NO_SUCH_BUCKET" in done.stderr
+
+
 def test_nodes_install_the_lock_file_and_nothing_unpinned(config: dict[str, Any]) -> None:
     commands = [
         line
@@ -193,7 +240,8 @@ def test_the_lock_file_has_all_that_the_project_declares() -> None:
     needed = [Requirement(text) for text in project["dependencies"]]
     assert [each.name for each in needed if each.name not in pins] == []
     assert [str(each) for each in needed if not each.specifier.contains(pins[each.name])] == []
-    assert "boto3" in pins, "the launcher and the check of the bucket use it"
+    assert "boto3" in pins, "the launcher uses it"
+    assert "pyarrow" in pins, "the check of the bucket uses it"
 
 
 def test_commands_are_shell(config: dict[str, Any]) -> None:

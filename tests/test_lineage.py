@@ -24,7 +24,6 @@ from motip.errors import MotipError
 from motip.files import sha256_file
 from motip.lineage import DataUsed, Lineage, NullLineage, provenance
 from motip.lineage.provenance import REDACTED, redact
-from motip.lineage.spool import Spool
 from motip.lineage.tags import MAX_VALUE, Tag, join_params, split_params
 from tests.mlflow_server import free_port
 
@@ -520,30 +519,6 @@ def test_what_mlflow_never_takes_is_set_aside_and_named(
     assert "no*such*name" in rejected
     assert "set aside" in caplog.text
     assert lineage.flush() == 0
-
-
-def test_a_line_cut_off_by_a_kill_does_not_block_the_queue(tmp_path: Path) -> None:
-    spool = Spool(tmp_path)
-    spool.append("run", {"kind": "tags", "tags": {"a": "1"}})
-    with (tmp_path / "run.jsonl").open("a") as stream:
-        stream.write('{"kind": "tags", "ta')
-    delivered: list[dict] = []
-
-    def deliver(entries: list[dict]) -> int:
-        delivered.append(entries[0])
-        return 1
-
-    assert spool.replay("run", deliver, lambda entry: "") == 0
-    assert delivered == [{"kind": "tags", "tags": {"a": "1"}}]
-    assert spool.runs() == []
-
-
-def test_an_entry_after_a_cut_off_line_is_not_lost(tmp_path: Path) -> None:
-    spool = Spool(tmp_path)
-    with (tmp_path / "run.jsonl").open("a") as stream:
-        stream.write('{"kind": "tags", "ta')
-    spool.append("run", {"kind": "tags", "tags": {"b": "2"}})
-    assert spool.count("run") == 1
 
 
 def test_lineage_travels_into_workers(lineage: Lineage) -> None:

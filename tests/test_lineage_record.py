@@ -7,11 +7,13 @@ import json
 import re
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from motip.commands.weights_record import write_export_record
+from motip.data.convert import convert
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
 from motip.errors import MotipError
 from motip.files import sha256_file
@@ -20,6 +22,7 @@ from motip.lineage.record import parse_record, read_record, record_export, recor
 from motip.lineage.steps import CheckpointPlace, LineageStep, here
 from motip.lineage.tags import Tag
 from motip.model.export import export_safetensors
+from tests.data.raw_world import bdd_video, curriculum, mix, source
 from tests.small_world import write_checkpoint, write_curriculum
 from tests.test_lineage import CONFIG, DIGEST, client_of, run_stage, weights
 
@@ -199,7 +202,53 @@ def test_verify_looks_at_the_shards(lineage: Lineage, storage: Path) -> None:
     assert lineage.verify(run_id)[1].state == "missing"
     assert [check.what for check in lineage.verify(run_id, data=False)] == ["weights"]
     Manifest(tuple(entries[:1])).save(storage)
-    assert lineage.verify(run_id)[1].path.endswith("manifest.json")
+    (gone,) = lineage.verify(run_id)[1:]
+    assert (gone.state, gone.path) == ("missing", str(second))
+    Manifest((replace(entries[0], fps=30.0),)).save(storage)
+    second.write_bytes(b"no shard")
+    assert [check.path for check in lineage.verify(run_id)[1:]] == [str(second)]
+    shutil.rmtree(storage / "shards")
+    (gone,) = lineage.verify(run_id)[1:]
+    assert gone.state == "missing" and gone.path.endswith("manifest.json")
+
+
+def test_verify_finds_videos_that_a_later_curriculum_has_no_use_for(
+    lineage: Lineage, storage: Path, tmp_path: Path
+) -> None:
+    """They are in the manifest no more, their shards are there: nothing has changed."""
+    for index in range(4):
+        bdd_video(tmp_path / "bdd", f"train{index}", 10)
+    bdd_video(tmp_path / "bdd", "val0", 10, split="val")
+    ground = source("ground", "bdd100k", "bdd", classes={"car": ("car",)})
+    entries = convert(curriculum([ground], [mix("ground", 4)]), tmp_path, storage).manifest.of("ground", "train")
+    names = [entry.video for entry in entries]
+    used = DataUsed("ground/train", entries_digest(entries), source={"videos": names})
+    run_id = lineage.start_stage(lineage.start_curriculum("demo", {}), "a", CONFIG, DIGEST, None, datasets=[used])
+    left = convert(curriculum([ground], [mix("ground", 1)]), tmp_path, storage).manifest.of("ground", "train")
+    assert len(left) == 1
+    (check,) = lineage.verify(run_id)
+    assert (check.state, check.expected, check.found) == ("same", used.sha256, used.sha256)
+
+    # What did change is named, though no record has the sha256 of these files.
+    first, second, third = [storage / "shards" / entry.shard for entry in entries if entry.video != left[0].video]
+    pictures = bytearray(first.read_bytes())
+    at = pictures.index(b"\xff\xd8\xff") + 200
+    pictures[at] ^= 1
+    first.write_bytes(pictures)
+    second.write_bytes(b"PAR1 cut short")
+    third.unlink()
+    checks = {check.path: check for check in lineage.verify(run_id)}
+    assert {path: check.state for path, check in checks.items()} == {
+        **{str(first): "changed", str(second): "changed", str(third): "missing"},
+    }
+    assert checks[str(first)].found == sha256_file(first)
+
+    # A whole shard of other labels under the name of the recorded one.
+    shutil.copyfile(storage / "shards" / left[0].shard, third)
+    replaced = [entry for entry in entries if entry.video == third.stem]
+    used = DataUsed("ground/train", entries_digest(replaced), source={"videos": [third.stem]})
+    run_id = lineage.start_stage(lineage.start_curriculum("demo", {}), "b", CONFIG, DIGEST, None, datasets=[used])
+    assert [check.state for check in lineage.verify(run_id)] == ["changed"]
 
 
 def test_two_tables_of_one_run_are_both_named(lineage: Lineage) -> None:

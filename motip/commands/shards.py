@@ -22,7 +22,13 @@ def convert(
     strict: Annotated[
         bool, typer.Option("--strict", help="Broken images and look-alikes of val in train are errors.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Order in which videos are picked.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Order in which videos are picked, here and in the stages that follow "
+            "(default: that of the conversion before, else 0)."
+        ),
+    ] = None,
     allow_fewer: Annotated[
         bool, typer.Option("--allow-fewer", help="Take what there is where a stage asks for more.")
     ] = False,

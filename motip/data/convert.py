@@ -30,7 +30,14 @@ from motip.data.selection import (
     shortage_note,
 )
 from motip.data.shards import ROWS_PER_GROUP, SHARD_VERSION
-from motip.data.storage import Location, location, remove_leftovers, require_folder, write_json
+from motip.data.storage import (
+    Location,
+    location,
+    one_at_a_time,
+    remove_leftovers,
+    require_folder,
+    write_json,
+)
 from motip.errors import MotipError
 
 MapFn = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
@@ -58,7 +65,7 @@ def convert(
     storage: Location | str,
     *,
     strict: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     allow_fewer: bool = False,
     map_fn: MapFn | None = None,
     progress: Progress | None = None,
@@ -70,13 +77,14 @@ def convert(
         data_root: folder or S3 address that the sources' roots are relative to.
         storage: folder or S3 address under which ``shards/`` is written.
         strict: broken images and look-alikes between train and val are errors, not counted and reported.
-        seed: order in which videos are picked.
+        seed: order in which videos are picked (default: that of the conversion before, else 0).
         allow_fewer: go on with what there is when a source has fewer videos than a stage asks for.
         map_fn: how jobs are run (default: one after the other).
 
     Raises:
         MotipError: missing or unreadable data, fewer videos than asked for, val sequences in train, classes without
-            a label; what was finished stays and is not done again.
+            a label, another conversion that has changed the seed meanwhile; what was finished stays and is not done
+            again.
     """
     map_fn = map_fn or (lambda function, jobs: map(function, jobs))
     progress = progress or (lambda _phase, _done, _total: None)
@@ -85,31 +93,67 @@ def convert(
     check_data_root(data_root)
     require_folder(storage / "shards")
     remove_leftovers(storage / "shards")
-    previous = Manifest.load(storage) if manifest_path(storage).is_file() else Manifest(())
+    previous = _there(storage)
+    order = previous.seed if seed is None else seed
     plans = []
     for source in curriculum.sources.values():
         lister = _Lister(source, data_root, storage, previous, strict)
         plan = SourcePlan(source.name)
         evaluation = lister.evaluation_jobs(plan)
-        training = lister.training_jobs(plan, _mixes(curriculum, source.name), seed, allow_fewer, map_fn, progress)
+        training = lister.training_jobs(plan, _mixes(curriculum, source.name), order, allow_fewer, map_fn, progress)
         plan.jobs = evaluation + training
         plans.append(plan)
     _refuse_shared_names(plans)
     jobs = [job for plan in plans for job in plan.jobs]
     results = _run(map_fn, convert_sequence, jobs, "converting", progress)
-    # Another run on the same storage may have written its manifest since.
-    previous = Manifest.load(storage) if manifest_path(storage).is_file() else previous
-    manifest = _manifest(plans, results, previous, seed)
     notes = [note for plan in plans for note in plan.notes]
-    notes += check_leakage(manifest, [plan.name for plan in plans], strict=strict)
-    notes += check_classes(curriculum, manifest)
-    _check_requests(curriculum, manifest, allow_fewer)
-    notes += _unused_shards(manifest, storage)
+    notes += _seed_notes(seed, previous)
+
+    def check(manifest: Manifest) -> list[str]:
+        found = check_leakage(manifest, [plan.name for plan in plans], strict=strict)
+        found += check_classes(curriculum, manifest)
+        _check_requests(curriculum, manifest, allow_fewer)
+        return found
+
+    manifest, found = _save(storage, lambda now: _manifest(plans, results, now, order, given=seed is not None), check)
+    notes += found + _unused_shards(manifest, storage)
     overlays = write_overlays(manifest, curriculum, storage)
-    manifest.save(storage)
     report = build_report(curriculum, manifest, results, {plan.name: plan.found for plan in plans}, notes, overlays)
     write_json(storage / "shards" / "report.json", report.to_dict())
     return report
+
+
+def _there(storage: Location) -> Manifest:
+    return Manifest.load(storage) if manifest_path(storage).is_file() else Manifest(())
+
+
+def _save(
+    storage: Location, merged: Callable[[Manifest], Manifest], check: Callable[[Manifest], list[str]]
+) -> tuple[Manifest, list[str]]:
+    """Merge with what other conversions into this storage have saved by now, check and save; nothing of theirs is lost.
+
+    Args:
+        merged: our manifest, given the one that is there.
+        check: raises where it may not be saved; its notes are returned.
+    """
+    with one_at_a_time(storage / "shards" / ".manifest.lock", "another conversion into this storage"):
+        while True:
+            there = _there(storage)
+            manifest = merged(there)
+            notes = check(manifest)
+            # The checks take seconds, and an object store has no lock.
+            if _there(storage) == there:
+                manifest.save(storage)
+                return manifest, notes
+
+
+def _seed_notes(seed: int | None, previous: Manifest) -> list[str]:
+    if seed is None or not previous.videos or seed == previous.seed:
+        return []
+    return [
+        f"videos are picked in the order of seed {seed} from now on, in every stage; the conversion before had seed "
+        f"{previous.seed}. Stages that get other videos by this are trained again"
+    ]
 
 
 def check_data_root(data_root: Location | str) -> None:
@@ -328,12 +372,26 @@ def _run(map_fn: MapFn, function: Callable[[Any], Any], jobs: list[Any], phase: 
     return sorted(results, key=lambda result: (result.source, result.split, result.sequence))
 
 
-def _manifest(plans: list[SourcePlan], results: list[SequenceResult], previous: Manifest, seed: int) -> Manifest:
+def _manifest(
+    plans: list[SourcePlan], results: list[SequenceResult], previous: Manifest, seed: int, given: bool
+) -> Manifest:
     """What was converted now, beside what it did not handle of the same storage, as it was.
 
     That is other sources, other evaluation splits, and the training videos of a source that this curriculum only
     evaluates: they belong to another curriculum on the same storage.
+
+    Args:
+        seed: by which videos were picked.
+        given: asked for, not taken from the manifest that was there at the beginning.
     """
+    if previous.videos and previous.seed != seed and not given:
+        raise MotipError(
+            "another conversion into this storage has changed the seed while this one ran",
+            where="shards/manifest.json",
+            found=f"seed {previous.seed}",
+            expected=f"seed {seed}, by which the videos were picked here",
+            fix="run it again: it then picks by the new seed, and what is finished is not done again",
+        )
     ours = {plan.name: set(plan.found) for plan in plans}
 
     def stays(source: str, split: str) -> bool:

@@ -95,6 +95,11 @@ class Manifest:
     sequences: tuple[dict[str, Any], ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def seed(self) -> int:
+        """Decides the order in which videos are picked."""
+        return int(self.settings.get("seed", 0))
+
     def digest(self) -> str:
         """Hex sha256 of all videos and locks; independent of the order of listing and of the place of storage."""
         locked = {s: {split: sorted(names) for split, names in splits.items()} for s, splits in self.locked.items()}
@@ -127,7 +132,7 @@ class Manifest:
         Raises:
             MotipError: no such source or split, or fewer videos than asked for.
         """
-        seed = int(self.settings.get("seed", 0)) if seed is None else seed
+        seed = self.seed if seed is None else seed
         entries = sorted(self.of(source, split), key=lambda entry: rank(entry.sequence, entry.segment, seed))
         if not entries:
             raise MotipError(

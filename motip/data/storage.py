@@ -9,9 +9,11 @@ neither endpoint nor region, S3 is asked which region the bucket is in.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import shutil
@@ -29,6 +31,8 @@ import pyarrow.parquet as pq
 from motip.data.retries import retried
 from motip.errors import MotipError
 from motip.files import atomic_write
+
+_log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 << 20
 OTHER_STORES_REGION = "us-east-1"
@@ -286,6 +290,30 @@ def read_json(path: Location) -> Any:
         raise MotipError(
             f"not a JSON file: {error}", where=path, fix="delete it and run the conversion again"
         ) from error
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock: Location, what: str) -> Iterator[None]:
+    """Keep other processes that use the same ``lock`` file out; they wait, and say so once.
+
+    An object store has no locks, and some mounted ones have none either (logged): whoever writes there has to look
+    again right before.
+
+    Args:
+        what: is being waited for, for the log.
+    """
+    if isinstance(lock, RemotePath):
+        yield
+        return
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning(f"waiting for {what} ({lock} is locked)")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.warning(f"going on without a lock: {lock} cannot be locked ({error.strerror})")
+        yield
 
 
 @contextlib.contextmanager

@@ -40,6 +40,10 @@ class Spool:
         with self._locked(run_id):
             return len(self._read(run_id))
 
+    def rejected(self, run_id: str) -> Path:
+        """Where that goes which never can be delivered, each entry with its reason."""
+        return self._queue(f"{run_id}.rejected")
+
     def append(self, run_id: str, entry: Entry) -> None:
         """Queue an entry; it is on disk when this returns."""
         with self._locked(run_id), self._queue(run_id).open("ab+") as stream:
@@ -48,15 +52,23 @@ class Spool:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def keep_file(self, path: Path) -> Path:
-        """A copy of ``path`` that lasts until ``drop_file``, under the same name."""
-        kept = self.folder / "files" / uuid.uuid4().hex / path.name
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, kept)
-        return kept
+    def keep_file(self, path: Path) -> str:
+        """A copy of ``path``, under the same name, that lasts until the entry with it is delivered.
 
-    def drop_file(self, kept: Path) -> None:
-        shutil.rmtree(kept.parent, ignore_errors=True)
+        Returns:
+            Its place relative to the folder, so that the folder can be moved.
+        """
+        kept = Path("files") / uuid.uuid4().hex / path.name
+        (self.folder / kept).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, self.folder / kept)
+        return str(kept)
+
+    def file_of(self, entry: Entry) -> Path | None:
+        """Where the kept file of an entry is now; None where it is missing."""
+        told = Path(entry["path"])
+        # Spools once held absolute paths, which end alike.
+        places = [self.folder / "files" / told.parent.name / told.name, *([told] if told.is_absolute() else [])]
+        return next((place for place in places if place.is_file()), None)
 
     def replay(self, run_id: str, deliver: Callable[[list[Entry]], int], refused: Callable[[Entry], str]) -> int:
         """Deliver what waits, oldest first, while no other process touches the queue.
@@ -69,21 +81,31 @@ class Spool:
         Returns:
             The number of entries still waiting.
         """
+        delivered: list[Entry] = []
         with self._locked(run_id):
             entries = self._read(run_id)
             while entries:
                 done = deliver(entries)
                 if done:
+                    delivered += entries[:done]
                     entries = entries[done:]
                     continue
                 reason = refused(entries[0])
                 if not reason:
                     break
-                with self._queue(f"{run_id}.rejected").open("a") as stream:
+                with self.rejected(run_id).open("a") as stream:
                     stream.write(json.dumps({**entries[0], "reason": reason}) + "\n")
                 entries = entries[1:]
             self._write(run_id, entries)
+            # Not before the queue is written: an entry that is found there again finds its file too.
+            for entry in delivered:
+                self._drop_file(entry)
             return len(entries)
+
+    def _drop_file(self, entry: Entry) -> None:
+        path = self.file_of(entry) if entry.get("kept") else None
+        if path is not None and path.is_relative_to(self.folder):
+            shutil.rmtree(path.parent, ignore_errors=True)
 
     def _queue(self, name: str) -> Path:
         return self.folder / f"{name}.jsonl"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,12 +28,30 @@ _PASSING = {
 """MLflow error codes that another try may not meet."""
 
 
+_PASSING_STATUS = (408, 425, 429)
+_PASSING_S3 = ("ExpiredToken", "RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling")
+"""HTTP statuses below 500, and codes of object stores, that another try may not meet."""
+
+_LASTING_OS = {
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EINVAL, errno.EFBIG),
+}
+"""Errors of a file system that do not pass by themselves; a full or read-only disk, or one that is away, does."""
+
 _TRANSPORTS = ("requests", "urllib3", "botocore", "boto3", "google", "azure")
 """Packages whose errors mean that something between here and an artifact store failed."""
 
 
 class Unreachable(Exception):
-    """The tracking server or database cannot be used now; a later try may succeed."""
+    """The tracking server or database cannot be used now; a later try may succeed.
+
+    Args:
+        answers: it is there, but cannot take what it was given: others may fare better.
+    """
+
+    def __init__(self, text: str, *, answers: bool = False) -> None:
+        super().__init__(text)
+        self.answers = answers
 
 
 class Store:
@@ -110,18 +130,18 @@ class Store:
         except (Unreachable, MotipError):
             raise
         except Exception as error:
-            code = getattr(error, "error_code", None)
             text = str(redact(str(error)))
-            if code in _PASSING or (code is None and _is_passing(error)):
-                raise Unreachable(text) from error
-            if code is None and not type(error).__module__.startswith("sqlalchemy."):
+            passing = _is_passing(error)
+            if passing is None:
                 raise
+            if passing:
+                raise Unreachable(text, answers=_answers(error)) from error
             raise MotipError(
                 f"MLflow refuses: {text[:500]}",
                 where=self.shown_uri,
-                found=code or type(error).__name__,
-                fix="check the address and the rights of MLFLOW_TRACKING_URI (or the database file); a run that was "
-                "deleted in MLflow cannot be continued",
+                found=getattr(error, "error_code", None) or type(error).__name__,
+                fix="check the address and the rights of MLFLOW_TRACKING_URI (or the database file, and the artifacts "
+                "beside it); a run that was deleted in MLflow cannot be continued",
             ) from error
 
     def _find_experiment(self, client: MlflowClient) -> str:
@@ -214,13 +234,53 @@ def _absolute(uri: str | None, storage: Path) -> str:
     return uri
 
 
-def _is_passing(error: Exception) -> bool:
-    """Whether an error that MLflow did not wrap comes from the way to a server, an artifact store or a database."""
-    if isinstance(error, FileNotFoundError):
-        return False
+def _is_passing(error: Exception) -> bool | None:
+    """Whether another try may succeed; None for an error that comes neither from MLflow nor from the way to it."""
+    code, status = getattr(error, "error_code", None), _http_status(error)
+    if status is not None:
+        return status >= 500 or status in _PASSING_STATUS or _s3_code(error) in _PASSING_S3
+    if code is not None:
+        return code in _PASSING
     module, name = type(error).__module__, type(error).__name__
-    if name == "HTTPError" and getattr(error, "response", None) is not None:
-        return bool(error.response.status_code >= 500)  # type: ignore[attr-defined]
     if module.startswith("sqlalchemy."):
         return name in ("OperationalError", "TimeoutError")
-    return isinstance(error, (ConnectionError, TimeoutError)) or module.split(".")[0] in _TRANSPORTS
+    if isinstance(error, (ConnectionError, TimeoutError)) or module.split(".")[0] in _TRANSPORTS:
+        return True
+    return error.errno not in _LASTING_OS if isinstance(error, OSError) else None
+
+
+def _answers(error: Exception) -> bool:
+    """Whether the error is that of somebody who was reached: a status, or a local file system."""
+    if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] in _TRANSPORTS:
+        return _http_status(error) is not None
+    return isinstance(error, OSError) or _http_status(error) is not None
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The status that a server or an object store refused with, also where a transport wrapped it in its own error."""
+    if hasattr(error, "error_code"):
+        # MLflow calls a status without a code of its own, such as 413 from a proxy, an internal error.
+        told = re.search(r"failed with error code (\d{3}) ", str(error))
+        return int(told[1]) if told else None
+    response = getattr(error, "response", None)
+    facts = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    for status in (
+        getattr(response, "status_code", None),
+        facts.get("HTTPStatusCode"),
+        getattr(error, "status_code", None),
+        getattr(error, "code", None),
+    ):
+        if isinstance(status, int) and 400 <= status < 600:
+            return int(status)
+    before = error.__cause__ or error.__context__
+    wrapped = type(error).__module__.split(".")[0] in _TRANSPORTS and before is not None
+    return _http_status(before) if wrapped and before is not None else None
+
+
+def _s3_code(error: BaseException | None) -> str:
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        error = error.__cause__ or error.__context__
+    return ""

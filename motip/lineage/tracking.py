@@ -10,7 +10,7 @@ import shlex
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from motip.errors import MotipError
 from motip.files import digest
 from motip.lineage import walk as lineage_walk
-from motip.lineage.model import find_run, latest_model, register
+from motip.lineage.delivery import batch_of, hand_over
+from motip.lineage.model import find_run, latest_model
 from motip.lineage.provenance import provenance, redact
 from motip.lineage.record import as_text, read_record, record_text
 from motip.lineage.scores import RunScores, read_scores
@@ -31,12 +32,9 @@ from motip.lineage.verify import FileCheck, verify
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
 
-BATCH_METRICS = 1000
-"""MLflow takes at most this many metrics in one request."""
 BATCH_PARAMS = 100
 END_STATES = ("FINISHED", "FAILED", "KILLED")
 
@@ -141,6 +139,7 @@ class Lineage:
         *,
         datasets: SequenceOf[DataUsed] = (),
         tags: Mapping[str, str] | None = None,
+        free: Collection[str] = (),
     ) -> str:
         """The run of one stage: exactly one, however often it is interrupted and started again.
 
@@ -155,20 +154,23 @@ class Lineage:
             resume_run_id: continue this run; without it, or where MLflow does not have it any more, an unfinished run
                 of the same stage and inputs is looked for.
             datasets: what the data consists of, for MLflow's dataset inputs; by default one entry.
+            free: names of the configuration that change neither results nor inputs: a run goes on with other values
+                of these. Its parameters stay what they were; the tag of the resume names the difference.
 
         Raises:
             MotipError: the server does not answer within the patience, a resumed run was started with other
-                parameters, or the record beside the weights is of another file.
+                parameters that are not free, or the record beside the weights is of another file.
         """
         config = redact(config)
         parent = dict(parent_checkpoint or {})
-        inputs = digest([stage, config, data_digest, parent.get("sha256")])
+        fixed = {key: value for key, value in config.items() if key not in free}
+        inputs = digest([stage, fixed, data_digest, parent.get("sha256")])
         told = [] if parent.get("run_id") or not parent else read_record(parent["path"] or "", parent["sha256"] or "")
 
         def start() -> str:
             run_id = self._still_there(resume_run_id) or self._unfinished_stage(parent_run_id, inputs)
             if run_id:
-                self._resume(run_id, config)
+                self._resume(run_id, config, free)
                 return run_id
             created = self._store.client().create_run(
                 self._store.experiment_id,
@@ -190,7 +192,7 @@ class Lineage:
 
         run_id = self._store.patiently(start, self._patience)
         # Told again after a resume: a first attempt may have been cut off between creating the run and this.
-        self._store.patiently(lambda: self._log_params(run_id, config), self._patience)
+        self._store.patiently(lambda: self._log_params(run_id, config, free), self._patience)
         used = tuple(datasets) or (DataUsed(f"{stage}-data", data_digest),)
         self._store.patiently(lambda: self._log_inputs(run_id, used, parent), self._patience)
         self.log_dict(run_id, config, "config.json")
@@ -277,12 +279,28 @@ class Lineage:
             figure.savefig(path)
 
     def flush(self) -> int:
-        """Deliver what waits from this and from earlier processes; returns how many entries still wait."""
+        """Deliver what waits from this and from earlier processes; returns how many entries still wait.
+
+        What waits on is named in one warning, and is no error: a start goes on without it.
+        """
         self._away_until = 0.0
-        waiting = 0
-        for run_id in self._spool.runs():
-            away = time.monotonic() < self._away_until
-            waiting += self._spool.count(run_id) if away else self._replay(run_id)
+        waiting, reason = 0, ""
+        try:
+            for run_id in self._spool.runs():
+                away = time.monotonic() < self._away_until
+                left, hindered = (self._spool.count(run_id), None) if away else self._replay(run_id)
+                waiting += left
+                if hindered is not None:
+                    reason = reason or str(hindered)
+                    # A server that does not answer is not asked for every run; a full disk may hold up one run only.
+                    self._away_until = 0.0 if hindered.answers else time.monotonic() + self._rest
+        except OSError as error:
+            waiting, reason = max(waiting, 1), f"the queue cannot be used: {error}"
+        if waiting:
+            logger.warning(
+                "%d entries from earlier still wait in %s: MLflow at %s cannot take them now (%s)",
+                *(waiting, self._spool.folder, self.shown_uri, reason[:300]),
+            )
         return waiting
 
     # ---- reading -------------------------------------------------------------------------------------------------
@@ -321,38 +339,65 @@ class Lineage:
         """Tell the server now, or put the entry behind those that wait."""
         if not self._spool.waiting(run_id) and time.monotonic() >= self._away_until:
             try:
-                self._apply(run_id, [entry])
+                hand_over(self._store, self._spool, run_id, [entry])
                 return
             except Unreachable as error:
                 self._take_rest(error)
-        if entry["kind"] == "artifact":
-            entry = {**entry, "path": str(self._spool.keep_file(Path(entry["path"]))), "kept": True}
-        self._spool.append(run_id, entry)
+        try:
+            if entry["kind"] == "artifact":
+                entry = {**entry, "path": self._spool.keep_file(Path(entry["path"])), "kept": True}
+            self._spool.append(run_id, entry)
+        except OSError as error:
+            raise MotipError(
+                f"what MLflow does not take now cannot be kept either: {error.strerror or error}",
+                where=self._spool.folder,
+                expected="room, and the right to write",
+                fix="make room, then run the same command again: it goes on where this one stopped",
+            ) from error
         if time.monotonic() >= self._away_until:
-            self._replay(run_id)
+            _, hindered = self._replay(run_id)
+            if hindered is not None:
+                self._take_rest(hindered)
 
-    def _replay(self, run_id: str) -> int:
+    def _replay(self, run_id: str) -> tuple[int, Unreachable | None]:
+        """Deliver what waits of a run.
+
+        Returns:
+            How many entries still wait, and what hindered the first of them.
+        """
+        hindered: list[Unreachable] = []
         reasons: list[str] = []
 
         def deliver(entries: list[Entry]) -> int:
-            reasons.clear()
-            batch = _batch(entries)
+            batch = batch_of(entries)
             try:
-                self._apply(run_id, batch)
+                hand_over(self._store, self._spool, run_id, batch)
             except Unreachable as error:
-                self._take_rest(error)
+                hindered.append(error)
                 return 0
             except MotipError as error:
                 reasons.append(error.what)
                 return 0
+            except Exception as error:
+                # It would come again at every start: whatever this entry is, it must not hold up the others.
+                reasons.append(f"{type(error).__name__}: {redact(str(error))}"[:500])
+                return 0
             return len(batch)
 
-        def refused(entry: Entry) -> str:
-            if reasons:
-                logger.warning("MLflow refused what was kept for run %s, set aside: %s", run_id, reasons[0])
-            return reasons[0] if reasons else ""
-
-        return self._spool.replay(run_id, deliver, refused)
+        try:
+            self._store.client()
+            waiting = self._spool.replay(run_id, deliver, lambda entry: "" if hindered else reasons[-1])
+        except Unreachable as error:
+            return self._spool.count(run_id), error
+        except MotipError as error:
+            # It is the store that refuses, not one of the entries: whoever starts a run is told so.
+            return self._spool.count(run_id), Unreachable(error.what)
+        if reasons:
+            logger.warning(
+                "MLflow refused what was kept for run %s: %d entries set aside in %s, the first because: %s",
+                *(run_id, len(reasons), self._spool.rejected(run_id), reasons[0]),
+            )
+        return waiting, hindered[0] if hindered else None
 
     def _take_rest(self, error: Unreachable) -> None:
         if time.monotonic() >= self._away_until:
@@ -361,41 +406,6 @@ class Lineage:
                 *(self.shown_uri, self._spool.folder, str(error)[:200]),
             )
         self._away_until = time.monotonic() + self._rest
-
-    def _apply(self, run_id: str, entries: list[Entry]) -> None:
-        """Deliver entries of one kind. Safe to repeat: an answer may get lost after the server has acted."""
-        entry = entries[0]
-        with self._store.errors():
-            client = self._store.client()
-            if entry["kind"] == "metrics":
-                from mlflow.entities import Metric
-
-                points = [Metric(*point) for each in entries for point in each["points"]]
-                for start in range(0, len(points), BATCH_METRICS):
-                    client.log_batch(run_id, metrics=points[start : start + BATCH_METRICS])
-            elif entry["kind"] == "tags":
-                from mlflow.entities import RunTag
-
-                client.log_batch(run_id, tags=[RunTag(key, value) for key, value in entry["tags"].items()])
-            elif entry["kind"] == "artifact":
-                self._attach(client, run_id, entry)
-            elif entry["kind"] == "table":
-                tables = json.loads(client.get_run(run_id).data.tags.get(Tag.TABLES, "[]"))
-                if entry["name"] not in [table["path"] for table in tables]:
-                    tables.append({"path": entry["name"], "type": "table"})
-                    client.set_tag(run_id, Tag.TABLES, json.dumps(tables))
-            elif entry["kind"] == "model":
-                register(self._store, run_id, entry["uri"], entry["sha256"], entry["step"])
-            else:
-                client.set_terminated(run_id, entry["status"], entry["time"])
-
-    def _attach(self, client: MlflowClient, run_id: str, entry: Entry) -> None:
-        path, kept = Path(entry["path"]), entry.get("kept", False)
-        if kept and not path.exists():
-            return  # delivered by a process that ended before it could take the entry off the queue
-        client.log_artifact(run_id, str(path), entry["folder"] or None)
-        if kept:
-            self._spool.drop_file(path)
 
     @contextlib.contextmanager
     def _attachment(self, run_id: str, name: str) -> Iterator[Path]:
@@ -432,31 +442,36 @@ class Lineage:
         )
         return ""
 
-    def _resume(self, run_id: str, config: Mapping[str, Any]) -> None:
+    def _resume(self, run_id: str, config: Mapping[str, Any], free: Collection[str]) -> None:
         client = self._store.client()
         run = client.get_run(run_id)
         logged, wanted = join_params(run.data.params), join_params(split_params(config))
         changed = sorted(key for key in logged if not key.startswith("_") and logged[key] != wanted.get(key, ""))
-        if changed:
+        refused = [key for key in changed if key not in free]
+        if refused:
             raise MotipError(
-                f"run {run_id} was started with other parameters: {', '.join(changed)}",
+                f"run {run_id} was started with other parameters: {', '.join(refused)}",
                 where=self.shown_uri,
-                found=", ".join(f"{key}={wanted.get(key)}" for key in changed[:5]),
-                expected=", ".join(f"{key}={logged[key]}" for key in changed[:5]),
+                found=", ".join(f"{key}={wanted.get(key)}" for key in refused[:5]),
+                expected=", ".join(f"{key}={logged[key]}" for key in refused[:5]),
                 fix="start the stage as a new run (without resume_run_id)",
             )
         times = int(run.data.tags.get(Tag.RESUMED, "0")) + 1
-        git = provenance()["git"]
+        told = {**provenance()["git"], "time": datetime.now(UTC).isoformat()}
+        if changed:
+            told["changed"] = [f"{key} {logged[key][:100]} -> {wanted.get(key, 'unset')[:100]}" for key in changed]
         client.update_run(run_id, status="RUNNING")
         client.set_tag(run_id, Tag.RESUMED, str(times))
-        client.set_tag(run_id, f"{Tag.RESUMED}.{times}", json.dumps({**git, "time": datetime.now(UTC).isoformat()}))
+        client.set_tag(run_id, f"{Tag.RESUMED}.{times}", json.dumps(told))
 
-    def _log_params(self, run_id: str, config: Mapping[str, Any]) -> None:
+    def _log_params(self, run_id: str, config: Mapping[str, Any], free: Collection[str]) -> None:
         from mlflow.entities import Param
 
         client = self._store.client()
         logged = client.get_run(run_id).data.params
-        named = {key: value for key, value in config.items() if not key.startswith("_")}
+        # A free one keeps what it was started with whole: a longer value must not add a second part to it.
+        kept = {key for key in free if key in logged}
+        named = {key: value for key, value in config.items() if not key.startswith("_") and key not in kept}
         params = [Param(key, value) for key, value in split_params(named).items() if key not in logged]
         for start in range(0, len(params), BATCH_PARAMS):
             client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
@@ -494,18 +509,6 @@ class Lineage:
             Tag.FROM_SHA256: parent["sha256"] or "",
             Tag.FROM_RUN: parent.get("run_id") or "",
         }
-
-
-def _batch(entries: list[Entry]) -> list[Entry]:
-    """The longest run of metric entries at the front (one request takes many points), else the first entry."""
-    batch: list[Entry] = []
-    points = 0
-    for entry in entries:
-        points += len(entry.get("points", ()))
-        if entry["kind"] != "metrics" or (batch and points > BATCH_METRICS):
-            break
-        batch.append(entry)
-    return batch or entries[:1]
 
 
 def _provenance_tags() -> dict[str, str]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
-from motip.data.manifest import Manifest, VideoEntry, entries_digest, manifest_path
-from motip.data.shards import shard_path
+import pyarrow as pa
+
+from motip.data.manifest import Manifest, VideoEntry, entries_digest, make_entry, manifest_path
+from motip.data.retries import passing
+from motip.data.sequence import Frame
+from motip.data.shards import Shard, image_bytes, labels_digest, shard_path
 from motip.data.storage import Location, location, sha256
+from motip.errors import MotipError
 from motip.lineage.steps import CheckpointPlace, DataUsed, LineageStep
 
 SAME, CHANGED, MISSING = "same", "changed", "missing"
@@ -85,12 +91,23 @@ def _earlier_storages(steps: SequenceOf[LineageStep]) -> list[Location]:
     return [location(root) for root in dict.fromkeys(roots)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Video:
+    """What became of a video: its content now (None where it cannot be read) and its shard against what is known."""
+
+    entry: VideoEntry | None
+    path: Location
+    state: str
+    expected: str = ""
+    found: str = ""
+
+
 class _Shards:
     """Looks at each shard once, however many stages read it."""
 
     def __init__(self, storages: SequenceOf[Location]) -> None:
         self._storage = next((place for place in storages if manifest_path(place).is_file()), storages[0])
-        self._found: dict[str, str] = {}
+        self._videos: dict[tuple[str, str, str], _Video] = {}
         there = manifest_path(self._storage).is_file()
         videos = Manifest.load(self._storage).videos if there else ()
         self._entries: dict[tuple[str, str, str], VideoEntry] = {entry.identity: entry for entry in videos}
@@ -98,24 +115,64 @@ class _Shards:
     def check(self, stage: str, used: DataUsed) -> Iterator[FileCheck]:
         """One check for a data set that is whole, else one for everything that is wrong with it."""
         source, _, split = used.name.partition("/")
-        videos = list(used.source.get("videos", ()))
-        if not videos:
+        names = list(used.source.get("videos", ()))
+        if not names:
             return  # recorded without its videos: by whoever uses the lineage without shards
-        manifest = str(manifest_path(self._storage))
-        entries = [self._entries.get((source, split, video)) for video in videos]
-        known = [entry for entry in entries if entry is not None]
+        videos = [self._video(source, split, name) for name in names]
+        known = [video.entry for video in videos if video.entry is not None]
         digest = entries_digest(known) if known else ""
-        wrong = [] if digest == used.sha256 else [FileCheck(stage, manifest, used.sha256, digest, _state("-", digest))]
-        for entry in known:
-            path = shard_path(self._storage, entry.shard)
-            found = self._sha256(path)
-            if found != entry.shard_sha256:
-                wrong.append(FileCheck(stage, str(path), entry.shard_sha256, found, _state(entry.shard_sha256, found)))
-        for check in wrong or [FileCheck(stage, f"{used.name} ({len(videos)} videos)", used.sha256, digest, SAME)]:
-            yield FileCheck(check.stage, check.path, check.expected, check.found, check.state, "data")
+        manifest = str(manifest_path(self._storage))
+        if all(video.state == MISSING for video in videos):
+            yield FileCheck(stage, manifest, used.sha256, digest, _state("-", digest), "data")
+            return
+        wrong = [video for video in videos if video.state != SAME]
+        if len(known) == len(videos) and digest != used.sha256:
+            yield FileCheck(stage, manifest, used.sha256, digest, CHANGED, "data")
+        elif not wrong:
+            yield FileCheck(stage, f"{used.name} ({len(names)} videos)", used.sha256, digest, SAME, "data")
+        for video in wrong:
+            yield FileCheck(stage, str(video.path), video.expected or used.sha256, video.found, video.state, "data")
 
-    def _sha256(self, path: Location) -> str:
-        key = str(path)
-        if key not in self._found:
-            self._found[key] = sha256(path) if path.is_file() else ""
-        return self._found[key]
+    def _video(self, source: str, split: str, name: str) -> _Video:
+        identity = source, split, name
+        if identity not in self._videos:
+            entry = self._entries.get(identity)
+            self._videos[identity] = self._listed(entry) if entry is not None else self._unlisted(identity)
+        return self._videos[identity]
+
+    def _listed(self, entry: VideoEntry) -> _Video:
+        path = shard_path(self._storage, entry.shard)
+        found = sha256(path) if path.is_file() else ""
+        return _Video(entry, path, _state(entry.shard_sha256, found), entry.shard_sha256, found)
+
+    def _unlisted(self, identity: tuple[str, str, str]) -> _Video:
+        """A video that the manifest has no more, since a later curriculum asked for fewer: its shard speaks for it."""
+        shard = "{}/{}/{}.parquet".format(*identity)
+        path = shard_path(self._storage, shard)
+        if not path.is_file():
+            return _Video(None, path, MISSING)
+        try:
+            opened = Shard(path)
+            header, held = opened.header, _digests(opened)
+        except (MotipError, OSError, ValueError, pa.ArrowException) as error:
+            if passing(error):
+                raise
+            return _Video(None, path, CHANGED, found=sha256(path))
+        if held != (header.labels_sha256, header.images_sha256):
+            return _Video(None, path, CHANGED, found=sha256(path))
+        return _Video(make_entry(header, shard=shard, shard_sha256="", shard_bytes=0), path, SAME)
+
+
+def _digests(shard: Shard) -> tuple[str, str]:
+    """Of the labels and the images that a shard holds, from its rows: no record has the sha256 of the file itself."""
+    images = hashlib.sha256()
+
+    def frames() -> Iterator[Frame]:
+        rows = shard.header.rows_per_group
+        for begin in range(0, len(shard), rows):
+            for frame in shard.read_frames(range(begin, min(begin + rows, len(shard)))):
+                images.update(hashlib.sha256(image_bytes(frame) or b"").digest())
+                yield frame
+
+    labels = labels_digest(frames())
+    return labels, images.hexdigest()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from motip.config import Config
-from motip.data import storage
+from motip.data import retries, storage
 from motip.data.clip_loader import ClipLoader, local_batches, plan_videos
 from motip.data.clips import plan_clips
 from motip.data.convert import convert
@@ -136,6 +136,62 @@ def test_clips_from_s3_are_those_from_disk(s3: str, tmp_path: Path) -> None:
         assert torch.equal(there.images, here.images)
         assert there.slots is not None and here.slots is not None
         assert torch.equal(there.slots.unknown_labels, here.slots.unknown_labels)
+
+
+@pytest.fixture
+def no_region(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An environment that names neither region nor endpoint."""
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    caches = (storage.s3, storage._region_of)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_requests_go_to_the_region_of_the_bucket(no_region: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def resolve(bucket: str) -> str:
+        asked.append(bucket)
+        return {"one": "eu-west-1", "two": "ap-south-1"}[bucket]
+
+    monkeypatch.setattr(storage.pafs, "resolve_s3_region", resolve)
+    assert [storage.s3(bucket).region for bucket in ("one", "two", "one")] == ["eu-west-1", "ap-south-1", "eu-west-1"]
+    assert storage.s3("one", storage.STREAM_TRIES).region == "eu-west-1"
+    assert asked == ["one", "two"]
+    storage.s3.cache_clear()
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-north-1")
+    assert storage.s3("one").region == "eu-north-1"
+    monkeypatch.setenv("AWS_REGION", "sa-east-1")
+    storage.s3.cache_clear()
+    assert storage.s3("one").region == "sa-east-1"
+    monkeypatch.delenv("AWS_REGION")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    storage.s3.cache_clear()
+    assert storage.s3("three").region == storage.OTHER_STORES_REGION
+    assert asked == ["one", "two"]
+
+
+def test_a_region_that_cannot_be_found_out_is_one_clear_error(
+    no_region: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(["AWS Error NETWORK_CONNECTION during HeadBucket operation", "Bucket 'gone' not found"])
+    tries = []
+
+    def resolve(bucket: str) -> str:
+        tries.append(bucket)
+        raise OSError(next(answers))
+
+    monkeypatch.setattr(storage.pafs, "resolve_s3_region", resolve)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
+    with pytest.raises(MotipError, match="which region the bucket gone is in cannot be found out: Bucket") as caught:
+        location("s3://gone/x").exists()
+    assert "set AWS_REGION" in str(caught.value.fix)
+    assert len(tries) == 2, "a lost connection is waited out, a bucket that is not there is not"
 
 
 def test_a_bucket_that_is_not_there_is_one_clear_error(s3: str) -> None:
