@@ -19,10 +19,12 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from motip.errors import MotipError
 from motip.files import sha256_file
 from motip.lineage import DataUsed, Lineage, NullLineage, provenance
+from motip.lineage.moved import follow
 from motip.lineage.provenance import REDACTED, redact
 from motip.lineage.tags import MAX_VALUE, Tag, join_params, split_params
 from tests.mlflow_server import free_port
@@ -328,16 +330,60 @@ def test_verify_names_changed_and_missing_files(lineage: Lineage, chain: tuple[s
 
 
 def test_walk_and_verify_after_the_storage_was_moved(
-    lineage: Lineage, chain: tuple[str, list[dict]], storage: Path, tmp_path: Path
+    lineage: Lineage, chain: tuple[str, list[dict]], storage: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _, made = chain
-    steps = lineage.walk(made[-1]["run_id"])
-    shutil.move(storage, tmp_path / "elsewhere")
-    moved = Lineage(None, tmp_path / "elsewhere")
-    assert moved.walk(made[-1]["run_id"]) == steps
-    checks = moved.verify(made[-1]["run_id"])
+    parent, made = chain
+    last, elsewhere = made[-1]["run_id"], tmp_path / "else where"
+    lineage.log_dict(last, {"scores": {"HOTA": 42}}, "scores/epoch_0.json")
+    steps = lineage.walk(last)
+    shutil.move(storage, elsewhere)
+    storage.write_text("nothing can be made here any more")
+    _artifact_repos_cache.clear()  # a new process has none
+    moved = Lineage(None, elsewhere, patience=2)
+    assert moved.walk(last) == steps
+    checks = moved.verify(last)
     assert [check.state for check in checks] == ["same"] * 4
-    assert all(check.path.startswith(str(tmp_path / "elsewhere")) for check in checks)
+    assert all(check.path.startswith(str(elsewhere)) for check in checks)
+
+    assert moved.scores(last).files == {"epoch_0.json": {"scores": {"HOTA": 42}}}
+    moved.log_text(last, "added to an old run", "late.txt")
+    # The curriculum goes on as if nothing had been: the same run of it, a new stage with artifacts and a model.
+    assert moved.start_curriculum("demo", {"stages": 3}) == parent
+    new = run_stage(moved, elsewhere, parent, "vis-specialisation", CONFIG, made[-1], {"HOTA": 50})
+    artifacts = elsewhere / "mlflow" / "artifacts"
+    for run_id, name in ((last, "late.txt"), (last, "config.json"), (new["run_id"], "config.json")):
+        assert (artifacts / run_id / "artifacts" / name).is_file()
+        assert Path(client_of(moved).download_artifacts(run_id, name)).is_file()
+    for stage in ("vis-adaptation", "vis-specialisation"):
+        version = client_of(moved).get_model_version_by_alias("motip-curriculum", stage)
+        assert version.source.startswith(artifacts.as_uri())
+    assert storage.is_file(), "nothing was written to the old place"
+    assert sum("the storage was moved from" in message for message in caplog.messages) == 1
+
+
+def test_artifacts_that_did_not_move_with_the_database_are_found(
+    lineage: Lineage, storage: Path, tmp_path: Path
+) -> None:
+    stayed, moved_too = (lineage.start_curriculum(name, {}) for name in ("one", "two"))
+    shutil.copytree(storage, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "mlflow" / "artifacts" / stayed)
+    copy = Lineage(None, tmp_path / "copy")
+    for run_id, place in ((stayed, storage), (moved_too, tmp_path / "copy")):
+        assert client_of(copy).get_run(run_id).info.artifact_uri == (
+            (place / "mlflow" / "artifacts" / run_id / "artifacts").as_uri()
+        )
+
+
+def test_a_moved_database_that_cannot_be_changed_names_both_places(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.move(storage, tmp_path / "new")
+    old, new = (folder / "mlflow" / "artifacts" for folder in (storage, tmp_path / "new"))
+    really = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **how: really(f"file:{path}?mode=ro", uri=True, **how))
+    with pytest.raises(MotipError, match="readonly database") as error:
+        follow(new.parent / "mlflow.db", old.as_uri(), new)
+    assert str(old) in str(error.value) and str(new) in str(error.value)
 
 
 def test_walk_of_nothing(lineage: Lineage) -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from motip.commands.weights_record import write_export_record
+from motip.config import load_curriculum
+from motip.curriculum import Options
+from motip.curriculum import weights as weights_module
 from motip.data.convert import convert
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
 from motip.errors import MotipError
@@ -23,6 +26,7 @@ from motip.lineage.steps import CheckpointPlace, LineageStep, here
 from motip.lineage.tags import Tag
 from motip.model.export import export_safetensors
 from tests.data.raw_world import bdd_video, curriculum, mix, source
+from tests.small_curriculum import write_files
 from tests.small_world import write_checkpoint, write_curriculum
 from tests.test_lineage import CONFIG, DIGEST, client_of, run_stage, weights
 
@@ -122,6 +126,33 @@ def test_fresh_weights_begin_a_chain(tmp_path: Path) -> None:
     (step,) = read_record(path, sha256_file(path))
     assert (step.kind, step.seed, step.stage, step.record) == ("initialised", "7", "fresh", "fresh.lineage.json")
     assert step.versions["torch"]
+
+
+def test_a_kill_between_fresh_weights_and_their_record_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = load_curriculum(write_files(tmp_path)).stages
+    options = Options(data_root=str(tmp_path), storage=str(tmp_path / "storage"))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights_module, "record_fresh", killed)
+        with pytest.raises(KeyboardInterrupt):
+            weights_module.fresh_weights(stages[0], options)
+    (path,) = (tmp_path / "storage" / "weights").iterdir()
+    drawn = sha256_file(path)
+    assert weights_module.fresh_weights(stages[0], options) == path
+    assert sha256_file(path) == drawn, "they were drawn anew"
+    (step,) = read_record(path, drawn)
+    assert step.kind == "initialised"
+
+    # A record that was left alone is not taken for that of the next weights.
+    path.unlink()
+    record_place(path).write_text(record_place(path).read_text().replace(drawn, "0" * 64))
+    weights_module.fresh_weights(stages[0], options)
+    assert [step.kind for step in read_record(path, sha256_file(path))] == ["initialised"]
 
 
 def test_export_writes_the_record_from_the_run_that_lies_above_it(lineage: Lineage, storage: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from motip.data import storage
 from motip.data.retries import retried
 from motip.errors import MotipError
+from motip.lineage.provenance import redact
 from tests.small_curriculum import write_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +63,41 @@ def job(script: str, *arguments: object, **variables: str) -> subprocess.Complet
         text=True,
         timeout=280,
     )
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql://u:pa/ss@host/db", "postgresql://<redacted>@host/db"),
+        ("postgresql://u:p@ss@host/db", "postgresql://<redacted>@host/db"),
+        ("postgresql://u:p?s#s@host/db", "postgresql://<redacted>@host/db"),
+        ("postgresql://host/db?sslmode=require&sslpassword=pass", "postgresql://host/db?<redacted>"),
+        ("postgresql+psycopg2://u:p@/s@s@host:5432/db?x=1", "postgresql+psycopg2://<redacted>@host:5432/db?x=1"),
+        ("https://token@host/x", "https://<redacted>@host/x"),
+        ("https://h/x?X-Amz-Security-Token=pass&a=1", "https://h/x?<redacted>"),
+        ("https://h/x?a=1&AWSSecretKey=pass", "https://h/x?<redacted>"),
+        ("https://h/x?sv=1&sig=pass", "https://h/x?<redacted>"),
+        # It ends where the address ends: the words, and the values of JSON, around it stay.
+        ("see mysql://u:pa/ss@h/d, mail me@home", "see mysql://<redacted>@h/d, mail me@home"),
+        ("see http://host:5000/ or ask me@home", "see http://host:5000/ or ask me@home"),
+        ('{"a": "ftp://u:p/s@h", "b": "me@home"}', '{"a": "ftp://<redacted>@h", "b": "me@home"}'),
+        ("'ftp://u:p@s@h' 'me@home'", "'ftp://<redacted>@h' 'me@home'"),
+    ],
+)
+def test_an_address_loses_its_secret_and_nothing_around_it(address: str, shown: str) -> None:
+    assert redact(address) == shown
+    assert redact(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("s3://bucket/data@v2/x?y=a@b", "https://host/picture@2x.png", "http://127.0.0.1:5000/#/compare?runs=1"),
+        *("sqlite:////data/me@home/mlflow.db", "file:///a:b/c@d", "me@home", "https://host/x?page=2&config=big"),
+    ],
+)
+def test_an_address_without_a_secret_stays(address: str) -> None:
+    assert redact(address) == address
 
 
 def test_the_search_finds_what_is_there(tmp_path: Path) -> None:

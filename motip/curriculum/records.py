@@ -8,6 +8,8 @@ from typing import Any
 
 from motip.config import Curriculum, Stage
 from motip.data.storage import Location, location, read_json, sha256
+from motip.errors import MotipError
+from motip.lineage.driver import driver_lives, this_driver
 
 FORMAT = 1
 """Part of every stage's identity; raised when the meaning of a stage's inputs or outputs changes."""
@@ -116,6 +118,27 @@ def finished_record(folder: Location, inputs: str) -> StageRecord | None:
     if not checkpoint.is_file() or sha256(checkpoint) != record.sha256:
         return None
     return record
+
+
+def refuse_if_driven(path: Location, what: str) -> None:
+    """Two trainings of the same stage, or two of the same sweep, would write into one folder.
+
+    Args:
+        path: its ``stage.json`` or ``sweep.json``.
+        what: the word for it.
+
+    Raises:
+        MotipError: another process on this machine runs it now. One on another machine cannot be seen from here.
+    """
+    stored = read_json(path) if path.is_file() else {}
+    driver = str(stored.get("driver", ""))
+    if stored.get("status") == "running" and driver != this_driver() and driver_lives(driver):
+        raise MotipError(
+            f"this {what} is running already, with the same inputs",
+            where=path.parent,
+            found=f"process {driver.split('/')[-2]} of this machine, which is alive",
+            fix="wait for it or end it, then run the same command again; or use another --storage",
+        )
 
 
 def unfinished_run(folder: Location) -> str | None:

@@ -13,8 +13,15 @@ from typing import Any, Protocol
 from motip.cluster import Cluster
 from motip.config import Config, Curriculum, Stage
 from motip.curriculum.dashboard import StageDashboard
-from motip.curriculum.inputs import datasets, job_facts, stage_job
-from motip.curriculum.records import Options, StageRecord, finished_record, stage_folder, unfinished_run
+from motip.curriculum.inputs import SPEED_ONLY, datasets, job_facts, stage_job
+from motip.curriculum.records import (
+    Options,
+    StageRecord,
+    finished_record,
+    refuse_if_driven,
+    stage_folder,
+    unfinished_run,
+)
 from motip.curriculum.score_table import score_rows
 from motip.data.convert import ConvertReport
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
@@ -22,6 +29,7 @@ from motip.data.storage import Location, fetch, location, read_json, sha256, wri
 from motip.errors import MotipError
 from motip.evaluate.scores import Scores
 from motip.lineage import Lineage
+from motip.lineage.driver import this_driver
 from motip.report.history import epochs_told
 from motip.train.fit import FitResult, Placement, completed, fit, place
 from motip.train.job import EpochPlans, Parent, StageJob
@@ -65,6 +73,7 @@ def run_stage(session: Session, stage: Stage, parent: Parent | None) -> StageRec
     done = finished_record(folder, job.inputs)
     if done is not None:
         return done if done.told else _tell_end(session, folder, done)
+    refuse_if_driven(folder / "stage.json", "stage")
     EpochPlans(job, stage.config, max(1, session.options.workers))(0)  # no trainable clip is said now, not by workers
     placement = _placement(stage.config, session)
     job = replace(job, run_id=_start_run(session, stage, job, train, folder))
@@ -84,8 +93,10 @@ def _start_run(session: Session, stage: Stage, job: StageJob, train: list[VideoE
         datasets=datasets(train, job.val),
         tags={"motip.stage_inputs": job.inputs},
         resume_run_id=unfinished_run(folder),
+        free=SPEED_ONLY,
     )
-    write_json(folder / "stage.json", {"status": "running", "inputs": job.inputs, "run_id": run_id})
+    running = {"status": "running", "inputs": job.inputs, "run_id": run_id, "driver": this_driver()}
+    write_json(folder / "stage.json", running)
     write_json(folder / "config.json", stage.config.to_dict())
     write_json(folder / "job.json", job_facts(job))
     return run_id

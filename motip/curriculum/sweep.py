@@ -17,7 +17,7 @@ from motip.config.curriculum_file import tuned_file
 from motip.config.sweep_file import SweepFile, check_sweep, hand_set
 from motip.config.tuned import overlay_text
 from motip.curriculum.inputs import SPEED_ONLY, stage_job
-from motip.curriculum.records import Options, Tuning
+from motip.curriculum.records import Options, Tuning, refuse_if_driven
 from motip.curriculum.stage import Session, Ui
 from motip.curriculum.sweep_records import HAND_SET, read_trial, read_trials, repeat_key, trial_key, write_trial
 from motip.curriculum.sweep_result import Verdict, evidence, favourite, judge, setting_text
@@ -26,6 +26,7 @@ from motip.data.manifest import entries_digest
 from motip.data.storage import Location, files_under, location, put, write_bytes, write_json
 from motip.errors import MotipError
 from motip.files import digest
+from motip.lineage.driver import this_driver
 from motip.lineage.provenance import provenance
 from motip.report.sweep_picture import Shown, sweep_figure
 from motip.train.job import EpochPlans, Parent, StageJob
@@ -87,8 +88,10 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None) -> SweepRe
     identity = _identity(job, sweep, tuning.workers)
     folder = _folder(session, stage, identity)
     data = entries_digest([*train, *job.val])
+    refuse_if_driven(folder / "sweep.json", "sweep")
     run_id = _start_run(session, stage, sweep, identity, data)
-    write_json(folder / "sweep.json", {"status": "running", "identity": identity, "run_id": run_id})
+    running = {"status": "running", "identity": identity, "run_id": run_id, "driver": this_driver()}
+    write_json(folder / "sweep.json", running)
     runner = TrialRunner(
         session.curriculum,
         base,

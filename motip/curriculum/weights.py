@@ -9,7 +9,7 @@ from motip.curriculum.records import Options, StageRecord
 from motip.data.storage import Location, local_copy, location, sha256, whole_file
 from motip.errors import MotipError
 from motip.files import digest
-from motip.lineage.record import read_record, record_fresh
+from motip.lineage.record import read_record, record_fresh, record_place
 from motip.model import ModelSpec
 from motip.model.weights import plan_transfer, read_weights, save_checkpoint
 from motip.train.build import fresh_model
@@ -81,7 +81,9 @@ def fresh_weights(stage: Stage, options: Options) -> Location:
     spec = ModelSpec.from_config(config)
     identity = digest({"spec": spec.to_dict(), "seed": config.SEED, "classes": config.class_names})
     path = location(options.storage) / "weights" / f"{config.name}_{identity[:12]}.pth"
+    record = record_place(path)
     if not path.is_file():
+        record.unlink(missing_ok=True)  # of weights that are gone
         with whole_file(path) as temporary:
             save_checkpoint(
                 temporary,
@@ -91,5 +93,7 @@ def fresh_weights(stage: Stage, options: Options) -> Location:
                 epoch=-1,
                 step=0,
             )
+    # Also where a run was killed between the two.
+    if not record.is_file():
         record_fresh(path, sha256(path), config.SEED)
     return path

@@ -30,14 +30,7 @@ from motip.data.selection import (
     shortage_note,
 )
 from motip.data.shards import ROWS_PER_GROUP, SHARD_VERSION
-from motip.data.storage import (
-    Location,
-    location,
-    one_at_a_time,
-    remove_leftovers,
-    require_folder,
-    write_json,
-)
+from motip.data.storage import Location, location, one_at_a_time, remove_leftovers, require_folder, write_json
 from motip.errors import MotipError
 
 MapFn = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
@@ -109,13 +102,18 @@ def convert(
     notes = [note for plan in plans for note in plan.notes]
     notes += _seed_notes(seed, previous)
 
+    def merged(there: Manifest) -> Manifest:
+        if seed is None:
+            _refuse_other_seed(there, order)
+        return _manifest(plans, results, there, order)
+
     def check(manifest: Manifest) -> list[str]:
         found = check_leakage(manifest, [plan.name for plan in plans], strict=strict)
         found += check_classes(curriculum, manifest)
         _check_requests(curriculum, manifest, allow_fewer)
         return found
 
-    manifest, found = _save(storage, lambda now: _manifest(plans, results, now, order, given=seed is not None), check)
+    manifest, found = _save(storage, merged, check)
     notes += found + _unused_shards(manifest, storage)
     overlays = write_overlays(manifest, curriculum, storage)
     report = build_report(curriculum, manifest, results, {plan.name: plan.found for plan in plans}, notes, overlays)
@@ -133,7 +131,7 @@ def _save(
     """Merge with what other conversions into this storage have saved by now, check and save; nothing of theirs is lost.
 
     Args:
-        merged: our manifest, given the one that is there.
+        merged: gives our manifest beside the one that is there.
         check: raises where it may not be saved; its notes are returned.
     """
     with one_at_a_time(storage / "shards" / ".manifest.lock", "another conversion into this storage"):
@@ -154,6 +152,17 @@ def _seed_notes(seed: int | None, previous: Manifest) -> list[str]:
         f"videos are picked in the order of seed {seed} from now on, in every stage; the conversion before had seed "
         f"{previous.seed}. Stages that get other videos by this are trained again"
     ]
+
+
+def _refuse_other_seed(there: Manifest, seed: int) -> None:
+    if there.videos and there.seed != seed:
+        raise MotipError(
+            "another conversion into this storage has changed the seed while this one ran",
+            where="shards/manifest.json",
+            found=f"seed {there.seed}",
+            expected=f"seed {seed}, by which the videos were picked here",
+            fix="run it again: it then picks by the new seed, and what is finished is not done again",
+        )
 
 
 def check_data_root(data_root: Location | str) -> None:
@@ -372,26 +381,12 @@ def _run(map_fn: MapFn, function: Callable[[Any], Any], jobs: list[Any], phase: 
     return sorted(results, key=lambda result: (result.source, result.split, result.sequence))
 
 
-def _manifest(
-    plans: list[SourcePlan], results: list[SequenceResult], previous: Manifest, seed: int, given: bool
-) -> Manifest:
+def _manifest(plans: list[SourcePlan], results: list[SequenceResult], previous: Manifest, seed: int) -> Manifest:
     """What was converted now, beside what it did not handle of the same storage, as it was.
 
     That is other sources, other evaluation splits, and the training videos of a source that this curriculum only
     evaluates: they belong to another curriculum on the same storage.
-
-    Args:
-        seed: by which videos were picked.
-        given: asked for, not taken from the manifest that was there at the beginning.
     """
-    if previous.videos and previous.seed != seed and not given:
-        raise MotipError(
-            "another conversion into this storage has changed the seed while this one ran",
-            where="shards/manifest.json",
-            found=f"seed {previous.seed}",
-            expected=f"seed {seed}, by which the videos were picked here",
-            fix="run it again: it then picks by the new seed, and what is finished is not done again",
-        )
     ours = {plan.name: set(plan.found) for plan in plans}
 
     def stays(source: str, split: str) -> bool:

@@ -305,8 +305,9 @@ def one_at_a_time(lock: Location, what: str) -> Iterator[None]:
     if isinstance(lock, RemotePath):
         yield
         return
-    with lock.open("w") as stream:
+    with contextlib.ExitStack() as opened:
         try:
+            stream = opened.enter_context(lock.open("a"))
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             _log.warning(f"waiting for {what} ({lock} is locked)")

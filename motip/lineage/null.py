@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ class NullLineage:
         *,
         datasets: SequenceOf[DataUsed] = (),
         tags: Mapping[str, str] | None = None,
+        free: Collection[str] = (),
     ) -> str:
         return resume_run_id or self._next(stage)
 

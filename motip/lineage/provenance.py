@@ -26,11 +26,16 @@ _SECRET_KEY = re.compile(
     r"(^|[_.\-])(token|secret|password|passwd|credentials?|api[_\-]?key|access[_\-]?key(_id)?|private[_\-]?key)s?$",
     re.IGNORECASE,
 )
-_USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)[^/@\s]+@")
+_USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?=[^/?#\s\"']*[:@])[^\s\"']*@")
+"""User and password up to the last @ of the address: a password that nobody encoded may hold any of / ? # @. Where
+neither a colon nor an @ stands before the first slash there is no user, and an @ later on belongs to the path."""
+
 _SIGNED_QUERY = re.compile(
-    r"\?[^\s\"']*\b(x-amz-\w+|x-goog-\w+|signature|sig|token|access_key|secret_key|api_?key|password)=[^\s\"']*",
+    r"\?[^\s\"']*(x-amz-\w+|x-goog-\w+|\bsig|signature|token|secret|password|passwd|passphrase|credentials?"
+    r"|(access|secret|api|private|account)[_\-]?key(_id)?)=[^\s\"']*",
     re.IGNORECASE,
 )
+"""A query with a parameter whose name ends like these (``sslpassword``), whole."""
 
 
 def provenance() -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Spool:
         with queue.open("rb+") as stream:
             self._cut_loose_end(stream)
             stream.seek(0)
-            return [json.loads(line) for line in stream.read().splitlines()]
+            return [_entry(line) for line in stream.read().splitlines()]
 
     @staticmethod
     def _cut_loose_end(stream: BinaryIO) -> None:
@@ -142,3 +142,13 @@ class Spool:
         os.replace(temporary, queue)
         if not entries:
             queue.unlink()
+
+
+def _entry(line: bytes) -> Entry:
+    """What a line of a queue says; a damaged one becomes an entry that is refused, and so set aside."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    known = isinstance(entry, dict) and "kind" in entry
+    return entry if known else {"kind": "damaged", "line": line.decode(errors="replace")}

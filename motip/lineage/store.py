@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from motip.errors import MotipError
+from motip.lineage.moved import follow
 from motip.lineage.provenance import redact
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Store:
         self.folder = self.storage / "mlflow"
         self.uri = _absolute(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None, self.storage)
         self.experiment = experiment
+        self._artifacts = self.folder / "artifacts"
         self._client: MlflowClient | None = None
         self._experiment_id = ""
 
@@ -79,6 +81,11 @@ class Store:
     @property
     def is_server(self) -> bool:
         return self.uri.startswith(("http://", "https://"))
+
+    @property
+    def _database(self) -> Path | None:
+        """The file that is spoken to without a server."""
+        return Path(self.uri.removeprefix("sqlite:///").partition("?")[0]) if self.uri.startswith("sqlite:") else None
 
     @property
     def experiment_id(self) -> str:
@@ -147,7 +154,7 @@ class Store:
     def _find_experiment(self, client: MlflowClient) -> str:
         found = client.get_experiment_by_name(self.experiment)
         if found is None:
-            location = None if self.is_server else (self.folder / "artifacts").as_uri()
+            location = None if self.is_server else self._artifacts.as_uri()
             try:
                 return str(client.create_experiment(self.experiment, artifact_location=location))
             except Exception as error:
@@ -161,6 +168,8 @@ class Store:
                 expected="an active experiment",
                 fix="restore it (mlflow experiments restore) or remove it for good (mlflow gc)",
             )
+        if self._database is not None and self._database.parent == self.folder:
+            follow(self._database, str(found.artifact_location), self._artifacts)
         return str(found.experiment_id)
 
     @contextlib.contextmanager
@@ -170,8 +179,8 @@ class Store:
             yield
             return
         folder = self.folder
-        if self.uri.startswith("sqlite:"):
-            folder = Path(self.uri.removeprefix("sqlite:///").partition("?")[0]).parent
+        if self._database is not None:
+            folder = self._database.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stream = (folder / ".first-start.lock").open("w")

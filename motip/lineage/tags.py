@@ -36,6 +36,7 @@ class Tag:
     PYTHON = "motip.python"
     VERSIONS = "motip.versions"
     HARDWARE = "motip.hardware"
+    DRIVER = "motip.driver"
     RESUMED = "motip.resumed"
     INTERRUPTED = "motip.interrupted"
     FORGOTTEN = "motip.forgotten"

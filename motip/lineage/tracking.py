@@ -20,6 +20,7 @@ from motip.errors import MotipError
 from motip.files import digest
 from motip.lineage import walk as lineage_walk
 from motip.lineage.delivery import batch_of, hand_over
+from motip.lineage.driver import driver_lives, this_driver
 from motip.lineage.model import find_run, latest_model
 from motip.lineage.provenance import provenance, redact
 from motip.lineage.record import as_text, read_record, record_text
@@ -32,6 +33,7 @@ from motip.lineage.verify import FileCheck, verify
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from mlflow.entities import Run
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,8 @@ class Lineage:
     ) -> str:
         """The parent run of a curriculum: a new one, or the unfinished one of the same name and config.
 
-        Stages of that one that still count as running were cut off and are marked so.
+        Stages of that one that still count as running were cut off and are marked so, unless another process of this
+        host that lives drives them.
 
         Args:
             reopen_finished: continue a finished run of the same inputs too, instead of starting another.
@@ -113,14 +116,21 @@ class Lineage:
                 if run.info.status == "FINISHED" and not reopen_finished:
                     continue
                 for child in self._find_runs(f"tags.`{Tag.PARENT_RUN}` = '{run.info.run_id}'"):
-                    if child.info.status == "RUNNING":
+                    if child.info.status == "RUNNING" and not _driven_elsewhere(child):
                         self.mark_interrupted(child.info.run_id)
                 client.update_run(run.info.run_id, status="RUNNING")
+                client.set_tag(run.info.run_id, Tag.DRIVER, this_driver())
                 return str(run.info.run_id)
             created = client.create_run(
                 self._store.experiment_id,
                 run_name=name,
-                tags={Tag.KIND: kind, Tag.CURRICULUM: name, Tag.INPUTS: inputs, **_clean(tags)},
+                tags={
+                    Tag.KIND: kind,
+                    Tag.CURRICULUM: name,
+                    Tag.INPUTS: inputs,
+                    Tag.DRIVER: this_driver(),
+                    **_clean(tags),
+                },
             )
             return str(created.info.run_id)
 
@@ -181,6 +191,7 @@ class Lineage:
                     Tag.STAGE: stage,
                     Tag.INPUTS: inputs,
                     Tag.DATA_SHA256: data_digest,
+                    Tag.DRIVER: this_driver(),
                     **self._parent_tags(parent),
                     **(split_params({Tag.FROM_RECORD: as_text(told)}) if told else {}),
                     **_provenance_tags(),
@@ -461,6 +472,7 @@ class Lineage:
         if changed:
             told["changed"] = [f"{key} {logged[key][:100]} -> {wanted.get(key, 'unset')[:100]}" for key in changed]
         client.update_run(run_id, status="RUNNING")
+        client.set_tag(run_id, Tag.DRIVER, this_driver())
         client.set_tag(run_id, Tag.RESUMED, str(times))
         client.set_tag(run_id, f"{Tag.RESUMED}.{times}", json.dumps(told))
 
@@ -509,6 +521,11 @@ class Lineage:
             Tag.FROM_SHA256: parent["sha256"] or "",
             Tag.FROM_RUN: parent.get("run_id") or "",
         }
+
+
+def _driven_elsewhere(run: Run) -> bool:
+    driver = run.data.tags.get(Tag.DRIVER, "")
+    return driver != this_driver() and driver_lives(driver)
 
 
 def _provenance_tags() -> dict[str, str]:

@@ -405,22 +405,6 @@ def test_training_videos_of_a_source_that_is_only_evaluated_stay(bdd: Path, tmp_
     assert other.written == 0
 
 
-def test_what_another_run_wrote_meanwhile_stays(bdd: Path, tmp_path: Path) -> None:
-    visdrone_video(bdd / "vis", "a", 20)
-    visdrone_video(bdd / "vis", "v", 20, split="val")
-    store = tmp_path / "store"
-    vis = source("vis", "visdrone", "vis", classes={"pedestrian": ("pedestrian",)})
-    meanwhile = []
-
-    def interrupted(function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:
-        yield from map(function, jobs)
-        if not meanwhile:
-            meanwhile.append(convert(curriculum([vis], [mix("vis", 1)], classes=("pedestrian",)), bdd, store))
-
-    convert(plan(2), bdd, store, map_fn=interrupted)
-    assert Manifest.load(store).of("vis", "train") == meanwhile[0].manifest.of("vis", "train") != []
-
-
 def test_bad_input_is_one_clear_error(bdd: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     with pytest.raises(MotipError, match="the data root is missing"):

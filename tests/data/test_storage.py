@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -82,6 +83,27 @@ def test_a_whole_file_appears_only_on_success(place: Location) -> None:
     with storage.whole_file(place / "f.bin") as path:
         path.write_bytes(b"whole")
     assert (place / "f.bin").read_bytes() == b"whole"
+
+
+def test_a_lock_that_cannot_be_had_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    done = []
+    with storage.one_at_a_time(location("s3://bucket/lock"), "nobody"):
+        done.append("an object store has none")
+    with storage.one_at_a_time(tmp_path / "lock", "nobody"):
+        done.append("free")
+    assert caplog.messages == []
+    monkeypatch.setattr(storage.fcntl, "flock", unknown)
+    with storage.one_at_a_time(tmp_path / "lock", "nobody"):
+        done.append("not supported")
+    with storage.one_at_a_time(tmp_path / "none" / "lock", "nobody"):
+        done.append("not to be opened")
+    assert len(done) == 4
+    assert [message.startswith("going on without a lock") for message in caplog.messages] == [True, True]
 
 
 def test_leftovers_of_killed_processes_are_removed_when_old(tmp_path: Path) -> None:
@@ -176,9 +198,7 @@ def test_requests_go_to_the_region_of_the_bucket(no_region: None, monkeypatch: p
     assert asked == ["one", "two"]
 
 
-def test_a_region_that_cannot_be_found_out_is_one_clear_error(
-    no_region: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_region_that_cannot_be_found_out_is_one_clear_error(no_region: None, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(["AWS Error NETWORK_CONNECTION during HeadBucket operation", "Bucket 'gone' not found"])
     tries = []
 

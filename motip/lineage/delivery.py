@@ -1,0 +1,77 @@
+"""Hand what a run tells to MLflow: metrics, tags, artifacts, tables, models, the end."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from motip.errors import MotipError
+from motip.lineage.model import register
+from motip.lineage.spool import Entry, Spool
+from motip.lineage.store import Store
+from motip.lineage.tags import Tag
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+BATCH_METRICS = 1000
+"""MLflow takes at most this many metrics in one request."""
+
+
+def batch_of(entries: list[Entry]) -> list[Entry]:
+    """The longest run of metric entries at the front (one request takes many points), else the first entry."""
+    batch: list[Entry] = []
+    points = 0
+    for entry in entries:
+        points += len(entry.get("points", ()))
+        if entry["kind"] != "metrics" or (batch and points > BATCH_METRICS):
+            break
+        batch.append(entry)
+    return batch or entries[:1]
+
+
+def hand_over(store: Store, spool: Spool, run_id: str, entries: list[Entry]) -> None:
+    """Deliver entries of one kind. Safe to repeat: an answer may get lost after the server has acted.
+
+    Raises:
+        Unreachable: MLflow cannot take them now.
+        MotipError: it never will.
+    """
+    entry = entries[0]
+    with store.errors():
+        client = store.client()
+        if entry["kind"] == "metrics":
+            from mlflow.entities import Metric
+
+            points = [Metric(*point) for each in entries for point in each["points"]]
+            for start in range(0, len(points), BATCH_METRICS):
+                client.log_batch(run_id, metrics=points[start : start + BATCH_METRICS])
+        elif entry["kind"] == "tags":
+            from mlflow.entities import RunTag
+
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in entry["tags"].items()])
+        elif entry["kind"] == "artifact":
+            _attach(client, spool, run_id, entry)
+        elif entry["kind"] == "table":
+            tables = json.loads(client.get_run(run_id).data.tags.get(Tag.TABLES, "[]"))
+            if entry["name"] not in [table["path"] for table in tables]:
+                tables.append({"path": entry["name"], "type": "table"})
+                client.set_tag(run_id, Tag.TABLES, json.dumps(tables))
+        elif entry["kind"] == "model":
+            register(store, run_id, entry["uri"], entry["sha256"], entry["step"])
+        elif entry["kind"] == "damaged":
+            raise MotipError("a line of the queue is damaged", where=spool.folder, found=entry["line"][:100])
+        else:
+            client.set_terminated(run_id, entry["status"], entry["time"])
+
+
+def _attach(client: MlflowClient, spool: Spool, run_id: str, entry: Entry) -> None:
+    path = spool.file_of(entry) if entry.get("kept") else entry["path"]
+    if path is None:
+        raise MotipError(
+            "the file that was kept for this artifact is missing",
+            where=spool.folder,
+            found=entry["path"],
+            fix="attach it by hand, if it is still anywhere (mlflow artifacts log-artifact)",
+        )
+    client.log_artifact(run_id, str(path), entry["folder"] or None)

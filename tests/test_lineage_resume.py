@@ -1,0 +1,153 @@
+"""A stage that was cut off goes on in its run: what may differ then, and whose run it is."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from motip.errors import MotipError
+from motip.lineage import Lineage
+from motip.lineage.driver import driver_lives, this_driver
+from motip.lineage.tags import MAX_VALUE, Tag, join_params
+from tests.test_lineage import CONFIG, DIGEST, client_of
+
+
+@pytest.fixture(autouse=True)
+def own_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture
+def lineage(storage: Path) -> Lineage:
+    """On one database for all tests: creating it takes seconds. Each test has a curriculum of its own."""
+    return Lineage(None, storage, patience=2, rest=0.2)
+
+
+def test_a_resume_may_change_what_changes_no_result_and_names_it(lineage: Lineage, storage: Path) -> None:
+    parent = lineage.start_curriculum("free", {})
+    config = {**CONFIG, "NUM_WORKERS": 4, "PLACES": {"data": "/a"}, "_name": "one"}
+    free = {"NUM_WORKERS", "PLACES", "EXTRA", "_name"}
+    run_id = lineage.start_stage(parent, "a", config, DIGEST, None, free=free)
+
+    again = Lineage(None, storage)
+    now = {**config, "NUM_WORKERS": 1, "PLACES": {"data": "/b" * MAX_VALUE}, "EXTRA": 2, "_name": "two"}
+    assert again.start_stage(parent, "a", now, DIGEST, None, run_id, free=free) == run_id
+    assert again.start_stage(parent, "a", {**now, "PLACES": {}}, DIGEST, None, free=free) == run_id, "found by inputs"
+    run = client_of(again).get_run(run_id)
+    assert (run.data.params["NUM_WORKERS"], run.data.params["EXTRA"]) == ("4", "2")
+    assert join_params(run.data.params)["PLACES"] == '{"data": "/a"}'
+    first, second = (json.loads(run.data.tags[f"{Tag.RESUMED}.{number}"])["changed"] for number in (1, 2))
+    assert first[0] == second[0] == "NUM_WORKERS 4 -> 1"
+    assert first[1].startswith('PLACES {"data": "/a"} -> {"data": "/b/b')
+    assert second[1] == 'PLACES {"data": "/a"} -> {}'
+    assert json.loads(Path(client_of(again).download_artifacts(run_id, "config.json")).read_text())["NUM_WORKERS"] == 1
+
+    with pytest.raises(MotipError, match="started with other parameters: LR\n") as refused:
+        again.start_stage(parent, "a", {**now, "LR": 1}, DIGEST, None, run_id, free=free)
+    assert "NUM_WORKERS" not in str(refused.value)
+
+
+# ---- whose run it is ----------------------------------------------------------------------------------------------
+
+
+def _begin_a_stage(storage: str, stage: str, told: Connection) -> None:
+    """Another driver on the same storage; it lives until it is killed."""
+    lineage = Lineage(None, storage)
+    parent = lineage.start_curriculum("two drivers", {})
+    told.send((parent, lineage.start_stage(parent, stage, CONFIG, DIGEST, None), this_driver()))
+    time.sleep(600)
+
+
+def test_a_stage_whose_driver_lives_is_not_cut_off_by_another(lineage: Lineage, storage: Path) -> None:
+    own = lineage.start_curriculum("two drivers", {})
+    before = lineage.start_stage(own, "Mine", CONFIG, DIGEST, None)
+    here, there = multiprocessing.Pipe()
+    other = multiprocessing.get_context("spawn").Process(target=_begin_a_stage, args=(str(storage), "Theirs", there))
+    other.start()
+    try:
+        assert here.poll(300)
+        parent, run_id, driver = here.recv()
+        assert parent == own
+        tags = client_of(lineage).get_run(run_id).data.tags
+        assert tags[Tag.DRIVER] == driver and driver_lives(driver)
+        # The other one has left this one's stage alone, and this one leaves the other's, but not its own of before.
+        assert client_of(lineage).get_run(before).info.status == "RUNNING"
+        assert lineage.start_curriculum("two drivers", {}) == own
+        assert client_of(lineage).get_run(run_id).info.status == "RUNNING"
+        assert client_of(lineage).get_run(before).info.status == "KILLED"
+    finally:
+        other.kill()
+        other.join(60)
+    assert not driver_lives(driver)
+    assert lineage.start_curriculum("two drivers", {}) == own
+    assert client_of(lineage).get_run(run_id).info.status == "KILLED"
+    assert client_of(lineage).get_run(own).data.tags[Tag.DRIVER] == this_driver()
+    assert lineage.start_stage(own, "Theirs", CONFIG, DIGEST, None) == run_id
+    assert client_of(lineage).get_run(run_id).data.tags[Tag.DRIVER] == this_driver(), "renewed by whoever goes on"
+
+
+def test_a_run_without_a_driver_or_of_another_host_counts_as_cut_off(lineage: Lineage) -> None:
+    parent = lineage.start_curriculum("no driver", {})
+    runs = [lineage.start_stage(parent, stage, CONFIG, DIGEST, None) for stage in ("a", "b")]
+    client_of(lineage).delete_tag(runs[0], Tag.DRIVER)
+    client_of(lineage).set_tag(runs[1], Tag.DRIVER, "elsewhere/1/1")
+    assert lineage.start_curriculum("no driver", {}) == parent
+    assert [client_of(lineage).get_run(run_id).info.status for run_id in runs] == ["KILLED", "KILLED"]
+
+
+def test_a_driver_is_known_by_host_id_and_start_time() -> None:
+    host, pid, start = this_driver().split("/")
+    assert (host, pid) == (socket.gethostname(), str(os.getpid()))
+    assert driver_lives(this_driver())
+    assert not driver_lives(f"{host}/{pid}/{int(start) + 1}"), "the id was used again"
+    assert not driver_lives(f"another-{host}/{pid}/{start}")
+    for unknown in ("", "nonsense", f"{host}/{pid}", f"{host}/{pid}/", f"{host}/x/{start}", f"{host}/0/{start}"):
+        assert not driver_lives(unknown), unknown
+
+
+def test_a_process_that_ended_does_not_live_though_its_parent_has_not_asked() -> None:
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from motip.lineage.driver import this_driver; print(this_driver(), flush=True); input()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None and child.stdout is not None
+    driver = child.stdout.readline().strip()
+    try:
+        assert driver_lives(driver)
+    finally:
+        child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not driver_lives(driver)
+    child.wait(60)
+    child.stdout.close()
+
+
+def test_without_proc_a_driver_has_no_start_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    full = this_driver()
+    monkeypatch.setattr("motip.lineage.driver._PROC", tmp_path)
+    assert this_driver() == f"{socket.gethostname()}/{os.getpid()}/"
+    assert driver_lives(this_driver())
+    assert not driver_lives(full), "that start time cannot be compared"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(60)
+    assert not driver_lives(f"{socket.gethostname()}/{ended.pid}/")

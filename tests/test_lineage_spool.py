@@ -1,0 +1,270 @@
+"""What waits for MLflow: refused for good, not possible now, or out of its place. The other side is a stand-in."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import ClientError
+from mlflow.exceptions import MlflowException
+
+from motip.errors import MotipError
+from motip.lineage import Lineage
+from motip.lineage.spool import Spool
+
+RUN, OTHER = "a" * 32, "b" * 32
+
+
+class StandIn:
+    """The calls of MLflow's client that a delivery makes; artifacts meet ``error``, and all else while it is away."""
+
+    def __init__(self) -> None:
+        self.away = True
+        self.error: Callable[[], Exception] | None = None
+        self.held_up = {RUN}
+        self.got: list[tuple[str, str]] = []
+
+    def log_batch(self, run_id: str, metrics: Any = (), tags: Any = ()) -> None:
+        self._reached()
+        self.got += [(run_id, metric.key) for metric in metrics]
+
+    def log_artifact(self, run_id: str, path: str, folder: str | None) -> None:
+        self._reached()
+        if self.error is not None and run_id in self.held_up:
+            raise self.error()
+        self.got.append((run_id, Path(path).read_text()))
+
+    def _reached(self) -> None:
+        if self.away:
+            raise requests.exceptions.ConnectionError("away")
+
+
+def lineage_on(storage: Path) -> tuple[Lineage, StandIn]:
+    lineage, server = Lineage("http://127.0.0.1:9", storage, rest=0), StandIn()
+    lineage._store._client = server  # type: ignore[assignment]
+    return lineage, server
+
+
+def spooled(storage: Path) -> None:
+    """A queue of one artifact and, behind it, a metric."""
+    lineage, _ = lineage_on(storage)
+    lineage.log_text(RUN, "the only copy", "notes.txt")
+    lineage.log_metrics(RUN, {"HOTA": 1.0}, 1)
+
+
+def set_aside(storage: Path) -> list[dict[str, Any]]:
+    path = storage / "mlflow" / "spool" / f"{RUN}.rejected.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def http(status: int) -> Exception:
+    response = requests.Response()
+    response.status_code = status
+    return requests.exceptions.HTTPError(f"{status} Client Error: for url http://me:pa55@host/x", response=response)
+
+
+def s3(status: int, code: str) -> Exception:
+    """As boto3 tells of an upload: its own error, raised while the real one is handled."""
+    try:
+        try:
+            told = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+            raise ClientError(told, "PutObject")
+        except ClientError as error:
+            raise S3UploadFailedError(f"Failed to upload: {error}")  # noqa: B904
+    except S3UploadFailedError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        lambda: http(413),
+        lambda: http(403),
+        lambda: MlflowException("API request to endpoint /x failed with error code 413 != 200. Response body: ''"),
+        lambda: s3(403, "AccessDenied"),
+        lambda: PermissionError(errno.EACCES, "Permission denied"),
+        lambda: NotADirectoryError(errno.ENOTDIR, "Not a directory"),
+        lambda: KeyError("nobody thought of this"),
+    ],
+    ids=["413", "403", "413 to mlflow", "s3", "permission", "no folder", "unknown"],
+)
+def test_an_artifact_that_is_refused_for_good_holds_up_nothing(
+    refusal: Callable[[], Exception], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spooled(tmp_path)
+    lineage, server = lineage_on(tmp_path)
+    server.away, server.error = False, refusal
+    caplog.clear()
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, "HOTA")]
+    (entry,) = set_aside(tmp_path)
+    assert str(refusal().args[-1])[:20] in entry["reason"] and "pa55" not in entry["reason"]
+    assert (tmp_path / "mlflow" / "spool" / entry["path"]).read_text() == "the only copy"
+    (told,) = caplog.messages
+    assert "1 entries set aside" in told and entry["reason"] in told
+    lineage.log_metrics(RUN, {"HOTA": 2.0}, 2)
+    assert (lineage.flush(), len(server.got)) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "hindrance",
+    [
+        *(lambda: http(503), lambda: http(429), lambda: http(408), lambda: s3(400, "ExpiredToken")),
+        *(lambda: s3(503, "SlowDown"), lambda: requests.exceptions.ConnectionError("no route")),
+        *(lambda: OSError(errno.ENOSPC, "No space left"), lambda: OSError(errno.EROFS, "Read-only file system")),
+        lambda: MlflowException("API request to /x failed with exception timed out"),
+    ],
+    ids=["503", "429", "408", "s3 token", "s3 busy", "away", "full", "read-only", "mlflow away"],
+)
+def test_what_cannot_be_taken_now_stays_and_a_start_goes_on(
+    hindrance: Callable[[], Exception], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spooled(tmp_path)
+    lineage, server = lineage_on(tmp_path)
+    server.away, server.error = False, hindrance
+    caplog.clear()
+    assert lineage.flush() == 2
+    (told,) = caplog.messages
+    assert told.startswith("2 entries") and str(hindrance().args[-1])[:12] in told
+    assert (server.got, set_aside(tmp_path)) == ([], [])
+    server.error = None
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, "the only copy"), (RUN, "HOTA")]
+    assert not list((tmp_path / "mlflow" / "spool").rglob("*.txt"))
+
+
+def test_a_full_disk_under_one_run_does_not_hold_up_another(tmp_path: Path) -> None:
+    spooled(tmp_path)
+    lineage, server = lineage_on(tmp_path)
+    lineage.log_text(OTHER, "of another", "notes.txt")
+    server.away, server.error = False, lambda: OSError(errno.ENOSPC, "No space left")
+    assert lineage.flush() == 2
+    assert server.got == [(OTHER, "of another")]
+
+
+def test_a_store_that_refuses_everything_sets_nothing_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spooled(tmp_path)
+    lineage, _ = lineage_on(tmp_path)
+
+    def refuses() -> None:
+        raise MotipError("MLflow refuses: wrong password")
+
+    monkeypatch.setattr(lineage._store, "client", refuses)
+    caplog.clear()
+    assert lineage.flush() == 2
+    assert "wrong password" in caplog.text
+    assert set_aside(tmp_path) == []
+
+
+def test_what_can_be_kept_nowhere_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lineage, _ = lineage_on(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(MotipError, match="cannot be kept either: No space left"):
+        lineage.log_text(RUN, "text", "notes.txt")
+
+
+def test_a_spool_can_be_moved_while_something_waits(tmp_path: Path) -> None:
+    spooled(tmp_path / "before")
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    lineage, server = lineage_on(tmp_path / "after")
+    server.away = False
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, "the only copy"), (RUN, "HOTA")]
+    assert not list((tmp_path / "after").rglob("*.txt"))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_spool_that_holds_absolute_places_is_read(moved: bool, tmp_path: Path) -> None:
+    """As they were once written."""
+    storage = tmp_path / "before"
+    spooled(storage)
+    queue = storage / "mlflow" / "spool" / f"{RUN}.jsonl"
+    artifact, metric = (json.loads(line) for line in queue.read_text().splitlines())
+    artifact["path"] = str(storage / "mlflow" / "spool" / artifact["path"])
+    queue.write_text(json.dumps(artifact) + "\n" + json.dumps(metric) + "\n")
+    if moved:
+        storage = Path(shutil.move(storage, tmp_path / "after"))
+    lineage, server = lineage_on(storage)
+    server.away = False
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, "the only copy"), (RUN, "HOTA")]
+    assert not list(storage.rglob("*.txt"))
+
+
+def test_a_kept_file_that_is_gone_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spooled(tmp_path)
+    shutil.rmtree(tmp_path / "mlflow" / "spool" / "files")
+    lineage, server = lineage_on(tmp_path)
+    server.away = False
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, "HOTA")]
+    (entry,) = set_aside(tmp_path)
+    assert entry["reason"] == "the file that was kept for this artifact is missing"
+    assert "set aside" in caplog.text
+
+
+def test_a_damaged_line_holds_up_nothing(tmp_path: Path) -> None:
+    spooled(tmp_path)
+    queue = tmp_path / "mlflow" / "spool" / f"{RUN}.jsonl"
+    queue.write_bytes(b"\0\0\0 half a line\n[1]\n" + queue.read_bytes())
+    lineage, server = lineage_on(tmp_path)
+    server.away = False
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, "the only copy"), (RUN, "HOTA")]
+    assert [entry["line"] for entry in set_aside(tmp_path)] == ["\0\0\0 half a line", "[1]"]
+
+
+def test_a_process_that_ends_between_delivery_and_queue_loses_no_file(tmp_path: Path) -> None:
+    spooled(tmp_path)
+    lineage, server = lineage_on(tmp_path)
+    server.away = False
+    delivered = server.log_batch
+
+    def ends(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    server.log_batch = ends  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        lineage.flush()
+    assert server.got == [(RUN, "the only copy")]
+    server.log_batch = delivered  # type: ignore[method-assign]
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, "the only copy"), (RUN, "the only copy"), (RUN, "HOTA")]
+    assert set_aside(tmp_path) == []
+
+
+def test_a_line_cut_off_by_a_kill_does_not_block_the_queue(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append("run", {"kind": "tags", "tags": {"a": "1"}})
+    with (tmp_path / "run.jsonl").open("a") as stream:
+        stream.write('{"kind": "tags", "ta')
+    delivered: list[dict] = []
+
+    def deliver(entries: list[dict]) -> int:
+        delivered.append(entries[0])
+        return 1
+
+    assert spool.replay("run", deliver, lambda entry: "") == 0
+    assert delivered == [{"kind": "tags", "tags": {"a": "1"}}]
+    assert spool.runs() == []
+
+
+def test_an_entry_after_a_cut_off_line_is_not_lost(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    with (tmp_path / "run.jsonl").open("a") as stream:
+        stream.write('{"kind": "tags", "ta')
+    spool.append("run", {"kind": "tags", "tags": {"b": "2"}})
+    assert spool.count("run") == 1
