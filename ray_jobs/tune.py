@@ -29,7 +29,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, metavar="N", help="settings that are tried (default: the sweep file's)")
     parser.add_argument("--workers-per-trial", type=int, default=1, metavar="N", help="(default: 1)")
     parser.add_argument("--at-once", type=int, metavar="N", help="trials side by side (default: as many as fit)")
-    parser.add_argument("--tuned", metavar="FILE", help="where the values go (default: the stage's `tuned:`, else under configs/tuned/)")
+    place = "the stage's `tuned:`, else under configs/tuned/"
+    parser.add_argument("--tuned", metavar="FILE", help=f"where the values go (default: {place})")
     parser.add_argument("--data-root", help="folder with the raw datasets")
     parser.add_argument("--storage", default="~/motip", help="shards, trials, MLflow database (default: ~/motip)")
     parser.add_argument("--videos", type=int, help="training videos of each dataset, for a stage's configuration")

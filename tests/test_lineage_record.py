@@ -288,3 +288,14 @@ def test_two_tables_of_one_run_are_both_named(lineage: Lineage) -> None:
         lineage.log_table(run_id, ["class", "HOTA"], [["car", "50.0"]], name)
     tables = json.loads(client_of(lineage).get_run(run_id).data.tags[Tag.TABLES])
     assert [table["path"] for table in tables] == ["evaluation/epoch_001.json", "evaluation/domains.json"]
+
+
+def test_verify_names_the_shards_where_all_of_a_data_set_are_gone(lineage: Lineage, storage: Path) -> None:
+    entry = shard(storage, "only")
+    Manifest((entry,)).save(storage)
+    used = DataUsed("ground/train", entries_digest([entry]), source={"videos": ["only"]})
+    run_id = lineage.start_stage(lineage.start_curriculum("demo", {}), "a", CONFIG, DIGEST, None, datasets=[used])
+    gone = storage / "shards" / "ground" / "train" / "only.parquet"
+    gone.unlink()
+    (check,) = lineage.verify(run_id)
+    assert (check.state, check.path) == ("missing", str(gone))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
 
+from motip.curriculum.records import claim, release
 from motip.errors import MotipError
-from motip.lineage import Lineage
+from motip.lineage import Lineage, NullLineage
 from tests.small_curriculum import CURRICULUM, QuietUi, run, write_files
 
 
@@ -80,7 +80,7 @@ def test_a_stage_that_another_process_trains_is_refused(tmp_path: Path, monkeypa
     waits = (
         "import sys; from motip.lineage.driver import this_driver; print(this_driver(), flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen([sys.executable, "-c", waits], stdin=PIPE, stdout=PIPE, text=True) as other:
+    with Popen([sys.executable, "-c", waits], stdin=PIPE, stdout=PIPE, text=True) as other:
         assert other.stdout is not None and other.stdin is not None
         driver = other.stdout.readline().strip()
         stored.write_text(json.dumps({**json.loads(stored.read_text()), "driver": driver}))
@@ -94,3 +94,48 @@ def test_a_stage_that_another_process_trains_is_refused(tmp_path: Path, monkeypa
 
 def _interrupt(self: QuietUi, kind: str, values: dict[str, Any]) -> None:
     raise KeyboardInterrupt
+
+
+def test_what_mlflow_refuses_of_an_end_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, storage = one_stage(tmp_path), tmp_path / "storage"
+    run(path, storage)
+    (stored,) = (storage / "curricula").rglob("stage.json")
+    stored.write_text(json.dumps({**json.loads(stored.read_text()), "told": False, "run_id": "gone"}))
+
+    def refuses(self: NullLineage, *arguments: Any, **named: Any) -> None:
+        raise MotipError("MLflow refuses: run gone was deleted")
+
+    monkeypatch.setattr(NullLineage, "log_stage_result", refuses)
+    result, ui, _ = run(path, storage)
+    assert result.records[0].skipped and [note for note in ui.notes if "missing in MLflow: MLflow refuses" in note]
+    _, again, _ = run(path, storage)
+    assert not [note for note in again.notes if "missing in MLflow" in note]
+
+
+def test_of_two_starts_at_once_one_drives(tmp_path: Path) -> None:
+    """Both find the stage free; only one may go on. What fails in a process that lives on does not stay in use."""
+    path = tmp_path / "stage.json"
+    start = f"""
+import sys, pathlib
+from motip.curriculum.records import InUse, claim
+sys.stdin.readline()
+try:
+    claim(pathlib.Path({str(path)!r}), "stage")
+    print("drives", flush=True)
+except InUse:
+    print("refused", flush=True)
+sys.stdin.read()
+"""
+    processes = [Popen([sys.executable, "-c", start], stdin=PIPE, stdout=PIPE, text=True) for _ in range(2)]
+    for each in processes:
+        each.stdin.write("go\n")  # type: ignore[union-attr]
+        each.stdin.flush()  # type: ignore[union-attr]
+    said = sorted(each.stdout.readline().strip() for each in processes)  # type: ignore[union-attr]
+    for each in processes:
+        each.communicate(timeout=30)
+    assert said == ["drives", "refused"]
+    claim(path, "stage")
+    release(path)
+    assert "driver" not in json.loads(path.read_text())

@@ -22,6 +22,9 @@ SPEED_ONLY = frozenset(
 )
 """Keys that change how fast or where a stage runs, not what comes out: they do not make it stale."""
 
+PACE_ONLY = SPEED_ONLY - {"OUTPUT_DIR", "OUTPUTS_DIR"}
+"""Those of them that may change when a stage that was cut off goes on: in another folder it begins anew."""
+
 PLANNED_CLASSES = {"pedestrian", "car"}
 """The class list, beside its own, that the BDD100K and VisDrone protocols are defined for here."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from motip.config import Curriculum, Stage
-from motip.data.storage import Location, location, read_json, sha256
+from motip.data.storage import Location, location, one_at_a_time, read_json, require_folder, sha256, write_json
 from motip.errors import MotipError
 from motip.lineage.driver import driver_lives, this_driver
 
@@ -120,25 +120,39 @@ def finished_record(folder: Location, inputs: str) -> StageRecord | None:
     return record
 
 
-def refuse_if_driven(path: Location, what: str) -> None:
-    """Two trainings of the same stage, or two of the same sweep, would write into one folder.
+class InUse(MotipError):
+    """Another process is at the same work."""
+
+
+def claim(path: Location, what: str) -> None:
+    """Make this process the driver of a stage or a sweep: two of them would write into one folder.
 
     Args:
         path: its ``stage.json`` or ``sweep.json``.
         what: the word for it.
 
     Raises:
-        MotipError: another process on this machine runs it now. One on another machine cannot be seen from here.
+        InUse: another process on this machine drives it now. One on another machine cannot be seen from here.
     """
+    require_folder(path.parent)
+    with one_at_a_time(path.parent / ".driver.lock", f"another start of this {what}"):
+        stored = read_json(path) if path.is_file() else {}
+        driver = str(stored.get("driver", ""))
+        if stored.get("status") == "running" and driver != this_driver() and driver_lives(driver):
+            raise InUse(
+                f"this {what} is running already, with the same inputs",
+                where=path.parent,
+                found=f"process {driver.split('/')[-2]} of this machine, which is alive",
+                fix="wait for it or end it, then run the same command again; or use another --storage",
+            )
+        write_json(path, {**stored, "status": "running", "driver": this_driver()})
+
+
+def release(path: Location) -> None:
+    """Let others drive what this process failed at, also where it lives on."""
     stored = read_json(path) if path.is_file() else {}
-    driver = str(stored.get("driver", ""))
-    if stored.get("status") == "running" and driver != this_driver() and driver_lives(driver):
-        raise MotipError(
-            f"this {what} is running already, with the same inputs",
-            where=path.parent,
-            found=f"process {driver.split('/')[-2]} of this machine, which is alive",
-            fix="wait for it or end it, then run the same command again; or use another --storage",
-        )
+    if stored.get("driver") == this_driver():
+        write_json(path, {key: value for key, value in stored.items() if key != "driver"})
 
 
 def unfinished_run(folder: Location) -> str | None:

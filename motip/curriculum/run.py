@@ -9,7 +9,7 @@ from motip.config import Curriculum, Stage, without_effect_message
 from motip.config.chain import with_values
 from motip.curriculum.domain_report import DomainReport
 from motip.curriculum.domains import DomainWatch
-from motip.curriculum.records import Options, StageRecord, curriculum_folder
+from motip.curriculum.records import InUse, Options, StageRecord, curriculum_folder
 from motip.curriculum.stage import Session, Ui, run_stage
 from motip.curriculum.sweep import SweepResult, check_tuning, tune_stage
 from motip.curriculum.weights import check_given_weights, parent_of
@@ -75,6 +75,8 @@ def run_curriculum(
     except KeyboardInterrupt:
         lineage.mark_interrupted(run_id)
         raise
+    except InUse:
+        raise  # the run is that of the process that is at it
     except BaseException:
         lineage.finish(run_id, "FAILED")
         raise
@@ -142,7 +144,7 @@ def _with_data(
         progress=ui.converting,
     )
     ui.converted(report)
-    return curriculum, Manifest.load(options.storage)
+    return curriculum, report.manifest  # not what another run on this storage may have made of it since
 
 
 def _tuned(session: Session, stage: Stage, parent: Parent | None) -> Stage:

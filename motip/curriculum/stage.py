@@ -13,12 +13,13 @@ from typing import Any, Protocol
 from motip.cluster import Cluster
 from motip.config import Config, Curriculum, Stage
 from motip.curriculum.dashboard import StageDashboard
-from motip.curriculum.inputs import SPEED_ONLY, datasets, job_facts, stage_job
+from motip.curriculum.inputs import PACE_ONLY, datasets, job_facts, stage_job
 from motip.curriculum.records import (
     Options,
     StageRecord,
+    claim,
     finished_record,
-    refuse_if_driven,
+    release,
     stage_folder,
     unfinished_run,
 )
@@ -72,13 +73,17 @@ def run_stage(session: Session, stage: Stage, parent: Parent | None) -> StageRec
     folder = stage_folder(session.curriculum, stage, job.inputs, session.options)
     done = finished_record(folder, job.inputs)
     if done is not None:
-        return done if done.told else _tell_end(session, folder, done)
-    refuse_if_driven(folder / "stage.json", "stage")
+        return done if done.told else _tell_late(session, folder, done)
     EpochPlans(job, stage.config, max(1, session.options.workers))(0)  # no trainable clip is said now, not by workers
     placement = _placement(stage.config, session)
-    job = replace(job, run_id=_start_run(session, stage, job, train, folder))
-    session.ui.stage_begins(stage, job, str(folder))
-    return _train(session, stage, job, train, folder, placement)
+    claim(folder / "stage.json", "stage")
+    try:
+        job = replace(job, run_id=_start_run(session, stage, job, train, folder))
+        session.ui.stage_begins(stage, job, str(folder))
+        return _train(session, stage, job, train, folder, placement)
+    except BaseException:
+        release(folder / "stage.json")
+        raise
 
 
 def _start_run(session: Session, stage: Stage, job: StageJob, train: list[VideoEntry], folder: Location) -> str:
@@ -93,7 +98,7 @@ def _start_run(session: Session, stage: Stage, job: StageJob, train: list[VideoE
         datasets=datasets(train, job.val),
         tags={"motip.stage_inputs": job.inputs},
         resume_run_id=unfinished_run(folder),
-        free=SPEED_ONLY,
+        free=PACE_ONLY,
     )
     running = {"status": "running", "inputs": job.inputs, "run_id": run_id, "driver": this_driver()}
     write_json(folder / "stage.json", running)
@@ -123,6 +128,17 @@ def _train(
         raise
     keeper.dashboard.finish()
     return _tell_end(session, folder, record)
+
+
+def _tell_late(session: Session, folder: Location, record: StageRecord) -> StageRecord:
+    """Tell the end of a stage whose process was killed before it could; what MLflow refuses is said once."""
+    try:
+        return _tell_end(session, folder, record)
+    except MotipError as error:
+        told = replace(record, told=True)
+        write_json(folder / "stage.json", asdict(replace(told, skipped=False)))
+        session.ui.note(f"{record.stage} is finished, but its result is missing in MLflow: {error.what}")
+        return told
 
 
 def _tell_end(session: Session, folder: Location, record: StageRecord) -> StageRecord:

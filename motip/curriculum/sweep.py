@@ -17,7 +17,7 @@ from motip.config.curriculum_file import tuned_file
 from motip.config.sweep_file import SweepFile, check_sweep, hand_set
 from motip.config.tuned import overlay_text
 from motip.curriculum.inputs import SPEED_ONLY, stage_job
-from motip.curriculum.records import Options, Tuning, refuse_if_driven
+from motip.curriculum.records import Options, Tuning, claim, release
 from motip.curriculum.stage import Session, Ui
 from motip.curriculum.sweep_records import HAND_SET, read_trial, read_trials, repeat_key, trial_key, write_trial
 from motip.curriculum.sweep_result import Verdict, evidence, favourite, judge, setting_text
@@ -88,7 +88,7 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None) -> SweepRe
     identity = _identity(job, sweep, tuning.workers)
     folder = _folder(session, stage, identity)
     data = entries_digest([*train, *job.val])
-    refuse_if_driven(folder / "sweep.json", "sweep")
+    claim(folder / "sweep.json", "sweep")
     run_id = _start_run(session, stage, sweep, identity, data)
     running = {"status": "running", "identity": identity, "run_id": run_id, "driver": this_driver()}
     write_json(folder / "sweep.json", running)
@@ -115,9 +115,11 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None) -> SweepRe
         verdict = judge(trials, repeats, base.config.SEED)
     except KeyboardInterrupt:
         _mark_cut_off(session, folder, run_id)
+        release(folder / "sweep.json")
         raise
     except BaseException:
         session.lineage.finish(run_id, "FAILED")
+        release(folder / "sweep.json")
         raise
     lines = evidence(
         verdict,

@@ -8,7 +8,7 @@ from typing import Any
 
 from motip.config import Config, Curriculum, Stage
 from motip.config.chain import with_values
-from motip.curriculum.inputs import SPEED_ONLY, datasets, job_facts, stage_job
+from motip.curriculum.inputs import PACE_ONLY, datasets, job_facts, stage_job
 from motip.curriculum.records import Options
 from motip.curriculum.stage import Keeper
 from motip.curriculum.sweep_records import read_trial, write_trial
@@ -77,7 +77,7 @@ class TrialRunner:
             datasets=datasets(train, job.val),
             tags={"motip.kind": "trial", "motip.stage": self.stage.name, TRIAL_TAG: ask.key},
             resume_run_id=earlier.get("run_id"),
-            free=SPEED_ONLY,
+            free=PACE_ONLY,
         )
         write_trial(place, told, run_id=run_id, inputs=job.inputs)
         own = place / "trials" / f"{ask.key}-{job.inputs[:12]}"

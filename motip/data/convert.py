@@ -105,6 +105,7 @@ def convert(
     def merged(there: Manifest) -> Manifest:
         if seed is None:
             _refuse_other_seed(there, order)
+        _refuse_other_locks(there, plans)
         return _manifest(plans, results, there, order)
 
     def check(manifest: Manifest) -> list[str]:
@@ -163,6 +164,19 @@ def _refuse_other_seed(there: Manifest, seed: int) -> None:
             expected=f"seed {seed}, by which the videos were picked here",
             fix="run it again: it then picks by the new seed, and what is finished is not done again",
         )
+
+
+def _refuse_other_locks(there: Manifest, plans: list[SourcePlan]) -> None:
+    """The first conversion locks; where two ran side by side, that is the one that has saved first."""
+    for plan in plans:
+        for split, names in there.locked.get(plan.name, {}).items():
+            if sorted(names) != sorted(plan.locked.get(split, names)):
+                raise MotipError(
+                    f"another conversion into this storage has locked other {split} sequences of {plan.name!r} by now",
+                    where="shards/manifest.json",
+                    found=f"{len(names)} locked there, {len(plan.locked[split])} here",
+                    fix="run it again with the same data and curriculum, or use another --storage",
+                )
 
 
 def check_data_root(data_root: Location | str) -> None:
@@ -396,7 +410,7 @@ def _manifest(plans: list[SourcePlan], results: list[SequenceResult], previous: 
     entries += [entry for entry in previous.videos if stays(entry.source, entry.split)]
     sequences = [result.to_dict() for result in results]
     sequences += [item for item in previous.sequences if stays(item["source"], item["split"])]
-    locked = {**previous.locked, **{plan.name: plan.locked for plan in plans}}
+    locked = previous.locked | {plan.name: previous.locked.get(plan.name, {}) | plan.locked for plan in plans}
     limits = {**previous.settings.get("limits", {}), **{plan.name: plan.limit for plan in plans if plan.limit}}
     return Manifest(
         tuple(sorted(entries, key=lambda entry: entry.identity)),
@@ -418,7 +432,8 @@ def _unused_shards(manifest: Manifest, storage: Location) -> list[str]:
     if not unused:
         return []
     return [
-        f"{len(unused)} shards of earlier conversions are not used any more and may be deleted, such as {unused[0]}"
+        f"{len(unused)} shards are not used by this curriculum; where no other one on this storage needs them they may "
+        f"be deleted, such as {unused[0]}"
     ]
 
 

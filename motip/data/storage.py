@@ -308,10 +308,11 @@ def one_at_a_time(lock: Location, what: str) -> Iterator[None]:
     with contextlib.ExitStack() as opened:
         try:
             stream = opened.enter_context(lock.open("a"))
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.warning(f"waiting for {what} ({lock} is locked)")
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.warning(f"waiting for {what} ({lock} is locked)")
+                fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:
             _log.warning(f"going on without a lock: {lock} cannot be locked ({error.strerror})")
         yield

@@ -153,7 +153,7 @@ def iterate(
 
     Args:
         dataset: `clip_dataset` of the same ``rows``.
-        prefetch: batches fetched ahead, and one of them padded in another thread meanwhile; 0 does all of it when
+        prefetch: batches fetched ahead, and one of them made in another thread meanwhile; 0 does all of it when
             asked. Has no influence on what is delivered.
 
     Raises:
@@ -188,7 +188,7 @@ def _batches(dataset: ray.data.Dataset, rows: Sequence[ClipRef], batch_size: int
 
 
 def _one_ahead(batches: Iterator[ClipBatch]) -> Iterator[ClipBatch]:
-    """Make the next batch in another thread: copying long clips takes a tenth of a training step."""
+    """Make the next batch in another thread: copying long clips, where they are padded, takes a tenth of a step."""
     ready: queue.Queue[ClipBatch | BaseException | None] = queue.Queue(maxsize=1)
     stopped = threading.Event()
 

@@ -122,7 +122,7 @@ class _Shards:
         known = [video.entry for video in videos if video.entry is not None]
         digest = entries_digest(known) if known else ""
         manifest = str(manifest_path(self._storage))
-        if all(video.state == MISSING for video in videos):
+        if not known and all(video.state == MISSING for video in videos):
             yield FileCheck(stage, manifest, used.sha256, digest, _state("-", digest), "data")
             return
         wrong = [video for video in videos if video.state != SAME]

@@ -134,3 +134,32 @@ def test_a_seed_that_changes_meanwhile_is_refused(raw: Path, tmp_path: Path) -> 
     with pytest.raises(MotipError, match="has changed the seed while this one ran"):
         convert(plan(2), raw, store, map_fn=interrupted)
     assert convert(plan(2), raw, store).manifest.seed == 7
+
+
+def side_by_side(raw: Path, store: Path, other: Any) -> tuple[ConvertReport, ConvertReport]:
+    """A first conversion, and another one that begins and ends while the first reads."""
+    meanwhile: list[ConvertReport] = []
+
+    def interrupted(function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:
+        yield from map(function, jobs)
+        if not meanwhile:
+            meanwhile.append(convert(other, raw, store))
+
+    first = convert(plan(2), raw, store, map_fn=interrupted)
+    return first, meanwhile[0]
+
+
+def test_locks_of_other_splits_made_meanwhile_stay(raw: Path, tmp_path: Path) -> None:
+    bdd_video(raw / "bdd", "test0", 10, split="test")
+    store = tmp_path / "store"
+    side_by_side(raw, store, plan(1, splits={"train": "train", "test": "test"}))
+    assert Manifest.load(store).locked == {"bdd": {"val": ["val0"], "test": ["test0"]}}
+    assert Manifest.load(store).of("bdd", "test")
+
+
+def test_other_sequences_locked_meanwhile_are_refused(raw: Path, tmp_path: Path) -> None:
+    bdd_video(raw / "bdd", "val1", 10, split="val")
+    store = tmp_path / "store"
+    with pytest.raises(MotipError, match="has locked other val sequences of 'bdd'"):
+        side_by_side(raw, store, plan(1, sequences={"val": ("val1",)}))
+    assert Manifest.load(store).locked == {"bdd": {"val": ["val1"]}}
