@@ -6,9 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 from motip.errors import MotipError
-from motip.lineage.model import register
+from motip.lineage.model import find_run, register
 from motip.lineage.spool import Entry, Spool
-from motip.lineage.store import Store
+from motip.lineage.store import Store, Unreachable
 from motip.lineage.tags import Tag
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ BATCH_METRICS = 1000
 """MLflow takes at most this many metrics in one request."""
 
 
-def batch_of(entries: list[Entry]) -> list[Entry]:
-    """The longest run of metric entries at the front (one request takes many points), else the first entry."""
+def batch_of(entries: list[Entry], most: int) -> list[Entry]:
+    """Up to ``most`` metric entries from the front (one request takes many points), else the first entry."""
     batch: list[Entry] = []
     points = 0
-    for entry in entries:
+    for entry in entries[:most]:
         points += len(entry.get("points", ()))
         if entry["kind"] != "metrics" or (batch and points > BATCH_METRICS):
             break
@@ -63,6 +63,30 @@ def hand_over(store: Store, spool: Spool, run_id: str, entries: list[Entry]) -> 
             raise MotipError("a line of the queue is damaged", where=spool.folder, found=entry["line"][:100])
         else:
             client.set_terminated(run_id, entry["status"], entry["time"])
+
+
+def hand_over_points(store: Store, spool: Spool, run_id: str, entry: Entry) -> bool:
+    """Deliver the points of a refused entry one by one; the entry keeps those that are refused.
+
+    Returns:
+        Whether all were taken.
+
+    Raises:
+        Unreachable: MLflow cannot take them now; the entry is as it was.
+    """
+    with store.errors():
+        if len(entry["points"]) < 2 or find_run(store.client(), run_id) is None:
+            return False
+    refused = []
+    for point in entry["points"]:
+        try:
+            hand_over(store, spool, run_id, [{**entry, "points": [point]}])
+        except Unreachable:
+            raise
+        except Exception:
+            refused.append(point)
+    entry["points"] = refused
+    return not refused
 
 
 def _attach(client: MlflowClient, spool: Spool, run_id: str, entry: Entry) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
 from pathlib import Path
 
 _PROC = Path("/proc")
 _DRIVER = re.compile(r"(?P<host>.+)/(?P<pid>[1-9]\d*)/(?P<start>\d*)")
+_PYTHON = re.compile(r"python|^ray::", re.IGNORECASE)
+"""Command lines of processes that can be a driver; Ray gives its workers names of its own."""
 
 
 def this_driver() -> str:
@@ -24,26 +27,34 @@ def driver_lives(driver: str) -> bool:
 
     Returns:
         True only for a process of this host with that id and start time: what runs on another host cannot be seen
-        from here, and an empty or unknown name is nobody's.
+        from here, and an empty or unknown name is nobody's. Where there are no start times the process must at least
+        look like Python: an id that something else uses now would refuse a stage for ever.
     """
     told = _DRIVER.fullmatch(driver)
     if told is None or told["host"] != socket.gethostname():
         return False
     pid = int(told["pid"])
     if not told["start"]:
-        return _start(os.getpid()) is None and _exists(pid)
+        return _start(os.getpid()) is None and _exists(pid) and _PYTHON.search(_command(pid)) is not None
     return _start(pid) == told["start"]
+
+
+def on_another_host(driver: str) -> bool:
+    """Whether ``this_driver`` named a process of another host."""
+    told = _DRIVER.fullmatch(driver)
+    return told is not None and told["host"] != socket.gethostname()
 
 
 def _start(pid: int) -> str | None:
     """Field 22 of the process's status; None for one that is not there or has ended and waits for its parent."""
     try:
-        status = (_PROC / str(pid) / "stat").read_text()
+        # A name is whatever bytes its process chose.
+        status = (_PROC / str(pid) / "stat").read_bytes().decode(errors="replace")
     except OSError:
         return None
     # The name, in brackets, may hold brackets and blanks itself.
     fields = status.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else fields[19]
+    return None if len(fields) < 20 or fields[0] in ("Z", "X") else fields[19]
 
 
 def _exists(pid: int) -> bool:
@@ -54,3 +65,15 @@ def _exists(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _command(pid: int) -> str:
+    """The command line of a process; empty where it cannot be told, or the process has ended."""
+    try:
+        told = subprocess.run(
+            ["ps", "-p", str(pid), "-o", "command="], capture_output=True, timeout=20, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    command = told.decode(errors="replace").strip()
+    return "" if command.endswith("<defunct>") else command

@@ -26,9 +26,21 @@ _SECRET_KEY = re.compile(
     r"(^|[_.\-])(token|secret|password|passwd|credentials?|api[_\-]?key|access[_\-]?key(_id)?|private[_\-]?key)s?$",
     re.IGNORECASE,
 )
-_USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?=[^/?#\s\"']*[:@])[^\s\"']*@")
-"""User and password up to the last @ of the address: a password that nobody encoded may hold any of / ? # @. Where
-neither a colon nor an @ stands before the first slash there is no user, and an @ later on belongs to the path."""
+_USERINFO = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)"
+    r"(?!(?<=http://|ttps://)(\[[0-9A-Fa-f:.]+\]|[^/?#\s\"'@:\[\]]+)(:\d{0,5})?[/?#])"
+    r"(?=[^/?#\s\"']*[:@])[^\s\"']*@",
+    re.IGNORECASE,
+)
+"""User and password, up to the last @ of the address: a password that nobody encoded may hold any of / ? # @.
+
+There is no user, and an @ later on belongs to the path,
+
+* where neither a colon nor an @ stands before the first slash: ``s3://bucket/data@v2``;
+* in http and https, where nothing but a host and the digits of a port stand before it: ``http://h:5000/x@y``. Their
+  clients end the host at the first slash, whatever follows. Those of databases do not, and in
+  ``postgresql://u:12/ss@host`` the digits begin a password.
+"""
 
 _SIGNED_QUERY = re.compile(
     r"\?[^\s\"']*(x-amz-\w+|x-goog-\w+|\bsig|signature|token|secret|password|passwd|passphrase|credentials?"
@@ -60,7 +72,11 @@ def provenance() -> dict[str, Any]:
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """``value`` without what would let a reader in: secrets by the name of their key, by URL, at any depth."""
+    """``value`` without what would let a reader in, at any depth.
+
+    That is: values of keys whose name says secret; in addresses, the user and password before the last @ (after a host
+    with a port, in http and https, an @ is none of theirs) and a query with a signature or a secret in it.
+    """
     if key and _SECRET_KEY.search(key) and isinstance(value, str) and value:
         return REDACTED
     if isinstance(value, Mapping):

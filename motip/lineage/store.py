@@ -14,22 +14,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from motip.errors import MotipError
-from motip.lineage.moved import follow
+from motip.lineage.moved import follow, moved_from, present, resolving_client
 from motip.lineage.provenance import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
+_LOGIN = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
+"""MLflow error codes of a name, password or token that is not accepted. It may have expired, and be renewed."""
+
 _PASSING = {
+    *_LOGIN,
     *("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"),
     *("RESOURCE_EXHAUSTED", "CANCELLED", "ABORTED"),
 }
 """MLflow error codes that another try may not meet."""
 
 
-_PASSING_STATUS = (408, 425, 429)
+_PASSING_STATUS = (401, 408, 425, 429)
 _PASSING_S3 = ("ExpiredToken", "RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling")
 """HTTP statuses below 500, and codes of object stores, that another try may not meet."""
 
@@ -48,11 +54,13 @@ class Unreachable(Exception):
 
     Args:
         answers: it is there, but cannot take what it was given: others may fare better.
+        login: it is there, but does not know who is asking.
     """
 
-    def __init__(self, text: str, *, answers: bool = False) -> None:
-        super().__init__(text)
+    def __init__(self, text: str, *, answers: bool = False, login: bool = False) -> None:
+        super().__init__(f"the login is not accepted; an expired token? {text}" if login else text)
         self.answers = answers
+        self.login = login
 
 
 class Store:
@@ -69,6 +77,8 @@ class Store:
         self._artifacts = self.folder / "artifacts"
         self._client: MlflowClient | None = None
         self._experiment_id = ""
+        self._moved_from: Path | None = None
+        self._said = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None}
@@ -101,13 +111,37 @@ class Store:
         """
         if self._client is None:
             with quiet_mlflow(), self._first_start(), self.errors():
-                from mlflow import MlflowClient
-
-                # The registry gets the same address, or MLflow would look for it in its global settings.
-                client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+                client = resolving_client(self.uri, self._present)
                 self._experiment_id = self._find_experiment(client)
                 self._client = client
         return self._client
+
+    def follow(self, inputs: str = "") -> None:
+        """Make the database of a storage that was moved tell of the new place; for what is about to start a run.
+
+        Args:
+            inputs: digest of what starts, see ``motip.lineage.moved.follow``.
+
+        Raises:
+            Unreachable, MotipError: as ``client``; or the database cannot be changed.
+        """
+        if self._database is None or self._database.parent != self.folder:
+            return
+        client = self.client()
+        with self.errors():
+            recorded = str(client.get_experiment(self._experiment_id).artifact_location)
+        before = moved_from(recorded, self._artifacts)
+        if before is None:
+            return
+        with self._first_start():
+            hindrance = follow(self._database, recorded, self._artifacts, inputs=inputs)
+        if hindrance and not self._said:
+            self._said = True
+            logger.warning(
+                "the storage %s is recorded at %s, and stays so, because a run that %s began is under way: artifacts "
+                "go to the recorded place where that is here, else to %s",
+                *(self.storage, before.parents[1], hindrance, self._artifacts),
+            )
 
     def patiently(self, action: Callable[[], Result], patience: float) -> Result:
         """The result of ``action``, tried again for ``patience`` seconds while the server is away."""
@@ -117,6 +151,13 @@ class Store:
                 with self.errors():
                     return action()
             except Unreachable as error:
+                if error.login:
+                    # Somebody sits before a start, and no waiting renews a password.
+                    raise MotipError(
+                        f"MLflow does not let us in: {str(error)[:300]}",
+                        where=self.shown_uri,
+                        fix="renew MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+                    ) from error
                 if time.monotonic() + pause > deadline:
                     raise MotipError(
                         "MLflow cannot be reached",
@@ -142,7 +183,8 @@ class Store:
             if passing is None:
                 raise
             if passing:
-                raise Unreachable(text, answers=_answers(error)) from error
+                login = _is_login(error)
+                raise Unreachable(text, answers=_answers(error) and not login, login=login) from error
             raise MotipError(
                 f"MLflow refuses: {text[:500]}",
                 where=self.shown_uri,
@@ -169,8 +211,14 @@ class Store:
                 fix="restore it (mlflow experiments restore) or remove it for good (mlflow gc)",
             )
         if self._database is not None and self._database.parent == self.folder:
-            follow(self._database, str(found.artifact_location), self._artifacts)
+            self._moved_from = moved_from(str(found.artifact_location), self._artifacts)
         return str(found.experiment_id)
+
+    def _present(self, place: str) -> Path | None:
+        """Where artifacts of a moved storage are; None where it was not moved, and for other kinds of places."""
+        if self._moved_from is None or not place.startswith(("/", "file:///")):
+            return None
+        return present(place, self._moved_from, self._artifacts)
 
     @contextlib.contextmanager
     def _first_start(self) -> Iterator[None]:
@@ -256,6 +304,11 @@ def _is_passing(error: Exception) -> bool | None:
     if isinstance(error, (ConnectionError, TimeoutError)) or module.split(".")[0] in _TRANSPORTS:
         return True
     return error.errno not in _LASTING_OS if isinstance(error, OSError) else None
+
+
+def _is_login(error: Exception) -> bool:
+    status = _http_status(error)
+    return status == 401 or (status is None and getattr(error, "error_code", None) in _LOGIN)
 
 
 def _answers(error: Exception) -> bool:

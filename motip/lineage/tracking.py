@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from motip.errors import MotipError
 from motip.files import digest
 from motip.lineage import walk as lineage_walk
-from motip.lineage.delivery import batch_of, hand_over
+from motip.lineage.delivery import BATCH_METRICS, batch_of, hand_over, hand_over_points
 from motip.lineage.driver import driver_lives, this_driver
 from motip.lineage.model import find_run, latest_model
 from motip.lineage.provenance import provenance, redact
@@ -69,6 +69,7 @@ class Lineage:
         self._spool = Spool(self._store.folder / "spool")
         self._patience, self._rest = patience, rest
         self._away_until = 0.0
+        self._guest_of: set[str] = set()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The clock that the rest is measured with starts anew on another machine.
@@ -97,7 +98,7 @@ class Lineage:
         """The parent run of a curriculum: a new one, or the unfinished one of the same name and config.
 
         Stages of that one that still count as running were cut off and are marked so, unless another process of this
-        host that lives drives them.
+        host that lives drives them. The parent run of such a process is left as it is, and its end to that process.
 
         Args:
             reopen_finished: continue a finished run of the same inputs too, instead of starting another.
@@ -107,6 +108,8 @@ class Lineage:
             MotipError: the server does not answer within the patience, or refuses.
         """
         inputs = digest([name, redact(config)])
+        # First of all: what waits has to find its place too.
+        self._store.patiently(lambda: self._store.follow(inputs), self._patience)
         self.flush()
 
         def start() -> str:
@@ -118,8 +121,12 @@ class Lineage:
                 for child in self._find_runs(f"tags.`{Tag.PARENT_RUN}` = '{run.info.run_id}'"):
                     if child.info.status == "RUNNING" and not _driven_elsewhere(child):
                         self.mark_interrupted(child.info.run_id)
-                client.update_run(run.info.run_id, status="RUNNING")
-                client.set_tag(run.info.run_id, Tag.DRIVER, this_driver())
+                if _driven_elsewhere(run):
+                    # Stages of both may go under it, but it begins and ends with the process that has it.
+                    self._guest_of.add(run.info.run_id)
+                else:
+                    client.update_run(run.info.run_id, status="RUNNING")
+                    client.set_tag(run.info.run_id, Tag.DRIVER, this_driver())
                 return str(run.info.run_id)
             created = client.create_run(
                 self._store.experiment_id,
@@ -178,6 +185,7 @@ class Lineage:
         told = [] if parent.get("run_id") or not parent else read_record(parent["path"] or "", parent["sha256"] or "")
 
         def start() -> str:
+            self._store.follow()
             run_id = self._still_there(resume_run_id) or self._unfinished_stage(parent_run_id, inputs)
             if run_id:
                 self._resume(run_id, config, free)
@@ -215,10 +223,14 @@ class Lineage:
         """End a run as FINISHED, FAILED or KILLED."""
         if status not in END_STATES:
             raise MotipError("unknown end state of a run", where=run_id, found=status, expected=", ".join(END_STATES))
+        if self._is_guest(run_id):
+            return
         self._deliver(run_id, {"kind": "status", "status": status, "time": _now()})
 
     def mark_interrupted(self, run_id: str) -> None:
         """End a run that was cut off, and say so."""
+        if self._is_guest(run_id):
+            return
         self.set_tags(run_id, {Tag.INTERRUPTED: datetime.now(UTC).isoformat(timespec="seconds")})
         self.finish(run_id, "KILLED")
 
@@ -366,7 +378,11 @@ class Lineage:
                 fix="make room, then run the same command again: it goes on where this one stopped",
             ) from error
         if time.monotonic() >= self._away_until:
-            _, hindered = self._replay(run_id)
+            try:
+                _, hindered = self._replay(run_id)
+            except OSError as error:
+                # The entry is kept, which is all that was asked for: the training goes on.
+                hindered = Unreachable(f"the queue cannot be used: {error}")
             if hindered is not None:
                 self._take_rest(hindered)
 
@@ -379,21 +395,38 @@ class Lineage:
         hindered: list[Unreachable] = []
         reasons: list[str] = []
 
+        most = BATCH_METRICS
+
         def deliver(entries: list[Entry]) -> int:
-            batch = batch_of(entries)
-            try:
-                hand_over(self._store, self._spool, run_id, batch)
-            except Unreachable as error:
-                hindered.append(error)
-                return 0
-            except MotipError as error:
-                reasons.append(error.what)
-                return 0
-            except Exception as error:
-                # It would come again at every start: whatever this entry is, it must not hold up the others.
-                reasons.append(f"{type(error).__name__}: {redact(str(error))}"[:500])
-                return 0
-            return len(batch)
+            nonlocal most
+            while True:
+                batch = batch_of(entries, most)
+                reason, taken = "", True
+                try:
+                    try:
+                        hand_over(self._store, self._spool, run_id, batch)
+                    except Unreachable:
+                        raise
+                    except Exception as error:
+                        # It would come again at every start: whatever this entry is, it must not hold up the others.
+                        told = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
+                        reason = str(redact(told))[:500]
+                        taken = (
+                            len(batch) == 1
+                            and batch[0]["kind"] == "metrics"
+                            and hand_over_points(self._store, self._spool, run_id, batch[0])
+                        )
+                except Unreachable as error:
+                    hindered.append(error)
+                    return 0
+                if taken:
+                    most = min(2 * most, BATCH_METRICS)
+                    return len(batch)
+                if len(batch) == 1:
+                    reasons.append(reason)
+                    return 0
+                # One of them is refused: the good ones before it go out, and it is found, in ever smaller batches.
+                most = len(batch) // 2
 
         try:
             self._store.client()
@@ -437,9 +470,21 @@ class Lineage:
             )
         )
 
+    def _is_guest(self, run_id: str) -> bool:
+        """Whether another process still has this run, which was found in its hands when it was started here."""
+        if run_id not in self._guest_of:
+            return False
+        try:
+            with self._store.errors():
+                return _driven_elsewhere(self._store.client().get_run(run_id))
+        except (Unreachable, MotipError):
+            return False  # as for any other run: what is told waits
+
     def _unfinished_stage(self, parent_run_id: str, inputs: str) -> str:
         condition = f"tags.`{Tag.PARENT_RUN}` = '{parent_run_id}' and tags.`{Tag.INPUTS}` = '{inputs}'"
-        unfinished = [run for run in self._find_runs(condition) if run.info.status != "FINISHED"]
+        unfinished = [
+            run for run in self._find_runs(condition) if run.info.status != "FINISHED" and not _driven_elsewhere(run)
+        ]
         return str(unfinished[0].info.run_id) if unfinished else ""
 
     def _still_there(self, run_id: str | None) -> str:
@@ -524,8 +569,9 @@ class Lineage:
 
 
 def _driven_elsewhere(run: Run) -> bool:
+    """Whether another process of this host, that lives, is at it; one that has ended it may do what it wants."""
     driver = run.data.tags.get(Tag.DRIVER, "")
-    return driver != this_driver() and driver_lives(driver)
+    return run.info.status == "RUNNING" and driver != this_driver() and driver_lives(driver)
 
 
 def _provenance_tags() -> dict[str, str]:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from motip.config.sweep_file import Choices, Range
 
@@ -129,6 +130,10 @@ def _over_rate(
     axes.legend(fontsize=7, loc="best")
     if key is not None and space[key].log:  # type: ignore[union-attr]
         axes.set_xscale("log")
+        # By default every digit between two powers of ten gets a label where there is room for three of them.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=key or "trial", ylabel=f"{metric}, percent")
     axes.grid(alpha=0.3)
     axes.set_title(f"{metric} over {key or 'the trials'}", fontsize=9)
