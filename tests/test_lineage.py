@@ -368,6 +368,7 @@ def test_artifacts_that_did_not_move_with_the_database_are_found(
     shutil.copytree(storage, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "mlflow" / "artifacts" / stayed)
     copy = Lineage(None, tmp_path / "copy")
+    copy.start_curriculum("three", {})
     for run_id, place in ((stayed, storage), (moved_too, tmp_path / "copy")):
         assert client_of(copy).get_run(run_id).info.artifact_uri == (
             (place / "mlflow" / "artifacts" / run_id / "artifacts").as_uri()

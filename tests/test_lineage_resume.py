@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -84,6 +86,7 @@ def test_a_stage_whose_driver_lives_is_not_cut_off_by_another(lineage: Lineage, 
         assert parent == own
         tags = client_of(lineage).get_run(run_id).data.tags
         assert tags[Tag.DRIVER] == driver and driver_lives(driver)
+        assert client_of(lineage).get_run(own).data.tags[Tag.DRIVER] == this_driver(), "the parent is still this one's"
         # The other one has left this one's stage alone, and this one leaves the other's, but not its own of before.
         assert client_of(lineage).get_run(before).info.status == "RUNNING"
         assert lineage.start_curriculum("two drivers", {}) == own
@@ -146,8 +149,88 @@ def test_without_proc_a_driver_has_no_start_time(monkeypatch: pytest.MonkeyPatch
     full = this_driver()
     monkeypatch.setattr("motip.lineage.driver._PROC", tmp_path)
     assert this_driver() == f"{socket.gethostname()}/{os.getpid()}/"
+    monkeypatch.setattr("motip.lineage.driver._command", lambda pid: "/usr/bin/Python -m pytest")
     assert driver_lives(this_driver())
     assert not driver_lives(full), "that start time cannot be compared"
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(60)
     assert not driver_lives(f"{socket.gethostname()}/{ended.pid}/")
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="no ps here")
+def test_without_proc_an_id_that_something_else_uses_now_is_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("motip.lineage.driver._PROC", tmp_path)
+    python = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    sleep = subprocess.Popen(["sleep", "60"])
+    try:
+        assert driver_lives(f"{socket.gethostname()}/{python.pid}/")
+        assert not driver_lives(f"{socket.gethostname()}/{sleep.pid}/")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert not driver_lives(f"{socket.gethostname()}/{python.pid}/"), "without ps it cannot be told"
+    finally:
+        for process in (python, sleep):
+            process.kill()
+            process.wait(60)
+
+
+def test_a_process_with_a_name_of_any_bytes_has_a_start_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("motip.lineage.driver._PROC", tmp_path)
+    (tmp_path / "77").mkdir()
+    fields = " ".join(str(number) for number in range(4, 53))
+    (tmp_path / "77" / "stat").write_bytes(b"77 (a\xff\xfe) b) S " + fields.encode() + b"\n")
+    assert driver_lives(f"{socket.gethostname()}/77/22")
+    assert not driver_lives(f"{socket.gethostname()}/77/23")
+    (tmp_path / "77" / "stat").write_bytes(b"77 (cut off")
+    assert not driver_lives(f"{socket.gethostname()}/77/22")
+
+
+# ---- runs of others -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def somebody() -> Iterator[str]:
+    """The name of a process that lives, and is not this one."""
+    code = "from motip.lineage.driver import this_driver; print(this_driver(), flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.kill()
+
+
+def test_an_unfinished_stage_of_a_living_process_is_not_taken_over(lineage: Lineage, somebody: str) -> None:
+    parent = lineage.start_curriculum("taken over", {})
+    theirs = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
+    client = client_of(lineage)
+    client.set_tag(theirs, Tag.DRIVER, somebody)
+    assert lineage.start_stage(parent, "a", CONFIG, DIGEST, None) != theirs
+    run = client.get_run(theirs)
+    assert (run.info.status, run.data.tags[Tag.DRIVER]) == ("RUNNING", somebody)
+    assert Tag.RESUMED not in run.data.tags
+    # Once it has ended there, whoever wants may go on, though that process does something else now.
+    client.set_terminated(theirs, "FAILED")
+    for run_id in [each.info.run_id for each in lineage._find_runs(f"tags.`{Tag.PARENT_RUN}` = '{parent}'")]:
+        if run_id != theirs:
+            client.delete_run(run_id)
+    assert lineage.start_stage(parent, "a", CONFIG, DIGEST, None) == theirs
+
+
+def test_the_parent_run_of_a_living_process_is_left_to_it(lineage: Lineage, somebody: str) -> None:
+    parent = lineage.start_curriculum("left", {})
+    client = client_of(lineage)
+    client.set_tag(parent, Tag.DRIVER, somebody)
+    assert lineage.start_curriculum("left", {}) == parent
+    stage = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
+    lineage.finish(stage)
+    lineage.mark_interrupted(parent)
+    lineage.finish(parent)
+    run = client.get_run(parent)
+    assert (run.info.status, run.data.tags[Tag.DRIVER]) == ("RUNNING", somebody)
+    assert Tag.INTERRUPTED not in run.data.tags
+    assert client.get_run(stage).info.status == "FINISHED"
+    # It is this one's to end when the other has gone.
+    client.set_tag(parent, Tag.DRIVER, somebody + "0")
+    lineage.finish(parent)
+    assert client.get_run(parent).info.status == "FINISHED"

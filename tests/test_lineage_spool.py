@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import requests
 from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import ClientError
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, UNAUTHENTICATED
 
 from motip.errors import MotipError
 from motip.lineage import Lineage
@@ -28,12 +30,23 @@ class StandIn:
     def __init__(self) -> None:
         self.away = True
         self.error: Callable[[], Exception] | None = None
+        self.everything: Exception | None = None
+        self.requests = 0
+        self.gone = False
         self.held_up = {RUN}
         self.got: list[tuple[str, str]] = []
 
     def log_batch(self, run_id: str, metrics: Any = (), tags: Any = ()) -> None:
         self._reached()
+        self.requests += 1
+        if self.gone or any("*" in metric.key for metric in metrics):
+            raise MlflowException("not taken", INVALID_PARAMETER_VALUE)
         self.got += [(run_id, metric.key) for metric in metrics]
+
+    def get_run(self, run_id: str) -> Any:
+        if self.gone:
+            raise MlflowException("gone", RESOURCE_DOES_NOT_EXIST)
+        return SimpleNamespace(info=SimpleNamespace(lifecycle_stage="active"))
 
     def log_artifact(self, run_id: str, path: str, folder: str | None) -> None:
         self._reached()
@@ -44,6 +57,8 @@ class StandIn:
     def _reached(self) -> None:
         if self.away:
             raise requests.exceptions.ConnectionError("away")
+        if self.everything is not None:
+            raise self.everything
 
 
 def lineage_on(storage: Path) -> tuple[Lineage, StandIn]:
@@ -138,6 +153,91 @@ def test_what_cannot_be_taken_now_stays_and_a_start_goes_on(
     assert lineage.flush() == 0
     assert server.got == [(RUN, "the only copy"), (RUN, "HOTA")]
     assert not list((tmp_path / "mlflow" / "spool").rglob("*.txt"))
+
+
+@pytest.mark.parametrize("bad", [0, 1, 6, 19])
+def test_one_refused_metric_takes_no_good_one_with_it(bad: int, tmp_path: Path) -> None:
+    lineage, _ = lineage_on(tmp_path)
+    names = [f"m*{number}" if number == bad else f"m{number}" for number in range(20)]
+    for name in names:
+        lineage.log_metrics(RUN, {name: 1.0}, 1)
+    lineage, server = lineage_on(tmp_path)
+    server.away = False
+    assert lineage.flush() == 0
+    assert [name for _, name in server.got] == [name for name in names if "*" not in name], "in their order"
+    (entry,) = set_aside(tmp_path)
+    assert [point[0] for point in entry["points"]] == [names[bad]]
+
+
+def test_of_one_entry_only_the_refused_points_are_set_aside(tmp_path: Path) -> None:
+    lineage, _ = lineage_on(tmp_path)
+    lineage.log_metrics(RUN, {"a": 1.0, "b*": 2.0, "c": 3.0}, 1)
+    lineage.log_metrics(RUN, {"d": 1.0}, 2)
+    lineage, server = lineage_on(tmp_path)
+    server.away = False
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, name) for name in "acd"]
+    (entry,) = set_aside(tmp_path)
+    assert [point[0] for point in entry["points"]] == ["b*"]
+
+
+def test_the_metrics_of_a_run_that_is_gone_are_set_aside_without_asking_for_each_point(tmp_path: Path) -> None:
+    lineage, _ = lineage_on(tmp_path)
+    for step in range(64):
+        lineage.log_metrics(RUN, {f"m{number}": 1.0 for number in range(10)}, step)
+    lineage, server = lineage_on(tmp_path)
+    server.away, server.gone = False, True
+    assert lineage.flush() == 0
+    assert len(set_aside(tmp_path)) == 64
+    assert server.requests < 80
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        http(401),
+        MlflowException("You are not authenticated", UNAUTHENTICATED),
+        MlflowException("API request to endpoint /x failed with error code 401 != 200. Response body: ''"),
+    ],
+    ids=["http", "mlflow", "status"],
+)
+def test_what_meets_an_expired_token_waits_for_a_new_one(
+    refusal: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spooled(tmp_path)
+    lineage, server = lineage_on(tmp_path)
+    server.away, server.everything = False, refusal
+    caplog.clear()
+    assert lineage.flush() == 2
+    lineage.log_metrics(RUN, {"HOTA": 2.0}, 2)
+    assert all("the login is not accepted" in message for message in caplog.messages) and caplog.messages
+    assert set_aside(tmp_path) == []
+    with pytest.raises(MotipError, match="the login is not accepted") as refused:
+        lineage._store.patiently(lambda: server._reached(), 60)
+    assert "MLFLOW_TRACKING_TOKEN" in str(refused.value) and "pa55" not in str(refused.value)
+    server.everything = None
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, "the only copy"), (RUN, "HOTA"), (RUN, "HOTA")]
+
+
+def test_a_full_disk_after_an_entry_was_kept_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spooled(tmp_path)
+    lineage, server = lineage_on(tmp_path)
+    server.away = False
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Spool, "_write", full)
+        caplog.clear()
+        lineage.log_metrics(RUN, {"loss": 2.0}, 2)
+    assert "the queue cannot be used" in caplog.text
+    server.got.clear()
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, "the only copy"), (RUN, "HOTA"), (RUN, "loss")], "again, which is harmless"
 
 
 def test_a_full_disk_under_one_run_does_not_hold_up_another(tmp_path: Path) -> None:

@@ -73,6 +73,11 @@ def job(script: str, *arguments: object, **variables: str) -> subprocess.Complet
         ("postgresql://u:p?s#s@host/db", "postgresql://<redacted>@host/db"),
         ("postgresql://host/db?sslmode=require&sslpassword=pass", "postgresql://host/db?<redacted>"),
         ("postgresql+psycopg2://u:p@/s@s@host:5432/db?x=1", "postgresql+psycopg2://<redacted>@host:5432/db?x=1"),
+        ("https://u:pa/ss@host/x", "https://<redacted>@host/x"),
+        ("https://u:p@ss@host/x", "https://<redacted>@host/x"),
+        ("http://u:5000@host/x", "http://<redacted>@host/x"),
+        ("postgresql://u:12/ss@host/db", "postgresql://<redacted>@host/db"),
+        ("see http://h:5000/x@y, http://u:p@h:80/", "see http://h:5000/x@y, http://<redacted>@h:80/"),
         ("https://token@host/x", "https://<redacted>@host/x"),
         ("https://h/x?X-Amz-Security-Token=pass&a=1", "https://h/x?<redacted>"),
         ("https://h/x?a=1&AWSSecretKey=pass", "https://h/x?<redacted>"),
@@ -93,6 +98,7 @@ def test_an_address_loses_its_secret_and_nothing_around_it(address: str, shown: 
     "address",
     [
         *("s3://bucket/data@v2/x?y=a@b", "https://host/picture@2x.png", "http://127.0.0.1:5000/#/compare?runs=1"),
+        *("http://h:5000/x@y", "HTTPS://host:8443/?mail=a@b", "http://[::1]:5000/#/x@y", "http://h:/x@y"),
         *("sqlite:////data/me@home/mlflow.db", "file:///a:b/c@d", "me@home", "https://host/x?page=2&config=big"),
     ],
 )

@@ -74,9 +74,16 @@ def hand_over_points(store: Store, spool: Spool, run_id: str, entry: Entry) -> b
     Raises:
         Unreachable: MLflow cannot take them now; the entry is as it was.
     """
-    with store.errors():
-        if len(entry["points"]) < 2 or find_run(store.client(), run_id) is None:
-            return False
+    if len(entry["points"]) < 2:
+        return False
+    try:
+        with store.errors():
+            if find_run(store.client(), run_id) is None:
+                return False  # it is not the points that are refused
+    except Unreachable:
+        raise
+    except Exception:
+        return False
     refused = []
     for point in entry["points"]:
         try:

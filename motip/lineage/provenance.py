@@ -26,6 +26,7 @@ _SECRET_KEY = re.compile(
     r"(^|[_.\-])(token|secret|password|passwd|credentials?|api[_\-]?key|access[_\-]?key(_id)?|private[_\-]?key)s?$",
     re.IGNORECASE,
 )
+# What stands behind must have one width: "ttps" is the end of https.
 _USERINFO = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)"
     r"(?!(?<=http://|ttps://)(\[[0-9A-Fa-f:.]+\]|[^/?#\s\"'@:\[\]]+)(:\d{0,5})?[/?#])"
