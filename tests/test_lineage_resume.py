@@ -167,8 +167,12 @@ def test_without_proc_an_id_that_something_else_uses_now_is_nobody(
     try:
         assert driver_lives(f"{socket.gethostname()}/{python.pid}/")
         assert not driver_lives(f"{socket.gethostname()}/{sleep.pid}/")
+        python.kill()
+        os.waitid(os.P_PID, python.pid, os.WEXITED | os.WNOWAIT)
+        assert not driver_lives(f"{socket.gethostname()}/{python.pid}/"), "ended, though nobody has asked"
+        assert driver_lives(this_driver())
         monkeypatch.setenv("PATH", str(tmp_path))
-        assert not driver_lives(f"{socket.gethostname()}/{python.pid}/"), "without ps it cannot be told"
+        assert not driver_lives(this_driver()), "without ps it cannot be told"
     finally:
         for process in (python, sleep):
             process.kill()

@@ -69,11 +69,10 @@ def _exists(pid: int) -> bool:
 
 def _command(pid: int) -> str:
     """The command line of a process; empty where it cannot be told, or the process has ended."""
+    ask = ["ps", "-p", str(pid), "-o", "stat=", "-o", "command="]
     try:
-        told = subprocess.run(
-            ["ps", "-p", str(pid), "-o", "command="], capture_output=True, timeout=20, check=False
-        ).stdout
+        told = subprocess.run(ask, capture_output=True, timeout=20, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    command = told.decode(errors="replace").strip()
-    return "" if command.endswith("<defunct>") else command
+    state, _, command = told.decode(errors="replace").strip().partition(" ")
+    return "" if state.startswith("Z") else command.strip()
