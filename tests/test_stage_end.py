@@ -96,9 +96,7 @@ def _interrupt(self: QuietUi, kind: str, values: dict[str, Any]) -> None:
     raise KeyboardInterrupt
 
 
-def test_what_mlflow_refuses_of_an_end_stops_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_mlflow_refuses_of_an_end_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, storage = one_stage(tmp_path), tmp_path / "storage"
     run(path, storage)
     (stored,) = (storage / "curricula").rglob("stage.json")
