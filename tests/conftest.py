@@ -1,10 +1,11 @@
-"""Fixtures every test room shares: where the reference numbers and the real samples are, and the `motip` command."""
+"""Fixtures every test room shares: reference numbers, real samples, the `motip` command, another living process."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,3 +65,14 @@ def motip(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return Ran(int(end.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def somebody() -> Iterator[str]:
+    """The name of a process that lives, and is not this one."""
+    code = "from motip.lineage.driver import this_driver; print(this_driver(), flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.kill()

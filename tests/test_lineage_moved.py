@@ -7,9 +7,6 @@ import os
 import shutil
 import socket
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,17 +47,6 @@ def old(tmp_path: Path, template: Path) -> Path:
     # What the copy's "old" is to find must not be what the template still has.
     _artifact_repos_cache.clear()
     return tmp_path / "old"
-
-
-@pytest.fixture
-def somebody() -> Iterator[str]:
-    """The name of a process that lives, and is not this one."""
-    code = "from motip.lineage.driver import this_driver; print(this_driver(), flush=True); input()"
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.kill()
 
 
 def ids(storage: Path) -> list[str]:

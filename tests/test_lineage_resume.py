@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -191,17 +190,6 @@ def test_a_process_with_a_name_of_any_bytes_has_a_start_time(monkeypatch: pytest
 
 
 # ---- runs of others -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def somebody() -> Iterator[str]:
-    """The name of a process that lives, and is not this one."""
-    code = "from motip.lineage.driver import this_driver; print(this_driver(), flush=True); input()"
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.kill()
 
 
 def test_an_unfinished_stage_of_a_living_process_is_not_taken_over(lineage: Lineage, somebody: str) -> None:
