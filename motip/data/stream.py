@@ -18,6 +18,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -222,9 +223,16 @@ def _one_ahead(batches: Iterator[ClipBatch]) -> Iterator[ClipBatch]:
 def _clips(tables: Iterator[pa.Table]) -> Iterator[tuple[int, pa.Buffer, pa.Buffer]]:
     """Row number, pixels and labels of each clip, without a copy."""
     for table in tables:
-        for index in range(table.num_rows):
-            pixels, labels = (table[name][index].as_buffer() for name in ("pixels", "labels"))
-            yield table["row"][index].as_py(), pixels, labels
+        yield from zip(table["row"].to_pylist(), _values(table["pixels"]), _values(table["labels"]), strict=True)
+
+
+def _values(column: pa.ChunkedArray) -> Iterator[pa.Buffer]:
+    """Each value where it lies; a scalar of Arrow, ``column[i]``, would be a copy of it."""
+    for chunk in column.chunks:
+        _, ends, content = chunk.buffers()
+        places = np.frombuffer(ends, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+        for begin, end in pairwise(places.tolist()):
+            yield content.slice(begin, end - begin)
 
 
 def pack(sample: ClipSample) -> tuple[np.ndarray, np.ndarray]:

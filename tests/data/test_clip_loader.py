@@ -26,7 +26,7 @@ from motip.data.id_labels import SLOT_FIELDS
 from motip.data.imagecheck import problem_of
 from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence
 from motip.data.shards import shard_path, write_shard
-from motip.data.stream import _one_ahead, data_resources, pack, unpack
+from motip.data.stream import _clips, _one_ahead, _table, data_resources, pack, unpack
 from motip.errors import MotipError
 
 CLASS_MAP = ClassMap(("pedestrian", "car"), {"pedestrian": ("person",), "car": ("car", "van")})
@@ -169,6 +169,24 @@ def test_a_single_clip_is_not_copied_and_may_be_read_only(world: SimpleNamespace
     assert torch.equal(batch.images[0], torch.from_numpy(sample.images.copy())) and not batch.masks.any()
     twice = collate([sample, sample])
     assert torch.equal(twice.images[1], batch.images[0]) and not np.shares_memory(twice.images.numpy(), sample.images)
+
+
+def test_clips_are_read_where_the_object_store_has_them(world: SimpleNamespace) -> None:
+    """Whole tables, parts of one, and one whose clips follow each other in one buffer, as after a concatenation."""
+    packed = [(row, *pack(world.loader.load(clip))) for row, clip in enumerate(_plan(world).clips[:3])]
+    table = _table(packed)
+    for part, rows in ((table, (0, 1, 2)), (table.slice(1, 2), (1, 2)), (table.slice(2), (2,))):
+        found = list(_clips(iter([part])))
+        assert [row for row, _, _ in found] == list(rows)
+        for row, pixels, labels in found:
+            for buffer, array in zip((pixels, labels), packed[row][1:], strict=True):
+                read = np.frombuffer(buffer, np.uint8)
+                assert np.array_equal(read, array) and np.shares_memory(read, array)
+    joined = table.combine_chunks()
+    for part, rows in ((joined, (0, 1, 2)), (joined.slice(1), (1, 2))):
+        for row, pixels, labels in _clips(iter([part])):
+            assert np.array_equal(np.frombuffer(pixels, np.uint8), packed[row][1]) and row in rows
+            assert np.array_equal(np.frombuffer(labels, np.uint8), packed[row][2])
 
 
 def test_objects_beyond_the_vocabulary_are_counted_in_the_batch(world: SimpleNamespace) -> None:
