@@ -189,29 +189,17 @@ class TrainStep:
         while True:
             if attempt.state == "start":
                 self._forward(attempt, batch, order.tolist(), objects, id_targets, shares, seed)
-            # Asked before backward: a rank that stopped alone would leave the others waiting in the next collective.
-            finite = attempt.state == "failed" or math.isfinite(attempt.host[0])
-            failed, hopeless, bad = self._tell(attempt, not finite)
+                self._backward(attempt, gathered, divisor or self.accumulate_steps)
+            failed, hopeless, bad, values = self._tell(attempt)
             lowered += failed
-            if hopeless:
-                outcome = "memory"
-            elif failed:
+            if failed and not hopeless:
                 self._lower(attempt, batch, size)
                 continue
-            elif bad:
-                outcome = "not finite"
-            else:
-                self._backward(attempt, gathered, divisor or self.accumulate_steps)
-                failed, hopeless, _ = self._tell(attempt, False)
-                lowered += failed
-                if failed and not hopeless:
-                    self._lower(attempt, batch, size)
-                    continue
-                outcome = "memory" if hopeless else "done"
+            outcome = "memory" if hopeless else "not finite" if bad else "done"
             break
         self.counters.lowered += lowered
-        # A rank that ran out of memory has no values: then there are none of the whole batch.
-        values = [] if outcome == "memory" else self.comm.sum_(attempt.host.clone()).tolist()
+        if outcome == "memory":  # a rank has no values: then there are none of the whole batch
+            values = []
         losses = StepLosses(
             dict(zip(self._metric_names, values, strict=False)),
             outcome != "done",
@@ -225,7 +213,6 @@ class TrainStep:
             self.gathered += 1
             self._recent += batch.names
         else:
-            attempt.loss = None
             gathered.restore()
             losses.left_out = self._leave_out(batch, attempt, outcome)
         return losses
@@ -317,12 +304,12 @@ class TrainStep:
             give_back_memory(self.device)
 
     def _backward(self, attempt: _Attempt, gathered: SetAside, divisor: int) -> None:
-        """The gradient of this rank's loss, or none of it where there was no memory for it."""
-        if attempt.state == "done":
-            return
+        """The gradient of this rank's loss, or none of it where there was no memory for it or it is not finite."""
         loss, attempt.loss = attempt.loss, None
+        if attempt.state == "failed":
+            return
         attempt.state = "done"
-        if loss is None or not loss.requires_grad:
+        if loss is None or not loss.requires_grad or not math.isfinite(attempt.host[0]):
             return
         try:
             with self.clock.part("backward"):
@@ -336,12 +323,18 @@ class TrainStep:
             gathered.drop()
             give_back_memory(self.device)
 
-    def _tell(self, attempt: _Attempt, bad: bool) -> tuple[int, int, int]:
-        """How many ranks ran out of memory, how many of them on the last rung, and how many have a bad loss."""
+    def _tell(self, attempt: _Attempt) -> tuple[int, int, int, list[float]]:
+        """How many ranks ran out of memory, how many of them on the last rung, how many have a loss that is not finite,
+        and the logged values of all.
+
+        The only question of a batch that all wait for, as each wait is as long as the slowest rank's way to it.
+        """
         failed = attempt.state == "failed"
         hopeless = failed and attempt.rung == len(self.rungs) - 1
-        told = self.comm.sum_(torch.tensor([float(failed), float(hopeless), float(bad)])).tolist()
-        return int(told[0]), int(told[1]), int(told[2])
+        bad = not failed and not math.isfinite(attempt.host[0])
+        flags = attempt.host.new_tensor([failed, hopeless, bad])
+        told = self.comm.sum_(torch.cat([flags, attempt.host])).tolist()
+        return int(told[0]), int(told[1]), int(told[2]), told[3:]
 
     def _lower(self, attempt: _Attempt, batch: ClipBatch, size: tuple[int, int]) -> None:
         """Let a rank that ran out of memory begin again on the next rung; the others keep what they have."""
