@@ -60,6 +60,9 @@ class PaddedMaps:
         """(levels,) float32: rows of the table from a pixel to the one below it."""
         return torch.tensor(self._steps, dtype=torch.float32)
 
+    def sampler(self, points: int) -> Sampler:
+        return Sampler(self, points)
+
 
 class Sampler:
     """Sums of `points` weighted samples per level and head.
@@ -145,6 +148,10 @@ class FrameAttention:
         self._scores = PackedLinear.of(attention.attention_weights, dtype)
         self._value = PackedLinear.of(attention.value_proj, dtype)
         self._output = PackedLinear.of(attention.output_proj, dtype)
+
+    def maps(self, shapes: Sequence[tuple[int, int]], memory: Tensor) -> PaddedMaps:
+        """Room for the values of `memory` (S,D) on levels of these (h, w)."""
+        return PaddedMaps(shapes, self.heads, memory.shape[1] // self.heads)
 
     def table(self, maps: PaddedMaps, memory: Tensor, padding: Tensor | None) -> Tensor:
         """The values of `memory` (S,D) in the table of `maps`; zero on padding (S,)."""

@@ -86,8 +86,8 @@ class FrameDecoder:
 
         Args:
             unknown_features: (M,D) raw detector outputs. history: S tokens. ages: (S,) int, frames between the token
-                and now, 1..REL_PE_LENGTH-1. history_masks: (S,) bool, True = ignore. label_mask: (V+1,) bool, True =
-                label not in use; its logits become -inf.
+                and now, 1..REL_PE_LENGTH-1, on any device. history_masks: (S,) bool, True = ignore. label_mask: (V+1,)
+                bool, True = label not in use; its logits become -inf.
 
         Raises:
             MotipError: an age is not in that range.
@@ -102,7 +102,7 @@ class FrameDecoder:
             )
         newborn = self._newborn.expand(*unknown_features.shape[:-1], -1)
         tokens = torch.cat([unknown_features, newborn], -1)
-        biases = self._rel_pos_embeds[:, ages].transpose(1, 2)  # (layers, heads, S)
+        biases = self._rel_pos_embeds[:, ages.to(tokens.device)].transpose(1, 2)  # (layers, heads, S)
         if history_masks is not None:
             biases = biases.masked_fill(history_masks, HIDDEN)
         biases = F.pad(biases, (1, 0))

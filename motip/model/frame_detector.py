@@ -1,8 +1,9 @@
-"""The detector for one frame after the other on a CPU, as a tracker needs it.
+"""The detector for one frame after the other, as a tracker needs it.
 
-It gives what `DeformableDetr` gives in eval mode, to rounding, in less time (docs/performance.md): batch norms
-are folded into the convolutions, weights are packed, images lie channels last, what depends on the size of the frames
-alone is computed once, and of the heads only those that the last layer's answer needs are run.
+It gives what `DeformableDetr` gives in eval mode, to rounding, in less time (docs/performance.md): batch norms are
+folded into the convolutions, weights are packed (on a card: in the type of the products), images lie channels last,
+what depends on the size of the frames alone is computed once, and of the heads only those that the last layer's answer
+needs are run.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motip.model.backbone import TinyGroupNormBody, resize_mask
-from motip.model.deformable_attention import log_implementation
+from motip.model.card_attention import CardAttention
+from motip.model.deformable_attention import DeformableAttention, best_implementation, log_implementation
 from motip.model.detector import DeformableDetr, DetectorOutput
-from motip.model.frame_attention import FrameAttention, PaddedMaps, Sampler
+from motip.model.frame_attention import FrameAttention
 from motip.model.packed import PackedConv, PackedLinear, can_pack
 from motip.model.transformer import MLP, DecoderLayer, EncoderLayer, encoder_reference_points, refine, valid_ratio
 
@@ -27,19 +29,28 @@ ROWS = 5000
 new pages from the system; many small parts cost more than they gain by staying in the cache."""
 
 Detector = Callable[[Tensor, Tensor], DetectorOutput]
+Attention = Callable[[DeformableAttention, torch.dtype], Any]
+"""Makes a `FrameAttention` or a `CardAttention`."""
 
 
 def detector_for_frames(detector: DeformableDetr, dtype: torch.dtype = torch.float32) -> Detector:
     """A `FrameDetector` where there can be one, else `detector` itself.
 
-    There is none for weights or a type that cannot be packed (``can_pack``), nor where a certain implementation of
-    deformable attention was asked for, nor for weights that are not finite: oneDNN's ReLU makes 0 of what is no number,
-    which would hide from the tracker that a model has diverged.
+    There is none on a CPU for weights or a type that cannot be packed (``can_pack``), on a card without the Triton
+    kernels or for weights that are not float32, nor where a certain implementation of deformable attention was asked
+    for, nor for weights that are not finite: oneDNN's ReLU makes 0 of what is no number, which would hide from the
+    tracker that a model has diverged.
     """
-    packable = all(can_pack(each, dtype) for each in detector.parameters()) and log_implementation() == "auto"
-    if packable and all(bool(each.isfinite().all()) for each in detector.state_dict().values()):
+    ready = log_implementation() == "auto" and all(_can_prepare(each, dtype) for each in detector.parameters())
+    if ready and all(bool(each.isfinite().all()) for each in detector.state_dict().values()):
         return FrameDetector(detector, dtype)
     return detector
+
+
+def _can_prepare(weight: Tensor, dtype: torch.dtype) -> bool:
+    if weight.device.type == "cuda":
+        return weight.dtype == torch.float32 and best_implementation(weight.device) == "triton"
+    return can_pack(weight, dtype)
 
 
 class FrameDetector:
@@ -50,12 +61,17 @@ class FrameDetector:
     (70 MB at 800x1333). It remembers nothing of a sequence.
 
     Args:
-        detector: see `detector_for_frames`. dtype: float32, or bfloat16 for the products and convolutions; norms,
-            places of samples and sums over samples stay in float32.
+        detector: see `detector_for_frames`. dtype: float32, or half precision for the products and convolutions; norms,
+            places of samples and sums over samples stay in float32. for_card: prepare it as for a card, wherever it is;
+            None: where it is on one.
     """
 
     @torch.no_grad()
-    def __init__(self, detector: DeformableDetr, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, detector: DeformableDetr, dtype: torch.dtype = torch.float32, for_card: bool | None = None
+    ) -> None:
+        on_card = detector.query_embed.weight.device.type == "cuda"
+        self._for_card = on_card if for_card is None else for_card
         modules: Any = detector  # a module's attributes have no types of their own
         transformer = modules.transformer
         backbone, self._position = modules.backbone
@@ -63,9 +79,11 @@ class FrameDetector:
         self._body = body if isinstance(body, TinyGroupNormBody) else _packed(body, dtype)
         self._projections = [(PackedConv(convolution, dtype), norm) for convolution, norm in modules.input_proj]
         self._level_embed = transformer.level_embed.detach()
-        self._encoder = [_EncoderLayer.of(layer, dtype) for layer in transformer.encoder.layers]
+        attention = CardAttention if self._for_card else FrameAttention
+        self._encoder = [_EncoderLayer.of(layer, attention, dtype) for layer in transformer.encoder.layers]
         heads = transformer.decoder.bbox_embed
-        self._decoder = [_DecoderLayer.of(*pair, dtype) for pair in zip(transformer.decoder.layers, heads, strict=True)]
+        layers = zip(transformer.decoder.layers, heads, strict=True)
+        self._decoder = [_DecoderLayer.of(layer, head, attention, dtype) for layer, head in layers]
         self._class_head = PackedLinear.of(modules.class_embed[-1], dtype)
         # Position half, then content half.
         self._query_position, self._query = modules.query_embed.weight.detach().chunk(2, -1)
@@ -106,8 +124,8 @@ class FrameDetector:
         positions = [self._position(each)[0].flatten(1).T for each in masks]
         position = torch.cat([each + embed for each, embed in zip(positions, self._level_embed, strict=True)])
         attention = [layers[0].attention for layers in (self._encoder, self._decoder)]
-        maps = PaddedMaps(shapes, attention[0].heads, position.shape[1] // attention[0].heads)
-        encoder, decoder = (Sampler(maps, each.points) for each in attention)
+        maps = attention[0].maps(shapes, position)
+        encoder, decoder = (maps.sampler(each.points) for each in attention)
         ratios = torch.stack([valid_ratio(each)[0] for each in masks])
         frame = _Frame(
             maps=maps,
@@ -117,6 +135,7 @@ class FrameDetector:
             ratios=ratios,
             encoder=encoder,
             decoder=decoder,
+            rows=len(position) if self._for_card else ROWS,
         )
         if not padded:
             self._frame = frame
@@ -127,36 +146,37 @@ class FrameDetector:
 class _Frame:
     """What depends on the size of an image and its padding alone, S pixels on all levels together.
 
-    position (S,D), the level's embedding added; places (S, 2 * samples), see ``Sampler.places``; padding (S,) True on
-    padding, None without; ratios (levels, 2), see ``valid_ratio``.
+    position (S,D), the level's embedding added; places of S pixels, see ``places`` of the sampler; padding (S,) True on
+    padding, None without; ratios (levels, 2), see ``valid_ratio``; rows, most pixels to encode at a time.
     """
 
-    maps: PaddedMaps
+    maps: Any
     position: Tensor
     places: Tensor
     padding: Tensor | None
     ratios: Tensor
-    encoder: Sampler
-    decoder: Sampler
+    encoder: Any
+    decoder: Any
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class _EncoderLayer:
-    attention: FrameAttention
+    attention: Any
     norm1: nn.Module
     linear1: PackedLinear
     linear2: PackedLinear
     norm2: nn.Module
 
     @classmethod
-    def of(cls, layer: EncoderLayer, dtype: torch.dtype) -> _EncoderLayer:
+    def of(cls, layer: EncoderLayer, attention: Attention, dtype: torch.dtype) -> _EncoderLayer:
         linear1, linear2 = (PackedLinear.of(linear, dtype) for linear in (layer.linear1, layer.linear2))
-        return cls(FrameAttention(layer.self_attn, dtype), layer.norm1, linear1, linear2, layer.norm2)
+        return cls(attention(layer.self_attn, dtype), layer.norm1, linear1, linear2, layer.norm2)
 
     def __call__(self, pixels: Tensor, frame: _Frame) -> None:
         """Overwrite pixels (S,D): once the values are in the table, a pixel is read for itself alone."""
         table = self.attention.table(frame.maps, pixels, frame.padding)
-        parts = -(-len(pixels) // ROWS)
+        parts = -(-len(pixels) // frame.rows)
         in_parts = (each.chunk(parts) for each in (pixels, frame.position, frame.places))
         for own, position, places in zip(*in_parts, strict=True):
             attended = self.norm1(self.attention(frame.encoder, table, own + position, places, None, own))
@@ -170,7 +190,7 @@ class _DecoderLayer:
     merge: PackedLinear
     heads: int
     norm2: nn.Module
-    attention: FrameAttention
+    attention: Any
     norm1: nn.Module
     linear1: PackedLinear
     linear2: PackedLinear
@@ -178,7 +198,7 @@ class _DecoderLayer:
     box_head: list[PackedLinear]
 
     @classmethod
-    def of(cls, layer: DecoderLayer, box_head: MLP, dtype: torch.dtype) -> _DecoderLayer:
+    def of(cls, layer: DecoderLayer, box_head: MLP, attention: Attention, dtype: torch.dtype) -> _DecoderLayer:
         own = layer.self_attn
         both = 2 * own.dim
         return cls(
@@ -187,7 +207,7 @@ class _DecoderLayer:
             merge=PackedLinear.of(own.out_proj, dtype),
             heads=own.heads,
             norm2=layer.norm2,
-            attention=FrameAttention(layer.cross_attn, dtype),
+            attention=attention(layer.cross_attn, dtype),
             norm1=layer.norm1,
             linear1=PackedLinear.of(layer.linear1, dtype),
             linear2=PackedLinear.of(layer.linear2, dtype),

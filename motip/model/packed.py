@@ -1,14 +1,17 @@
 """Linear layers and convolutions with fixed weights, for one frame after the other.
 
-PyTorch sends float32 products to MKL. On AMD processors MKL multiplies at less than half the speed of oneDNN, which
-PyTorch ships as well and TorchInductor uses through the same operators. oneDNN also wants the weights in blocks of its
-own; packed once, they are not put in order again in every frame. What follows a product (an activation, the sum with a
-shortcut) is done before the product leaves the cache.
+On a card they are PyTorch's own, with weights that are in the type of the product once and for all.
+
+On a CPU PyTorch sends float32 products to MKL. On AMD processors MKL multiplies at less than half the speed of oneDNN,
+which PyTorch ships as well and TorchInductor uses through the same operators. oneDNN also wants the weights in blocks
+of its own; packed once, they are not put in order again in every frame. What follows a product (an activation, the sum
+with a shortcut) is done before the product leaves the cache.
 """
 
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +21,12 @@ from torch import Tensor, nn
 class PackedLinear:
     """``x @ weight.T + bias``, then what is asked for, without gradient.
 
-    Packed are float32 weights on an x86 CPU, which costs a copy of them. Anything else goes through ``F.linear`` and
-    costs none.
+    Packed are float32 weights on an x86 CPU, which costs a copy of them. Anything else goes through ``F.linear``, which
+    costs a copy only for another type.
 
     Args:
-        weight: (out, in); a packed copy does not see later changes. bias: (out,). dtype: type to multiply in, None:
-            that of `weight`. Another one is for weights that ``can_pack`` says can be packed in it.
+        weight: (out, in); a copy does not see later changes. bias: (out,). dtype: type to multiply in, None: that of
+            `weight`. On a CPU another one is for weights that ``can_pack`` says can be packed in it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
@@ -45,7 +48,7 @@ class PackedLinear:
                 x.to(self.dtype), self._weight, self._bias, after, [], algorithm
             )
             return packed
-        product = F.linear(x, self._weight, self._bias)
+        product = F.linear(x.to(self.dtype), self._weight, self._bias)
         return F.gelu(product) if gelu else F.relu(product) if relu else product
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
@@ -59,11 +62,12 @@ class PackedLinear:
 class PackedConv:
     """A convolution and the frozen batch norm behind it in one, channels last, without gradient.
 
-    The weights are packed for the size of the first frame; for another size they are packed anew from `convolution`.
+    On a CPU the weights are packed for the size of the first frame; for another size they are packed anew from
+    `convolution`. Weights that cannot be packed go through ``F.conv2d``, folded once.
 
     Args:
-        convolution: `can_pack` must say so of its weights. dtype: type to multiply in. norm: scale and shift, each
-            (out,), of the batch norm.
+        convolution: of float32 weights. dtype: type to multiply in; on a CPU `can_pack` must say that the weights can
+            be packed in it, or it is slow. norm: scale and shift, each (out,), of the batch norm.
     """
 
     def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype, norm: tuple[Tensor, Tensor] | None = None) -> None:
@@ -71,42 +75,56 @@ class PackedConv:
         scale, shift = norm or (None, None)
         if scale is not None and shift is not None:
             bias = shift if bias is None else bias * scale + shift
+        self.packed = can_pack(convolution.weight, dtype)
         self._convolution = convolution
         self._scale = scale
         self._dtype = dtype
         self._bias = None if bias is None else bias.detach().to(dtype)
-        sizes = (convolution.padding, convolution.stride, convolution.dilation)
-        self._geometry = (*(list(size) for size in sizes), convolution.groups)
+        padding, stride, dilation = (
+            list(size) for size in (convolution.padding, convolution.stride, convolution.dilation)
+        )
+        self._geometry: tuple[list[Any], list[Any], list[Any], int] = (padding, stride, dilation, convolution.groups)
         self._packed_for: torch.Size | None = None
-        self._weight = convolution.weight.detach()
+        self._weight = convolution.weight.detach() if self.packed else self._folded()
 
     def __call__(self, x: Tensor, relu: bool = False) -> Tensor:
         """(B, in, H, W), channels last -> (B, out, h, w), channels last in the own type; after ReLU if wanted."""
+        if not self.packed:
+            convolved = self._plain(x)
+            return convolved.relu_() if relu else convolved
         self._pack(x.shape)
         after = "relu" if relu else "none"
-        convolved: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        fused: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x.to(self._dtype), self._weight, self._bias, *self._geometry, after, [], ""
         )
-        return convolved
+        return fused
 
     def onto(self, other: Tensor, x: Tensor) -> Tensor:
-        """Add the result to `other`, of the own type, in place, then ReLU: the end of a residual block."""
+        """The result plus `other` of the own type, then ReLU, as a residual block ends; `other` may be overwritten."""
+        if not self.packed:
+            return self._plain(x).add_(other).relu_()
         self._pack(x.shape)
         added: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
             other, x, self._weight, self._bias, *self._geometry, "add", 1.0, "relu", [], ""
         )
         return added
 
+    def _plain(self, x: Tensor) -> Tensor:
+        padding, stride, dilation, groups = self._geometry
+        return F.conv2d(x.to(self._dtype), self._weight, self._bias, stride, padding, dilation, groups)
+
     def _pack(self, size: torch.Size) -> None:
         if self._packed_for == size:
             return
+        # Packed for no size in particular, the weights would be slower than as they are.
+        self._weight = torch.ops.mkldnn._reorder_convolution_weight(self._folded(), *self._geometry, list(size))
+        self._packed_for = size
+
+    def _folded(self) -> Tensor:
         weight = self._convolution.weight.detach()
         if self._scale is not None:
             weight = weight * self._scale.view(-1, 1, 1, 1)
-        # Packed for no size in particular, the weights would be slower than as they are.
-        weight = weight.to(self._dtype).contiguous(memory_format=torch.channels_last)
-        self._weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry, list(size))
-        self._packed_for = size
+        return weight.to(self._dtype).contiguous(memory_format=torch.channels_last)
 
 
 def can_pack(weight: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -67,7 +67,12 @@ def triton_attention(
             a gradient of the values under ``torch.use_deterministic_algorithms``.
     """
     sizes = [side for shape in spatial_shapes for side in shape]
-    out: Tensor = torch.ops.motip.deformable_attention(value, sizes, sampling_locations, attention_weights)
+    out: Tensor
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and type(value) is Tensor:
+        # The operator's way through PyTorch costs the host more than the launch.
+        out = _run(value, sizes, sampling_locations, attention_weights)
+    else:
+        out = torch.ops.motip.deformable_attention(value, sizes, sampling_locations, attention_weights)
     return out
 
 
@@ -77,6 +82,10 @@ def triton_attention(
     schema="(Tensor value, SymInt[] sizes, Tensor locations, Tensor weights) -> Tensor",
 )
 def _forward(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+    return _run(value, sizes, locations, weights)
+
+
+def _run(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
     kernels = _kernels()
     _check(kernels, value, sizes, locations, weights)
     out: Tensor = kernels.forward(value, sizes, locations, weights)

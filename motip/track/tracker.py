@@ -210,7 +210,7 @@ class RuntimeTracker:
         logits = self.decoder.decode(
             embeds,
             self._history.tokens(),
-            torch.from_numpy(ages).to(device),
+            torch.from_numpy(ages),  # looked at on the host: on a card that would be two waits
             torch.from_numpy(hidden).to(device) if hidden.any() else None,
             torch.from_numpy(not_in_use).to(device) if self.settings.mask_unused_labels else None,
         ).float()

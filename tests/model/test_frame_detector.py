@@ -67,10 +67,11 @@ def _check(detector: DeformableDetr, ready: FrameDetector, images: Tensor, mask:
     ],
     ids=["tiny_gn", "resnet50", "dc5", "three levels, other points"],
 )
-def test_it_gives_what_the_module_gives(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("for_card", [False, True], ids=["for this CPU", "for a card"])
+def test_it_gives_what_the_module_gives(changes: dict[str, Any], for_card: bool) -> None:
     """Padded batches, single frames and other sizes in turns: what is kept of one size must not reach another."""
     detector = _detector(**changes)
-    ready = FrameDetector(detector)
+    ready = FrameDetector(detector, for_card=for_card)
     images, mask = padded_batch([image(1, 97, 121), image(2, 73, 90)])
     alone = padded_batch([image(3, 97, 121)])
     other = padded_batch([image(4, 65, 33)])
@@ -84,15 +85,17 @@ def test_a_frame_with_more_pixels_than_go_through_a_layer_at_a_time(monkeypatch:
     _check(detector, FrameDetector(detector), *padded_batch([image(5, 110, 133)]))
 
 
-@needs_bfloat16
-def test_bfloat16_is_as_near_as_autocast() -> None:
+@pytest.mark.parametrize("for_card", [pytest.param(False, marks=needs_bfloat16), True], ids=["this CPU", "a card"])
+def test_bfloat16_is_as_near_as_autocast(for_card: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = _detector()
     images, mask = padded_batch([image(1, 97, 121), image(2, 73, 90)])
     with torch.no_grad():
         expected = detector(images, mask).outputs
         with torch.autocast("cpu", torch.bfloat16):
             autocast = (detector(images, mask).outputs.float() - expected).abs()
-    found = (FrameDetector(detector, torch.bfloat16)(images, mask).outputs.float() - expected).abs()
+    if for_card:  # the products of a card
+        monkeypatch.setattr(packed, "can_pack", lambda *_: False)
+    found = (FrameDetector(detector, torch.bfloat16, for_card)(images, mask).outputs.float() - expected).abs()
     assert 0.0 < found.mean() <= 1.5 * autocast.mean()
 
 

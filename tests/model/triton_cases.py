@@ -78,6 +78,16 @@ def test_forward_and_gradients_in_float32(name: str) -> None:
         assert (ours - theirs).abs().max() < 1e-4
 
 
+def test_inference_goes_past_the_operator_to_the_same_numbers() -> None:
+    shape = SHAPES["four levels, four points"]
+    inputs = make(shape, torch.float32)
+    expected = triton_attention(inputs[0], shape.sizes, inputs[1], inputs[2])
+    with torch.inference_mode():
+        assert torch.equal(triton_attention(inputs[0], shape.sizes, inputs[1], inputs[2]), expected)
+        with pytest.raises(MotipError, match="contradict"):
+            triton_attention(inputs[0], [(2, 4)], inputs[1], inputs[2])
+
+
 def test_the_reference_is_the_definition() -> None:
     shape = Shape([(4, 3), (1, 2)], 2, 2, 3, 2, 1)
     inputs = [tensor.cpu() for tensor in make(shape)]
