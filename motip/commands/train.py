@@ -216,7 +216,8 @@ def _basis(config: Config, result: Preflight, device: str) -> str:
     if result.measured:
         return f"measured on {torch.cuda.get_device_name()}, {precision}"
     left = "the CUDA context, cuDNN's workspace and fragments" if device == "cuda" else "kernels' scratch memory"
-    return f"estimated for {device}, {precision}; {left} must fit the 10 % that stay free"
+    attention = ", attention by the Triton kernels" if device == "cuda" else ""
+    return f"estimated for {device}, {precision}{attention}; {left} must fit the 10 % that stay free"
 
 
 def _verdict(config: Config, result: Preflight, best: RungMemory | None, card: int) -> str:

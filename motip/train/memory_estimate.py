@@ -171,7 +171,7 @@ def _attention_of(device_type: str) -> Iterator[None]:
     """The implementation of deformable attention that the device would get."""
     chosen = log_implementation()
     if chosen == "auto":
-        use_implementation("grid_sample" if device_type == "cuda" else "embedding_bag")
+        use_implementation("triton" if device_type == "cuda" else "embedding_bag")
     try:
         yield
     finally:

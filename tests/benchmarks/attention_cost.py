@@ -85,27 +85,54 @@ class Ceilings:
 
 
 def measured_ceilings(device: torch.device, small: bool = False) -> Ceilings:
-    """Copies of 512 MB and of 8 MB (bytes read and written count), and a float32 matrix product of side 4096."""
-    large, cached = (1 << 16, 1 << 12) if small else (1 << 28, 1 << 22)
+    """Copies of 256 MB and of 4 MB (bytes read and written count), and a float32 matrix product of side 4096."""
+    large, cached = (1 << 16, 1 << 12) if small else (1 << 26, 1 << 20)
     rates = []
-    for count in (large // 2, cached // 2):
-        source = torch.ones(count, device=device)
+    for count in (large, cached):
+        source = torch.rand(count, device=device)
         target = torch.empty_like(source)
-        rates.append(2 * source.numel() * 4 / seconds_of(partial(target.copy_, source), device, 20))
+        rates.append(2 * source.nbytes / kernel_seconds(partial(target.copy_, source), device, 20))
     # Without tensor cores a product of large matrices is bound by the units that these kernels calculate with.
     side = 64 if small else 4096
-    factor = torch.ones(side, side, device=device)
+    factor = torch.rand(side, side, device=device)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        product = seconds_of(lambda: factor @ factor, device, 5)
+        product = kernel_seconds(lambda: factor @ factor, device, 5)
     finally:
         torch.set_float32_matmul_precision(before)
     return Ceilings(memory=rates[0], cache=rates[1], flops=2 * side**3 / product)
 
 
+def kernel_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds that a device is busy with one call; for work that does not wait for the device itself.
+
+    Ten calls are queued behind a kernel that only waits, so that a card goes from one to the next: launching a short
+    kernel takes the host longer than the card needs for it, and would be what is timed.
+    """
+    if device.type != "cuda":
+        return seconds_of(work, device, repeats)
+    calls = 10
+    work()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    waiting = int(2e9 * (2 * calls * (time.perf_counter() - started) + 1e-3))  # cycles, at most 2e9 of them a second
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(waiting)
+        start.record()
+        for _ in range(calls):
+            work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / calls)
+    return sorted(times)[len(times) // 2]
+
+
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of one call, after two that load kernels; on CUDA by its own clock."""
+    """Median seconds from the beginning to the end of one call, after two that load kernels."""
     for _ in range(2):
         work()
     times = []

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from motip.model import deformable_attention as room
 from motip.model.triton_attention import triton_ready
-from tests.benchmarks.attention_cost import Shape, as_dict, backward_cost, forward_cost, measured_ceilings, seconds_of
+from tests.benchmarks.attention_cost import (
+    Shape,
+    as_dict,
+    backward_cost,
+    forward_cost,
+    kernel_seconds,
+    measured_ceilings,
+)
 from tests.benchmarks.records import Recorder, add_flags, quantity
 
 SIDES = ("grid_sample", "embedding_bag")
@@ -88,8 +95,8 @@ def on_cuda(shape: Shape, inputs: list[Tensor], repeats: int, settings: dict[str
         first: dict[str, float] = {}
         for side in (*SIDES, *(("triton",) if triton_ready(device) else ())):
             with torch.no_grad():
-                found = {"forward": seconds_of(partial(forward, side), device, repeats)}
-            found["forward and backward"] = seconds_of(partial(backward, side), device, repeats)
+                found = {"forward": kernel_seconds(partial(forward, side), device, repeats)}
+            found["forward and backward"] = kernel_seconds(partial(backward, side), device, repeats)
             first = first or found
             for name, seconds in found.items():
                 recorder.add(

@@ -88,7 +88,7 @@ def test_what_a_card_would_report_becomes_records() -> None:
         ],
         "tracking": [
             {**frames, "dtype": "FP32"},
-            {**frames, "dtype": "BF16", "attention": "triton", "frames_per_second": 10.0},
+            {**frames, "dtype": "BF16", "attention": "auto", "frames_per_second": 10.0},
         ],
         "compile": [
             {"compiled": None, "clips_per_second": 5.0, "first_step_seconds": 1.0},
@@ -99,7 +99,7 @@ def test_what_a_card_would_report_becomes_records() -> None:
     found = {(record.work, each.name): each for record in claim.records for each in record.quantities}
     assert found["training step, bf16, triton", "clips/s"].ratio == 2.5
     assert found["training step, bf16, triton", "peak GB"].ratio == 0.5
-    assert found["tracking, bf16, triton", "frames/s"].ratio == 2.5
+    assert found["tracking, bf16, auto", "frames/s"].ratio == 2.5
     assert found["training step, bf16, torch.compile inductor", "s of the first step"].ratio == 60
     assert claim.not_measured == {"worst aerial clip, as configured, triton": "out of memory: tried 4 GB"}
     # The targets of a card are found among the records by these very names.

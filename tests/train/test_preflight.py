@@ -37,6 +37,7 @@ from motip.train.preflight import (
     train_on,
     worst_clip,
 )
+from tests.benchmarks import gpu_step
 from tests.small_world import HEIGHT, WIDTH, write_curriculum, write_dance_world
 from tests.train.small import small_config
 
@@ -179,6 +180,18 @@ def test_the_estimate_is_what_the_allocator_measures(tiny: Config, accumulate: i
     for index in (0, 1, len(rungs) - 1) if accumulate == 1 else (0,):
         found = _allocator_peak(lambda rung=rungs[index]: train_on(config, batch, rung, cpu))  # type: ignore[misc]
         assert abs(estimates[index] - found) < 0.15 * found, rungs[index].name
+
+
+@pytest.mark.parametrize("index", [0, 3], ids=["as configured", "on the last rung"])
+def test_the_estimate_for_a_card_is_what_a_card_has_measured(repo_root: Path, index: int) -> None:
+    """The worst aerial clip as `tests/benchmarks/bench_gpu.py` has trained on it on an H100."""
+    records = json.loads((repo_root / "docs/performance/nvidia-h100-80gb-hbm3.json").read_text())["claims"]["gpu"]
+    config = load_config(repo_root / "configs/visdrone_stage2.yaml", ["sampler_lengths=[5]"])
+    rung = ladder(config)[index]
+    (record,) = (r for r in records["records"] if r["work"] == f"worst aerial clip, {rung.name}, triton")
+    (peak,) = (each["ours"]["median"] for each in record["quantities"] if each["name"] == "peak GB")
+    batch = gpu_step.made_up_clip(gpu_step.AERIAL, 5, 200, (672, 1100))
+    assert 0.98 < estimate_peak(config, batch, rung) / 1e9 / peak < 1.1
 
 
 def test_what_the_memory_grows_with(tiny: Config) -> None:
