@@ -121,7 +121,7 @@ def main() -> None:
         checks = Checks(torch.device("cuda"), args.quick)
         for section in args.only:
             add_section(recorder, section, getattr(checks, section)(), {"median of calls": checks.repeats})
-            recorder.finish()  # a lent card may be gone before the next section ends
+            recorder.finish()  # a run that is cut off keeps what it has found
     else:
         recorder.skip("all of it", "there is no CUDA device")
     recorder.finish()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from motip.model import build_model, frame_detector, packed
+from motip.model import build_model, deformable_attention, frame_detector, packed
 from motip.model.deformable_attention import use_implementation
 from motip.model.detector import DeformableDetr
 from motip.model.frame_attention import PaddedMaps, Sampler
@@ -97,6 +98,36 @@ def test_bfloat16_is_as_near_as_autocast(for_card: bool, monkeypatch: pytest.Mon
         monkeypatch.setattr(packed, "can_pack", lambda *_: False)
     found = (FrameDetector(detector, torch.bfloat16, for_card)(images, mask).outputs.float() - expected).abs()
     assert 0.0 < found.mean() <= 1.5 * autocast.mean()
+
+
+class _Operators(TorchDispatchMode):
+    """Counts what makes a tensor, which on a card is what the host launches."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_card_has_less_than_half_of_the_operators_to_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_operator(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Tensor:
+        return value.new_empty(len(value), locations.shape[1], value.shape[2] * value.shape[3])
+
+    monkeypatch.setattr(packed, "can_pack", lambda *_: False)
+    monkeypatch.setitem(deformable_attention._implementations, "auto", one_operator)
+    detector = _detector()
+    images, mask = padded_batch([image(1, 97, 121)])
+    mask = torch.zeros_like(mask)
+    ready = FrameDetector(detector, torch.bfloat16, for_card=True)
+    counts = []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        ready(images, mask)  # the constants of this size
+        for each in (detector, ready):
+            with _Operators() as operators:
+                each(images, mask)
+            counts.append(operators.count)
+    assert 0 < 2 * counts[1] < counts[0], counts
 
 
 def test_samples_outside_the_maps_read_zeros() -> None:
