@@ -207,6 +207,7 @@ def _show(name: str, config: Config, result: Preflight, best: RungMemory | None,
 def _basis(config: Config, result: Preflight, device: str) -> str:
     import torch
 
+    from motip.model.deformable_attention import log_implementation
     from motip.train.memory_estimate import precision_on
     from motip.train.step import autocast_dtype
 
@@ -216,7 +217,8 @@ def _basis(config: Config, result: Preflight, device: str) -> str:
     if result.measured:
         return f"measured on {torch.cuda.get_device_name()}, {precision}"
     left = "the CUDA context, cuDNN's workspace and fragments" if device == "cuda" else "kernels' scratch memory"
-    attention = ", attention by the Triton kernels" if device == "cuda" else ""
+    by_triton = device == "cuda" and log_implementation() in ("auto", "triton")
+    attention = ", where the Triton kernels can run" if by_triton else ""
     return f"estimated for {device}, {precision}{attention}; {left} must fit the 10 % that stay free"
 
 

@@ -12,7 +12,7 @@ from motip.model.resnet import FrozenBatchNorm, ResNet50Body
 
 
 class PackedResNet:
-    """The maps of a `ResNet50Body`, to rounding, in `dtype`. ``can_pack`` must say that its weights can be packed."""
+    """The maps of a `ResNet50Body`, to rounding, in `dtype`; see `PackedConv`."""
 
     def __init__(self, body: ResNet50Body, dtype: torch.dtype) -> None:
         self._stem = _folded(body.conv1, body.bn1, dtype)

@@ -93,6 +93,7 @@ class FrameDetector:
     @torch.inference_mode()
     def __call__(self, images: Tensor, mask: Tensor) -> DetectorOutput:
         """images (B,3,H,W) normalised, mask (B,H,W) bool True on padding; ``aux`` is empty."""
+        padded = mask.flatten(1).any(1).tolist()  # asked while a card has nothing else to finish first
         maps = [each.contiguous(memory_format=torch.channels_last) for each in self._body(images)]
         levels = [
             norm(project(maps[min(index, len(maps) - 1)]).float())
@@ -100,8 +101,8 @@ class FrameDetector:
         ]
         pixels = torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in levels], 1)
         found = []
-        for own, own_mask in zip(pixels, mask, strict=True):
-            found.append(self._detect(own, self._constants(levels, own_mask[None])))
+        for own, own_mask, own_padded in zip(pixels, mask, padded, strict=True):
+            found.append(self._detect(own, self._constants(levels, own_mask[None], own_padded)))
         logits, boxes, hidden = (torch.stack(parts) for parts in zip(*found, strict=True))
         return DetectorOutput(logits, boxes, hidden, aux=[])
 
@@ -114,10 +115,9 @@ class FrameDetector:
             hidden, reference = decoder_layer(hidden, self._query_position, reference, pixels, frame)
         return self._class_head(hidden), reference, hidden
 
-    def _constants(self, levels: list[Tensor], mask: Tensor) -> _Frame:
+    def _constants(self, levels: list[Tensor], mask: Tensor, padded: bool) -> _Frame:
         """What depends on the size and the padding of an image (1,H,W); kept for the next image if there is none."""
         shapes = [(level.shape[2], level.shape[3]) for level in levels]
-        padded = bool(mask.any())
         if not padded and self._frame is not None and self._frame.maps.shapes == shapes:
             return self._frame
         masks = [resize_mask(mask, level) for level in levels]

@@ -45,7 +45,8 @@ class StepLosses:
 
     Attributes:
         values: `loss`, `detr_loss`, `id_loss` and the unweighted losses and logged values of each layer by their
-            published names, before the division by the accumulation. Empty where the batch was left out for memory.
+            published names, before the division by the accumulation. Empty where a rank of a batch that was
+            left out had no memory for it.
         skipped: True where a loss was not finite on some rank, or a rank had no memory left on any rung; no rank has
             added a gradient then.
         clips: real clips (weight above 0) over all ranks.
@@ -135,6 +136,7 @@ class TrainStep:
         self._failures = MemoryOfFailures(self.rungs)
         self.autocast_dtype = autocast_dtype(config.MIXED_PRECISION, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
+        self.scaler.scale(torch.zeros((), device=self.device))  # makes its state: a rank's first batch may have no clip
         self.counters = StepCounters()
         self.left_out = LeftOut(config.NONFINITE_LIMIT)
         self.gradient_watch = GradientWatch()
@@ -191,14 +193,17 @@ class TrainStep:
                 self._forward(attempt, batch, order.tolist(), objects, id_targets, shares, seed)
                 self._backward(attempt, gathered, divisor or self.accumulate_steps)
             failed, hopeless, bad, values = self._tell(attempt)
+            if bad:  # then no rank need find room for a batch that is left out anyway
+                outcome = "not finite"
+                break
             lowered += failed
             if failed and not hopeless:
                 self._lower(attempt, batch, size)
                 continue
-            outcome = "memory" if hopeless else "not finite" if bad else "done"
+            outcome = "memory" if hopeless else "done"
             break
         self.counters.lowered += lowered
-        if outcome == "memory":  # a rank has no values: then there are none of the whole batch
+        if failed:  # a rank has no values: then there are none of the whole batch
             values = []
         losses = StepLosses(
             dict(zip(self._metric_names, values, strict=False)),
@@ -222,8 +227,8 @@ class TrainStep:
 
         Returns:
             `detr_grad_norm` and `other_grad_norm` before clipping: of the parameters with "detr" in their name and of
-            the rest, or both the joint norm with SEPARATE_CLIP_NORM False. Empty where no batch was gathered; then, and
-            where a norm is not finite, the weights stay as they are.
+            the rest, or both the joint norm with SEPARATE_CLIP_NORM False. Empty where no batch was gathered or none had
+            a clip; then, and where a norm is not finite, the weights stay as they are.
         """
         if self.gathered == 0:
             optimizer.zero_grad(set_to_none=True)
@@ -233,6 +238,10 @@ class TrainStep:
 
     def _move(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         all_reduce_gradients(self.model.parameters(), self.comm)
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            self.gathered = 0  # no rank had a clip; a scaler would insist on a gradient
+            self._recent = []
+            return {}
         self.scaler.unscale_(optimizer)
         norms = self._clip()
         # Gradients were summed over ranks, so every rank sees the same norms and decides alike.
@@ -354,7 +363,8 @@ class TrainStep:
         """Count and name a batch that no rank adds a gradient of; the same lines on every rank."""
         rank = self.comm.rank
         if outcome == "memory":
-            reason = "out of memory on the last rung" if attempt.state == "failed" else "left out with another rank's"
+            where = " on the last rung" if attempt.rung == len(self.rungs) - 1 else ""
+            reason = f"out of memory{where}" if attempt.state == "failed" else "left out with another rank's"
         else:
             local = zip(self._metric_names, attempt.host.tolist(), strict=True)
             bad = ", ".join(name for name, value in local if not math.isfinite(value))

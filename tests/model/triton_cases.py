@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from motip.errors import MotipError
@@ -78,10 +79,26 @@ def test_forward_and_gradients_in_float32(name: str) -> None:
         assert (ours - theirs).abs().max() < 1e-4
 
 
+class _Seen(TorchDispatchMode):
+    """Names of the operators that PyTorch was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def test_inference_goes_past_the_operator_to_the_same_numbers() -> None:
     shape = SHAPES["four levels, four points"]
     inputs = make(shape, torch.float32)
-    expected = triton_attention(inputs[0], shape.sizes, inputs[1], inputs[2])
+    with _Seen() as usual:
+        expected = triton_attention(inputs[0], shape.sizes, inputs[1], inputs[2])
+    with torch.inference_mode(), _Seen() as past:
+        triton_attention(inputs[0], shape.sizes, inputs[1], inputs[2])
+    assert [any("motip" in name for name in seen.names) for seen in (usual, past)] == [True, False]
     with torch.inference_mode():
         assert torch.equal(triton_attention(inputs[0], shape.sizes, inputs[1], inputs[2]), expected)
         with pytest.raises(MotipError, match="contradict"):

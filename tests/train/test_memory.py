@@ -34,7 +34,8 @@ class Saboteur:
     """Lets a training step run out of memory.
 
     Args:
-        failures: (batch, phase, times): from which batch on this rank fails how often in `forward` or `backward`.
+        failures: (batch, phase, times): in which batch this rank fails how often in `forward` or `backward`, or has a
+            loss that is `not finite`.
     """
 
     def __init__(self, step: TrainStep, failures: Iterable[tuple[int, str, int]]) -> None:
@@ -45,6 +46,8 @@ class Saboteur:
         def losses(*arguments: Any) -> Any:
             loss, local = real(*arguments)
             self._strike("forward")
+            if self.left.get((self.batch, "not finite"), 0) > 0:
+                return loss * torch.nan, {**local, "loss": loss * torch.nan}
             return loss, local
 
         step._losses = losses  # type: ignore[method-assign]
@@ -83,6 +86,7 @@ CASES: dict[str, dict[int, list[tuple[int, str, int]]]] = {
     "every rank at once": {0: [(1, "backward", 1)], 1: [(1, "forward", 2)], 2: [(1, "backward", 2)]},
     "first rank has none at all": {0: [(1, "forward", 99)]},
     "last rank has none at all in backward": {-1: [(2, "backward", 99)]},
+    "not finite, with none at all beside it": {0: [(1, "not finite", 1)], 1: [(1, "backward", 99)]},
 }
 
 
@@ -109,6 +113,7 @@ def _result(step: TrainStep, losses: list[StepLosses]) -> dict[str, Any]:
         "skipped": [loss.skipped for loss in losses],
         "lowered": step.counters.lowered,
         "out_of_memory": step.counters.out_of_memory,
+        "not_finite": step.counters.nonfinite_losses,
         "skipped_objects": step.counters.skipped_objects,
         "names": step.counters.names,
         "said": [line for loss in losses for line in loss.left_out],
@@ -152,6 +157,18 @@ def test_all_ranks_skip_together_what_no_rung_can_compute(ranks: list[dict[str, 
         assert sum(found["skipped_objects"].values()) == world
         assert len(found["said"]) == world and sum("out of memory on the last rung" in s for s in found["said"]) == 1
         assert "3 frames" in found["said"][0] and "at most 2 in a frame" in found["said"][0]
+        for name, value in found["weights"].items():
+            assert torch.equal(value, ranks[0][case]["weights"][name]), name
+
+
+def test_a_loss_that_is_not_finite_decides_before_any_rank_looks_for_room(ranks: list[dict[str, Any]]) -> None:
+    """The batch is left out for the loss, which is named, and no rank goes down the ladder for it."""
+    case = "not finite, with none at all beside it"
+    for rank in ranks:
+        found = rank[case]
+        assert found["skipped"] == [step == 1 for step in range(STEPS)]
+        assert (found["not_finite"], found["out_of_memory"], found["lowered"]) == (1, 0, 0)
+        assert "not finite: loss" in found["said"][0] and "rank 0" in found["said"][0]
         for name, value in found["weights"].items():
             assert torch.equal(value, ranks[0][case]["weights"][name]), name
 

@@ -250,6 +250,21 @@ def test_mixed_precision_learns_and_stays_near_float32(precision: str) -> None:
     assert restored.counters == step.counters
 
 
+def test_a_loss_scale_is_there_before_the_first_real_clip() -> None:
+    config = small_config(MIXED_PRECISION="fp16")
+    step = _step(config)
+    optimizer = build_optimizer(step.model, config)
+    padding = clip(0)
+    padding.weights = torch.zeros(1)
+    step.accumulate(padding, ORDER)
+    step.apply(optimizer)
+    before = step.model.detr.query_embed.weight.detach().clone()
+    for _ in range(12):  # the scaler may first lower its scale
+        step.accumulate(clip(0), ORDER)
+        step.apply(optimizer)
+    assert not torch.equal(step.model.detr.query_embed.weight, before)
+
+
 def test_precision_that_is_not_set() -> None:
     assert autocast_dtype(None, torch.device("cpu")) is None
     assert autocast_dtype("no", torch.device("cpu")) is None
