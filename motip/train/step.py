@@ -227,8 +227,8 @@ class TrainStep:
 
         Returns:
             `detr_grad_norm` and `other_grad_norm` before clipping: of the parameters with "detr" in their name and of
-            the rest, or both the joint norm with SEPARATE_CLIP_NORM False. Empty where no batch was gathered or none had
-            a clip; then, and where a norm is not finite, the weights stay as they are.
+            the rest, or both the joint norm with SEPARATE_CLIP_NORM False. Empty where no batch was gathered, or none
+            with a clip; then, and where a norm is not finite, the weights stay as they are.
         """
         if self.gathered == 0:
             optimizer.zero_grad(set_to_none=True)
