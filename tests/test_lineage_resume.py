@@ -18,6 +18,7 @@ import pytest
 from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.lineage.driver import driver_lives, this_driver
+from motip.lineage.store import Store, Unreachable
 from motip.lineage.tags import MAX_VALUE, Tag, join_params
 from tests.test_lineage import CONFIG, DIGEST, client_of
 
@@ -226,3 +227,27 @@ def test_the_parent_run_of_a_living_process_is_left_to_it(lineage: Lineage, some
     client.set_tag(parent, Tag.DRIVER, somebody + "0")
     lineage.finish(parent)
     assert client.get_run(parent).info.status == "FINISHED"
+
+
+def test_an_end_that_still_waits_comes_before_the_new_beginning(
+    lineage: Lineage, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow is away at the end of one job and for the first moment of the next, and back within its patience."""
+    parent = lineage.start_curriculum("late end", {})
+    run_id = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
+
+    def away(self: Store) -> None:
+        raise Unreachable("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "client", away)
+        lineage.finish(run_id, "FAILED")
+        lineage.finish(parent, "FAILED")
+    again = Lineage(None, storage, patience=5, rest=0.1)
+    with monkeypatch.context() as patched:
+        patched.setattr(again, "flush", lambda: 2)  # not back yet
+        assert again.start_curriculum("late end", {}) == parent
+        assert again.start_stage(parent, "a", CONFIG, DIGEST, None, resume_run_id=run_id) == run_id
+    again.log_metrics(run_id, {"loss": 1.0}, 1)
+    again.log_metrics(parent, {"loss": 1.0}, 1)
+    assert [client_of(again).get_run(each).info.status for each in (parent, run_id)] == ["RUNNING", "RUNNING"]

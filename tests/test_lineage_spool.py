@@ -48,6 +48,10 @@ class StandIn:
             raise MlflowException("gone", RESOURCE_DOES_NOT_EXIST)
         return SimpleNamespace(info=SimpleNamespace(lifecycle_stage="active"))
 
+    def get_experiment(self, experiment_id: str) -> Any:
+        self._reached()
+        return SimpleNamespace(experiment_id=experiment_id)
+
     def log_artifact(self, run_id: str, path: str, folder: str | None) -> None:
         self._reached()
         if self.error is not None and run_id in self.held_up:
@@ -263,6 +267,32 @@ def test_a_store_that_refuses_everything_sets_nothing_aside(
     assert lineage.flush() == 2
     assert "wrong password" in caplog.text
     assert set_aside(tmp_path) == []
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_proxy_that_refuses_all_while_mlflow_restarts_ends_nothing(status: int, tmp_path: Path) -> None:
+    spooled(tmp_path)
+    lineage, server = lineage_on(tmp_path)
+    answer = f"API request to endpoint /x failed with error code {status} != 200. Response body: 'page not found'"
+    server.away, server.everything = False, MlflowException(answer)
+    lineage.log_metrics(OTHER, {"loss": 2.0}, 2)
+    lineage.log_metrics(RUN, {"loss": 1.0}, 2)
+    assert lineage.flush() == 4 and set_aside(tmp_path) == []
+    server.everything = None
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, "the only copy"), (RUN, "HOTA"), (RUN, "loss"), (OTHER, "loss")]
+
+
+def test_a_file_that_is_refused_ends_no_training_and_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lineage, server = lineage_on(tmp_path)
+    server.away, server.error = False, lambda: http(413)
+    lineage.log_text(RUN, "too large", "scores.json")
+    lineage.log_metrics(RUN, {"HOTA": 1.0}, 1)
+    (entry,) = set_aside(tmp_path)
+    assert "413" in entry["reason"] and "set aside in" in caplog.text
+    assert server.got == [(RUN, "HOTA")] and not lineage._spool.waiting(RUN)
 
 
 def test_what_can_be_kept_nowhere_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

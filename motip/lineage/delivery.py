@@ -18,6 +18,26 @@ BATCH_METRICS = 1000
 """MLflow takes at most this many metrics in one request."""
 
 
+ATTACHED = ("artifact", "table")
+"""Kinds of entries without which the curves and the end of a run are whole."""
+
+
+def refusal_of_all(store: Store) -> Unreachable | None:
+    """Why MLflow takes nothing now, where it refuses a mere question too; None where it answers one.
+
+    A proxy says 403 or 404 of everything while the MLflow behind it is started again.
+    """
+    try:
+        with store.errors():
+            store.client().get_experiment(store.experiment_id)
+    except Unreachable as error:
+        return error
+    except Exception as error:
+        told = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
+        return Unreachable(f"it refuses everything: {told}")
+    return None
+
+
 def batch_of(entries: list[Entry], most: int) -> list[Entry]:
     """Up to ``most`` metric entries from the front (one request takes many points), else the first entry."""
     batch: list[Entry] = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from motip.lineage.provenance import provenance
+from motip.lineage.tags import Tag
 
 HEADLINES = ("HOTA", "DetA", "AssA", "MOTA", "IDF1", "IDSW")
 """Scores that a record beside weights keeps; the run has them all."""
@@ -163,3 +165,19 @@ def _nameless(value: str) -> str:
 
 def _last(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def provenance_tags() -> dict[str, str]:
+    """What a run tells of this process, in MLflow's tags."""
+    facts = here()
+    tags = {
+        Tag.PYTHON: facts["python"],
+        Tag.VERSIONS: json.dumps(facts["versions"], sort_keys=True),
+        Tag.HARDWARE: json.dumps(facts["hardware"], sort_keys=True),
+        Tag.GIT_COMMIT: facts["git_commit"],
+        Tag.GIT_DIRTY: facts["git_dirty"],
+    }
+    if facts["git_commit"]:
+        # MLflow's own name for it, which its UI shows as the version.
+        tags["mlflow.source.git.commit"] = facts["git_commit"]
+    return tags

@@ -340,7 +340,9 @@ def _http_status(error: BaseException) -> int | None:
 
 
 def _s3_code(error: BaseException | None) -> str:
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # raised again while it is handled, an error is its own context
+        seen.add(id(error))
         response = getattr(error, "response", None)
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code", ""))

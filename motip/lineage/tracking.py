@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 from motip.errors import MotipError
 from motip.files import digest
 from motip.lineage import walk as lineage_walk
-from motip.lineage.delivery import BATCH_METRICS, batch_of, hand_over, hand_over_points
+from motip.lineage.delivery import ATTACHED, BATCH_METRICS, batch_of, hand_over, hand_over_points, refusal_of_all
 from motip.lineage.driver import driver_lives, this_driver
 from motip.lineage.model import find_run, latest_model
 from motip.lineage.provenance import provenance, redact
 from motip.lineage.record import as_text, read_record, record_text
 from motip.lineage.scores import RunScores, read_scores
 from motip.lineage.spool import Entry, Spool
-from motip.lineage.steps import DataUsed, LineageStep, here
+from motip.lineage.steps import DataUsed, LineageStep, provenance_tags
 from motip.lineage.store import Store, Unreachable
 from motip.lineage.tags import Tag, join_params, split_params
 from motip.lineage.verify import FileCheck, verify
@@ -125,8 +125,7 @@ class Lineage:
                     # Stages of both may go under it, but it begins and ends with the process that has it.
                     self._guest_of.add(run.info.run_id)
                 else:
-                    client.update_run(run.info.run_id, status="RUNNING")
-                    client.set_tag(run.info.run_id, Tag.DRIVER, this_driver())
+                    self._reopen(run.info.run_id)
                 return str(run.info.run_id)
             created = client.create_run(
                 self._store.experiment_id,
@@ -202,7 +201,7 @@ class Lineage:
                     Tag.DRIVER: this_driver(),
                     **self._parent_tags(parent),
                     **(split_params({Tag.FROM_RECORD: as_text(told)}) if told else {}),
-                    **_provenance_tags(),
+                    **provenance_tags(),
                     **({Tag.SEED: str(config["SEED"])} if "SEED" in config else {}),
                     **_clean(tags),
                 },
@@ -366,6 +365,13 @@ class Lineage:
                 return
             except Unreachable as error:
                 self._take_rest(error)
+            except MotipError:
+                hindered = refusal_of_all(self._store)
+                if hindered is not None:
+                    self._take_rest(hindered)
+                elif entry["kind"] not in ATTACHED:
+                    raise
+                # Else a file that is too large for a proxy, say: it is set aside below, as if it had waited.
         try:
             if entry["kind"] == "artifact":
                 entry = {**entry, "path": self._spool.keep_file(Path(entry["path"])), "kept": True}
@@ -408,6 +414,9 @@ class Lineage:
                     except Unreachable:
                         raise
                     except Exception as error:
+                        hinders_all = refusal_of_all(self._store)
+                        if hinders_all is not None:
+                            raise hinders_all from error
                         # It would come again at every start: whatever this entry is, it must not hold up the others.
                         told = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
                         reason = str(redact(told))[:500]
@@ -516,10 +525,18 @@ class Lineage:
         told = {**provenance()["git"], "time": datetime.now(UTC).isoformat()}
         if changed:
             told["changed"] = [f"{key} {logged[key][:100]} -> {wanted.get(key, 'unset')[:100]}" for key in changed]
-        client.update_run(run_id, status="RUNNING")
-        client.set_tag(run_id, Tag.DRIVER, this_driver())
+        self._reopen(run_id)
         client.set_tag(run_id, Tag.RESUMED, str(times))
         client.set_tag(run_id, f"{Tag.RESUMED}.{times}", json.dumps(told))
+
+    def _reopen(self, run_id: str) -> None:
+        """Make an earlier run this process's, after what it told at its end, which may still wait."""
+        _, hindered = self._replay(run_id) if self._spool.waiting(run_id) else (0, None)
+        if hindered is not None:
+            raise hindered
+        client = self._store.client()
+        client.update_run(run_id, status="RUNNING")
+        client.set_tag(run_id, Tag.DRIVER, this_driver())
 
     def _log_params(self, run_id: str, config: Mapping[str, Any], free: Collection[str]) -> None:
         from mlflow.entities import Param
@@ -572,21 +589,6 @@ def _driven_elsewhere(run: Run) -> bool:
     """Whether another process of this host, that lives, is at it; one that has ended it may do what it wants."""
     driver = run.data.tags.get(Tag.DRIVER, "")
     return run.info.status == "RUNNING" and driver != this_driver() and driver_lives(driver)
-
-
-def _provenance_tags() -> dict[str, str]:
-    facts = here()
-    tags = {
-        Tag.PYTHON: facts["python"],
-        Tag.VERSIONS: json.dumps(facts["versions"], sort_keys=True),
-        Tag.HARDWARE: json.dumps(facts["hardware"], sort_keys=True),
-        Tag.GIT_COMMIT: facts["git_commit"],
-        Tag.GIT_DIRTY: facts["git_dirty"],
-    }
-    if facts["git_commit"]:
-        # MLflow's own name for it, which its UI shows as the version.
-        tags["mlflow.source.git.commit"] = facts["git_commit"]
-    return tags
 
 
 def _clean(tags: Mapping[str, str] | None) -> dict[str, str]:
