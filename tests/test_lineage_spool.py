@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -398,3 +400,61 @@ def test_an_entry_after_a_cut_off_line_is_not_lost(tmp_path: Path) -> None:
         stream.write('{"kind": "tags", "ta')
     spool.append("run", {"kind": "tags", "tags": {"b": "2"}})
     assert spool.count("run") == 1
+
+
+def test_a_queue_that_another_process_empties_meanwhile_waits_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, other = Spool(tmp_path), Spool(tmp_path)
+    spool.append("run", {"kind": "tags", "tags": {}})
+    real = Path.stat
+
+    def stat(self: Path, **how: Any) -> Any:
+        found = real(self, **how)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "stat", real)
+            other.replay("run", len, lambda entry: "")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", stat)
+        assert spool.waiting("run"), "so it was when it was looked at"
+    assert not spool.waiting("run") and spool.runs() == []
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_mount_without_locks_ends_no_training(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lineage, server = lineage_on(tmp_path)
+
+    def no_locks(*_: object) -> None:
+        raise OSError(reason, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    lineage.log_metrics(RUN, {"loss": 1.0}, 1)
+    lineage.log_metrics(RUN, {"loss": 2.0}, 2)
+    assert [message for message in caplog.messages if "without a lock" in message] == [
+        f"going on without a lock: {tmp_path / 'mlflow' / 'spool'} cannot be locked (no locks here)"
+    ]
+    server.away = False
+    assert lineage.flush() == 0
+    assert server.got == [(RUN, "loss")] * 2
+
+
+def test_a_long_queue_is_not_read_for_every_entry(tmp_path: Path) -> None:
+    class Queue(io.BytesIO):
+        taken = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            content = super().read(size)
+            self.taken += len(content)
+            return content
+
+    whole = Queue(b'{"kind": "tags"}\n' * 10_000)
+    Spool._cut_loose_end(whole)
+    assert whole.taken == 1
+    for content, kept in ((b"", b""), (b"half", b""), (b"one\n", b"one\n"), (b"one\nhalf", b"one\n")):
+        queue = Queue(content)
+        Spool._cut_loose_end(queue)
+        assert (queue.getvalue(), queue.tell()) == (kept, len(kept))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+_log = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
 
@@ -24,11 +27,14 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._said = False
 
     def waiting(self, run_id: str) -> bool:
         """Whether something of this run has not been delivered."""
-        queue = self._queue(run_id)
-        return queue.exists() and queue.stat().st_size > 0
+        try:
+            return self._queue(run_id).stat().st_size > 0
+        except FileNotFoundError:  # nothing was kept, or another process has delivered it
+            return False
 
     def runs(self) -> list[str]:
         """Runs that have something waiting."""
@@ -112,9 +118,15 @@ class Spool:
 
     @contextlib.contextmanager
     def _locked(self, run_id: str) -> Iterator[None]:
+        """Keep other processes out of a queue. Some mounts have no locks (logged): what they hold is used without."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{run_id}.lock").open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            except OSError as error:
+                if not self._said:
+                    self._said = True
+                    _log.warning("going on without a lock: %s cannot be locked (%s)", self.folder, error.strerror)
             yield
 
     def _read(self, run_id: str) -> list[Entry]:
@@ -129,10 +141,12 @@ class Spool:
     @staticmethod
     def _cut_loose_end(stream: BinaryIO) -> None:
         """Remove a last line without its end: a process was killed while writing it, and nobody relies on it."""
-        stream.seek(0)
-        content = stream.read()
-        if content and not content.endswith(b"\n"):
-            stream.truncate(content.rfind(b"\n") + 1)
+        if stream.seek(0, os.SEEK_END) == 0:
+            return
+        stream.seek(-1, os.SEEK_END)
+        if stream.read(1) != b"\n":  # only then is a queue, which may be long, read
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)
             stream.seek(0, os.SEEK_END)
 
     def _write(self, run_id: str, entries: list[Entry]) -> None:
