@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from motip.curriculum.records import claim, release
-from motip.errors import MotipError
+from motip.curriculum import stage as stage_module
+from motip.curriculum.records import InUse, claim, release
+from motip.errors import MotipError, exit_on_error, find_motip_error
 from motip.lineage import Lineage, NullLineage
 from tests.small_curriculum import CURRICULUM, QuietUi, run, write_files
 
@@ -137,3 +139,119 @@ sys.stdin.read()
     claim(path, "stage")
     release(path)
     assert "driver" not in json.loads(path.read_text())
+
+
+def tidy_up(lineage: Lineage) -> None:
+    """Somebody deletes the runs in MLflow, and the folder of their artifacts: from now on it refuses."""
+    for each in lineage._find_runs(""):
+        lineage._store.client().delete_run(each.info.run_id)
+    artifacts = lineage._store.folder / "artifacts"
+    shutil.rmtree(artifacts)
+    artifacts.write_text("no folder")
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("CUDA error: device-side assert"), KeyboardInterrupt()])
+def test_why_a_training_ended_is_seen_though_nobody_takes_it(
+    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither MLflow, nor the record of the stage, which a full disk cut off."""
+    path, storage = one_stage(tmp_path), tmp_path / "storage"
+    lineage = Lineage(storage=storage)
+
+    def fails(job: Any, placement: Any, folder: str, on_record: Any) -> None:
+        on_record("note", {"text": "a worker was lost"})
+        tidy_up(lineage)
+        (Path(folder) / "stage.json").write_text("")
+        raise failure
+
+    monkeypatch.setattr(stage_module, "fit", fails)
+    with pytest.raises(type(failure)) as caught:
+        run(path, storage, lineage=lineage)
+    assert caught.value is failure and find_motip_error(failure) is None
+    told = [message for message in caplog.messages if "MLflow refuses" in message]
+    assert [message.split()[0] for message in told] == ["the", "MLflow", "MLflow"], "notes, stage, curriculum"
+    assert any("stays in use" in message and "not a JSON file" in message for message in caplog.messages)
+
+
+def test_ctrl_c_stays_ctrl_c_though_mlflow_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, storage = one_stage(tmp_path), tmp_path / "storage"
+    lineage = Lineage(storage=storage)
+
+    def interrupt(self: QuietUi, kind: str, values: dict[str, Any]) -> None:
+        tidy_up(lineage)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(QuietUi, "record", interrupt)
+    with pytest.raises(SystemExit) as end, exit_on_error():
+        run(path, storage, lineage=lineage)
+    assert end.value.code == 130
+
+
+def test_what_mlflow_refuses_after_a_training_that_did_not_fail_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, storage = one_stage(tmp_path), tmp_path / "storage"
+    lineage = Lineage(storage=storage)
+
+    def ends(job: Any, placement: Any, folder: str, on_record: Any) -> None:
+        on_record("note", {"text": "a worker was lost"})
+        tidy_up(lineage)
+
+    monkeypatch.setattr(stage_module, "fit", ends)
+    with pytest.raises(MotipError, match="MLflow refuses"):
+        run(path, storage, lineage=lineage)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_curriculum_that_is_refused_a_stage_ends_its_run_if_it_is_its_own(
+    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, somebody: str
+) -> None:
+    """Of two starts in the same second both may hold the run to be theirs; the one that trains still needs it."""
+    path, storage = one_stage(tmp_path), tmp_path / "storage"
+    lineage = Lineage(storage=storage)
+    monkeypatch.setattr(QuietUi, "record", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, storage, lineage=lineage)
+    (stored,) = (storage / "curricula").rglob("stage.json")
+    record = json.loads(stored.read_text())
+    (curriculum,) = lineage._find_runs("tags.`motip.kind` = 'curriculum'")
+    assert record["curriculum_run"] == curriculum.info.run_id
+    stored.write_text(json.dumps({**record, "driver": somebody, **({} if shared else {"curriculum_run": "another"})}))
+    with pytest.raises(InUse):
+        run(path, storage, lineage=lineage)
+    (curriculum,) = lineage._find_runs("tags.`motip.kind` = 'curriculum'")
+    assert curriculum.info.status == ("RUNNING" if shared else "KILLED")
+
+
+def test_who_claims_a_stage_is_known_before_its_run_is(tmp_path: Path) -> None:
+    code = f"""
+import pathlib
+from motip.curriculum.records import claim
+claim(pathlib.Path({str(tmp_path / "stage.json")!r}), "stage", under="its curriculum")
+print(flush=True)
+input()
+"""
+    with Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, text=True) as other:
+        other.stdout.readline()  # type: ignore[union-attr]
+        with pytest.raises(InUse) as refused:
+            claim(tmp_path / "stage.json", "stage", under="another curriculum")
+        other.communicate("\n", timeout=30)
+    assert refused.value.under == "its curriculum"
+
+
+def test_a_stage_that_another_process_finishes_meanwhile_stays_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, storage = one_stage(tmp_path), tmp_path / "storage"
+    first, _, _ = run(path, storage)
+    (stored,) = (storage / "curricula").rglob("stage.json")
+    before = stored.read_text()
+    # As this start saw it, a moment before the other one was done.
+    monkeypatch.setattr(stage_module, "finished_record", lambda *_: None)
+    again, ui, _ = run(path, storage)
+    assert ui.begun == [] and again.records[0].skipped and again.records[0].sha256 == first.records[0].sha256
+    assert stored.read_text() == before
+    # Weights that are not what they were are trained again.
+    Path(first.records[0].checkpoint).write_bytes(b"other")
+    assert claim(stored, "stage", inputs=first.records[0].inputs) is None
+    assert json.loads(stored.read_text())["status"] == "running"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from motip.cluster import Cluster
 from motip.config import Curriculum, load_curriculum
 from motip.curriculum import Options, SweepResult, Tuning, run_curriculum, run_sweep, sweep_trial
 from motip.curriculum import sweep as sweep_module
-from motip.errors import MotipError
+from motip.errors import MotipError, find_motip_error
 from motip.lineage import Lineage
 from motip.train.notice import Stopped
 from tests.small_curriculum import QuietUi
 from tests.small_sweep import HERE, SearchHere, write_sweep_files
+from tests.test_stage_end import tidy_up
 
 TWO_CPUS = Cluster(2.0, 0.0, 1, False)
 
@@ -188,6 +191,45 @@ def test_a_hand_set_setting_that_cannot_be_trained_ends_the_sweep(
     with pytest.raises(MotipError, match="hand-set setting itself cannot be trained: the disk is full"):
         run(folder, monkeypatch, Failing())
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("CUDA error"), MotipError("no room"), KeyboardInterrupt()])
+def test_why_a_trial_ended_is_seen_though_nobody_takes_it(
+    failure: BaseException, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither MLflow, which refuses, nor the disk, which is full."""
+    lineage = Lineage(storage=folder / "storage")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fit(job: Any, placement: Any, own: str, on_record: Any) -> None:
+        on_record("note", {"text": "a worker was lost"})
+        tidy_up(lineage)
+        monkeypatch.setattr(sweep_trial, "write_trial", full)
+        monkeypatch.setattr("motip.curriculum.records.write_json", full)
+        raise failure
+
+    monkeypatch.setattr(sweep_trial, "fit", fit)
+    with pytest.raises(type(failure)) as caught:
+        run(folder, monkeypatch, SearchHere())
+    assert caught.value is failure and find_motip_error(failure) in (None, failure)
+
+
+def test_a_sweep_whose_values_cannot_be_written_has_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tuned").write_text("a file where the folder of the values should be")
+    with pytest.raises((MotipError, OSError)):
+        run(folder, monkeypatch, SearchHere(), trials=2)
+    lineage = Lineage(storage=folder / "storage")
+    (sweep,) = lineage._find_runs("tags.`motip.kind` = 'sweep'")
+    assert sweep.info.status == "FAILED"
+    (stored,) = (folder / "storage" / "sweeps").rglob("sweep.json")
+    assert "driver" not in json.loads(stored.read_text())
+    (folder / "tuned").unlink()
+    search = SearchHere()
+    result, _, _ = run(folder, monkeypatch, search, trials=2)
+    assert search.ran == [] and result.run_id == sweep.info.run_id
+    assert lineage._store.client().get_run(result.run_id).info.status == "FINISHED"
 
 
 def test_tune_without_a_stage_that_asks_for_it_is_refused(folder: Path) -> None:

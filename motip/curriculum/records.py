@@ -121,15 +121,26 @@ def finished_record(folder: Location, inputs: str) -> StageRecord | None:
 
 
 class InUse(MotipError):
-    """Another process is at the same work."""
+    """Another process is at the same work.
+
+    Attributes:
+        under: MLflow run of the curriculum that it works for.
+    """
+
+    under = ""
 
 
-def claim(path: Location, what: str) -> None:
+def claim(path: Location, what: str, *, under: str = "", inputs: str | None = None) -> StageRecord | None:
     """Make this process the driver of a stage or a sweep: two of them would write into one folder.
 
     Args:
         path: its ``stage.json`` or ``sweep.json``.
         what: the word for it.
+        under: MLflow run of the curriculum that this process works for.
+        inputs: of a stage; a sweep that is finished may be gone on with.
+
+    Returns:
+        The record of a stage that is finished, of these inputs: it is not claimed, and stays so.
 
     Raises:
         InUse: another process on this machine drives it now. One on another machine cannot be seen from here.
@@ -137,15 +148,22 @@ def claim(path: Location, what: str) -> None:
     require_folder(path.parent)
     with one_at_a_time(path.parent / ".driver.lock", f"another start of this {what}"):
         stored = read_json(path) if path.is_file() else {}
+        # Whoever looked before may have seen the stage in the hands of a process that has finished it since.
+        done = None if inputs is None else finished_record(path.parent, inputs)
+        if done is not None:
+            return done
         driver = str(stored.get("driver", ""))
         if stored.get("status") == "running" and driver != this_driver() and driver_lives(driver):
-            raise InUse(
+            in_use = InUse(
                 f"this {what} is running already, with the same inputs",
                 where=path.parent,
                 found=f"process {driver.split('/')[-2]} of this machine, which is alive",
                 fix="wait for it or end it, then run the same command again; or use another --storage",
             )
-        write_json(path, {**stored, "status": "running", "driver": this_driver()})
+            in_use.under = str(stored.get("curriculum_run", ""))
+            raise in_use
+        write_json(path, {**stored, "status": "running", "driver": this_driver(), "curriculum_run": under})
+    return None
 
 
 def release(path: Location) -> None:

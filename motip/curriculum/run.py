@@ -9,6 +9,7 @@ from motip.config import Curriculum, Stage, without_effect_message
 from motip.config.chain import with_values
 from motip.curriculum.domain_report import DomainReport
 from motip.curriculum.domains import DomainWatch
+from motip.curriculum.failure import beside_a_failure, tell_failure
 from motip.curriculum.records import InUse, Options, StageRecord, curriculum_folder
 from motip.curriculum.stage import Session, Ui, run_stage
 from motip.curriculum.sweep import SweepResult, check_tuning, tune_stage
@@ -72,13 +73,14 @@ def run_curriculum(
             if stage.name == options.until:
                 break
         domains = watch.finish()
-    except KeyboardInterrupt:
-        lineage.mark_interrupted(run_id)
+    except InUse as error:
+        # Starts of the same second may have one run: it is then also that of the process that is at the stage.
+        if error.under != run_id:
+            with beside_a_failure(f"MLflow could not be told how run {run_id} ended"):
+                lineage.finish(run_id, "KILLED")
         raise
-    except InUse:
-        raise  # the run is that of the process that is at it
-    except BaseException:
-        lineage.finish(run_id, "FAILED")
+    except BaseException as error:
+        tell_failure(lineage, run_id, error)
         raise
     lineage.finish(run_id, "FINISHED")
     return CurriculumResult(curriculum.name, tuple(records), run_id, lineage, domains)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 from motip.cluster import Cluster
 from motip.config import Config, Curriculum, Stage
 from motip.curriculum.dashboard import StageDashboard
+from motip.curriculum.failure import beside_a_failure, tell_failure
 from motip.curriculum.inputs import PACE_ONLY, datasets, job_facts, stage_job
 from motip.curriculum.records import (
     Options,
@@ -73,16 +75,19 @@ def run_stage(session: Session, stage: Stage, parent: Parent | None) -> StageRec
     folder = stage_folder(session.curriculum, stage, job.inputs, session.options)
     done = finished_record(folder, job.inputs)
     if done is not None:
-        return done if done.told else _tell_late(session, folder, done)
+        return _tell_late(session, folder, done)
     EpochPlans(job, stage.config, max(1, session.options.workers))(0)  # no trainable clip is said now, not by workers
     placement = _placement(stage.config, session)
-    claim(folder / "stage.json", "stage")
+    done = claim(folder / "stage.json", "stage", under=session.run_id, inputs=job.inputs)
+    if done is not None:  # another process has finished it since
+        return _tell_late(session, folder, done)
     try:
         job = replace(job, run_id=_start_run(session, stage, job, train, folder))
         session.ui.stage_begins(stage, job, str(folder))
         return _train(session, stage, job, train, folder, placement)
     except BaseException:
-        release(folder / "stage.json")
+        with beside_a_failure(f"{folder} stays in use by this process while it lives"):
+            release(folder / "stage.json")
         raise
 
 
@@ -100,8 +105,9 @@ def _start_run(session: Session, stage: Stage, job: StageJob, train: list[VideoE
         resume_run_id=unfinished_run(folder),
         free=PACE_ONLY,
     )
-    running = {"status": "running", "inputs": job.inputs, "run_id": run_id, "driver": this_driver()}
-    write_json(folder / "stage.json", running)
+    running = {"status": "running", "inputs": job.inputs, "run_id": run_id}
+    driven = {"driver": this_driver(), "curriculum_run": session.run_id}
+    write_json(folder / "stage.json", {**running, **driven})
     write_json(folder / "config.json", stage.config.to_dict())
     write_json(folder / "job.json", job_facts(job))
     return run_id
@@ -114,17 +120,12 @@ def _train(
     run_id = str(job.run_id)
     keeper = Keeper(session.lineage, run_id, session.ui, folder)
     try:
-        try:
+        with keeper.notes_delivered():
             keeper.make_up(completed(str(folder)))
             result = fit(job, placement, str(folder), keeper)
-        finally:
-            keeper.deliver_notes()
         record = _conclude(stage, job, folder, result, train, keeper.transfer, time.monotonic() - begin)
-    except KeyboardInterrupt:
-        session.lineage.mark_interrupted(run_id)
-        raise
-    except BaseException:
-        session.lineage.finish(run_id, "FAILED")
+    except BaseException as error:
+        tell_failure(session.lineage, run_id, error)
         raise
     keeper.dashboard.finish()
     return _tell_end(session, folder, record)
@@ -132,6 +133,8 @@ def _train(
 
 def _tell_late(session: Session, folder: Location, record: StageRecord) -> StageRecord:
     """Tell the end of a stage whose process was killed before it could; what MLflow refuses is said once."""
+    if record.told:
+        return record
     try:
         return _tell_end(session, folder, record)
     except MotipError as error:
@@ -258,6 +261,17 @@ class Keeper:
                 if scores.is_file():
                     self._deliver_scores(epoch, read_json(scores))
                 self._epoch_done({"epoch": epoch, "step": step, "metrics": metrics})
+
+    @contextlib.contextmanager
+    def notes_delivered(self) -> Iterator[None]:
+        """Deliver the notes on leaving, also of a training that fails, whose error is then the one that is raised."""
+        try:
+            yield
+        except BaseException:
+            with beside_a_failure("the notes of the training could not be delivered"):
+                self.deliver_notes()
+            raise
+        self.deliver_notes()
 
     def deliver_notes(self) -> None:
         """Bring the notes in MLflow up to date. Not at every note: each time it is the whole file."""

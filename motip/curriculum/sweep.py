@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from motip.config.chain import with_values
 from motip.config.curriculum_file import tuned_file
 from motip.config.sweep_file import SweepFile, check_sweep, hand_set
 from motip.config.tuned import overlay_text
+from motip.curriculum.failure import beside_a_failure, tell_failure
 from motip.curriculum.inputs import SPEED_ONLY, stage_job
 from motip.curriculum.records import Options, Tuning, claim, release
 from motip.curriculum.stage import Session, Ui
@@ -88,67 +90,55 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None) -> SweepRe
     identity = _identity(job, sweep, tuning.workers)
     folder = _folder(session, stage, identity)
     data = entries_digest([*train, *job.val])
-    claim(folder / "sweep.json", "sweep")
-    run_id = _start_run(session, stage, sweep, identity, data)
-    running = {"status": "running", "identity": identity, "run_id": run_id, "driver": this_driver()}
-    write_json(folder / "sweep.json", running)
-    runner = TrialRunner(
-        session.curriculum,
-        base,
-        parent,
-        session.manifest,
-        replace(session.options, tune=None),
-        session.lineage,
-        run_id,
-        str(folder),
-        at_once.placement,
-    )
-    hand = hand_set(base.config, sweep.space)
-    asked = tuning.trials or sweep.trials
-    session.ui.note(
-        f"{stage.name}: sweep over {', '.join(sweep.space)}; {asked} trials of {tuning.workers} "
-        f"worker{'s' if tuning.workers != 1 else ''} each; {at_once.sentence}; into {folder}"
-    )
-    try:
+    with _driven(session, stage, sweep, identity, data, folder) as run_id:
+        runner = TrialRunner(
+            session.curriculum,
+            base,
+            parent,
+            session.manifest,
+            replace(session.options, tune=None),
+            session.lineage,
+            run_id,
+            str(folder),
+            at_once.placement,
+        )
+        hand = hand_set(base.config, sweep.space)
+        asked = tuning.trials or sweep.trials
+        session.ui.note(
+            f"{stage.name}: sweep over {', '.join(sweep.space)}; {asked} trials of {tuning.workers} "
+            f"worker{'s' if tuning.workers != 1 else ''} each; {at_once.sentence}; into {folder}"
+        )
         trials = _search(session, sweep, hand, asked, runner, at_once, folder)
         repeats = _confirm(session, sweep, base.config.SEED, trials, runner, at_once, folder)
         verdict = judge(trials, repeats, base.config.SEED)
-    except KeyboardInterrupt:
-        _mark_cut_off(session, folder, run_id)
-        release(folder / "sweep.json")
-        raise
-    except BaseException:
-        session.lineage.finish(run_id, "FAILED")
-        release(folder / "sweep.json")
-        raise
-    lines = evidence(
-        verdict,
-        trials,
-        sweep,
-        stage=stage.name,
-        metric=base.best,
-        videos=len(job.val),
-        hand_set=hand,
-        digests={"sweep": identity, "data": data, "code": _commit()},
-    )
-    overlay = _overlay_place(session, stage, tuning)
-    text = overlay_text(verdict.chosen, lines)
-    write_bytes(overlay, text.encode())
-    write_bytes(folder / "tuned.yaml", text.encode())
-    picture = _picture(session, stage, base.best, sweep, hand, trials, repeats, verdict, folder, run_id)
-    result = SweepResult(
-        stage.name,
-        base.best,
-        verdict,
-        verdict.chosen,
-        tuple(trials),
-        tuple(repeats),
-        folder,
-        overlay,
-        picture,
-        run_id,
-    )
-    _record(session, result, hand, text)
+        lines = evidence(
+            verdict,
+            trials,
+            sweep,
+            stage=stage.name,
+            metric=base.best,
+            videos=len(job.val),
+            hand_set=hand,
+            digests={"sweep": identity, "data": data, "code": _commit()},
+        )
+        overlay = _overlay_place(session, stage, tuning)
+        text = overlay_text(verdict.chosen, lines)
+        write_bytes(overlay, text.encode())
+        write_bytes(folder / "tuned.yaml", text.encode())
+        picture = _picture(session, stage, base.best, sweep, hand, trials, repeats, verdict, folder, run_id)
+        result = SweepResult(
+            stage.name,
+            base.best,
+            verdict,
+            verdict.chosen,
+            tuple(trials),
+            tuple(repeats),
+            folder,
+            overlay,
+            picture,
+            run_id,
+        )
+        _record(session, result, hand, text)
     _drop_others(folder, verdict.best.key)
     return result
 
@@ -198,6 +188,30 @@ def _start_run(session: Session, stage: Stage, sweep: SweepFile, identity: str, 
         reopen_finished=True,
         kind="sweep",
     )
+
+
+@contextlib.contextmanager
+def _driven(
+    session: Session, stage: Stage, sweep: SweepFile, identity: str, data: str, folder: Location
+) -> Iterator[str]:
+    """The sweep in the hands of this process, as its MLflow run; whatever fails in here ends the run."""
+    claim(folder / "sweep.json", "sweep", under=session.run_id)
+    try:
+        run_id = _start_run(session, stage, sweep, identity, data)
+        try:
+            running = {"status": "running", "identity": identity, "run_id": run_id}
+            driven = {"driver": this_driver(), "curriculum_run": session.run_id}
+            write_json(folder / "sweep.json", {**running, **driven})
+            yield run_id
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                _mark_cut_off(session, folder, error)
+            tell_failure(session.lineage, run_id, error)
+            raise
+    except BaseException:
+        with beside_a_failure(f"{folder} stays in use by this process while it lives"):
+            release(folder / "sweep.json")
+        raise
 
 
 # ------------------------------------------------------------------------------------------------ the two searches
@@ -318,13 +332,13 @@ def _searched_epochs(sweep: SweepFile) -> tuple[Any, ...]:
     return () if searched is None else tuple(searched.ends())
 
 
-def _mark_cut_off(session: Session, folder: Location, run_id: str) -> None:
-    """In MLflow; the records stay `running`, which is what makes them go on."""
-    for told in read_trials(folder):
-        own = read_trial(folder, told.ask.key).get("run_id")
-        if told.status == "running" and own:
-            session.lineage.mark_interrupted(own)
-    session.lineage.mark_interrupted(run_id)
+def _mark_cut_off(session: Session, folder: Location, error: KeyboardInterrupt) -> None:
+    """The trials, in MLflow; their records stay `running`, which is what makes them go on."""
+    with beside_a_failure("the trials that were cut off could not be marked so"):
+        for told in read_trials(folder):
+            own = read_trial(folder, told.ask.key).get("run_id")
+            if told.status == "running" and own:
+                tell_failure(session.lineage, own, error)
 
 
 # ------------------------------------------------------------------------------------------------ the result

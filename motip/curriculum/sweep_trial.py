@@ -8,6 +8,7 @@ from typing import Any
 
 from motip.config import Config, Curriculum, Stage
 from motip.config.chain import with_values
+from motip.curriculum.failure import beside_a_failure, tell_failure
 from motip.curriculum.inputs import PACE_ONLY, datasets, job_facts, stage_job
 from motip.curriculum.records import Options
 from motip.curriculum.stage import Keeper
@@ -90,10 +91,9 @@ class TrialRunner:
         except BaseException as error:
             if isinstance(error, MotipError):
                 told.status, told.message = "failed", " ".join(str(error).split())
-                write_trial(place, told, seconds=time.monotonic() - begin)
-            self.lineage.finish(run_id, "FAILED") if isinstance(error, Exception) else (
-                self.lineage.mark_interrupted(run_id)
-            )
+                with beside_a_failure(f"the record of trial {ask.key} could not be written"):
+                    write_trial(place, told, seconds=time.monotonic() - begin)
+            tell_failure(self.lineage, run_id, error)
             raise
         self._tell_ending(run_id, told, config.EPOCHS, own)
         seconds = float(earlier.get("seconds", 0.0)) + time.monotonic() - begin
@@ -102,12 +102,10 @@ class TrialRunner:
 
     def _train(self, job: StageJob, own: Location, keeper: _TrialKeeper, report: Report, told: Told) -> Told:
         try:
-            try:
+            with keeper.notes_delivered():
                 keeper.make_up(completed(str(own)))
                 self._tell_again(job, own, report, told)
                 fit(job, self.placement, str(own), keeper)
-            finally:
-                keeper.deliver_notes()
             told.status = "finished"
         except Stopped:
             if not report.pruned:
