@@ -21,6 +21,7 @@ from motip.data.manifest import Manifest, VideoEntry, entries_digest
 from motip.errors import MotipError
 from motip.files import sha256_file
 from motip.lineage import DataUsed, Lineage
+from motip.lineage.delivery import hand_over
 from motip.lineage.record import parse_record, read_record, record_export, record_fresh, record_place
 from motip.lineage.steps import CheckpointPlace, LineageStep, here
 from motip.lineage.tags import Tag
@@ -288,6 +289,29 @@ def test_two_tables_of_one_run_are_both_named(lineage: Lineage) -> None:
         lineage.log_table(run_id, ["class", "HOTA"], [["car", "50.0"]], name)
     tables = json.loads(client_of(lineage).get_run(run_id).data.tags[Tag.TABLES])
     assert [table["path"] for table in tables] == ["evaluation/epoch_001.json", "evaluation/domains.json"]
+
+
+def test_the_list_of_tables_stays_within_a_tag(lineage: Lineage) -> None:
+    run_id = lineage.start_curriculum("demo", {})
+
+    def tables() -> str:
+        return client_of(lineage).get_run(run_id).data.tags[Tag.TABLES]
+
+    names = [f"evaluation/{'long ' * 200}{number}.json" for number in range(10)]
+    for name in names:
+        hand_over(lineage._store, lineage._spool, run_id, [{"kind": "table", "name": name}])
+    assert [table["path"] for table in json.loads(tables())] == names[:7]
+    short = "evaluation/short.json"
+    lineage.log_table(run_id, ["class"], [["car"]], short)
+    assert json.loads(tables())[-1]["path"] == short, "there is room for this one"
+
+    # As another program may have left it.
+    client_of(lineage).set_tag(run_id, Tag.TABLES, tables()[:50])
+    for unreadable in (tables(), "7", "[7]"):
+        client_of(lineage).set_tag(run_id, Tag.TABLES, unreadable)
+        lineage.log_table(run_id, ["class"], [["car"]], "evaluation/next.json")
+        assert tables() == unreadable
+    assert Path(client_of(lineage).download_artifacts(run_id, "evaluation/next.json")).is_file()
 
 
 def test_verify_names_the_shards_where_all_of_a_data_set_are_gone(lineage: Lineage, storage: Path) -> None:

@@ -9,7 +9,7 @@ from motip.errors import MotipError
 from motip.lineage.model import find_run, register
 from motip.lineage.spool import Entry, Spool
 from motip.lineage.store import Store, Unreachable
-from motip.lineage.tags import Tag
+from motip.lineage.tags import MAX_TAG, Tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -73,10 +73,9 @@ def hand_over(store: Store, spool: Spool, run_id: str, entries: list[Entry]) -> 
         elif entry["kind"] == "artifact":
             _attach(client, spool, run_id, entry)
         elif entry["kind"] == "table":
-            tables = json.loads(client.get_run(run_id).data.tags.get(Tag.TABLES, "[]"))
-            if entry["name"] not in [table["path"] for table in tables]:
-                tables.append({"path": entry["name"], "type": "table"})
-                client.set_tag(run_id, Tag.TABLES, json.dumps(tables))
+            listed = _list_table(client.get_run(run_id).data.tags.get(Tag.TABLES, "[]"), entry["name"])
+            if listed:
+                client.set_tag(run_id, Tag.TABLES, listed)
         elif entry["kind"] == "model":
             register(store, run_id, entry["uri"], entry["sha256"], entry["step"])
         elif entry["kind"] == "damaged":
@@ -114,6 +113,21 @@ def hand_over_points(store: Store, spool: Spool, run_id: str, entry: Entry) -> b
             refused.append(point)
     entry["points"] = refused
     return not refused
+
+
+def _list_table(listed: str, name: str) -> str:
+    """The list of a run's tables with one more, as MLflow keeps it; empty where nothing is to change.
+
+    A list without room stays as it is, also one that was cut and cannot be read: the file is attached all the same,
+    only MLflow's page of tables does not offer it.
+    """
+    try:
+        tables = json.loads(listed)
+        known = [table["path"] for table in tables]
+    except (ValueError, TypeError, KeyError):
+        return ""
+    text = json.dumps([*tables, {"path": name, "type": "table"}])
+    return "" if name in known or len(text) > MAX_TAG else text
 
 
 def _attach(client: MlflowClient, spool: Spool, run_id: str, entry: Entry) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 MAX_VALUE = 6000
 """Characters that MLflow keeps of a parameter's value; longer ones it would cut without an error."""
+MAX_TAG = 8000
+"""Characters that MLflow keeps of a tag's value; it cuts longer ones in the same way."""
 PART = ".part"
 
 
