@@ -1,23 +1,24 @@
-"""A storage that was moved, is linked, or is mounted at two places: who follows, who waits, who only reads."""
+"""A storage that was moved, copied, linked or is mounted at two places: whose artifacts go where, and who follows."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-import socket
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
+from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.lineage.moved import follow, moved_from, present
+from motip.lineage.store import Store
 from motip.lineage.tags import Tag
-from tests.test_lineage import CONFIG, DIGEST, client_of, run_stage
-
-ELSEWHERE = "another-machine/123/456"
+from tests.test_lineage import CONFIG, DIGEST, client_of, run_stage, weights
 
 
 @pytest.fixture(autouse=True)
@@ -68,36 +69,14 @@ def places(storage: Path) -> list[str]:
         ]
 
 
-def under_way(storage: Path, driver: str, **tags: str) -> str:
-    """A run that another process has begun, as its database tells it."""
-    with sqlite3.connect(storage / "mlflow" / "mlflow.db") as opened:
-        run_id = "f" * 32
-        (experiment,) = opened.execute("select experiment_id from experiments order by experiment_id desc").fetchone()
-        place = (storage / "mlflow" / "artifacts" / run_id / "artifacts").as_uri()
-        opened.execute(
-            "insert into runs (run_uuid, name, status, start_time, lifecycle_stage, user_id, source_name, source_type, "
-            "artifact_uri, experiment_id) values (?, 'theirs', 'RUNNING', 1, 'active', '', '', 'UNKNOWN', ?, ?)",
-            (run_id, place, experiment),
-        )
-        opened.executemany(
-            "insert into tags (key, value, run_uuid) values (?, ?, ?)",
-            [(key, value, run_id) for key, value in {Tag.DRIVER: driver, **tags}.items()],
-        )
-    return run_id
-
-
 def moved(old: Path) -> Path:
     new = old.with_name("new")
     old.rename(new)
     return new
 
 
-@pytest.mark.parametrize("driver", ["", ELSEWHERE, "somebody"])
-def test_a_reader_changes_nothing_and_finds_everything(
-    driver: str, old: Path, somebody: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_reader_changes_nothing_and_finds_everything(old: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, run_id = ids(old)
-    under_way(old, somebody if driver == "somebody" else driver)
     new = moved(old)
     before = places(new)
     reader = Lineage(None, new)
@@ -112,7 +91,6 @@ def test_a_reader_changes_nothing_and_finds_everything(
 
 
 def test_a_start_follows(old: Path, caplog: pytest.LogCaptureFixture) -> None:
-    under_way(old, f"{socket.gethostname()}/1/1")  # cut off: that process is not there any more
     new = moved(old)
     lineage = Lineage(None, new)
     parent = lineage.start_curriculum("demo", {}, reopen_finished=True)
@@ -129,51 +107,88 @@ def test_a_stage_that_is_started_alone_follows_too(old: Path) -> None:
     assert all(str(new) in place for place in places(new))
 
 
-@pytest.mark.parametrize("recorded_is_here", [False, True])
-@pytest.mark.parametrize("driver", [ELSEWHERE, "somebody"])
-def test_a_start_beside_a_job_under_way_leaves_its_database_alone(
-    driver: str, recorded_is_here: bool, old: Path, somebody: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    theirs = under_way(old, somebody if driver == "somebody" else driver)
+def test_a_database_that_another_mount_point_was_written_into_sends_nothing_there(old: Path) -> None:
+    """One storage, under two names on two hosts: a rewrite by one of them does not disturb the other's process."""
+    here, there = old, old.with_name("there")
+    lineage = Lineage(None, here)
+    lineage.finish(lineage.start_curriculum("one arm", {}))
+    under_way = lineage.start_stage(lineage.start_curriculum("second arm", {}), "a", CONFIG, DIGEST, None)
+    lineage.log_dict(under_way, {"HOTA": 1}, "scores/epoch_0.json")
+
+    here.rename(there)
+    Lineage(None, there).start_curriculum("of the other host", {})
+    there.rename(here)
+    assert all(str(there) in place for place in places(here))
+
+    lineage.log_dict(under_way, {"HOTA": 2}, "scores/epoch_1.json")
+    lineage.log_stage_result(under_way, *weights(here, "a"), {"HOTA": 2})
+    assert lineage.scores(under_way).files == {"epoch_0.json": {"HOTA": 1}, "epoch_1.json": {"HOTA": 2}}
+    artifacts = here / "mlflow" / "artifacts"
+    assert (artifacts / under_way / "artifacts" / "scores" / "epoch_1.json").is_file()
+    assert len(list((artifacts / "models").rglob("MLmodel"))) == 2  # that of the template, and this one
+
+    begun = lineage.start_stage(lineage.start_curriculum("third arm", {}), "a", CONFIG, DIGEST, None)
+    assert (artifacts / begun / "artifacts" / "config.json").is_file()
+    assert all(str(here) in place for place in places(here))
+    assert not there.exists(), "no storage is made up"
+
+
+def test_a_copy_keeps_apart_from_the_storage_that_a_job_is_running_on(old: Path, somebody: str) -> None:
+    lineage = Lineage(None, old)
+    theirs = lineage.start_stage(lineage.start_curriculum("demo", {}), "a", CONFIG, DIGEST, None)
+    lineage.log_dict(theirs, {"HOTA": 1}, "scores/epoch_0.json")
+    client_of(lineage).set_tag(theirs, Tag.DRIVER, somebody)
+    copy = Path(shutil.copytree(old, old.with_name("copy")))
+    lineage.log_dict(theirs, {"HOTA": 2}, "scores/epoch_0.json")
+    reader = Lineage(None, copy)
+    assert reader.scores(theirs).files == {"epoch_0.json": {"HOTA": 1}}, "read from the original"
+    assert all(str(old) in place for place in places(copy)), "a reader changes nothing"
+
+    before = {path: path.stat().st_mtime_ns for path in old.rglob("*")}
+    trial = Lineage(None, copy)
+    mine = run_stage(trial, copy, trial.start_curriculum("trial", {}), "mine", CONFIG, None, {"HOTA": 3.0})["run_id"]
+    trial.log_dict(mine, {"HOTA": 3}, "scores/epoch_0.json")
+    trial.log_dict(theirs, {"HOTA": 3}, "scores/epoch_0.json")
+    assert before == {path: path.stat().st_mtime_ns for path in old.rglob("*")}, "written into the original"
+    assert lineage.scores(theirs).files == {"epoch_0.json": {"HOTA": 2}}
+    shutil.rmtree(old)
+    for run_id in (mine, theirs):
+        assert Lineage(None, copy).scores(run_id).files == {"epoch_0.json": {"HOTA": 3}}
+
+
+def test_trials_that_another_host_left_behind_do_not_keep_the_database_as_it_was(old: Path) -> None:
+    lineage = Lineage(None, old)
+    parent = lineage.start_curriculum("demo", {}, reopen_finished=True)
+    sweep = lineage.start_curriculum("sweep", {}, {Tag.PARENT_RUN: parent}, kind="sweep")
+    trial = lineage.start_stage(sweep, "trial 000", CONFIG, DIGEST, None, tags={Tag.KIND: "trial"})
+    for run_id in (parent, sweep, trial):
+        client_of(lineage).set_tag(run_id, Tag.DRIVER, "another-machine/123/456")
     new = moved(old)
-    if recorded_is_here:
-        (old / "mlflow" / "artifacts").mkdir(parents=True)
-    before = places(new)
-    lineage = Lineage(None, new)
-    parent = lineage.start_curriculum("another", {})
-    stage = run_stage(lineage, new, parent, "Mine", CONFIG, None, {"HOTA": 2.0})
-    lineage.log_dict(stage["run_id"], {"HOTA": 2}, "scores/epoch_0.json")
-    assert set(before) <= set(places(new))
-    (told,) = [message for message in caplog.messages if "is recorded at" in message]
-    assert str(old) in told and str(new) in told
-    folder = (old if recorded_is_here else new) / "mlflow" / "artifacts"
-    assert (folder / stage["run_id"] / "artifacts" / "config.json").is_file()
-    assert list((folder / "models").rglob("MLmodel"))
-    assert lineage.scores(stage["run_id"]).files == {"epoch_0.json": {"HOTA": 2}}
-    assert old.exists() == recorded_is_here, "no storage is made up"
-
-    # When that one has ended, the next start heals the database: what was written meanwhile is found.
-    client_of(lineage).set_terminated(theirs, "FINISHED")
-    shutil.rmtree(old, ignore_errors=True)
-    again = Lineage(None, new)
-    again.start_curriculum("one more", {})
+    assert Lineage(None, new).start_curriculum("demo", {}) == parent
     assert all(str(new) in place for place in places(new))
-    if not recorded_is_here:
-        assert again.scores(stage["run_id"]).files == {"epoch_0.json": {"HOTA": 2}}
-
-
-def test_a_curriculum_that_another_host_left_behind_is_gone_on_with(old: Path) -> None:
-    parent, _ = ids(old)
-    with sqlite3.connect(old / "mlflow" / "mlflow.db") as opened:
-        opened.execute("update runs set status = 'RUNNING' where run_uuid = ?", (parent,))
-        opened.execute("update tags set value = ? where key = ? and run_uuid = ?", (ELSEWHERE, Tag.DRIVER, parent))
-    theirs = under_way(old, ELSEWHERE, **{Tag.PARENT_RUN: parent})
-    new = moved(old)
-    lineage = Lineage(None, new)
-    assert lineage.start_curriculum("demo", {}) == parent
-    assert all(str(new) in place for place in places(new))
-    assert client_of(lineage).get_run(theirs).info.status == "KILLED"
     assert not old.exists()
+
+
+def test_a_storage_that_cannot_be_written_to_is_read(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run_id = ids(old)
+    new = moved(old)
+    really = Path.open
+
+    def refused(path: Path, mode: str = "r", *more: Any, **how: Any) -> Any:
+        if path.is_relative_to(new) and mode != "r":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return really(path, mode, *more, **how)
+
+    monkeypatch.setattr(Path, "open", refused)
+    reader = Lineage(None, new)
+    assert [step.stage for step in reader.walk(run_id)] == ["bdd-foundation"]
+    assert reader.scores(run_id).files == {"epoch_0.json": {"HOTA": 1}}
+    assert [check.state for check in reader.verify(run_id)] == ["same"]
+    with pytest.raises(MotipError, match="cannot keep the MLflow database here"):
+        reader.start_curriculum("another", {})
+    (new / "mlflow" / "mlflow.db").unlink()
+    with pytest.raises(MotipError, match="cannot keep the MLflow database here"):
+        Lineage(None, new).walk(run_id)
 
 
 @pytest.mark.parametrize("linked", ["mlflow", "mlflow/artifacts"])
@@ -224,16 +239,53 @@ def test_places_of_others_stay(old: Path) -> None:
         assert opened.execute(found).fetchone() == (foreign + "/e/artifacts",)
 
 
-def test_where_artifacts_are_that_were_recorded_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_artifacts_are_that_were_recorded_elsewhere(tmp_path: Path) -> None:
     before, artifacts = (tmp_path / name / "mlflow" / "artifacts" for name in ("be fore", "now"))
     for folder in (before, artifacts):
         (folder / "both").mkdir(parents=True)
-    (artifacts / "only here").mkdir()
-    assert present((before / "both").as_uri(), before, artifacts) == before / "both"
-    assert present(str(before / "only here"), before, artifacts) == artifacts / "only here"
-    assert present((before / "new").as_uri(), before, artifacts) == before / "new"
-    assert present("file:///other/place", before, artifacts) == Path("/other/place")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert present((before / "new").as_uri(), before, artifacts) == artifacts / "new", "it must not be written to"
-    shutil.rmtree(before.parents[1])
-    assert present((before / "both").as_uri(), before, artifacts) == artifacts / "both"
+    (before / "only there" / "artifacts").mkdir(parents=True)
+    for place, found in {
+        (before / "both").as_uri(): artifacts / "both",
+        str(before / "both"): artifacts / "both",
+        (before / "nowhere" / "artifacts").as_uri(): artifacts / "nowhere" / "artifacts",
+        (before / "models" / "m-1" / "artifacts").as_uri(): artifacts / "models" / "m-1" / "artifacts",
+        (before / "only there" / "artifacts").as_uri(): before / "only there" / "artifacts",
+        # The other storage lies under a folder of that name.
+        (before / "x" / "mlflow" / "artifacts" / "run").as_uri(): artifacts / "run",
+    }.items():
+        assert present(place, artifacts) == found, place
+    for place in ("file:///other/place/run", before.as_uri(), "mlflow/artifacts/run", "s3://a/mlflow/artifacts/run"):
+        assert present(place, artifacts) is None, place
+
+
+def test_a_storage_under_a_folder_of_the_same_name(tmp_path: Path) -> None:
+    artifacts = tmp_path / "mlflow" / "artifacts" / "mine" / "mlflow" / "artifacts"
+    assert present((artifacts / "run").as_uri(), artifacts) == artifacts / "run"
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        ("http://127.0.0.1:9", "file:///old/mlflow/artifacts/run/artifacts"),
+        ("http://127.0.0.1:9", "mlflow-artifacts:/mlflow/artifacts/run/artifacts"),
+        ("sqlite:////elsewhere/mlflow.db", "file:///old/mlflow/artifacts/run/artifacts"),
+        (None, "s3://bucket/mlflow/artifacts/run/artifacts"),
+        (None, "mlflow-artifacts:/mlflow/artifacts/run/artifacts"),
+        (None, "file://host/mlflow/artifacts/run/artifacts"),
+        (None, "/data/results/run/artifacts"),
+    ],
+)
+def test_places_that_mlflow_deals_with(address: str | None, place: str, tmp_path: Path) -> None:
+    assert Store(address, tmp_path, "motip-curriculum")._present(place) is None
+
+
+def test_artifacts_on_an_object_store_stay_there(old: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Made by hand: an experiment in the storage's own database whose artifacts are elsewhere."""
+    place, files = "unheard-of://bucket/mlflow/artifacts", sorted((old / "mlflow" / "artifacts").rglob("*"))
+    with sqlite3.connect(old / "mlflow" / "mlflow.db") as opened:
+        opened.execute("update experiments set artifact_location = ? where name = 'motip-curriculum'", (place,))
+    lineage = Lineage(None, old)
+    run_id = lineage.start_curriculum("mine", {})
+    assert client_of(lineage).get_run(run_id).info.artifact_uri == f"{place}/{run_id}/artifacts"
+    assert any("artifact repository for: unheard-of://bucket" in message for message in caplog.messages)
+    assert sorted((old / "mlflow" / "artifacts").rglob("*")) == files

@@ -39,12 +39,6 @@ def driver_lives(driver: str) -> bool:
     return _start(pid) == told["start"]
 
 
-def on_another_host(driver: str) -> bool:
-    """Whether ``this_driver`` named a process of another host."""
-    told = _DRIVER.fullmatch(driver)
-    return told is not None and told["host"] != socket.gethostname()
-
-
 def _start(pid: int) -> str | None:
     """Field 22 of the process's status; None for one that is not there or has ended and waits for its parent."""
     try:

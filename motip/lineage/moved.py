@@ -1,7 +1,7 @@
-"""A storage folder that was moved, or is mounted at two places: its database holds the places of artifacts absolute.
+"""A storage folder that was moved or copied, or is mounted at two places: its database holds absolute places.
 
-Whoever reads finds them without changing anything (``present``). The database itself is made to follow by what starts
-runs (``follow``), and not while somebody else is writing to it.
+Whoever reads or writes artifacts finds them in its own storage, whatever the database says (``present``). The database
+is made to follow by what starts runs (``follow``), for those who open it with MLflow itself.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motip.errors import MotipError
-from motip.lineage.driver import driver_lives, on_another_host, this_driver
-from motip.lineage.tags import Tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,29 +48,30 @@ def moved_from(recorded: str, artifacts: Path) -> Path | None:
     return before
 
 
-def present(place: str, before: Path, artifacts: Path) -> Path:
-    """Where the artifacts recorded at ``place`` are: there, or at the same place of this storage.
-
-    Those that are nowhere yet belong to the recorded place, if its storage is here and can be written to.
+def present(place: str, artifacts: Path) -> Path | None:
+    """Where artifacts are read and written: in this storage, or at the recorded place if they lie only there.
 
     Args:
-        before: see ``moved_from``.
+        place: recorded place of the artifacts of a run or a model, a path or a file URI.
+        artifacts: ``storage/mlflow/artifacts``, absolute.
+
+    Returns:
+        The folder, which may not be there yet; None for a place that is in no storage's artifacts.
     """
     recorded = _path(place)
-    if not recorded.is_relative_to(before) or os.path.exists(recorded):
-        return recorded
-    here = artifacts / recorded.relative_to(before)
-    if os.path.exists(here):
-        return here
-    # No storage is made up where none is: on a machine without that mount it would be a folder that nobody finds.
-    base = before if os.path.isdir(before) else before.parent
-    return recorded if os.path.isdir(base) and os.access(base, os.W_OK | os.X_OK) else here
+    parts, name = recorded.parts, artifacts.parts[-2:]
+    # From the end: the storage itself may lie under a folder of that name.
+    end = next((end for end in range(len(parts) - 1, 1, -1) if parts[end - 2 : end] == name), 0)
+    if not recorded.is_absolute() or not end:
+        return None
+    here = artifacts.joinpath(*parts[end:])
+    return recorded if os.path.exists(recorded) and not os.path.exists(here) else here
 
 
 def resolving_client(address: str, where: Callable[[str], Path | None]) -> MlflowClient:
     """A client whose artifacts are read and written at the place that ``where`` tells for a recorded one.
 
-    MLflow's own client remembers the places of artifacts for as long as the process lives.
+    It asks the database each time: another process may change the places while this one lives.
 
     Args:
         where: None for a place that MLflow is to deal with.
@@ -113,35 +112,25 @@ def resolving_client(address: str, where: Callable[[str], Path | None]) -> Mlflo
     return Resolving(tracking_uri=address, registry_uri=address)
 
 
-def follow(database: Path, recorded: str, artifacts: Path, *, inputs: str = "") -> str:
-    """Make the places of artifacts in a database those under ``artifacts``, where the storage was moved.
+def follow(database: Path, recorded: str, artifacts: Path) -> None:
+    """Make the places of artifacts in a database those under ``artifacts``, for who opens it with MLflow itself.
 
-    A run whose artifacts still lie in the old place, and not in the new one, is left alone. Nothing is changed while
-    a run is under way whose process lives on this machine, or is on another one, which cannot be asked: the storage
-    may be mounted at the recorded place there.
+    A run whose artifacts lie in the old place, and not in the new one, is left alone. Runs under way, here or on a
+    machine where the storage is mounted elsewhere, are not disturbed: their processes use ``present``.
 
     Args:
         database: SQLite file in the same folder as ``artifacts``.
         recorded, artifacts: see ``moved_from``.
-        inputs: digest of what is about to start. A run of the same, and those under it, that a process of another
-            host had begun are gone on with, so they do not hinder.
-
-    Returns:
-        The process because of which nothing was changed; empty where there is none.
 
     Raises:
         MotipError: the database cannot be changed.
     """
     before = moved_from(recorded, artifacts)
     if before is None:
-        return ""
+        return
     try:
         with contextlib.closing(sqlite3.connect(database, timeout=60, isolation_level=None)) as opened:
-            # From here on nobody else begins a run.
             opened.execute("begin immediate")
-            hindrance = _at_work(opened, inputs)
-            if hindrance:
-                return hindrance
             changed = sum(_rewrite(opened, table, column, before, artifacts) for table, column in _COLUMNS)
             opened.execute("commit")
     except sqlite3.Error as error:
@@ -157,26 +146,6 @@ def follow(database: Path, recorded: str, artifacts: Path, *, inputs: str = "") 
             "the storage was moved from %s to %s: %d places of artifacts in its database are the new ones now",
             *(before.parents[1], artifacts.parents[1], changed),
         )
-    return ""
-
-
-def _at_work(opened: sqlite3.Connection, inputs: str) -> str:
-    """The driver of a run under way that the database must stay as it is for, or an empty string."""
-    told = opened.execute("select run_uuid from tags where key = ? and value = ?", (Tag.INPUTS, inputs))
-    own = {run_id for (run_id,) in told.fetchall()} if inputs else set()
-    running = opened.execute(
-        "select runs.run_uuid, driver.value, parent.value from runs "
-        "join tags as driver on driver.run_uuid = runs.run_uuid and driver.key = ? "
-        "left join tags as parent on parent.run_uuid = runs.run_uuid and parent.key = ? "
-        "where runs.status = 'RUNNING' and runs.lifecycle_stage = 'active'",
-        (Tag.DRIVER, Tag.PARENT_RUN),
-    )
-    for run_id, driver, parent in running.fetchall():
-        if driver == this_driver():
-            continue
-        if driver_lives(driver) or (on_another_host(driver) and run_id not in own and parent not in own):
-            return str(driver)
-    return ""
 
 
 def _rewrite(opened: sqlite3.Connection, table: str, column: str, before: Path, artifacts: Path) -> int:

@@ -45,6 +45,9 @@ _LASTING_OS = {
 }
 """Errors of a file system that do not pass by themselves; a full or read-only disk, or one that is away, does."""
 
+_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Errors of a file system that is there to be read only."""
+
 _TRANSPORTS = ("requests", "urllib3", "botocore", "boto3", "google", "azure")
 """Packages whose errors mean that something between here and an artifact store failed."""
 
@@ -77,8 +80,6 @@ class Store:
         self._artifacts = self.folder / "artifacts"
         self._client: MlflowClient | None = None
         self._experiment_id = ""
-        self._moved_from: Path | None = None
-        self._said = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None}
@@ -105,6 +106,8 @@ class Store:
     def client(self) -> MlflowClient:
         """The client; the first call of all processes creates the database and the experiment once.
 
+        What is there already can be read in a storage that cannot be written to.
+
         Raises:
             Unreachable: the server does not answer.
             MotipError: the address is not one that MLflow understands, or access is refused.
@@ -116,32 +119,20 @@ class Store:
                 self._client = client
         return self._client
 
-    def follow(self, inputs: str = "") -> None:
+    def follow(self) -> None:
         """Make the database of a storage that was moved tell of the new place; for what is about to start a run.
-
-        Args:
-            inputs: digest of what starts, see ``motip.lineage.moved.follow``.
 
         Raises:
             Unreachable, MotipError: as ``client``; or the database cannot be changed.
         """
-        if self._database is None or self._database.parent != self.folder:
-            return
         client = self.client()
-        with self.errors():
-            recorded = str(client.get_experiment(self._experiment_id).artifact_location)
-        before = moved_from(recorded, self._artifacts)
-        if before is None:
-            return
-        with self._first_start():
-            hindrance = follow(self._database, recorded, self._artifacts, inputs=inputs)
-        if hindrance and not self._said:
-            self._said = True
-            logger.warning(
-                "the storage %s is recorded at %s, and stays so, because a run that %s began is under way: artifacts "
-                "go to the recorded place where that is here, else to %s",
-                *(self.storage, before.parents[1], hindrance, self._artifacts),
-            )
+        with self._first_start(reading=False):
+            if self._database is None or self._database.parent != self.folder:
+                return
+            with self.errors():
+                recorded = str(client.get_experiment(self._experiment_id).artifact_location)
+            if moved_from(recorded, self._artifacts) is not None:
+                follow(self._database, recorded, self._artifacts)
 
     def patiently(self, action: Callable[[], Result], patience: float) -> Result:
         """The result of ``action``, tried again for ``patience`` seconds while the server is away."""
@@ -210,19 +201,23 @@ class Store:
                 expected="an active experiment",
                 fix="restore it (mlflow experiments restore) or remove it for good (mlflow gc)",
             )
-        if self._database is not None and self._database.parent == self.folder:
-            self._moved_from = moved_from(str(found.artifact_location), self._artifacts)
         return str(found.experiment_id)
 
     def _present(self, place: str) -> Path | None:
-        """Where artifacts of a moved storage are; None where it was not moved, and for other kinds of places."""
-        if self._moved_from is None or not place.startswith(("/", "file:///")):
-            return None
-        return present(place, self._moved_from, self._artifacts)
+        """Where artifacts recorded at ``place`` are in this storage; None where MLflow is to deal with them."""
+        beside = self._database is not None and self._database.parent == self.folder
+        return present(place, self._artifacts) if beside and place.startswith(("/", "file:///")) else None
 
     @contextlib.contextmanager
-    def _first_start(self) -> Iterator[None]:
-        """One process at a time creates the schema: simultaneous migrations of a new database break it."""
+    def _first_start(self, *, reading: bool = True) -> Iterator[None]:
+        """One process at a time creates the schema: simultaneous migrations of a new database break it.
+
+        Args:
+            reading: a database that is there is enough; the lock is left out where it cannot be written.
+
+        Raises:
+            MotipError: the folder cannot be written to.
+        """
         if self.is_server:
             yield
             return
@@ -233,14 +228,18 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             stream = (folder / ".first-start.lock").open("w")
         except OSError as error:
-            raise MotipError(
-                f"cannot keep the MLflow database here: {error.strerror or error}",
-                where=folder,
-                expected="a writable folder",
-                fix="choose another --storage, or set MLFLOW_TRACKING_URI to a server",
-            ) from error
-        with stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            there = self._database is not None and self._database.is_file()
+            if not (reading and there and error.errno in _NO_RIGHT):
+                raise MotipError(
+                    f"cannot keep the MLflow database here: {error.strerror or error}",
+                    where=folder,
+                    expected="a writable folder",
+                    fix="choose another --storage, or set MLFLOW_TRACKING_URI to a server",
+                ) from error
+            stream = None
+        with stream or contextlib.nullcontext():
+            if stream is not None:
+                fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
 

@@ -109,7 +109,7 @@ class Lineage:
         """
         inputs = digest([name, redact(config)])
         # First of all: what waits has to find its place too.
-        self._store.patiently(lambda: self._store.follow(inputs), self._patience)
+        self._store.patiently(self._store.follow, self._patience)
         self.flush()
 
         def start() -> str:
