@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from motip.model import build_model, deformable_attention, frame_detector, packed
+from motip.model.card_attention import CardAttention
 from motip.model.deformable_attention import use_implementation
 from motip.model.detector import DeformableDetr
 from motip.model.frame_attention import PaddedMaps, Sampler
 from motip.model.frame_detector import FrameDetector, detector_for_frames
 from motip.model.packed import PackedConv, PackedLinear, can_pack
 from motip.model.spec import ModelSpec
+from motip.model.triton_attention import triton_attention
 from motip.track import run
 from motip.track.run import track_sequence
 from motip.track.settings import TrackerSettings
@@ -132,6 +135,21 @@ def test_a_card_has_less_than_half_of_the_operators_to_launch(monkeypatch: pytes
                 each(images, mask)
             counts.append(operators.count)
     assert 0 < 2 * counts[1] < counts[0], counts
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_card_everything_is_on_the_card(dtype: torch.dtype, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors that have a device and no content, which need no card: an operator that finds two devices refuses."""
+    monkeypatch.setitem(deformable_attention._implementations, "auto", triton_attention)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: [padded] * len(self))  # is there padding?
+    with FakeTensorMode(), torch.device("cuda"):
+        detector = build_model(ModelSpec(**SMALL)).eval().detr
+        ready = FrameDetector(detector, dtype)  # type: ignore[arg-type]
+        found = ready(torch.randn(1, 3, 97, 121), torch.zeros(1, 97, 121, dtype=torch.bool))
+    assert isinstance(ready._encoder[0].attention, CardAttention)
+    assert {each.device.type for each in found[:3]} == {"cuda"}
+    assert [each.dtype for each in found[:3]] == [dtype, torch.float32, torch.float32]
 
 
 def test_samples_outside_the_maps_read_zeros() -> None:
