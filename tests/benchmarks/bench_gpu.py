@@ -50,6 +50,14 @@ def _training(recorder: Recorder, cases: list[Case], settings: dict[str, Any]) -
         _add(recorder, work, case, shape, PLAIN, _rates(case, cases[0], "clips_per_second", "clips/s"))
 
 
+def _launches(recorder: Recorder, cases: list[Case], settings: dict[str, Any]) -> None:
+    for case in cases:
+        work = f"launches of a training step, {_type(case['half'])}, {case['attention']}"
+        shape = {**settings, "size": list(case["size"]), "frames": 5, "objects": case["objects"]}
+        milliseconds = [quantity(f"{name} ms", 1e3 * case[f"{name}_seconds"]) for name in ("wall", "kernel")]
+        _add(recorder, work, case, shape, None, [*milliseconds, quantity("launches", case["launches"])])
+
+
 def _memory(recorder: Recorder, cases: list[Case], settings: dict[str, Any]) -> None:
     for case in cases:
         work = f"worst aerial clip, {case['rung']}, {case['attention']}"
@@ -77,6 +85,7 @@ def _tracking(recorder: Recorder, cases: list[Case], settings: dict[str, Any]) -
 ADD = {
     "attention": _attention,
     "training": _training,
+    "launches": _launches,
     "memory": _memory,
     "compile": _compile,
     "tracking": _tracking,

@@ -9,6 +9,7 @@ any other error ends the script, with what was measured until then in the file.
 
 * `attention`: each way of deformable attention per shape and type; time, memory, share of what arithmetic allows.
 * `training`: clips/s and peak memory, bf16 against float32, Triton against PyTorch.
+* `launches`: a training step by the clock, the time of its kernels and how many there are.
 * `memory`: peak of the worst aerial clip (1100 pixels, 5 frames, 200 objects) on each rung of the memory ladder.
 * `compile`: the training step with and without `torch.compile` of the detector.
 * `tracking`: frames/s of whole 1080p frames, float32 with PyTorch's attention against the default with bf16.
@@ -30,6 +31,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -168,6 +171,33 @@ class Checks:
         torch.compiler.reset()
         return _compared(cases, "clips_per_second")
 
+    def launches(self) -> list[Case]:
+        """Of one training step: the time by the clock, that of its kernels, and how many there are."""
+        size, objects = ((48, 64), 3) if self.tiny else ((480, 864), 20)
+        batch = made_up_clip(self.spec, 5, objects, size)
+        cases = []
+        for half, side in ((None, self.plain), (None, self.ours), (torch.bfloat16, self.ours)):
+            room.use_implementation(side)
+            step = Step(self.spec, self.device, half)
+            work = partial(step, batch, RUNGS[0])
+            case = {"wall_seconds": seconds_of(work, self.device, self.repeats), **self._kernels(work)}
+            cases.append({"half": str(half), "attention": side, "size": size, "objects": objects, **case})
+        return cases
+
+    def _kernels(self, work: Callable[[], object]) -> Case:
+        """What the profiler has seen on the card; nothing without one."""
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
+        with profile(activities=activities) as seen:
+            work()
+            self._wait()
+        # Ranges that somebody named lie on the card's time line too, around kernels.
+        kernels = [
+            event
+            for event in seen.events() or ()
+            if event.device_type == DeviceType.CUDA and not event.name.startswith("Optimizer.")
+        ]
+        return {"kernel_seconds": sum(each.time_range.elapsed_us() for each in kernels) / 1e6, "launches": len(kernels)}
+
     def _step_case(self, half: Any, side: str, batch: Any, rung: Any = RUNGS[0], repeats: int = 0, **more: Any) -> Case:
         room.use_implementation(side)
         step = Step(self.spec, self.device, half, **more)
@@ -240,7 +270,7 @@ class Checks:
             torch.cuda.synchronize()
 
 
-SECTIONS = ("attention", "training", "memory", "tracking", "compile")
+SECTIONS = ("attention", "training", "launches", "memory", "tracking", "compile")
 """In the order in which they run: the compiler, which may take minutes, is the last."""
 
 

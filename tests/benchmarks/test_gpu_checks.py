@@ -41,7 +41,7 @@ def test_the_stand_ins_are_those_of_the_aerial_stage(repo_root: Path) -> None:
 def test_the_script_runs_where_there_is_only_torch(repo_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.json"
     script = repo_root / "tests/benchmarks/gpu_checks.py"
-    sections = ["attention", "training", "memory", "tracking"]
+    sections = ["attention", "training", "launches", "memory", "tracking"]
     result = subprocess.run(
         [sys.executable, "-c", _BARE, script, "--out", out, "--tiny", "--device", "cpu", "--only", *sections],
         capture_output=True,
@@ -59,6 +59,7 @@ def test_the_script_runs_where_there_is_only_torch(repo_root: Path, tmp_path: Pa
     # The same gradients on each rung but the last, hence the same loss.
     assert len({round(case["first_loss"], 3) for case in report["memory"][: len(RUNGS) - 1]}) == 1
     assert all(case["boxes_per_frame"] > 0 for case in report["tracking"])
+    assert all(case["wall_seconds"] > 0 == case["launches"] for case in report["launches"]), "there is no card here"
     recorder = as_records(report)
     assert len(recorder.claim.records) == sum(len(report[section]) for section in sections) - 1  # ceilings
     assert all(record.quantities for record in recorder.claim.records)
