@@ -229,7 +229,7 @@ def test_the_parent_run_of_a_living_process_is_left_to_it(lineage: Lineage, some
     assert client.get_run(parent).info.status == "FINISHED"
 
 
-def test_an_end_that_still_waits_comes_before_the_new_beginning(
+def test_an_end_that_still_waits_does_not_end_the_run_that_goes_on(
     lineage: Lineage, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow is away at the end of one job and for the first moment of the next, and back within its patience."""
@@ -241,6 +241,7 @@ def test_an_end_that_still_waits_comes_before_the_new_beginning(
 
     with monkeypatch.context() as patched:
         patched.setattr(Store, "client", away)
+        lineage.log_text(run_id, "kept", "late.txt")
         lineage.finish(run_id, "FAILED")
         lineage.finish(parent, "FAILED")
     again = Lineage(None, storage, patience=5, rest=0.1)
@@ -251,3 +252,4 @@ def test_an_end_that_still_waits_comes_before_the_new_beginning(
     again.log_metrics(run_id, {"loss": 1.0}, 1)
     again.log_metrics(parent, {"loss": 1.0}, 1)
     assert [client_of(again).get_run(each).info.status for each in (parent, run_id)] == ["RUNNING", "RUNNING"]
+    assert Path(client_of(again).download_artifacts(run_id, "late.txt")).read_text() == "kept"

@@ -108,6 +108,14 @@ class Spool:
                 self._drop_file(entry)
             return len(entries)
 
+    def withdraw(self, run_id: str, kind: str) -> None:
+        """Take back what waits of one kind; all else keeps its order."""
+        with self._locked(run_id):
+            entries = self._read(run_id)
+            kept = [entry for entry in entries if entry["kind"] != kind]
+            if len(kept) < len(entries):
+                self._write(run_id, kept)
+
     def _drop_file(self, entry: Entry) -> None:
         path = self.file_of(entry) if entry.get("kept") else None
         if path is not None and path.is_relative_to(self.folder):

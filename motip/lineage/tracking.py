@@ -530,13 +530,12 @@ class Lineage:
         client.set_tag(run_id, f"{Tag.RESUMED}.{times}", json.dumps(told))
 
     def _reopen(self, run_id: str) -> None:
-        """Make an earlier run this process's, after what it told at its end, which may still wait."""
-        _, hindered = self._replay(run_id) if self._spool.waiting(run_id) else (0, None)
-        if hindered is not None:
-            raise hindered
+        """Make an earlier run this process's; an end that still waits is of the time before, and is taken back."""
         client = self._store.client()
         client.update_run(run_id, status="RUNNING")
         client.set_tag(run_id, Tag.DRIVER, this_driver())
+        if self._spool.waiting(run_id):
+            self._spool.withdraw(run_id, "status")
 
     def _log_params(self, run_id: str, config: Mapping[str, Any], free: Collection[str]) -> None:
         from mlflow.entities import Param
