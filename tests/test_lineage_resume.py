@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import pytest
 from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.lineage.driver import driver_lives, this_driver
+from motip.lineage.spool import Spool
 from motip.lineage.store import Store, Unreachable
 from motip.lineage.tags import MAX_VALUE, Tag, join_params
 from tests.test_lineage import CONFIG, DIGEST, client_of
@@ -253,3 +255,19 @@ def test_an_end_that_still_waits_does_not_end_the_run_that_goes_on(
     again.log_metrics(parent, {"loss": 1.0}, 1)
     assert [client_of(again).get_run(each).info.status for each in (parent, run_id)] == ["RUNNING", "RUNNING"]
     assert Path(client_of(again).download_artifacts(run_id, "late.txt")).read_text() == "kept"
+
+
+def test_a_queue_that_cannot_be_used_refuses_no_start(
+    lineage: Lineage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parent = lineage.start_curriculum("no queue", {})
+
+    def read_only(*_: object) -> bool:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Spool, "withdraw", read_only)
+    monkeypatch.setattr(Spool, "waiting", lambda *_: True)
+    lineage._find_runs("")  # the client is there
+    lineage._reopen(parent)
+    assert "Read-only file system" in caplog.text
+    assert client_of(lineage).get_run(parent).info.status == "RUNNING"

@@ -7,6 +7,12 @@ import re
 import socket
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from motip.lineage.tags import Tag
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 _PROC = Path("/proc")
 _DRIVER = re.compile(r"(?P<host>.+)/(?P<pid>[1-9]\d*)/(?P<start>\d*)")
@@ -37,6 +43,12 @@ def driver_lives(driver: str) -> bool:
     if not told["start"]:
         return _start(os.getpid()) is None and _exists(pid) and _PYTHON.search(_command(pid)) is not None
     return _start(pid) == told["start"]
+
+
+def driven_elsewhere(run: Run) -> bool:
+    """Whether another process of this host, that lives, is at it; one that has ended it may do what it wants."""
+    driver = run.data.tags.get(Tag.DRIVER, "")
+    return run.info.status == "RUNNING" and driver != this_driver() and driver_lives(driver)
 
 
 def _start(pid: int) -> str | None:

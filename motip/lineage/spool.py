@@ -33,7 +33,7 @@ class Spool:
         """Whether something of this run has not been delivered."""
         try:
             return self._queue(run_id).stat().st_size > 0
-        except FileNotFoundError:  # nothing was kept, or another process has delivered it
+        except (FileNotFoundError, NotADirectoryError):  # nothing was kept, or another process has delivered it
             return False
 
     def runs(self) -> list[str]:

@@ -20,7 +20,7 @@ from motip.errors import MotipError
 from motip.files import digest
 from motip.lineage import walk as lineage_walk
 from motip.lineage.delivery import ATTACHED, BATCH_METRICS, batch_of, hand_over, hand_over_points, refusal_of_all
-from motip.lineage.driver import driver_lives, this_driver
+from motip.lineage.driver import driven_elsewhere, this_driver
 from motip.lineage.model import find_run, latest_model
 from motip.lineage.provenance import provenance, redact
 from motip.lineage.record import as_text, read_record, record_text
@@ -33,7 +33,6 @@ from motip.lineage.verify import FileCheck, verify
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from mlflow.entities import Run
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +118,9 @@ class Lineage:
                 if run.info.status == "FINISHED" and not reopen_finished:
                     continue
                 for child in self._find_runs(f"tags.`{Tag.PARENT_RUN}` = '{run.info.run_id}'"):
-                    if child.info.status == "RUNNING" and not _driven_elsewhere(child):
+                    if child.info.status == "RUNNING" and not driven_elsewhere(child):
                         self.mark_interrupted(child.info.run_id)
-                if _driven_elsewhere(run):
+                if driven_elsewhere(run):
                     # Stages of both may go under it, but it begins and ends with the process that has it.
                     self._guest_of.add(run.info.run_id)
                 else:
@@ -485,14 +484,14 @@ class Lineage:
             return False
         try:
             with self._store.errors():
-                return _driven_elsewhere(self._store.client().get_run(run_id))
+                return driven_elsewhere(self._store.client().get_run(run_id))
         except (Unreachable, MotipError):
             return False  # as for any other run: what is told waits
 
     def _unfinished_stage(self, parent_run_id: str, inputs: str) -> str:
         condition = f"tags.`{Tag.PARENT_RUN}` = '{parent_run_id}' and tags.`{Tag.INPUTS}` = '{inputs}'"
         unfinished = [
-            run for run in self._find_runs(condition) if run.info.status != "FINISHED" and not _driven_elsewhere(run)
+            run for run in self._find_runs(condition) if run.info.status != "FINISHED" and not driven_elsewhere(run)
         ]
         return str(unfinished[0].info.run_id) if unfinished else ""
 
@@ -531,11 +530,14 @@ class Lineage:
 
     def _reopen(self, run_id: str) -> None:
         """Make an earlier run this process's; an end that still waits is of the time before, and is taken back."""
+        try:
+            if self._spool.waiting(run_id):
+                self._spool.withdraw(run_id, "status")
+        except OSError as error:
+            logger.warning("an end of run %s may still come from %s: %s", run_id, self._spool.folder, error)
         client = self._store.client()
         client.update_run(run_id, status="RUNNING")
         client.set_tag(run_id, Tag.DRIVER, this_driver())
-        if self._spool.waiting(run_id):
-            self._spool.withdraw(run_id, "status")
 
     def _log_params(self, run_id: str, config: Mapping[str, Any], free: Collection[str]) -> None:
         from mlflow.entities import Param
@@ -582,12 +584,6 @@ class Lineage:
             Tag.FROM_SHA256: parent["sha256"] or "",
             Tag.FROM_RUN: parent.get("run_id") or "",
         }
-
-
-def _driven_elsewhere(run: Run) -> bool:
-    """Whether another process of this host, that lives, is at it; one that has ended it may do what it wants."""
-    driver = run.data.tags.get(Tag.DRIVER, "")
-    return run.info.status == "RUNNING" and driver != this_driver() and driver_lives(driver)
 
 
 def _clean(tags: Mapping[str, str] | None) -> dict[str, str]:
