@@ -41,7 +41,7 @@ def main() -> None:
     with exit_on_error():
         from motip.cluster import connect, disconnect
         from motip.config import load_curriculum
-        from motip.curriculum.worlds import with_worlds
+        from motip.curriculum.synthetic_sources import with_worlds
         from motip.data.convert import check_data_root, convert, ray_map
         from motip.data.convert_report import ConversionUi
 

@@ -46,10 +46,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with exit_on_error():
-        from motip.commands.report_page import draw_sheets
+        from motip.cli.launch import launch_curriculum, launch_experiment
+        from motip.cli.report_page import draw_sheets
         from motip.config.experiment_file import is_experiment
         from motip.curriculum import Tuning
-        from motip.launch import launch_curriculum, launch_experiment
 
         if is_experiment(args.config):
             launch_experiment(

@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with exit_on_error():
-        from motip.commands.evaluate import Asked, evaluation
+        from motip.cli.evaluation_job import Asked, evaluation
 
         asked = Asked(
             args.checkpoint,

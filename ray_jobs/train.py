@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with exit_on_error():
-        from motip.commands.stage import train_stage
+        from motip.cli.stage_training import train_stage
 
         train_stage(
             args.config,

@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     with exit_on_error():
-        from motip.commands.sweep import AskedSweep, sweep_stage
+        from motip.cli.stage_tuning import AskedSweep, sweep_stage
         from motip.curriculum import Tuning
 
         sweep_stage(

@@ -54,7 +54,7 @@ Motip = Callable[..., Ran]
 @pytest.fixture
 def motip(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Motip:
     """`motip ARGUMENTS` as a user types it, in this process."""
-    from motip.cli import main
+    from motip.cli.main import main
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["motip", *map(str, arguments)])
@@ -70,7 +70,7 @@ def motip(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 @pytest.fixture
 def somebody() -> Iterator[str]:
     """The name of a process that lives, and is not this one."""
-    code = "from motip.lineage.driver import this_driver; print(this_driver(), flush=True); input()"
+    code = "from motip.lineage.driver_process import this_driver; print(this_driver(), flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

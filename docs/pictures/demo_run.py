@@ -5,7 +5,7 @@
     python docs/pictures/demo_run.py outputs/demo/curricula/demo --out elsewhere/
 
 Nothing is written into the run. `tracked_video.jpg`: the frame with most tracks of the first validation video of each
-domain, which the last stage of the domain tracks now, with `motip.track.run.track` and the drawing of `motip track`;
+domain, which the last stage of the domain tracks now, with `motip.track.api.track` and the drawing of `motip track`;
 the demo's frames are 224 pixels wide and enlarged first. `failure_sheet.jpg`: the contact sheet of the last stage,
 from its stored tracks. `dashboard.png`: its dashboard. `report_page.png`, `report_page_phone.png`: the top of the
 run's report page in a browser.
@@ -27,18 +27,18 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from motip.commands.report_run import judged_as_stored  # noqa: E402
+from motip.cli.report_run import judged_as_stored  # noqa: E402
 from motip.data.clip_loader import read_video_frames  # noqa: E402
 from motip.data.manifest import Manifest  # noqa: E402
-from motip.data.video import open_source  # noqa: E402
+from motip.data.video_reader import open_source  # noqa: E402
 from motip.errors import MotipError, exit_on_error  # noqa: E402
-from motip.files import atomic_write  # noqa: E402
 from motip.report.dashboard import draw_dashboard  # noqa: E402
 from motip.report.failures import SHEET, write_failures  # noqa: E402
 from motip.report.stage_list import read_stage_list  # noqa: E402
 from motip.report.tracked_video import track_video  # noqa: E402
-from motip.track.run import track  # noqa: E402
-from tests.browser import browser  # noqa: E402
+from motip.storage.atomic import atomic_write  # noqa: E402
+from motip.track.api import track  # noqa: E402
+from tests.helpers.browser import browser  # noqa: E402
 
 MOST_BYTES = 250_000
 ENLARGED = 4

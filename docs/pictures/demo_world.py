@@ -20,9 +20,9 @@ from motip.data.formats.common import RawSequence
 from motip.data.formats.registry import reader
 from motip.data.overlay import draw_labels
 from motip.data.sequence import ClassMap, Frame, Sequence
-from motip.data.synthetic import write_world
+from motip.demo import write_world
 from motip.errors import exit_on_error
-from motip.files import atomic_write
+from motip.storage.atomic import atomic_write
 
 SEED = 7
 SCALE = 3

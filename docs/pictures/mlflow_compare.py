@@ -21,8 +21,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import cv2  # noqa: E402
 
-from tests.browser import browser  # noqa: E402
-from tests.mlflow_server import compared, comparison, only_differences, row, serving  # noqa: E402
+from tests.helpers.browser import browser  # noqa: E402
+from tests.helpers.mlflow_server import compared, comparison, only_differences, row, serving  # noqa: E402
 
 NAME = "mlflow_compare.png"
 WIDTH, HEIGHT = 1500, 1480

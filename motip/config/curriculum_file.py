@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from motip.config.chain import find_beside, load_config, read_yaml
 from motip.config.keys import Config, describe
 from motip.config.sweep_file import SweepFile, check_sweep, find_sweep
 from motip.config.tuned import with_overlay
+from motip.config.yaml_chain import find_beside, load_config, read_yaml
 from motip.errors import MotipError
 
 DEFAULT_CLASSES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from motip.config.chain import find_beside, read_yaml
 from motip.config.curriculum_file import Curriculum, Domains, load_curriculum
 from motip.config.keys import describe
+from motip.config.yaml_chain import find_beside, read_yaml
 from motip.errors import MotipError
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from motip.config.rules import check
 from motip.errors import MotipError
-from motip.files import digest
+from motip.storage.atomic import digest
 
 _active_recorders: list[set[str]] = []
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from motip.config.chain import find_beside, read_yaml, with_values
 from motip.config.keys import WITHOUT_EFFECT, Config, describe
+from motip.config.yaml_chain import find_beside, read_yaml, with_values
 from motip.errors import MotipError
 
 NOT_SEARCHED: dict[str, str] = {

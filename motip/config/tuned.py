@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from motip.config.chain import parse_overrides, read_yaml, with_values
 from motip.config.keys import Config
+from motip.config.yaml_chain import parse_overrides, read_yaml, with_values
 from motip.errors import MotipError
 
 

@@ -2,6 +2,6 @@
 
 from motip.curriculum.records import Options, StageRecord, Tuning
 from motip.curriculum.run import CurriculumResult, run_curriculum, run_sweep
-from motip.curriculum.sweep import SweepResult
+from motip.tune.sweep import SweepResult
 
 __all__ = ["CurriculumResult", "Options", "StageRecord", "SweepResult", "Tuning", "run_curriculum", "run_sweep"]

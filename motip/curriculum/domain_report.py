@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from motip.config import Domains
-from motip.curriculum.domain_rows import Row
+from motip.curriculum.domain_scores import Row
 from motip.curriculum.score_table import score_rows
-from motip.data.storage import Location, read_json, write_bytes, write_json
-from motip.evaluate.domains import DomainMatrix, Forgetting
-from motip.files import digest
+from motip.evaluate.domain_matrix import DomainMatrix, Forgetting
 from motip.lineage import Lineage
 from motip.lineage.tags import Tag
 from motip.report.heatmap import heat_map, png_of
+from motip.storage.atomic import digest
+from motip.storage.paths import Location, read_json, write_bytes, write_json
 
 
 @dataclass(frozen=True)

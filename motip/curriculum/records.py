@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from motip.config import Curriculum, Stage
-from motip.data.storage import Location, location, one_at_a_time, read_json, require_folder, sha256, write_json
 from motip.errors import MotipError
-from motip.lineage.driver import driver_lives, this_driver
+from motip.lineage.driver_process import driver_lives, this_driver
+from motip.storage.paths import Location, location, one_at_a_time, read_json, require_folder, sha256, write_json
 
 FORMAT = 1
 """Part of every stage's identity; raised when the meaning of a stage's inputs or outputs changes."""

@@ -6,22 +6,22 @@ from dataclasses import dataclass, replace
 
 from motip.cluster import Cluster
 from motip.config import Curriculum, Stage, without_effect_message
-from motip.config.chain import with_values
+from motip.config.yaml_chain import with_values
+from motip.curriculum.base_weights import check_given_weights, parent_of
 from motip.curriculum.domain_report import DomainReport
-from motip.curriculum.domains import DomainWatch
 from motip.curriculum.failure import beside_a_failure, tell_failure
+from motip.curriculum.forgetting import DomainWatch
 from motip.curriculum.records import InUse, Options, StageRecord, curriculum_folder
 from motip.curriculum.stage import Session, Ui, run_stage
-from motip.curriculum.sweep import SweepResult, check_tuning, tune_stage
-from motip.curriculum.weights import check_given_weights, parent_of
-from motip.curriculum.worlds import with_worlds
+from motip.curriculum.synthetic_sources import with_worlds
 from motip.data.convert import convert, ray_map
 from motip.data.manifest import Manifest
-from motip.data.storage import location
 from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.report.stage_list import listed, write_stage_list
-from motip.train.job import Parent
+from motip.storage.paths import location
+from motip.train.stage_job import Parent
+from motip.tune.sweep import SweepResult, check_tuning, tune_stage
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def run_curriculum(
 ) -> CurriculumResult:
     """Convert what is missing, then run every stage whose inputs are new or changed, in order.
 
-    After each stage the domains its model has seen are scored; see :class:`motip.curriculum.domains.DomainWatch`.
+    After each stage the domains its model has seen are scored; see :class:`motip.curriculum.forgetting.DomainWatch`.
 
     Args:
         cluster: what Ray has to give; None with ``options.workers`` 0.

@@ -13,9 +13,7 @@ from typing import Any, Protocol
 
 from motip.cluster import Cluster
 from motip.config import Config, Curriculum, Stage
-from motip.curriculum.dashboard import StageDashboard
 from motip.curriculum.failure import beside_a_failure, tell_failure
-from motip.curriculum.inputs import PACE_ONLY, datasets, job_facts, stage_job
 from motip.curriculum.records import (
     Options,
     StageRecord,
@@ -26,17 +24,19 @@ from motip.curriculum.records import (
     unfinished_run,
 )
 from motip.curriculum.score_table import score_rows
+from motip.curriculum.stage_dashboard import StageDashboard
+from motip.curriculum.stage_inputs import PACE_ONLY, datasets, job_facts, stage_job
 from motip.data.convert import ConvertReport
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
-from motip.data.storage import Location, fetch, location, read_json, sha256, write_bytes, write_json
 from motip.errors import MotipError
 from motip.evaluate.scores import Scores
 from motip.lineage import Lineage
-from motip.lineage.driver import this_driver
-from motip.report.history import epochs_told
-from motip.train.fit import FitResult, Placement, completed, fit, place
-from motip.train.job import EpochPlans, Parent, StageJob
+from motip.lineage.driver_process import this_driver
+from motip.report.stage_history import epochs_told
+from motip.storage.paths import Location, fetch, location, read_json, sha256, write_bytes, write_json
+from motip.train.ray_train import FitResult, Placement, completed, fit, place
 from motip.train.retention import best_first
+from motip.train.stage_job import EpochPlans, Parent, StageJob
 
 _log = logging.getLogger(__name__)
 

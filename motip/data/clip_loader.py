@@ -17,8 +17,8 @@ from motip.data.decode import decode_rgb, image_height_width
 from motip.data.id_labels import SLOT_FIELDS, ClipSlots, IdSettings, draw_id_slots
 from motip.data.sequence import ClassMap, Frame
 from motip.data.shards import open_shard, read_labels, shard_path
-from motip.data.storage import Location, RemotePath, location
 from motip.errors import MotipError
+from motip.storage.paths import Location, RemotePath, location
 
 if TYPE_CHECKING:
     from motip.data.batch import ClipBatch

@@ -30,8 +30,8 @@ from motip.data.selection import (
     shortage_note,
 )
 from motip.data.shards import ROWS_PER_GROUP, SHARD_VERSION
-from motip.data.storage import Location, location, one_at_a_time, remove_leftovers, require_folder, write_json
 from motip.errors import MotipError
+from motip.storage.paths import Location, location, one_at_a_time, remove_leftovers, require_folder, write_json
 
 MapFn = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 """Applies a function to jobs and yields the results, in any order."""

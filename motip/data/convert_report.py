@@ -9,7 +9,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from motip.data.imagecheck import look_alikes
+from motip.data.image_check import look_alikes
 from motip.data.manifest import WINDOW_FRAMES, Manifest, VideoEntry
 from motip.data.sequence import ReadReport
 from motip.errors import MotipError

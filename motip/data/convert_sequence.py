@@ -10,7 +10,7 @@ import cv2
 
 from motip.data.formats.common import Place, RawSequence
 from motip.data.formats.registry import reader
-from motip.data.imagecheck import fingerprint, problem_of, sampled_positions
+from motip.data.image_check import fingerprint, problem_of, sampled_positions
 from motip.data.manifest import VideoEntry, make_entry, summarise
 from motip.data.selection import FLOOR_FRAMES
 from motip.data.sequence import Frame, ReadReport, Sequence
@@ -24,9 +24,9 @@ from motip.data.shards import (
     read_header,
     shard_path,
 )
-from motip.data.storage import Location, sha256, size_and_time, sizes_and_times
 from motip.errors import MotipError
-from motip.files import digest
+from motip.storage.atomic import digest
+from motip.storage.paths import Location, sha256, size_and_time, sizes_and_times
 
 BAD_IMAGE = "image broken (named under bad images)"
 NOT_ASKED = "in a part of the sequence that no stage asks for"

@@ -11,9 +11,9 @@ from typing import Any
 from motip.data.selection import pick, rank
 from motip.data.sequence import UNTRACKED, Frame
 from motip.data.shards import ShardHeader, shard_path
-from motip.data.storage import Location, read_json, write_json
 from motip.errors import MotipError
-from motip.files import digest
+from motip.storage.atomic import digest
+from motip.storage.paths import Location, read_json, write_json
 
 MANIFEST_VERSION = 1
 WINDOW_FRAMES = 30

@@ -11,8 +11,8 @@ import numpy as np
 from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap, Frame
 from motip.data.shards import read_frames
-from motip.data.storage import Location, write_bytes
 from motip.errors import MotipError
+from motip.storage.paths import Location, write_bytes
 
 TILES = 20
 COLUMNS = 4

@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from motip.data.sequence import Frame, Sequence
-from motip.data.storage import Location, open_parquet, whole_file
-from motip.data.storage import location as to_location
 from motip.errors import MotipError
+from motip.storage.paths import Location, open_parquet, whole_file
+from motip.storage.paths import location as to_location
 
 SHARD_VERSION = 1
 ROWS_PER_GROUP = 8

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from motip.errors import MotipError
-from motip.files import digest
+from motip.storage.atomic import digest
 
 Values = dict[str, float | int | None]
 """Metric name -> percentage (None where there is no ground truth) or count."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from motip.errors import MotipError
-from motip.evaluate.compare import COVERAGE, DRAWS, sequence_counts
-from motip.evaluate.draws import MEAN, combine_draws, draw_weights
+from motip.evaluate.bootstrap import MEAN, combine_draws, draw_weights
+from motip.evaluate.comparison import COVERAGE, DRAWS, sequence_counts
 from motip.evaluate.scores import Scores, check_comparable
 
 

@@ -16,7 +16,7 @@ from motip.evaluate.metrics import score
 from motip.evaluate.protocols import ScoredSequence, scored_sequence
 from motip.evaluate.scores import Scores
 from motip.model import MOTIP
-from motip.track.run import TrackResult, track_sequence
+from motip.track.api import TrackResult, track_sequence
 from motip.track.settings import TrackerSettings
 from motip.track.tracker import FrameTracks
 

@@ -2,8 +2,8 @@
 
 from motip.lineage.null import NullLineage
 from motip.lineage.provenance import provenance
+from motip.lineage.recorder import Lineage
 from motip.lineage.steps import DataUsed, LineageStep
-from motip.lineage.tracking import Lineage
 from motip.lineage.verify import FileCheck
 
 __all__ = ["DataUsed", "FileCheck", "Lineage", "LineageStep", "NullLineage", "provenance"]

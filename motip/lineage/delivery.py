@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from motip.errors import MotipError
-from motip.lineage.model import find_run, register
+from motip.lineage.registered_model import find_run, register
 from motip.lineage.spool import Entry, Spool
 from motip.lineage.store import Store, Unreachable
 from motip.lineage.tags import MAX_TAG, Tag

@@ -12,7 +12,7 @@ from motip.errors import MotipError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from motip.lineage.scores import RunScores
+    from motip.lineage.recorded_scores import RunScores
     from motip.lineage.steps import DataUsed, LineageStep
     from motip.lineage.verify import FileCheck
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from motip.errors import MotipError
-from motip.lineage.moved import follow, moved_from, present, resolving_client
 from motip.lineage.provenance import redact
+from motip.lineage.relocate import follow, moved_from, present, resolving_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

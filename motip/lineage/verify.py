@@ -11,12 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from motip.data.manifest import Manifest, VideoEntry, entries_digest, make_entry, manifest_path
-from motip.data.retries import passing
 from motip.data.sequence import Frame
 from motip.data.shards import Shard, image_bytes, labels_digest, shard_path
-from motip.data.storage import Location, location, sha256
 from motip.errors import MotipError
 from motip.lineage.steps import CheckpointPlace, DataUsed, LineageStep
+from motip.storage.paths import Location, location, sha256
+from motip.storage.retries import passing
 
 SAME, CHANGED, MISSING = "same", "changed", "missing"
 

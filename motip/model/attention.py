@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motip.model.products import product
+from motip.model.fast.products import product
 
 
 class MultiHeadAttention(nn.Module):

@@ -4,7 +4,7 @@
 
 * ``grid_sample`` runs everywhere PyTorch runs and can be exported;
 * ``embedding_bag`` reads each sample's channels as one contiguous row, which a CPU does faster: see `bag_attention` and
-  tests/benchmarks/bench_deformable_attention.py;
+  benchmarks/bench_deformable_attention.py;
 * ``triton`` runs kernels of its own on CUDA, forward and backward, where triton and a C compiler are installed;
 * ``auto``, the default, is ``embedding_bag`` for tensors on a CPU. On CUDA it is ``triton`` where that runs, but
   ``embedding_bag`` under ``torch.use_deterministic_algorithms``: its gradients have a fixed order, those of the other
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motip.errors import MotipError
-from motip.model.bag_attention import bag_attention
-from motip.model.triton_attention import triton_attention, triton_ready
+from motip.model.fast.bag_attention import bag_attention
+from motip.model.fast.triton_attention import triton_attention, triton_ready
 
 SpatialShapes = Sequence[tuple[int, int]]
 Implementation = Callable[[Tensor, SpatialShapes, Tensor, Tensor], Tensor]

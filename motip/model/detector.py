@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from motip.model.backbone import Backbone, resize_mask
+from motip.model.fast.products import PixelwiseConv
 from motip.model.position import SinePositionEncoding
-from motip.model.products import PixelwiseConv
 from motip.model.spec import ModelSpec
 from motip.model.transformer import DeformableTransformer, FeatureLevel
 

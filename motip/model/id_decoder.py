@@ -30,7 +30,7 @@ from motip.model.spec import ModelSpec
 # Score of a hidden token. exp() of it is exactly 0 in every type, and it is finite in half precision: an infinity
 # would give NaN gradients through the product it is folded into.
 HIDDEN = -3.0e4
-# Frames per block. Measured on 2 CPU cores (tests/benchmarks/bench_id_decoder.py); 8 extra channels also keep the
+# Frames per block. Measured on 2 CPU cores (benchmarks/bench_id_decoder.py); 8 extra channels also keep the
 # head width a multiple of 8, which the CUDA kernels want.
 _BLOCK_FRAMES = 8
 

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from motip.model.deformable_attention import log_implementation
 from motip.model.detector import DeformableDetr, DetectorOutput
+from motip.model.fast.products import use_products
 from motip.model.id_decoder import IdDecoder, TrajectoryModeling
-from motip.model.init import init_parameters
-from motip.model.products import use_products
+from motip.model.initialisation import init_parameters
 from motip.model.spec import ModelSpec
 
 

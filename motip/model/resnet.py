@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from motip.model.products import pixelwise
+from motip.model.fast.products import pixelwise
 
 
 class FrozenBatchNorm(nn.Module):

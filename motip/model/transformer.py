@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from motip.model.attention import MultiHeadAttention
 from motip.model.deformable_attention import DeformableAttention, SpatialShapes
-from motip.model.products import relu_of
+from motip.model.fast.products import relu_of
 from motip.model.spec import ModelSpec
 
 _MANY = 1 << 22

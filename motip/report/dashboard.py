@@ -11,9 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from motip.data.storage import Location, whole_file
 from motip.errors import MotipError
-from motip.report.history import History
+from motip.report.stage_history import History
+from motip.storage.paths import Location, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

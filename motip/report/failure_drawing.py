@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from motip.report.draw import Colour, dashed_box, draw_label
-from motip.report.moments import FALSE, IGNORED, KINDS, MISSED, SWITCH, TRACKED, Mark
+from motip.report.drawing import Colour, dashed_box, draw_label
+from motip.report.failure_segments import FALSE, IGNORED, KINDS, MISSED, SWITCH, TRACKED, Mark
 
 COLOURS: dict[str, Colour] = {
     TRACKED: (0, 190, 90),

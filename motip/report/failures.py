@@ -12,11 +12,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from motip.data.storage import Location, RemotePath, put, read_json
 from motip.errors import MotipError
-from motip.files import atomic_write, write_json_atomic
 from motip.report.failure_drawing import GROUND, framed, headline, legend, paint, whole_view, zoomed_view
-from motip.report.moments import (
+from motip.report.failure_segments import (
     FALSE,
     KINDS,
     MISSED,
@@ -28,7 +26,9 @@ from motip.report.moments import (
     worst_moments,
     worst_sequences,
 )
-from motip.report.video import VideoWriter
+from motip.report.video_writer import VideoWriter
+from motip.storage.atomic import atomic_write, write_json_atomic
+from motip.storage.paths import Location, RemotePath, put, read_json
 
 SHEET = "contact_sheet.png"
 INDEX = "errors.json"

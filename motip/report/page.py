@@ -16,7 +16,6 @@ from typing import Protocol
 
 from motip.data.clip_loader import read_video_frames
 from motip.data.manifest import Manifest
-from motip.data.storage import Location, RemotePath, files_under, put, write_bytes
 from motip.errors import MotipError
 from motip.report import page_media as media
 from motip.report import page_parts as parts
@@ -26,6 +25,7 @@ from motip.report.page_media import Clip
 from motip.report.side_by_side import Tile, write_side_by_side
 from motip.report.stage_list import read_stage_list
 from motip.report.stage_tracks import Means, choose_video, domains_shown, tracks_of
+from motip.storage.paths import Location, RemotePath, files_under, put, write_bytes
 
 PAGE = "report.html"
 FILES = "report_files"

@@ -9,13 +9,13 @@ from typing import Any
 
 from motip.config import Config
 from motip.config.curriculum_file import BASE
-from motip.data.storage import Location, RemotePath, files_under, location, read_json, sha256
 from motip.errors import MotipError
-from motip.evaluate.compare import Comparison, compare
-from motip.evaluate.domains import DomainMatrix
+from motip.evaluate.comparison import Comparison, compare
+from motip.evaluate.domain_matrix import DomainMatrix
+from motip.evaluate.score_files import load_scores
 from motip.evaluate.scores import Scores
-from motip.evaluate.stored import load_scores
 from motip.report.stage_list import StageList
+from motip.storage.paths import Location, RemotePath, files_under, location, read_json, sha256
 from motip.track.settings import TrackerSettings
 
 MOST_SHEETS = 12

@@ -13,8 +13,8 @@ import numpy as np
 
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
-from motip.report.draw import DrawnTracks, Painter
-from motip.report.video import VideoWriter
+from motip.report.drawing import DrawnTracks, Painter
+from motip.report.video_writer import VideoWriter
 
 TILE_WIDTH = 640
 """Pixels; two such tiles beside each other make a video that a browser plays without a pause."""

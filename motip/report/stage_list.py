@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from motip.data.storage import Location, files_under, location, read_json, size_and_time, write_json
 from motip.errors import MotipError
+from motip.storage.paths import Location, files_under, location, read_json, size_and_time, write_json
 
 NAME = "stages.json"
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from motip.cluster import Cluster
 from motip.data.manifest import Manifest, VideoEntry
 from motip.data.sequence import TrackRows
-from motip.data.storage import Location, local_copy, location
 from motip.errors import MotipError
-from motip.evaluate.run import Subject, Work, is_tracked, read_tracks, track, track_inputs
-from motip.model.export import load_for_tracking
+from motip.evaluate.evaluation import Subject, Work, is_tracked, read_tracks, track, track_inputs
 from motip.report.page_facts import PageFacts, StageFacts
+from motip.storage.paths import Location, local_copy, location
+from motip.weights.export import load_for_tracking
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from motip.data.formats.results import write_mot
+from motip.data.formats.result_files import write_mot
 from motip.errors import MotipError
-from motip.report.draw import DrawnTracks, Painter
-from motip.report.video import VideoWriter, check_encoder
+from motip.report.drawing import DrawnTracks, Painter
+from motip.report.video_writer import VideoWriter, check_encoder
+from motip.track.api import Tracking, TrackResult
 from motip.track.detections import Detections
-from motip.track.run import Tracking, TrackResult
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 
 from motip.errors import MotipError
 from motip.model import MOTIP
-from motip.model.export import load_for_tracking
 from motip.track.settings import TrackerSettings
+from motip.weights.export import load_for_tracking
 
 if TYPE_CHECKING:
     from motip.config import Config

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from motip.errors import MotipError
 from motip.model import MOTIP
-from motip.model.frame_decoder import FrameDecoder
+from motip.model.fast.frame_decoder import FrameDecoder
 from motip.track.assign import ASSIGNMENTS
-from motip.track.history import TokenHistory
 from motip.track.reid import LongTermMemory
 from motip.track.settings import TrackerSettings
+from motip.track.trajectories import TokenHistory
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from motip.config import Config
-from motip.data.retries import retried
-from motip.data.storage import Location, put
 from motip.errors import MotipError
-from motip.files import write_json_atomic
-from motip.model.weights import save_checkpoint
-from motip.train.communicate import Communicator
+from motip.storage.atomic import write_json_atomic
+from motip.storage.paths import Location, put
+from motip.storage.retries import retried
+from motip.train.collectives import Communicator
+from motip.weights.pretrained import save_checkpoint
 
 if TYPE_CHECKING:
     from motip.train.loop import Meter, Run

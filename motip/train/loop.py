@@ -18,18 +18,18 @@ from motip.data.batch import ClipBatch
 from motip.errors import MotipError
 from motip.evaluate.validation import score_videos, track_videos
 from motip.model import MOTIP
-from motip.model.weights import load_checkpoint
 from motip.track.settings import TrackerSettings
-from motip.train.build import build_model_for, restore_optimizer
 from motip.train.checkpoints import Cadence, save_epoch, save_step
-from motip.train.communicate import Communicator
+from motip.train.collectives import Communicator
 from motip.train.host_memory import keep_freed_memory
-from motip.train.job import Feed, StageJob
-from motip.train.notice import Notice, Stopped
 from motip.train.optimizer import GROUP_NAMES, LearningRates, build_optimizer
+from motip.train.preemption import Notice, Stopped
+from motip.train.setup import build_model_for, restore_optimizer
+from motip.train.stage_job import Feed, StageJob
 from motip.train.step import StepLosses, TrainStep
 from motip.train.timing import PARTS, Interval, StepClock, memory_gib
-from motip.train.watched import Watched, WorkerLost
+from motip.train.watchdog import Watched, WorkerLost
+from motip.weights.pretrained import load_checkpoint
 
 _log = logging.getLogger(__name__)
 

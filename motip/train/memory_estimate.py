@@ -27,8 +27,8 @@ from motip.data.batch import ClipBatch
 from motip.losses.matcher import DetectionTargets, Matcher
 from motip.model import ModelSpec, build_model
 from motip.model.deformable_attention import log_implementation, use_implementation
-from motip.train.communicate import SingleProcess
-from motip.train.memory import Rung, shrunk
+from motip.train.collectives import SingleProcess
+from motip.train.oom import Rung, shrunk
 from motip.train.optimizer import freeze_parameters
 from motip.train.step import TrainStep, autocast_dtype
 

@@ -18,13 +18,13 @@ from motip.data.clip_loader import ClipSample, collate
 from motip.data.id_labels import IdSettings, draw_id_slots
 from motip.data.sequence import ClassMap
 from motip.data.shards import read_labels, shard_path
-from motip.data.storage import Location
 from motip.errors import MotipError
-from motip.train.build import fresh_model
-from motip.train.communicate import SingleProcess
-from motip.train.memory import Rung, give_back_memory, ladder
+from motip.storage.paths import Location
+from motip.train.collectives import SingleProcess
 from motip.train.memory_estimate import estimate_peak
+from motip.train.oom import Rung, give_back_memory, ladder
 from motip.train.optimizer import build_optimizer
+from motip.train.setup import fresh_model
 from motip.train.step import TrainStep
 
 if TYPE_CHECKING:

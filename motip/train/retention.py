@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from motip.data.storage import Location, files_under, read_json
 from motip.errors import MotipError
+from motip.storage.paths import Location, files_under, read_json
 
 _log = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from motip.losses.detection import DetectionCriterion
 from motip.losses.identity import count_supervised, id_loss
 from motip.losses.matcher import DetectionTargets
 from motip.model import MOTIP
-from motip.train.communicate import Communicator, all_reduce_gradients
+from motip.train.anomalies import GradientWatch, LeftOut
+from motip.train.collectives import Communicator, all_reduce_gradients
 from motip.train.frames import detect_frames, slot_features
-from motip.train.guard import GradientWatch, LeftOut
-from motip.train.memory import (
+from motip.train.oom import (
     MemoryOfFailures,
     Rung,
     SetAside,

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.attention_cost import Ceilings, Shape, as_dict, backward_cost, forward_cost
+from benchmarks.bench_gpu import add_section
+from benchmarks.gpu_step import AERIAL, RUNGS
+from benchmarks.records import Recorder
+from benchmarks.targets import TARGETS
 from motip.config import load_config
 from motip.model import ModelSpec
-from motip.train.memory import ladder
-from tests.benchmarks.attention_cost import Ceilings, Shape, as_dict, backward_cost, forward_cost
-from tests.benchmarks.bench_gpu import add_section
-from tests.benchmarks.gpu_step import AERIAL, RUNGS
-from tests.benchmarks.records import Recorder
-from tests.benchmarks.targets import TARGETS
+from motip.train.oom import ladder
 
 _BARE = """
 import runpy, sys
@@ -40,7 +40,7 @@ def test_the_stand_ins_are_those_of_the_aerial_stage(repo_root: Path) -> None:
 @pytest.mark.timeout(900)
 def test_the_script_runs_where_there_is_only_torch(repo_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.json"
-    script = repo_root / "tests/benchmarks/gpu_checks.py"
+    script = repo_root / "benchmarks/gpu_checks.py"
     sections = ["attention", "training", "launches", "memory", "tracking"]
     result = subprocess.run(
         [sys.executable, "-c", _BARE, script, "--out", out, "--tiny", "--device", "cpu", "--only", *sections],

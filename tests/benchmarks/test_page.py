@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import page, plots
-from tests.benchmarks.records import Claim, Record, quantity
-from tests.benchmarks.results import FOLDER, Machine, document, read, read_all
-from tests.benchmarks.targets import TARGETS
+from benchmarks import page, plots
+from benchmarks.records import Claim, Record, quantity
+from benchmarks.results import FOLDER, Machine, document, read, read_all
+from benchmarks.targets import TARGETS
 
 CPU = {"cpu": "Some CPU", "cores": 2, "memory_gb": 16, "gpu": None}
 CARD = {**CPU, "gpu": {"name": "Some card", "memory_gb": 80, "cuda": "12.8"}}
@@ -27,7 +27,7 @@ def machine(*claims: Claim, hardware: dict[str, object] = CPU) -> Machine:
 
 def test_the_page_is_the_generated_one() -> None:
     expected = page.render(read_all())
-    assert page.PAGE.read_text() == expected, "run python -m tests.benchmarks.page"
+    assert page.PAGE.read_text() == expected, "run python -m benchmarks.page"
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import records
+from benchmarks.machine import hardware, machine_name, memory_mb
+from benchmarks.plots import exponent
+from benchmarks.records import Claim, Quantity, Record, Recorder, Values, as_json, from_json, quantity, shown
+from benchmarks.results import Machine, document, merge, read, write
+from benchmarks.targets import Target
 from motip.errors import MotipError
-from tests.benchmarks import records
-from tests.benchmarks.machine import hardware, machine_name, memory_mb
-from tests.benchmarks.plots import exponent
-from tests.benchmarks.records import Claim, Quantity, Record, Recorder, Values, as_json, from_json, quantity, shown
-from tests.benchmarks.results import Machine, document, merge, read, write
-from tests.benchmarks.targets import Target
 
 
 def recorded(tmp_path: Path, quick: bool = False) -> Path:
@@ -93,7 +93,7 @@ def test_the_way_to_a_file_and_back(tmp_path: Path) -> None:
 def test_the_command_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["any/folder/bench_data.py", "--json", "any/folder/out.json", "--lengths", "5", "--json=x", "--quick"]
     monkeypatch.setattr(sys, "argv", words)
-    assert records.command() == "python -m tests.benchmarks.bench_data --lengths 5 --quick"
+    assert records.command() == "python -m benchmarks.bench_data --lengths 5 --quick"
 
 
 def test_merging_replaces_one_claim(tmp_path: Path) -> None:

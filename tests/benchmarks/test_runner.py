@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks`: which scripts there are, one process each, and what a failure costs."""
+"""`python -m benchmarks`: which scripts there are, one process each, and what a failure costs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.records import Claim
+from benchmarks.results import Machine
+from benchmarks.targets import TARGETS
 from motip.errors import MotipError
-from tests.benchmarks.records import Claim
-from tests.benchmarks.results import Machine
-from tests.benchmarks.targets import TARGETS
 
-runner = importlib.import_module("tests.benchmarks.__main__")
+runner = importlib.import_module("benchmarks.__main__")
 
 SCRIPT = """
 import argparse
-from tests.benchmarks.records import Recorder, add_flags, quantity
+from benchmarks.records import Recorder, add_flags, quantity
 
 parser = argparse.ArgumentParser()
 add_flags(parser)
@@ -79,6 +79,6 @@ def test_the_list_says_what_was_not_measured() -> None:
 
 
 def test_an_unknown_name_is_one_readable_error(repo_root: Path) -> None:
-    words = [sys.executable, "-m", "tests.benchmarks", "--only", "nothing"]
+    words = [sys.executable, "-m", "benchmarks", "--only", "nothing"]
     done = subprocess.run(words, cwd=repo_root, capture_output=True, text=True)
     assert done.returncode == 2 and "no such benchmark" in done.stderr and "Traceback" not in done.stderr

@@ -13,8 +13,8 @@ import ray
 from motip.cluster import Cluster
 from motip.lineage import Lineage
 from tests.cluster.conftest import QUICK
-from tests.small_curriculum import run, write_files
-from tests.test_secrets import found_in
+from tests.helpers.small_curriculum import run, write_files
+from tests.lineage.test_secrets import found_in
 
 pytestmark = pytest.mark.cluster
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from motip.data.storage import read_json
-from motip.model.weights import load_checkpoint
-from motip.train.fit import completed
-from tests.small_curriculum import write_files
+from motip.storage.paths import read_json
+from motip.train.ray_train import completed
+from motip.weights.pretrained import load_checkpoint
+from tests.helpers.small_curriculum import write_files
 
 # Not part of make test: how long it takes hangs on when Ray looks for room.
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -22,10 +22,10 @@ from ray.cluster_utils import Cluster
 
 from motip.data.manifest import Manifest, manifest_path
 from motip.data.shards import shard_path
-from motip.data.storage import read_json, sha256
-from motip.train.fit import completed
-from tests.cluster.heads import descendants
-from tests.small_curriculum import write_files
+from motip.storage.paths import read_json, sha256
+from motip.train.ray_train import completed
+from tests.helpers.ray_heads import descendants
+from tests.helpers.small_curriculum import write_files
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -9,11 +9,11 @@ import pytest
 from motip.cluster import connect, disconnect
 from motip.config import load_curriculum
 from motip.curriculum import Options, run_curriculum
-from motip.data.storage import Location, files_under, location, read_json
 from motip.lineage import NullLineage
+from motip.storage.paths import Location, files_under, location, read_json
 from tests.cluster.conftest import QUICK
-from tests.object_store import object_store
-from tests.small_curriculum import QuietUi, write_files
+from tests.helpers.object_store import object_store
+from tests.helpers.small_curriculum import QuietUi, write_files
 
 pytestmark = pytest.mark.cluster
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from motip.data.storage import read_json
-from motip.model.weights import load_checkpoint
-from motip.train.fit import completed
-from tests.cluster.heads import Head, running_head
-from tests.small_curriculum import write_files
-from tests.test_secrets import found_in
+from motip.storage.paths import read_json
+from motip.train.ray_train import completed
+from motip.weights.pretrained import load_checkpoint
+from tests.helpers.ray_heads import Head, running_head
+from tests.helpers.small_curriculum import write_files
+from tests.lineage.test_secrets import found_in
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -65,7 +65,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbe
     path.write_text(path.read_text().replace("frames: 4}", "frames: 18}"))  # enough start frames for 16 clips
     storage = folder / "storage"
     with running_head(folder) as head:
-        submit = [sys.executable, "-m", "motip.cli", "job", "submit", "--working-dir", ".", "--storage", str(storage)]
+        submit = [
+            sys.executable,
+            "-m",
+            "motip.cli",
+            "job",
+            "submit",
+            "--working-dir",
+            ".",
+            "--storage",
+            str(storage),
+        ]
         submit += ["--env", f"MOTIP_TEST_MARK={MARK}", "--", "python", "ray_jobs/curriculum.py", *_options(path)]
         environment = {**head.environment, **SECRETS, "OMP_NUM_THREADS": "1"}
         ran = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)

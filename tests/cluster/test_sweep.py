@@ -17,9 +17,9 @@ from motip.cluster import Cluster, connect, disconnect
 from motip.config import load_curriculum
 from motip.curriculum import Options, SweepResult, Tuning, run_sweep
 from motip.lineage import Lineage
-from tests.cluster.heads import descendants
-from tests.small_curriculum import QuietUi
-from tests.small_sweep import write_sweep_files
+from tests.helpers.ray_heads import descendants
+from tests.helpers.small_curriculum import QuietUi
+from tests.helpers.small_sweep import write_sweep_files
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

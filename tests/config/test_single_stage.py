@@ -9,7 +9,7 @@ from motip.config import Config, load_config
 from motip.config.single_stage import single_stage
 from motip.data.formats.motchallenge import CATEGORIES
 from motip.errors import MotipError
-from tests.small_world import write_dance_world, write_sequence
+from tests.helpers.small_dataset import write_dance_world, write_sequence
 
 
 def config(**values: Any) -> Config:
@@ -88,8 +88,8 @@ def test_gt_folder_judges_alone_and_only_what_the_map_lists(tmp_path: Path) -> N
 
 def test_the_stage_trains_on_one_and_is_judged_on_the_other(tmp_path: Path, repo_root: Path) -> None:
     from motip.config import load_config
-    from motip.curriculum.inputs import stage_job
     from motip.curriculum.records import Options
+    from motip.curriculum.stage_inputs import stage_job
     from motip.data.convert import convert
     from motip.data.manifest import Manifest
 

@@ -21,7 +21,7 @@ from motip.data.formats.common import (
 )
 from motip.data.sequence import ReadReport, Sequence
 from motip.errors import MotipError
-from tests.data.raw_world import bdd_frame, bdd_label, bdd_video, write_bdd, write_images
+from tests.helpers.raw_datasets import bdd_frame, bdd_label, bdd_video, write_bdd, write_images
 
 
 def read(root: Path, frames: list[dict], **options: object) -> tuple[Sequence, ReadReport]:

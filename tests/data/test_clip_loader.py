@@ -23,7 +23,7 @@ from motip.data.clip_loader import ClipLoader, ClipSample, collate, local_batche
 from motip.data.clips import ClipRef, pad_to, plan_clips
 from motip.data.decode import decode_rgb, image_height_width, reduction_for
 from motip.data.id_labels import SLOT_FIELDS
-from motip.data.imagecheck import problem_of
+from motip.data.image_check import problem_of
 from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence
 from motip.data.shards import shard_path, write_shard
 from motip.data.stream import _clips, _one_ahead, _table, data_resources, pack, unpack

@@ -18,13 +18,13 @@ from motip.config import load_curriculum
 from motip.data.convert import convert, process_map
 from motip.data.convert_report import ConversionUi, inspect_shards
 from motip.data.convert_sequence import BAD_IMAGE, NOT_ASKED, TAIL
-from motip.data.export import export_dancetrack
+from motip.data.dancetrack_export import export_dancetrack
 from motip.data.formats import motchallenge
-from motip.data.imagecheck import fingerprint, look_alikes, problem_of
+from motip.data.image_check import fingerprint, look_alikes, problem_of
 from motip.data.manifest import Manifest, entry_path
 from motip.data.shards import read_labels
 from motip.errors import MotipError
-from tests.data.raw_world import bdd_video, curriculum, jpeg, mix, source, visdrone_video, write_images, write_mot
+from tests.helpers.raw_datasets import bdd_video, curriculum, jpeg, mix, source, visdrone_video, write_images, write_mot
 
 BDD = ("bdd", "bdd100k", "bdd")
 

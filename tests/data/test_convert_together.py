@@ -17,8 +17,8 @@ from motip.data.convert_report import ConvertReport, check_leakage
 from motip.data.manifest import Manifest
 from motip.data.overlay import write_overlays
 from motip.errors import MotipError
-from tests.data.raw_world import bdd_video, curriculum, mix, source, visdrone_video
 from tests.data.test_convert import plan
+from tests.helpers.raw_datasets import bdd_video, curriculum, mix, source, visdrone_video
 
 
 @pytest.fixture

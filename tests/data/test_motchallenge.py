@@ -10,11 +10,11 @@ import pytest
 
 from motip.data.formats import motchallenge
 from motip.data.formats.common import RawSequence
-from motip.data.formats.dancetrack import seqmap_path, write_dancetrack, write_seqmap
+from motip.data.formats.dancetrack_writer import seqmap_path, write_dancetrack, write_seqmap
 from motip.data.formats.registry import reader
 from motip.data.sequence import ClassMap, ReadReport, Sequence
 from motip.errors import MotipError
-from tests.data.raw_world import write_mot, write_table
+from tests.helpers.raw_datasets import write_mot, write_table
 
 
 def read(root: Path, rows: list[list[object]], **options: object) -> tuple[Sequence, ReadReport]:

@@ -12,7 +12,7 @@ from motip.data.formats.common import CLASS_CHANGE, CROSSES, DUPLICATE, NO_IMAGE
 from motip.data.formats.motlike import FROM_ZERO
 from motip.data.sequence import UNTRACKED, ReadReport, Sequence
 from motip.errors import MotipError
-from tests.data.raw_world import write_images, write_table, write_visdrone
+from tests.helpers.raw_datasets import write_images, write_table, write_visdrone
 
 
 def read(root: Path, rows: list[list[object]], frames: int = 3) -> tuple[Sequence, ReadReport]:

@@ -13,7 +13,7 @@ from motip.errors import MotipError
 from motip.evaluate.metrics import SparseIdentity, _clean, _trackeval_data, combine, score, score_sequence
 from motip.evaluate.protocols import ScoredSequence, find_protocol
 from motip.evaluate.scores import PERCENTAGES, Scores
-from tests.evaluate.rows import disturbed, random_rows, rows
+from tests.helpers.track_rows import disturbed, random_rows, rows
 
 CLASSES = ("pedestrian", "car")
 
@@ -164,7 +164,7 @@ def test_bad_input_is_named() -> None:
 
 def test_importing_and_scoring_print_and_write_nothing(tmp_path: Path) -> None:
     code = (
-        "from motip.evaluate.metrics import score; from tests.evaluate.rows import random_rows;"
+        "from motip.evaluate.metrics import score; from tests.helpers.track_rows import random_rows;"
         "from motip.evaluate.protocols import ScoredSequence; t = random_rows(0);"
         "assert score([ScoredSequence('s', t, t)], ['a', 'b']).hota == 100.0"
     )

@@ -20,7 +20,7 @@ from motip.evaluate.protocols import (
     split_class_flips,
 )
 from motip.evaluate.regions import box_iou, match, share_in_one, share_in_union
-from tests.evaluate.rows import random_rows, rows
+from tests.helpers.track_rows import random_rows, rows
 
 PLAN = ClassMap(("pedestrian", "car"), {"pedestrian": ("pedestrian", "people"), "car": ("car", "van")})
 CAR = ClassMap(("pedestrian", "car"), {"pedestrian": ("pedestrian",), "car": ("car",)})

@@ -10,12 +10,12 @@ import pytest
 from motip.config import load_curriculum
 from motip.config.curriculum_file import BEST_METRICS
 from motip.errors import MotipError
-from motip.evaluate.domains import DomainMatrix
+from motip.evaluate.domain_matrix import DomainMatrix
 from motip.evaluate.metrics import score
 from motip.evaluate.protocols import ScoredSequence
 from motip.evaluate.scores import PERCENTAGES, Scores, check_comparable, metric_name
-from tests.evaluate.rows import disturbed, random_rows
-from tests.small_world import write_curriculum
+from tests.helpers.small_dataset import write_curriculum
+from tests.helpers.track_rows import disturbed, random_rows
 
 MLFLOW_NAME = re.compile(r"[\w\-. :/]+", re.ASCII)
 

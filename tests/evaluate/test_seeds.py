@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from motip.errors import MotipError
-from motip.evaluate.compare import compare
-from motip.evaluate.draws import MEAN
+from motip.evaluate.bootstrap import MEAN
+from motip.evaluate.comparison import compare
 from motip.evaluate.metrics import score
 from motip.evaluate.protocols import ScoredSequence
 from motip.evaluate.scores import Scores
 from motip.evaluate.seeds import difference, estimate
-from tests.evaluate.rows import disturbed, random_rows
+from tests.helpers.track_rows import disturbed, random_rows
 
 CLASSES = ("pedestrian", "car")
 

@@ -15,7 +15,7 @@ from motip.data.sequence import ClassMap, Frame, Sequence, TrackRows
 from motip.evaluate.metrics import score
 from motip.evaluate.protocols import BDD100K_CLASSES, BDD100K_DISTRACTORS, ScoredSequence, scored_sequence
 from motip.evaluate.scores import Values
-from tests.evaluate.rows import rows
+from tests.helpers.track_rows import rows
 
 QUIET = {"PRINT_CONFIG": False}
 METRICS = {"HOTA": HOTA(), "CLEAR": CLEAR(QUIET), "Identity": Identity(QUIET)}

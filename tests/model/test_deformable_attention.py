@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from motip.errors import MotipError
-from motip.model import bag_attention as bag_attention_room
 from motip.model import deformable_attention as rooms
 from motip.model.deformable_attention import DeformableAttention, deformable_attention
+from motip.model.fast import bag_attention as bag_attention_room
 
 
 @pytest.fixture(params=["grid_sample", "embedding_bag"])

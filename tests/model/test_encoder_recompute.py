@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_step import TINY
 from motip.model import transformer
 from motip.model.transformer import Encoder
-from tests.benchmarks.gpu_step import TINY
 
 SPEC = replace(TINY, enc_layers=2)
 SHAPES = [(4, 5), (2, 3), (2, 2)]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bench_id_decoder import NaiveIdDecoder
 from motip.errors import MotipError
 from motip.model.id_decoder import IdDecoder
 from motip.model.spec import ModelSpec
-from tests.benchmarks.bench_id_decoder import NaiveIdDecoder
 from tests.parity.recipe import fill
 
 _FRAMES, _SLOTS, _GROUPS = 11, 5, 2

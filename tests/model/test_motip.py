@@ -12,8 +12,8 @@ from torch import Tensor
 
 from motip.errors import MotipError
 from motip.model import MOTIP, ModelSpec, build_model
-from motip.model.frame_decoder import FrameDecoder
-from motip.model.init import grid_points, init_copy_id_decoder, init_grid_queries
+from motip.model.fast.frame_decoder import FrameDecoder
+from motip.model.initialisation import grid_points, init_copy_id_decoder, init_grid_queries
 
 
 def _demo_spec(**changes: Any) -> ModelSpec:

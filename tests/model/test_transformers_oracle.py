@@ -7,7 +7,7 @@ import torch
 
 from motip.model import build_model
 from motip.model.spec import ModelSpec
-from tests.model.transformers_twin import twin_of
+from tests.helpers.transformers_twin import twin_of
 from tests.parity.recipe import fill, image, padded_batch
 
 pytest.importorskip("transformers")

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from motip.errors import MotipError
 from motip.model import ModelSpec, build_model
-from motip.model.transfer_report import COPIED, DROPPED, INITIALISED, ROWS_MOVED, TransferReport
-from motip.model.weights import load_checkpoint, load_pretrained, save_checkpoint
-from tests.model.weight_cases import TINY, detector_logits, detector_state, save_published, tiny_model
+from motip.weights.pretrained import load_checkpoint, load_pretrained, save_checkpoint
+from motip.weights.transfer_report import COPIED, DROPPED, INITIALISED, ROWS_MOVED, TransferReport
+from tests.helpers.weight_cases import TINY, detector_logits, detector_state, save_published, tiny_model
 from tests.parity.recipe import fill
 from tests.parity.sizes import or_skip, present, reference_files
 

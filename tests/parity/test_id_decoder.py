@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from motip.model import MOTIP, build_model
-from motip.model.frame_decoder import FrameDecoder, HistoryTokens
+from motip.model.fast.frame_decoder import FrameDecoder, HistoryTokens
 from tests.parity.recipe import fill
 from tests.parity.sizes import id_decoder_spec, largest_difference, or_skip, present, reference_files, tensor
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from motip.data.augment import ClipAugmentation, place_boxes, render_frame, resize_size
-from motip.track.run import inference_size, resize_frame
+from motip.track.api import inference_size, resize_frame
 from motip.track.settings import TrackerSettings
 from tests.parity import recipe
 from tests.parity.sizes import reference_files

@@ -13,7 +13,7 @@ import torch
 from motip.config import Config
 from motip.data.batch import ClipBatch, IdSlots
 from motip.model import ModelSpec, build_model
-from motip.train.communicate import SingleProcess
+from motip.train.collectives import SingleProcess
 from motip.train.optimizer import LearningRates, build_optimizer
 from motip.train.step import TrainStep
 from tests.parity import recipe

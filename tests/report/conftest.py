@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.report.page_world import World, make_world
+from tests.helpers.report_curriculum import World, make_world
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,12 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from motip.cli import main
-from motip.curriculum.dashboard import StageDashboard
+from motip.cli.main import main
+from motip.curriculum.stage_dashboard import StageDashboard
 from motip.errors import MotipError
 from motip.lineage import NullLineage
 from motip.report.dashboard import COLOURS, LOWEST, dashboard, draw_dashboard
-from motip.report.history import STEPS_KEPT, History
+from motip.report.stage_history import STEPS_KEPT, History
 
 PANELS = {
     "Losses": {"total", "detection", "ID"},

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 from motip.data.sequence import TrackRows
-from motip.evaluate.errors import explain
+from motip.evaluate.outcomes import explain
 from motip.evaluate.protocols import ScoredSequence
-from motip.report.draw import dashed_box
+from motip.report.drawing import dashed_box
 from motip.report.failure_drawing import COLOURS, LEGEND_HEIGHT, legend, paint, whole_view, zoomed_view
-from motip.report.failures import COLUMNS, TILE, contact_sheet, write_failures
-from motip.report.moments import (
+from motip.report.failure_segments import (
     FALSE,
     IGNORED,
     MISSED,
@@ -30,8 +29,9 @@ from motip.report.moments import (
     worst_moments,
     worst_sequences,
 )
-from tests.evaluate.rows import rows
-from tests.report.videos import facts
+from motip.report.failures import COLUMNS, TILE, contact_sheet, write_failures
+from tests.helpers.track_rows import rows
+from tests.helpers.videos import facts
 
 HEIGHT, WIDTH, FRAMES = 240, 320, 24
 GROUND = (90, 90, 90)

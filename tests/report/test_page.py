@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import motip.launch as launch
-from motip.cli import app
+import motip.cli.launch as launch
+from motip.cli.main import app
 from motip.config import load_curriculum
 from motip.curriculum import Options
-from motip.data.storage import location
-from motip.data.video import open_source
+from motip.data.video_reader import open_source
 from motip.errors import MotipError
-from motip.evaluate.compare import compare
+from motip.evaluate.comparison import compare
 from motip.report import page as report_page
 from motip.report import page_parts
 from motip.report.markup import Markup, markup, tag
@@ -33,8 +32,9 @@ from motip.report.page_parts import signed
 from motip.report.side_by_side import STRIP, Tile, columns_of, write_side_by_side
 from motip.report.stage_list import StageList, read_stage_list, write_stage_list
 from motip.report.stage_tracks import Means
-from tests.evaluate.rows import rows
-from tests.report.page_world import World, save_png
+from motip.storage.paths import location
+from tests.helpers.report_curriculum import World, save_png
+from tests.helpers.track_rows import rows
 
 NASTY = "<script>alert('x')</script>\"&\x00\u202e"
 

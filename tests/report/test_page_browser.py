@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import TAB, Browser, browser
-from tests.report.page_world import World
+from tests.helpers.browser import TAB, Browser, browser
+from tests.helpers.report_curriculum import World
 
 DESK, PHONE = (1280, 800), (390, 844)
 BOTH = ("light", "dark")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from motip.commands.show import console, note
+from motip.cli.console import console, note
 from motip.data import convert_report
 from motip.report import progress
 from motip.report.progress import DriverUi, wide_console

@@ -11,18 +11,17 @@ import cv2
 import numpy as np
 import pytest
 
-from motip import launch
-from motip.commands import report_run
-from motip.commands.report_page import draw_sheets
-from motip.commands.report_run import judged_as_stored
+from motip.cli import launch, report_run
+from motip.cli.report_page import draw_sheets
+from motip.cli.report_run import judged_as_stored
 from motip.config import load_curriculum
 from motip.curriculum import Options
-from motip.data.storage import Location, RemotePath, location, put, read_json
 from motip.errors import MotipError
 from motip.report.stage_list import read_stage_list
+from motip.storage.paths import Location, RemotePath, location, put, read_json
 from tests.conftest import Motip
-from tests.object_store import object_store
-from tests.report.page_world import World
+from tests.helpers.object_store import object_store
+from tests.helpers.report_curriculum import World
 
 
 @pytest.fixture

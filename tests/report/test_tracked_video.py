@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from motip.config import load_config
-from motip.data.formats.results import read_mot
-from motip.data.video import open_source
+from motip.data.formats.result_files import read_mot
+from motip.data.video_reader import open_source
 from motip.errors import MotipError
 from motip.model import MOTIP
 from motip.report.tracked_video import checked_output, track_video
+from motip.track.api import Tracking, track_sequence
 from motip.track.detections import Detections
-from motip.track.run import Tracking, track_sequence
 from motip.track.settings import TrackerSettings
-from motip.train.build import fresh_model
-from tests.report.videos import facts, write_video
+from motip.train.setup import fresh_model
+from tests.helpers.videos import facts, write_video
 
 SETTINGS = TrackerSettings(
     det_thresh=0.01, newborn_thresh=0.01, short_side=96, max_longer=160, miss_tolerance=4, longterm_patience=5

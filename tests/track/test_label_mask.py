@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from motip.model import MOTIP
-from motip.model.weights import load_pretrained, save_checkpoint
 from motip.track.settings import TrackerSettings
 from motip.track.tracker import FrameTracks, RuntimeTracker
+from motip.weights.pretrained import load_pretrained, save_checkpoint
+from tests.helpers.scripted_model import detections, features, following_model
 from tests.parity import recipe, traces
 from tests.parity.sizes import or_skip
-from tests.track.scripted import detections, features, following_model
 
 Detections = tuple[Tensor, Tensor, Tensor]
 SIZE = (480, 640)

@@ -7,7 +7,7 @@ from motip.errors import MotipError
 from motip.track.reid import LongTermMemory
 from motip.track.settings import TrackerSettings
 from motip.track.tracker import RuntimeTracker
-from tests.track.scripted import detections, features, following_model
+from tests.helpers.scripted_model import detections, features, following_model
 
 EYE = np.eye(4)
 

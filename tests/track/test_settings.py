@@ -44,7 +44,7 @@ def test_every_key_reaches_its_setting() -> None:
 
 
 def test_exports_carry_every_tracker_key() -> None:
-    from motip.model.export import TRACKING_KEYS
+    from motip.weights.export import TRACKING_KEYS
 
     assert set(TRACKING_KEYS) == set(_CONFIG_KEYS.values())
 

@@ -8,7 +8,7 @@ from motip.errors import MotipError
 from motip.model import ModelSpec, build_model
 from motip.track.settings import TrackerSettings
 from motip.track.tracker import RuntimeTracker
-from tests.track.scripted import WIDTH, detections, features, following_model
+from tests.helpers.scripted_model import WIDTH, detections, features, following_model
 
 SIZE = (480, 640)
 LOOKS = features(16)

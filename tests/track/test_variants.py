@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from motip.errors import MotipError
-from motip.track import run
-from motip.track.run import TrackResult, track_sequence, track_variants
+from motip.track import api
+from motip.track.api import TrackResult, track_sequence, track_variants
 from motip.track.settings import TrackerSettings
+from tests.helpers.scripted_model import following_model
 from tests.parity.recipe import image
-from tests.track.scripted import following_model
 
 SETTINGS = TrackerSettings(
     det_thresh=0.0, newborn_thresh=0.0, id_thresh=0.1, short_side=64, max_longer=128, miss_tolerance=8
@@ -45,13 +45,13 @@ def test_shared_detections_give_the_tracks_of_each_setting_alone(monkeypatch: py
     model = following_model(vocabulary=20)
     alone = [track_sequence(model, FRAMES, each) for each in variants]
     passes = []
-    detect = run._detect
+    detect = api._detect
 
     def counted(*arguments: object) -> object:
         passes.append(1)
         return detect(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run, "_detect", counted)
+    monkeypatch.setattr(api, "_detect", counted)
     together = track_variants(model, FRAMES, variants)
     assert len(passes) == len(FRAMES)
     for one, other in zip(alone, together, strict=True):

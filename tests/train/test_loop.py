@@ -17,13 +17,13 @@ from motip.data.clip_loader import ClipLoader, local_batches, plan_videos
 from motip.data.clips import PlanVideo, plan_clips
 from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence
 from motip.data.shards import shard_path, write_shard
-from motip.train.communicate import SingleProcess
-from motip.train.fit import FolderReporter, LocalFeed
-from motip.train.job import EpochPlans, StageJob
+from motip.train.collectives import SingleProcess
 from motip.train.loop import Run, train_epoch
 from motip.train.optimizer import LearningRates, build_optimizer
+from motip.train.ray_train import FolderReporter, LocalFeed
+from motip.train.stage_job import EpochPlans, StageJob
 from motip.train.step import TrainStep
-from tests.train.small import small_config, small_model
+from tests.helpers.small_training import small_config, small_model
 
 CLASSES = {"ground": {"pedestrian": ("pedestrian",), "car": ("car",)}}
 SETTINGS: dict[str, Any] = {

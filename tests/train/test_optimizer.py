@@ -15,7 +15,7 @@ from motip.config import Config
 from motip.errors import MotipError
 from motip.model import ModelSpec, build_model
 from motip.train.optimizer import LearningRates, build_optimizer, freeze_parameters, load_optimizer, parameter_groups
-from tests.train.small import small_config, small_model
+from tests.helpers.small_training import small_config, small_model
 
 
 def _optimizer(config: Config) -> torch.optim.AdamW:

@@ -15,16 +15,17 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from motip.cli import main
+from benchmarks import gpu_step
+from motip.cli.main import main
 from motip.config import Config, load_config, load_curriculum
 from motip.data.augment import AugmentSettings, draw_augmentation
 from motip.data.manifest import Manifest
 from motip.data.sequence import ClassMap
-from motip.data.storage import location
 from motip.errors import MotipError
+from motip.storage.paths import location
 from motip.train import preflight
-from motip.train.memory import ladder
 from motip.train.memory_estimate import LiveStorages, estimate_peak
+from motip.train.oom import ladder
 from motip.train.preflight import (
     RungMemory,
     all_rungs,
@@ -37,9 +38,8 @@ from motip.train.preflight import (
     train_on,
     worst_clip,
 )
-from tests.benchmarks import gpu_step
-from tests.small_world import HEIGHT, WIDTH, write_curriculum, write_dance_world
-from tests.train.small import small_config
+from tests.helpers.small_dataset import HEIGHT, WIDTH, write_curriculum, write_dance_world
+from tests.helpers.small_training import small_config
 
 MIB = 2**20
 CROWD = range(3, 6)
@@ -184,7 +184,7 @@ def test_the_estimate_is_what_the_allocator_measures(tiny: Config, accumulate: i
 
 @pytest.mark.parametrize("index", [0, 3], ids=["as configured", "on the last rung"])
 def test_the_estimate_for_a_card_is_what_a_card_has_measured(repo_root: Path, index: int) -> None:
-    """The worst aerial clip as `tests/benchmarks/bench_gpu.py` has trained on it on an H100."""
+    """The worst aerial clip as `benchmarks/bench_gpu.py` has trained on it on an H100."""
     records = json.loads((repo_root / "docs/performance/nvidia-h100-80gb-hbm3.json").read_text())["claims"]["gpu"]
     config = load_config(repo_root / "configs/visdrone_stage2.yaml", ["sampler_lengths=[5]"])
     rung = ladder(config)[index]

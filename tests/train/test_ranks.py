@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from motip.config import Config
-from motip.train.communicate import (
+from motip.train.collectives import (
     SingleProcess,
     TorchDistributed,
     all_reduce_gradients,
@@ -20,7 +20,7 @@ from motip.train.communicate import (
 )
 from motip.train.optimizer import build_optimizer
 from motip.train.step import TrainStep
-from tests.train.small import assert_same_gradients, clip, gradients, small_config, small_model, together
+from tests.helpers.small_training import assert_same_gradients, clip, gradients, small_config, small_model, together
 
 ORDER = torch.tensor([2, 0, 1])
 # The second rank's clip is far more crowded, and its ID targets are fewer: a mean of means would differ.

@@ -23,14 +23,14 @@ from motip.config import Config
 from motip.data.clip_loader import plan_videos
 from motip.data.clips import PlanVideo
 from motip.errors import MotipError
-from motip.model.weights import load_checkpoint
+from motip.train.batch_sources import LocalFeed, RayFeed
 from motip.train.checkpoints import Cadence
-from motip.train.communicate import Communicator, SingleProcess, current_communicator
-from motip.train.feeds import LocalFeed, RayFeed
-from motip.train.fit import FolderReporter, completed
-from motip.train.job import EpochPlans, StageJob
-from motip.train.notice import Stopped
-from tests.train.small import small_config
+from motip.train.collectives import Communicator, SingleProcess, current_communicator
+from motip.train.preemption import Stopped
+from motip.train.ray_train import FolderReporter, completed
+from motip.train.stage_job import EpochPlans, StageJob
+from motip.weights.pretrained import load_checkpoint
+from tests.helpers.small_training import small_config
 from tests.train.test_loop import CLASSES, SETTINGS, class_maps, write_video
 
 EPOCHS, CLIPS, ACCUMULATE, EVERY = 2, 14, 2, 4
@@ -245,7 +245,7 @@ def test_a_notice_around_an_epoch_that_is_not_saved(tmp_path: Path, monkeypatch:
 def test_a_full_disk_stops_training_and_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import motip.model.checkpoint as checkpoint
+    import motip.weights.checkpoint as checkpoint
 
     job = _job(tmp_path, _config())
     expected = Records()

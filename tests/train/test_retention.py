@@ -17,19 +17,19 @@ import torch
 import motip.train.loop as loop
 from motip.config import Config, Stage
 from motip.curriculum.stage import best_epoch
-from motip.data import retries, storage
-from motip.data.filesystem import whole_files
-from motip.data.storage import Location, location
 from motip.errors import MotipError
-from motip.model.weights import load_checkpoint
-from motip.train import checkpoints, notice, retention
+from motip.storage import paths, retries
+from motip.storage.atomic_filesystem import whole_files
+from motip.storage.paths import Location, location
+from motip.train import checkpoints, preemption, retention
+from motip.train.batch_sources import LocalFeed
 from motip.train.checkpoints import store_folder
-from motip.train.communicate import SingleProcess
-from motip.train.feeds import LocalFeed
-from motip.train.fit import FolderReporter, RayReporter, completed
+from motip.train.collectives import SingleProcess
+from motip.train.ray_train import FolderReporter, RayReporter, completed
 from motip.train.retention import Retention, best_first, drop_epochs, drop_steps, held
-from tests.object_store import ObjectStore, object_store
-from tests.train.small import small_config
+from motip.weights.pretrained import load_checkpoint
+from tests.helpers.object_store import ObjectStore, object_store
+from tests.helpers.small_training import small_config
 from tests.train.test_loop import SETTINGS
 from tests.train.test_resume import Records, _job
 
@@ -52,17 +52,17 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
 
 def _write_epoch(folder: Location, epoch: int, metrics: dict[str, float], step: int | None = None) -> None:
     place = folder / f"epoch_{epoch:03d}"
-    storage.write_bytes(place / f"checkpoint_{epoch}.pth", b"weights")
+    paths.write_bytes(place / f"checkpoint_{epoch}.pth", b"weights")
     stored = {"epoch": epoch, "step": 10 * (epoch + 1) if step is None else step, "metrics": metrics}
-    storage.write_json(place / "metrics.json", stored)
+    paths.write_json(place / "metrics.json", stored)
 
 
 def _write_step(folder: Location, step: int) -> None:
-    storage.write_bytes(folder / f"step_{step:08d}" / f"checkpoint_step_{step}.pth", b"weights")
+    paths.write_bytes(folder / f"step_{step:08d}" / f"checkpoint_step_{step}.pth", b"weights")
 
 
 def _weights(folder: Location) -> list[str]:
-    return sorted(path.name for path in storage.files_under(folder) if path.suffix == ".pth")
+    return sorted(path.name for path in paths.files_under(folder) if path.suffix == ".pth")
 
 
 def _stage(**changes: Any) -> Stage:
@@ -127,10 +127,10 @@ def test_removed_and_half_written_checkpoints_are_neither_chosen_nor_gone_on_fro
     _write_epoch(folder, 0, {"HOTA": 50.0})
     _write_epoch(folder, 1, {"HOTA": 90.0})
     (folder / "epoch_001" / "checkpoint_1.pth").unlink()  # its metrics stay
-    storage.write_bytes(folder / "epoch_002" / "checkpoint_2.pth", b"its metrics are missing")
-    storage.write_bytes(folder / "step_00000040" / ".checkpoint_step_40.1a2b.tmp.pth", b"ha")
-    storage.write_bytes(folder / "step_00000050" / "checkpoint_step_49.pth", b"of another step")
-    storage.write_bytes(folder / "kept" / "step_00000060" / "checkpoint_step_60.pth", b"of another folder")
+    paths.write_bytes(folder / "epoch_002" / "checkpoint_2.pth", b"its metrics are missing")
+    paths.write_bytes(folder / "step_00000040" / ".checkpoint_step_40.1a2b.tmp.pth", b"ha")
+    paths.write_bytes(folder / "step_00000050" / "checkpoint_step_49.pth", b"of another step")
+    paths.write_bytes(folder / "kept" / "step_00000060" / "checkpoint_step_60.pth", b"of another folder")
     latest = held(folder).latest()
     assert latest is not None and latest.name == "checkpoint_0.pth"
     result = completed(str(folder))
@@ -247,7 +247,7 @@ def test_a_disk_that_fills_up_while_storing_leaves_the_checkpoint_before(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage.shutil, "copyfile", full)
+        patch.setattr(paths.shutil, "copyfile", full)
         with pytest.raises(MotipError, match=r"(?s)step_00000008 cannot be written.*No space left.*free some space"):
             store_folder(source, stage / "step_00000008", lambda text: None)
     assert [path.name for path in stage.glob("step_*/*")] == ["checkpoint_step_4.pth"]
@@ -332,7 +332,7 @@ def test_where_saving_takes_too_long_the_log_says_what_was_done(
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
     monkeypatch.setattr(ray.train, "get_preemption_info", Told({1: ["node-a"]}))
     monkeypatch.setattr(checkpoints, "LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr(notice, "GRACE_S", 2.0)
+    monkeypatch.setattr(preemption, "GRACE_S", 2.0)
     ray_reporter = RayReporter(None, str(tmp_path), Retention())
     job = _job(tmp_path, _config(EPOCHS=1, CHECKPOINT_EVERY_MINUTES=None))
 

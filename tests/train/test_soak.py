@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import motip.train.loop as loop
-from motip.train.communicate import SingleProcess
-from motip.train.feeds import LocalFeed
-from motip.train.fit import FolderReporter
+from motip.train.batch_sources import LocalFeed
+from motip.train.collectives import SingleProcess
+from motip.train.ray_train import FolderReporter
 from motip.train.timing import resident_bytes
-from tests.train.small import small_config
+from tests.helpers.small_training import small_config
 from tests.train.test_loop import SETTINGS, job_of, write_video
 
 EPOCHS, PART = 4, 500

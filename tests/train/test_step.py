@@ -12,10 +12,10 @@ from motip.config import Config
 from motip.data.batch import ClipBatch
 from motip.errors import MotipError
 from motip.model import MOTIP
-from motip.train.communicate import SingleProcess
+from motip.train.collectives import SingleProcess
 from motip.train.optimizer import build_optimizer
 from motip.train.step import StepLosses, TrainStep, autocast_dtype
-from tests.train.small import assert_same_gradients, clip, gradients, small_config, small_model, together
+from tests.helpers.small_training import assert_same_gradients, clip, gradients, small_config, small_model, together
 
 ORDER = torch.tensor([2, 0, 1])
 

@@ -1,0 +1,188 @@
+"""Milliseconds per frame of the tracker without the detector: ours against the naive form, same ids asserted.
+
+    python -m benchmarks.bench_tracker                  # the figures of docs/performance.md
+    python -m benchmarks.bench_tracker --objects 200    # a crowd, with 200 ID labels
+    python -m benchmarks.bench_tracker --quick          # seconds
+
+The naive form is the straightforward reading of the paper: in every frame the whole history (29 frames) goes through
+trajectory modelling and through `nn.MultiheadAttention` in each of the 6 layers, attention maps included, and each
+detection is handled in a Python loop. Ours projects a detection once, when it becomes history. Both hold the same
+full-size weights (256 + 256 channels, 6 layers, 50 ID labels or one per object), see the same detections and must give
+the same ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.bench_id_decoder import NaiveIdDecoder
+from benchmarks.machine import cores_allowed
+from benchmarks.records import Recorder, add_flags, quantity
+from motip.model import ModelSpec, build_model
+from motip.model.motip import MOTIP
+from motip.track.settings import TrackerSettings
+from motip.track.tracker import RuntimeTracker
+from tests.parity import recipe
+
+HISTORY = 29
+CROWD = 100
+"""From so many objects on a third of the frames is timed: the naive form takes seconds for each."""
+SETTINGS = TrackerSettings(memory_rule="published", newborn_order="query", mask_unused_labels=False, newborn_thresh=0.5)
+Detections = tuple[Tensor, Tensor, Tensor]
+
+
+class NaiveTracker:
+    """Full recomputation and per-detection loops; enough of the published rules for objects that stay in view."""
+
+    def __init__(self, model: MOTIP) -> None:
+        self.modelling = model.trajectory_modeling
+        self.decoder = NaiveIdDecoder(model.spec)
+        self.decoder.copy_from(model.id_decoder)
+        self.decoder.eval()
+        self.frames: list[tuple[Tensor, list[int]]] = []
+        self.ids: dict[int, int] = {}
+        self.queue = list(range(model.spec.num_id_vocabulary))
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, boxes: Tensor, embeds: Tensor) -> list[int]:
+        scores = logits.sigmoid().max(-1).values
+        kept = [index for index in range(len(scores)) if scores[index].item() > SETTINGS.det_thresh]
+        embeds = embeds[kept]
+        labels: list[int] = [self.decoder.words - 1] * len(kept)
+        if self.frames and kept:
+            id_scores = self._identify(embeds).softmax(-1)
+            for index in range(len(kept)):
+                label = int(id_scores[index].argmax().item())
+                rivals = (
+                    [
+                        other
+                        for other in range(len(kept))
+                        if other != index
+                        and id_scores[other].argmax().item() == label
+                        and id_scores[other, label].item() > id_scores[index, label].item()
+                    ]
+                    if label in self.ids
+                    else [index]
+                )
+                if not rivals and id_scores[index, label].item() >= SETTINGS.id_thresh:
+                    labels[index] = label
+        for index in range(len(kept)):
+            if labels[index] == self.decoder.words - 1:
+                labels[index] = next(label for label in self.queue if label not in labels)
+                self.ids[labels[index]] = max(self.ids.values(), default=-1) + 1
+        for label in labels:
+            self.queue.remove(label)
+            self.queue.append(label)
+        self.frames = [*self.frames[-(HISTORY - 1) :], (embeds, labels)]
+        return [self.ids[label] for label in labels]
+
+    def _identify(self, objects: Tensor) -> Tensor:
+        known = sorted({label for _, labels in self.frames for label in labels})
+        history = torch.zeros(len(self.frames), len(known), objects.shape[-1])
+        hidden = torch.ones(len(self.frames), len(known), dtype=torch.bool)
+        for frame, (embeds, labels) in enumerate(self.frames):
+            for row, label in enumerate(labels):
+                history[frame, known.index(label)] = embeds[row]
+                hidden[frame, known.index(label)] = False
+        decoder = self.decoder
+        one_hot = torch.eye(decoder.words)
+        words = decoder.word_to_embed(one_hot[torch.tensor(known)]).expand(len(self.frames), -1, -1)
+        tokens_past = torch.cat([self.modelling(history), words], -1).flatten(0, 1)[None]
+        newborn = decoder.word_to_embed(one_hot[-1]).expand(len(objects), -1)
+        tokens = torch.cat([objects, newborn], -1)[None]
+        ages = (len(self.frames) - torch.arange(len(self.frames))).repeat_interleave(len(known))
+        ages = ages.expand(len(objects), -1)
+        for layer in range(len(decoder.cross_attn)):
+            if layer > 0:
+                attended, _ = decoder.self_attn[layer - 1](tokens, tokens, tokens)
+                tokens = decoder.self_norm[layer - 1](tokens + attended)
+            mask = decoder.rel_pos_embeds[layer][ages].permute(2, 0, 1).clone()
+            mask[:, hidden.flatten().expand(len(objects), -1)] = float("-inf")
+            attended, _ = decoder.cross_attn[layer](tokens, tokens_past, tokens_past, attn_mask=mask)
+            tokens = decoder.cross_norm[layer](tokens + attended)
+            tokens = decoder.ffn_norm[layer](tokens + decoder.ffn[layer](tokens))
+        return decoder.embed_to_word(tokens[0, :, -decoder.id_dim :])
+
+
+def full_size_model(labels: int = 50) -> MOTIP:
+    """A full-size ID half whose decoder follows features; the detector, which is not run, as small as it gets."""
+    small: dict[str, Any] = {"num_queries": 4, "enc_layers": 1, "dec_layers": 1, "dim_feedforward": 32}
+    spec = ModelSpec(backbone="tiny_gn", num_id_vocabulary=labels, **small)
+    model = build_model(spec).eval()
+    model.load_state_dict(recipe.copy_id_decoder_weights(model, 0), strict=False)
+    return model
+
+
+def script(objects: int, frames: int) -> list[Detections]:
+    """300 queries per frame, `objects` of them confident, in another order each frame."""
+    rng = np.random.default_rng(0)
+    looks = torch.from_numpy(rng.choice([-1.0, 1.0], (objects, 256))).float()
+    detections = []
+    for _ in range(frames):
+        where = torch.from_numpy(rng.permutation(300)[:objects])
+        logits, boxes = torch.full((300, 1), -5.0), torch.rand(300, 4)
+        embeds = torch.randn(300, 256)
+        logits[where], boxes[where] = 3.0, torch.tensor([0.5, 0.5, 0.1, 0.1])
+        embeds[where] = looks + torch.randn(objects, 256) * 0.05
+        detections.append((logits, boxes, embeds))
+    return detections
+
+
+def timed(
+    update: Callable[[Detections], list[int]], frames: list[Detections]
+) -> tuple[list[float], list[float], list[list[int]]]:
+    """Wall and CPU milliseconds of each frame once the history is full, and the ids of every frame."""
+    ids = [update(frame) for frame in frames[:HISTORY]]
+    wall, cpu = [], []
+    for frame in frames[HISTORY:]:
+        started, started_cpu = time.perf_counter(), time.process_time()
+        ids.append(update(frame))
+        wall.append(1000 * (time.perf_counter() - started))
+        cpu.append(1000 * (time.process_time() - started_cpu))
+    return wall, cpu, ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--objects", type=int, nargs="+", default=[20, 50, 200])
+    parser.add_argument("--frames", type=int, default=30, help="frames timed after the history is full")
+    parser.add_argument("--threads", type=int, default=min(2, cores_allowed()))
+    add_flags(parser, "20 objects, 5 frames")
+    args = parser.parse_args()
+    if args.quick:
+        args.objects, args.frames = [20], 5
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    recorder = Recorder("tracker", "Tracker without the detector", args)
+    for objects in args.objects:
+        model = full_size_model(max(50, objects))
+        count = args.frames if objects < CROWD else -(-args.frames // 3)
+        frames = script(objects, HISTORY + count)
+        naive, ours = NaiveTracker(model), RuntimeTracker(model, SETTINGS, (1080, 1920))
+        # Interleaving would share caches between the two; each runs alone instead.
+        naive_ms, naive_cpu, naive_ids = timed(lambda frame, tracker=naive: tracker.update(*frame), frames)
+        ours_ms, ours_cpu, ours_ids = timed(lambda frame, tracker=ours: tracker.update(*frame).ids.tolist(), frames)
+        if naive_ids != ours_ids:
+            raise SystemExit(f"the two trackers disagree with {objects} objects")
+        recorder.add(
+            f"{objects} objects",
+            {"history": HISTORY, "threads": args.threads, "ID labels": max(50, objects), "frames timed": count},
+            "the naive form with nn.MultiheadAttention",
+            [
+                quantity("ms per frame", ours_ms, naive_ms),
+                # The steadier figure where other programs share the cores.
+                quantity("CPU ms per frame", ours_cpu, naive_cpu),
+            ],
+        )
+    recorder.finish()
+
+
+if __name__ == "__main__":
+    main()

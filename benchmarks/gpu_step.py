@@ -1,0 +1,155 @@
+"""A training step out of the model rooms alone: no configuration, no Ray, no data set. For `gpu_checks.py`.
+
+What `motip.train.step.TrainStep` does with one clip on one card, on made-up clips; it needs torch, torchvision, numpy
+and scipy, so that it runs on a machine that has no more than that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from motip.data.batch import ClipBatch, IdSlots
+from motip.data.id_labels import SLOT_FIELDS, IdSettings, draw_id_slots
+from motip.losses.detection import DetectionCriterion
+from motip.losses.identity import count_supervised, id_loss
+from motip.losses.matcher import DetectionTargets
+from motip.model import MOTIP, ModelSpec, build_model
+from motip.train.frames import FramePlan, detect_frames, slot_features
+
+AERIAL = ModelSpec(num_classes=2, num_id_vocabulary=150, use_decoder_checkpoint=True)
+"""The network of configs/visdrone_stage2.yaml."""
+
+TINY = ModelSpec(
+    num_classes=2,
+    backbone="tiny_gn",
+    num_queries=12,
+    num_feature_levels=3,
+    hidden_dim=32,
+    num_heads=4,
+    enc_layers=1,
+    dec_layers=2,
+    dim_feedforward=32,
+    feature_dim=32,
+    id_dim=32,
+    head_dim=16,
+    num_id_vocabulary=6,
+    num_id_decoder_layers=2,
+    rel_pe_length=8,
+)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """As `motip.train.oom.Rung`, which cannot be imported without the configuration; a test holds them together."""
+
+    name: str
+    plan: FramePlan
+    recompute_decoder: bool
+    scale: float = 1.0
+
+
+RUNGS = (
+    Rung("as configured", FramePlan(4, 5), True),
+    Rung("detector recomputed", FramePlan(4, 2, recompute=True), True),
+    Rung("one image at a time", FramePlan(4, 1, recompute=True), True),
+    Rung("image at 75%", FramePlan(4, 1, recompute=True), True, 0.75),
+)
+"""The memory ladder of configs/visdrone_stage2.yaml for clips of five frames."""
+
+
+def made_up_clip(spec: ModelSpec, frames: int, objects: int, size_hw: tuple[int, int]) -> ClipBatch:
+    """One clip of noise with the same objects in every frame, on the host."""
+    rng = np.random.default_rng(0)
+    settings = IdSettings(
+        groups=6,
+        vocabulary=spec.num_id_vocabulary,
+        training_ids=spec.num_id_vocabulary,
+        overflow="distractor",
+        occlusion_prob=0.5,
+        switch_prob=0.5,
+    )
+    slots = draw_id_slots([np.arange(objects)] * frames, settings, rng)
+    boxes = np.hstack([rng.uniform(0.1, 0.9, (objects, 2)), rng.uniform(0.01, 0.05, (objects, 2))]).astype(np.float32)
+    classes = torch.from_numpy(rng.integers(0, spec.num_classes, objects))
+    return ClipBatch(
+        images=torch.from_numpy(rng.integers(0, 256, (1, frames, 3, *size_hw), dtype=np.uint8)),
+        masks=torch.zeros(1, frames, *size_hw, dtype=torch.bool),
+        boxes_cxcywh=[[torch.from_numpy(boxes)] * frames],
+        classes=[[classes] * frames],
+        ignore_cxcywh=[[torch.empty(0, 4)] * frames],
+        slots=IdSlots(**{name: torch.from_numpy(getattr(slots, name))[None] for name in SLOT_FIELDS}),
+        names=["made up"],
+        weights=torch.ones(1),
+        distractors=slots.distractors,
+        dropped=slots.dropped,
+    )
+
+
+class Step:
+    """A model with its optimiser; a call trains it on one clip, moved to the device with every call.
+
+    Args:
+        half: type that autocast uses, None for float32.
+        compiled: keywords of ``torch.compile`` for the detector, None to run it as it is.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, device: torch.device, half: torch.dtype | None, compiled: dict[str, Any] | None = None
+    ) -> None:
+        torch.manual_seed(0)
+        self.model: MOTIP = build_model(spec).to(device).train()
+        if compiled is not None:
+            self.model.detr.compile(**compiled)
+        self.device = device
+        self.half = half
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=5e-4)
+        self.criterion = DetectionCriterion()
+
+    def __call__(self, batch: ClipBatch, rung: Rung) -> float:
+        """The loss before the step."""
+        loss = self._loss(batch, rung)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 0.1)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def _loss(self, batch: ClipBatch, rung: Rung) -> Tensor:
+        model, length = self.model, batch.images.shape[1]
+        decoder, modeling = model.id_decoder, model.trajectory_modeling
+        assert decoder is not None and modeling is not None
+        decoder.spec = replace(decoder.spec, use_decoder_checkpoint=rung.recompute_decoder)
+        targets = DetectionTargets.from_frames(
+            [frame for clip in batch.boxes_cxcywh for frame in clip],
+            [frame for clip in batch.classes for frame in clip],
+            None,
+            self.device,
+        )
+        batch = replace(batch, boxes_cxcywh=[], classes=[], ignore_cxcywh=[]).to(self.device)
+        slots = batch.slots
+        assert slots is not None
+        past, now = slice(0, length - 1), slice(1, length)
+        with torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None):
+            output = detect_frames(model, batch, list(range(length)), rung.plan)
+            found = self.criterion(output, targets, sum(targets.counts))
+            match = found.matching_last
+            before = slot_features(output.outputs, targets, match, slots.trajectory_ann, slots.trajectory_masks, past)
+            asked = slot_features(output.outputs, targets, match, slots.unknown_ann, slots.unknown_masks, now)
+            logits = decoder(
+                modeling(before[0]),
+                slots.trajectory_labels[:, :, past],
+                before[1],
+                range(length - 1),
+                asked[0],
+                asked[1],
+                range(1, length),
+            )
+            count = float(count_supervised(slots.unknown_masks).sum())
+            identity = id_loss(logits, slots.unknown_labels[:, :, now], asked[1], count)
+        return found.total + identity

@@ -1,0 +1,213 @@
+"""docs/performance.md and its plots, made of the results in docs/performance/*.json.
+
+    python -m benchmarks.page
+
+Text that only a person can write (what was left out, why something is as it is) stands in
+docs/performance_notes/CLAIM.md and is put below the tables of its claim; `head.md` and `cuda.md` have their own places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots
+from benchmarks.records import Claim, Quantity, Record, Values, shown
+from benchmarks.results import FOLDER, ROOT, Machine, read_all
+from benchmarks.targets import TARGETS, Target
+from motip.storage.atomic import atomic_write
+
+PAGE = ROOT / "docs" / "performance.md"
+NOTES = ROOT / "docs" / "performance_notes"
+PICTURES = ROOT / "docs" / "pictures"
+ORDER = (
+    "detector",
+    "step",
+    "id_decoder",
+    "tracker",
+    "deformable_attention",
+    "data",
+    "stream_memory",
+    "evaluation",
+    "video",
+    "demo",
+    "gpu",
+    "growth",
+    "scale",
+)
+"""Of the sections; others follow by name."""
+
+HEAD = """\
+# Performance
+
+*Written by `python -m benchmarks.page` from the results in [performance](performance); do not edit by hand.
+`make bench` measures everything again on the machine at hand, `python -m benchmarks --only tracker` one claim.*
+"""
+
+
+def render(machines: list[Machine], notes: Path = NOTES) -> str:
+    parts = [HEAD, _note(notes, "head")]
+    for machine in machines:
+        parts += [f"## Targets: {machine.heading()}", _target_table(machine), *_not_measured(machine)]
+    names = {name for machine in machines for name, claim in machine.claims.items() if claim.records}
+    for name in [*(each for each in ORDER if each in names), *sorted(names - set(ORDER))]:
+        parts += _section(name, machines, _note(notes, name))
+    parts += [_note(notes, "cuda")]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def write() -> None:
+    machines = read_all(FOLDER)
+    plots.draw(machines, PICTURES)
+    with atomic_write(PAGE) as temporary:
+        temporary.write_text(render(machines))
+
+
+def _note(notes: Path, name: str) -> str:
+    path = notes / f"{name}.md"
+    return path.read_text() if path.is_file() else ""
+
+
+def _target_table(machine: Machine) -> str:
+    heads = ["work", "quantity", "ours", "baseline", "ratio", "to reach", "verdict", "measured on"]
+    return _table(heads, [_target_row(target, machine) for target in _targets_of(machine)])
+
+
+def _targets_of(machine: Machine) -> list[Target]:
+    """Those asked of this kind of machine, and what else was measured on it."""
+    has_card = machine.hardware["gpu"] is not None
+    return [target for target in TARGETS if target.card == has_card or _found(target, machine)]
+
+
+def _target_row(target: Target, machine: Machine) -> list[str]:
+    found = _found(target, machine)
+    if found is None:
+        return [target.label, target.quantity, "", "", "", target.text(), "not measured", ""]
+    record, one = found
+    verdict = target.verdict(one.ours.median, one.ratio)
+    base = shown(one.baseline.median) if one.baseline else ""
+    said = verdict if verdict == "met" else f"**{verdict}**"
+    figures = [shown(one.ours.median), base, _ratio(one.ratio)]
+    return [target.label, target.quantity, *figures, target.text(), said, record.date]
+
+
+def _found(target: Target, machine: Machine) -> tuple[Record, Quantity] | None:
+    claim = machine.claims.get(target.claim)
+    for record in claim.records if claim else []:
+        for one in record.quantities:
+            if (record.work, one.name) == (target.work, target.quantity):
+                return record, one
+    return None
+
+
+def _not_measured(machine: Machine) -> list[str]:
+    missing: dict[str, list[str]] = {}
+    for target in _targets_of(machine):
+        if _found(target, machine) is None:
+            missing.setdefault(target.claim, []).append(f"{target.label} ({target.quantity})")
+    lines = [
+        f"* {'; '.join(labels)}: `python -m benchmarks --only {claim}` has not run here."
+        for claim, labels in missing.items()
+    ]
+    for claim in machine.claims.values():
+        lines += [f"* {claim.title}, {work}: {reason}." for work, reason in claim.not_measured.items()]
+    if machine.hardware["gpu"] is None:
+        asked = [f"{each.label.lower()} {each.text()} ({each.quantity})" for each in TARGETS if each.card]
+        lines.append(f"* Anything on CUDA, as this machine has no card. Asked of one: {'; '.join(asked)}.")
+    return ["**Not measured here:**", "\n".join(lines)] if lines else []
+
+
+def _section(name: str, machines: list[Machine], note: str) -> list[str]:
+    found = [(machine, machine.claims.get(name)) for machine in machines]
+    having = [(machine, claim) for machine, claim in found if claim is not None and claim.records]
+    parts = [f"## {having[0][1].title}"]
+    for machine, claim in having:
+        if len(machines) > 1:
+            parts.append(f"**{machine.heading()}**")
+        parts += _claim(claim)
+    return [*parts, note]
+
+
+def _claim(claim: Claim) -> Iterator[str]:
+    """Records that follow each other and were taken by one command share a table."""
+    groups: list[list[Record]] = []
+    for record in claim.records:
+        if groups and _key(groups[-1][0]) == _key(record):
+            groups[-1].append(record)
+        else:
+            groups.append([record])
+    for group in groups:
+        yield _origin(claim, group)
+        yield _quantity_table(group)
+        for record in group:
+            if record.points:
+                yield f"![Cost against {record.work}](pictures/{plots.file_name(record.work)})"
+                yield _point_table(record)
+            own = {name: value for name, value in record.configuration.items() if name not in _shared(group)}
+            said = " ".join([*([_settings(own) + "."] if own else []), record.note]).strip()
+            if said:
+                yield f"*{record.work}*: {said}" if len(group) > 1 else said
+
+
+def _key(record: Record) -> tuple[str, str, str | None]:
+    return record.command, record.date, record.baseline
+
+
+def _origin(claim: Claim, group: list[Record]) -> str:
+    """Command, date, load, baseline, and the configuration that the group shares."""
+    loads = [value for record in group for value in record.load]
+    load = f"load {min(loads):g}" + (f" to {max(loads):g}" if max(loads) > min(loads) else "")
+    said = [f"`{group[0].command}`", group[0].date, load]
+    said += [_settings(_shared(group))] if _shared(group) else []
+    said += [f"PyTorch {claim.versions['torch']}"] if "torch" in claim.versions else []
+    against = f" Baseline: {group[0].baseline}." if group[0].baseline else ""
+    return "; ".join(said) + "." + against
+
+
+def _shared(group: list[Record]) -> dict[str, Any]:
+    """What all records of the group have in their configuration."""
+    return {
+        name: value
+        for name, value in group[0].configuration.items()
+        if all(name in record.configuration and record.configuration[name] == value for record in group)
+    }
+
+
+def _settings(configuration: dict[str, Any]) -> str:
+    def plain(value: Any) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return "; ".join(f"{name.replace('_', ' ')} {plain(value)}" for name, value in configuration.items())
+
+
+def _quantity_table(group: list[Record]) -> str:
+    with_baseline = any(one.baseline for record in group for one in record.quantities)
+    rows = []
+    for record in group:
+        for number, one in enumerate(record.quantities):
+            row = [record.work if number == 0 else "", one.name, one.ours.text()]
+            rows.append([*row, _text(one.baseline), _ratio(one.ratio)] if with_baseline else row)
+    heads = ["work", "quantity", "ours"]
+    return _table([*heads, "baseline", "ours / baseline"] if with_baseline else heads, rows)
+
+
+def _point_table(record: Record) -> str:
+    names = [name for name in record.points[0] if name != "at"]
+    return _table([record.work, *names], [[shown(p["at"]), *(shown(p[name]) for name in names)] for p in record.points])
+
+
+def _text(values: Values | None) -> str:
+    return "" if values is None else values.text()
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2g}" if ratio < 0.1 else f"{ratio:.2f}"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
+
+
+if __name__ == "__main__":
+    write()

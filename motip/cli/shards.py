@@ -1,0 +1,149 @@
+"""`motip convert` and `motip shards`: make shards on this machine, and look into any."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from motip.errors import MotipError
+
+if TYPE_CHECKING:
+    from motip.config import Curriculum
+    from motip.data.manifest import Manifest
+
+app = typer.Typer(no_args_is_help=True, help="Look into converted data.")
+
+
+def convert(
+    config: Annotated[str, typer.Option(help="Curriculum file.")] = "configs/curriculum.yaml",
+    data_root: Annotated[str, typer.Option(help="Folder or s3:// URI with the raw datasets.")] = ".",
+    storage: Annotated[str, typer.Option(help="Folder or s3:// URI for the shards.")] = "~/motip",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Broken images and look-alikes of val in train are errors.")
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Order in which videos are picked, here and in the stages that follow "
+            "(default: that of the conversion before, else 0)."
+        ),
+    ] = None,
+    allow_fewer: Annotated[
+        bool, typer.Option("--allow-fewer", help="Take what there is where a stage asks for more.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    to: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="dancetrack DIR", help="Write the shards as a DanceTrack-style folder too."),
+    ] = None,
+) -> None:
+    """Convert raw datasets to shards in this process; ray_jobs/convert.py does the same on a cluster.
+
+    Example: motip convert --config configs/samples/curriculum.yaml --data-root SAMPLES --storage outputs
+    """
+    from motip.config import load_curriculum
+    from motip.curriculum.synthetic_sources import with_worlds
+    from motip.data.convert import convert as convert_all
+    from motip.data.convert import process_map
+    from motip.data.convert_report import ConversionUi
+
+    if to is not None and to[0] != "dancetrack":
+        raise MotipError("unknown layout", where="--to", found=to[0], expected="dancetrack")
+    curriculum = with_worlds(load_curriculum(config), storage, print)
+    with ConversionUi() as ui:
+        report = convert_all(
+            curriculum,
+            data_root,
+            storage,
+            strict=strict,
+            seed=seed,
+            allow_fewer=allow_fewer,
+            map_fn=process_map(processes) if processes > 1 else None,
+            progress=ui.progress,
+        )
+    ui.show(report)
+    if to is not None:
+        _export(curriculum, report.manifest, storage, to[1])
+
+
+def _export(curriculum: Curriculum, manifest: Manifest, storage: str, folder: str) -> None:
+    from motip.data.dancetrack_export import export_dancetrack
+    from motip.storage.paths import location
+
+    names = tuple(dict.fromkeys(name for stage in curriculum.stages for name in stage.config.class_names))
+    classes: dict[str, Any] = {name: source.classes for name, source in curriculum.sources.items()}
+    counts = export_dancetrack(manifest, location(storage), folder, names, classes)
+    for split, values in counts.items():
+        print(f"{folder}/{split}: " + ", ".join(f"{value} {name}" for name, value in values.items()))
+
+
+@app.command("inspect")
+def inspect(
+    storage: Annotated[str, typer.Argument(help="Storage folder or s3:// URI, or a single .parquet file.")],
+    config: Annotated[
+        str | None, typer.Option(help="Curriculum file: count boxes by its classes instead of raw categories.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+) -> None:
+    """Report what a shard set holds: videos, frames, boxes by category, objects per frame, rows dropped.
+
+    Example: motip shards inspect ~/motip
+    """
+    if storage.endswith(".parquet"):
+        _inspect_file(storage, json)
+    else:
+        _inspect_set(storage, config, json)
+
+
+def _inspect_set(storage: str, config: str | None, json: bool) -> None:
+    from motip.cli.console import as_json, console
+    from motip.data.convert_report import inspect_shards
+    from motip.data.manifest import Manifest
+    from motip.storage.paths import location
+
+    manifest = Manifest.load(location(storage))
+    if json:
+        as_json({key: value for key, value in manifest.to_dict().items() if key != "sequences"})
+        return
+    classes: dict[str, Any] | None = None
+    if config is not None:
+        from motip.config import load_curriculum
+
+        classes = {name: source.classes for name, source in load_curriculum(config).sources.items()}
+    console().print(inspect_shards(manifest, classes))
+    for source, splits in manifest.locked.items():
+        for split, names in splits.items():
+            print(f"locked for {split}: {len(names)} sequences of {source}")
+    frames = sum(entry.frames for entry in manifest.videos)
+    size = sum(entry.shard_bytes for entry in manifest.videos)
+    print(f"{len(manifest.videos)} videos, {frames} frames, {size / 1e6:.1f} MB, digest {manifest.digest()[:12]}")
+
+
+def _inspect_file(path: str, json: bool) -> None:
+    from dataclasses import asdict
+
+    from motip.cli.console import as_json, facts, table
+    from motip.data.shards import read_header
+    from motip.storage.paths import location
+
+    header = read_header(location(path))
+    if json:
+        as_json(asdict(header))
+        return
+    summary = header.summary or {}
+    facts(
+        [
+            ("video", f"{header.source}/{header.split}/{header.video} (sequence {header.sequence}, {header.dataset})"),
+            ("frames", f"{header.frames}, {header.width}x{header.height}, {header.fps:g} per second"),
+            ("numbers", f"{summary['first_frame']}..{summary['last_frame']}" if "first_frame" in summary else None),
+            ("objects", f"at most {summary['max_objects']} in a frame" if "max_objects" in summary else None),
+            ("labels", f"sha256 {header.labels_sha256}"),
+            ("images", f"sha256 {header.images_sha256}"),
+        ]
+    )
+    boxes, ignored, tracks = (summary.get(name, {}) for name in ("boxes", "ignored", "tracks"))
+    rows = [[name, str(n), str(ignored.get(name, 0)), str(tracks.get(name, 0))] for name, n in boxes.items()]
+    if rows:
+        table(["category", "boxes", "marked ignore", "tracks"], rows)
+    print(f"{header.frames} frames, {sum(boxes.values())} boxes in {path}")

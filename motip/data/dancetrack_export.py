@@ -1,0 +1,81 @@
+"""Shards back to a DanceTrack-style folder, so that ``datasets/DanceTrack`` can be a link to it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from motip.data.formats.dancetrack_writer import seqmap_path, write_dancetrack, write_seqmap
+from motip.data.manifest import Manifest, VideoEntry, entry_path
+from motip.data.sequence import ClassMap, Sequence
+from motip.data.shards import Shard
+from motip.errors import MotipError
+from motip.storage.paths import Location
+
+
+@dataclass(frozen=True)
+class _ShardImage:
+    """An image that stays in its shard until it is read, so that a long video is never in memory as a whole."""
+
+    shard: Shard
+    position: int
+
+    def read_bytes(self) -> bytes:
+        return cast(bytes, self.shard.read_frames([self.position])[0].image)
+
+
+def export_dancetrack(
+    manifest: Manifest,
+    storage: Location | str,
+    root: Path | str,
+    class_names: SequenceOf[str],
+    classes: Mapping[str, Mapping[str, tuple[str, ...]]],
+) -> dict[str, dict[str, int]]:
+    """Write the videos of some sources as ``<root>/<split>/<video>/`` with ``<root>/<split>_seqmap.txt``.
+
+    Args:
+        class_names: classes in the order of their numbers.
+        classes: source -> class -> raw categories; only these sources are written.
+
+    Returns:
+        split -> counts of ``videos``, ``frames``, ``objects`` and ``ignored`` boxes.
+
+    Raises:
+        MotipError: no video of these sources in the manifest.
+    """
+    chosen = [entry for entry in manifest.videos if entry.source in classes]
+    if not chosen:
+        raise MotipError(
+            "nothing to export: the manifest has no video of these sources",
+            where=storage,
+            found=", ".join(manifest.sources()) or "no sources",
+            expected="one of " + ", ".join(sorted(classes)),
+            fix="run the conversion first",
+        )
+    shared = Counter((entry.split, entry.video) for entry in chosen)
+    written: dict[str, Counter[str]] = {}
+    names: dict[str, list[str]] = {}
+    for entry in chosen:
+        is_shared = shared[entry.split, entry.video] > 1
+        name = f"{entry.source}_{entry.video}" if is_shared else entry.video
+        mapping: dict[str, Any] = {key: value for key, value in classes[entry.source].items() if key in class_names}
+        sequence = _sequence(entry, storage, name)
+        counts = write_dancetrack(sequence, root, entry.split, ClassMap(tuple(class_names), mapping))
+        written.setdefault(entry.split, Counter()).update({"videos": 1, **counts})
+        names.setdefault(entry.split, []).append(name)
+    for split, videos in names.items():
+        write_seqmap(seqmap_path(root, split), videos)
+    return {split: dict(counts) for split, counts in written.items()}
+
+
+def _sequence(entry: VideoEntry, storage: Location | str, name: str) -> Sequence:
+    shard = Shard(entry_path(storage, entry))
+    labels = shard.read_labels()
+    frames = tuple(
+        replace(frame, image=cast(Any, _ShardImage(shard, position))) for position, frame in enumerate(labels.frames)
+    )
+    return replace(labels, name=name, frames=frames)

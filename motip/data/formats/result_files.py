@@ -1,0 +1,223 @@
+"""Tracks on disk: MOTChallenge rows, BDD100K (Scalabel) JSON, VisDrone's 10 columns; written and read back.
+
+On disk frames, ids and classes count from 1 (MOTChallenge, VisDrone), inside from 0. A file that counts from 0 is
+refused when read: shifted silently, it would score as a bad tracker and not as a bad file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from motip.data.formats.common import read_table, whole_numbers
+from motip.data.sequence import TrackRows
+from motip.errors import MotipError
+from motip.storage.atomic import atomic_write
+
+
+def write_mot(path: Path | str, rows: TrackRows) -> None:
+    """Write ``frame,id,x,y,w,h,score,class,-1``, 1-based frame, id and class, sorted by frame and id."""
+    _write_lines(path, [f"{line},-1" for line in _lines(rows, rows.class_ids + 1)])
+
+
+def read_mot(path: Path | str, *, default_class: int | None = None) -> TrackRows:
+    """Read MOTChallenge rows of 6 to 10 columns.
+
+    Args:
+        default_class: 0-based class for rows that name none: fewer than 8 columns, 10 columns (MOT15: the last three
+            are a position), or class -1. None: such rows are an error.
+
+    Raises:
+        MotipError: frames, ids or classes that count from 0, and anything that is no such table.
+    """
+    path = Path(path)
+    table = _table(path, range(6, 11))
+    scores = table[:, 6] if table.shape[1] > 6 else np.ones(len(table))
+    named = table[:, 7] if table.shape[1] in (8, 9) else np.full(len(table), -1.0)
+    if (named == -1).any():
+        if default_class is None:
+            raise MotipError(
+                "rows without a class",
+                where=path,
+                expected="9 columns: frame,id,x,y,w,h,score,class,-1",
+                fix="write the class (1-based), or say which class such rows are",
+            )
+        named = np.where(named == -1, default_class + 1, named)
+    return _rows(path, table, np.where(scores == -1, 1.0, scores), whole_numbers(named, "class", path, at_least=1) - 1)
+
+
+def write_visdrone(path: Path | str, rows: TrackRows, categories: SequenceOf[int]) -> None:
+    """Write VisDrone's 10 columns, truncation and occlusion -1 as its result format asks.
+
+    Args:
+        categories: VisDrone's category number (1..10) of each of our classes.
+    """
+    _check_categories(categories, path)
+    numbers = np.asarray(categories, np.int64)[rows.class_ids] if len(rows) else rows.class_ids
+    _write_lines(path, [f"{line},-1,-1" for line in _lines(rows, numbers)])
+
+
+def read_visdrone(path: Path | str, categories: SequenceOf[int]) -> TrackRows:
+    """Read what :func:`write_visdrone` writes.
+
+    Raises:
+        MotipError: another layout, counting from 0, or a category outside ``categories``.
+    """
+    path = Path(path)
+    _check_categories(categories, path)
+    table = _table(path, range(10, 11))
+    numbers = whole_numbers(table[:, 7], "category", path, at_least=1)
+    strangers = sorted(set(numbers.tolist()) - set(categories))
+    if strangers:
+        raise MotipError(
+            f"category {strangers[0]} is none of the classes", where=path, expected=f"one of {list(categories)}",
+            fix="name the categories that the results hold",
+        )  # fmt: skip
+    class_of = {category: index for index, category in enumerate(categories)}
+    classes = np.array([class_of[number] for number in numbers.tolist()], dtype=np.int64)
+    return _rows(path, table, table[:, 6], classes)
+
+
+def write_bdd100k(
+    path: Path | str,
+    videos: Mapping[str, TrackRows],
+    class_names: SequenceOf[str],
+    frame_numbers: Mapping[str, Iterable[int]] | None = None,
+) -> None:
+    """Write Scalabel tracking JSON: frames with ``name``, ``videoName``, ``frameIndex`` (0-based) and ``labels``.
+
+    Args:
+        videos: video name to tracks.
+        frame_numbers: all frames of each video, so that frames without tracks appear too, as the benchmark wants.
+    """
+    frames = []
+    for video in sorted(videos):
+        rows = videos[video]
+        _check_rows(rows, path)
+        numbers = set(rows.frames.tolist()) | set((frame_numbers or {}).get(video, ()))
+        by_frame: dict[int, list[dict[str, Any]]] = {int(number): [] for number in sorted(numbers)}
+        for index in _order(rows):
+            x1, y1, x2, y2 = (float(value) for value in rows.boxes_xyxy[index])
+            by_frame[int(rows.frames[index])].append(
+                {
+                    "id": str(int(rows.track_ids[index]) + 1),
+                    "category": class_names[int(rows.class_ids[index])],
+                    "score": float(rows.scores[index]),
+                    "box2d": {"x1": x1, "y1": y1, "x2": x2, "y2": y2},
+                }
+            )
+        for number, labels in by_frame.items():
+            name = f"{video}-{number + 1:07d}.jpg"
+            frames.append({"name": name, "videoName": video, "frameIndex": number, "labels": labels})
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(frames, indent=1) + "\n")
+
+
+def read_bdd100k(path: Path | str, class_names: SequenceOf[str]) -> dict[str, TrackRows]:
+    """Read what :func:`write_bdd100k` writes: tracks by video name.
+
+    Raises:
+        MotipError: no such JSON, a category outside ``class_names``, ids that are no whole numbers from 1 on.
+    """
+    try:
+        frames = json.loads(Path(path).read_bytes())
+        columns: dict[str, list[tuple[int, int, list[float], float, int]]] = {}
+        for frame in frames:
+            rows = columns.setdefault(frame["videoName"], [])
+            for label in frame["labels"] or ():
+                box = [float(label["box2d"][key]) for key in ("x1", "y1", "x2", "y2")]
+                class_id = class_names.index(label["category"])
+                rows.append((frame["frameIndex"], int(label["id"]) - 1, box, float(label.get("score", 1.0)), class_id))
+    except FileNotFoundError as error:
+        raise MotipError("no such file", where=path) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise MotipError(
+            f"not a tracking result that can be read: {error}",
+            where=path,
+            expected=f"Scalabel frames with categories of {list(class_names)} and ids from 1 on",
+            fix="write it with `motip results export`",
+        ) from error
+    return {video: _from_columns(rows, path) for video, rows in columns.items()}
+
+
+def _from_columns(rows: list[tuple[int, int, list[float], float, int]], path: object) -> TrackRows:
+    if not rows:
+        return TrackRows.empty()
+    frames, ids, boxes, scores, classes = zip(*rows, strict=True)
+    result = TrackRows(
+        np.array(frames, np.int64),
+        np.array(ids, np.int64),
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(scores, np.float32),
+        np.array(classes, np.int64),
+    )
+    _check_rows(result, path)
+    return result
+
+
+def _check_rows(rows: TrackRows, path: object) -> None:
+    """Refuse what could not be read back: negative numbers, boxes or scores that are not finite."""
+    for what, values in (("frame", rows.frames), ("id", rows.track_ids), ("class", rows.class_ids)):
+        if len(values) and values.min() < 0:
+            raise MotipError(f"a {what} number is negative", where=path, found=values.min(), expected="0-based numbers")
+    if not (np.isfinite(rows.boxes_xyxy).all() and np.isfinite(rows.scores).all()):
+        raise MotipError("a box or score is not a finite number", where=path, fix="this is a defect of the tracker")
+
+
+def _order(rows: TrackRows) -> np.ndarray:
+    return np.lexsort((rows.track_ids, rows.frames))
+
+
+def _lines(rows: TrackRows, classes: np.ndarray) -> list[str]:
+    _check_rows(rows, "track rows")
+    boxes = rows.boxes_xyxy.astype(np.float64)
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    return [
+        f"{rows.frames[i] + 1},{rows.track_ids[i] + 1},{boxes[i, 0]:.4f},{boxes[i, 1]:.4f},"
+        f"{sizes[i, 0]:.4f},{sizes[i, 1]:.4f},{rows.scores[i]:.6f},{classes[i]}"
+        for i in _order(rows)
+    ]
+
+
+def _write_lines(path: Path | str, lines: list[str]) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines))
+
+
+def _table(path: Path, columns: range) -> np.ndarray:
+    if not path.is_file():
+        raise MotipError("no such file of tracks", where=path)
+    return read_table(path, columns)
+
+
+def _rows(path: Path, table: np.ndarray, scores: np.ndarray, classes: np.ndarray) -> TrackRows:
+    frames = whole_numbers(table[:, 0], "frame number", path, at_least=1) - 1
+    track_ids = whole_numbers(table[:, 1], "track id", path, at_least=1) - 1
+    boxes = table[:, 2:6].copy()
+    boxes[:, 2:] += boxes[:, :2]
+    order = np.argsort(frames, kind="stable")
+    rows = TrackRows(
+        frames[order],
+        track_ids[order],
+        boxes[order].astype(np.float32),
+        scores[order].astype(np.float32),
+        classes[order].astype(np.int64),
+    )
+    _check_rows(rows, path)
+    return rows
+
+
+def _check_categories(categories: SequenceOf[int], path: object) -> None:
+    bad = [number for number in categories if not 1 <= number <= 10]
+    if bad or len(set(categories)) != len(categories):
+        raise MotipError(
+            "VisDrone results hold categories 1 to 10, each for one class",
+            where=path,
+            found=list(categories),
+            fix="0 (ignored regions) and 11 (others) are never predicted",
+        )

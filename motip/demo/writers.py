@@ -1,0 +1,189 @@
+"""Rendered frames as raw folders of the three formats, exactly as the originals lay them out."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from motip.demo.rendering import Label
+from motip.errors import MotipError
+
+VISDRONE_CATEGORIES = {
+    "ignored": 0,
+    "pedestrian": 1,
+    "people": 2,
+    "car": 4,
+    "van": 5,
+    "truck": 6,
+    "bus": 9,
+    "others": 11,
+}
+"""Category numbers of the VisDrone toolkit for the categories that the world has."""
+
+OCCLUDED_BELOW = 0.9
+"""An object that shows less than this share counts as occluded (BDD100K) or partially occluded (VisDrone)."""
+TRUNCATED_BELOW = 0.98
+"""An object with less than this share inside the frame counts as truncated."""
+
+
+class SequenceWriter(ABC):
+    """Takes a sequence frame by frame; ``close`` writes what stands in one file per sequence."""
+
+    def __init__(self, root: Path, split: str, name: str, fps: float, quality: int) -> None:
+        self.root, self.split, self.name = root, split, name
+        self._fps, self._quality = fps, quality
+        self._size = (0, 0)
+        self._count = 0
+        self._images: Path
+        self._annotations: Path
+
+    def add(self, image: np.ndarray, labels: SequenceOf[Label]) -> None:
+        """Append a frame: (H, W, 3) uint8 BGR and its labels."""
+        if self._count == 0:
+            self._images.mkdir(parents=True, exist_ok=True)
+            self._annotations.parent.mkdir(parents=True, exist_ok=True)
+        self._count += 1
+        self._size = (image.shape[1], image.shape[0])
+        done, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, self._quality])
+        if not done:
+            raise MotipError(
+                "cannot encode a rendered frame as JPEG",
+                where=self._images,
+                found=f"{image.shape[1]}x{image.shape[0]} pixels",
+                expected="a size that OpenCV's JPEG encoder takes (up to 65535 pixels a side)",
+                fix="choose a smaller size for the synthetic world",
+            )
+        (self._images / self._image_name()).write_bytes(encoded.tobytes())
+        self._record(labels)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Write the annotations: called once, after the last frame."""
+
+    def paths(self) -> tuple[Path, Path]:
+        """The folder of the images and the file of the annotations."""
+        return self._images, self._annotations
+
+    @abstractmethod
+    def _image_name(self) -> str:
+        """File name of the frame at hand."""
+
+    @abstractmethod
+    def _record(self, labels: SequenceOf[Label]) -> None:
+        """Keep the labels of the frame at hand for the annotations."""
+
+
+class Bdd100kWriter(SequenceWriter):
+    """BDD100K MOT 2020: ``images/track/<split>/<video>/`` and one Scalabel JSON per video."""
+
+    def __init__(self, root: Path, split: str, name: str, fps: float, quality: int) -> None:
+        super().__init__(root, split, name, fps, quality)
+        self._images = root / "images" / "track" / split / name
+        self._annotations = root / "labels" / "box_track_20" / split / f"{name}.json"
+        self._frames: list[dict[str, object]] = []
+
+    def _image_name(self) -> str:
+        return f"{self.name}-{self._count:07d}.jpg"
+
+    def _record(self, labels: SequenceOf[Label]) -> None:
+        rows = []
+        for number, label in enumerate(labels):
+            x1, y1, x2, y2 = (float(value) for value in label.box_xyxy)
+            # A crowd has an id of its own in BDD100K; regions painted without one get theirs here.
+            track = label.track_id or 100000 + number
+            rows.append(
+                {
+                    "id": f"{track:08d}",
+                    "category": label.category,
+                    "attributes": {
+                        "occluded": label.visible < OCCLUDED_BELOW,
+                        "truncated": label.inside < TRUNCATED_BELOW,
+                        "crowd": label.region,
+                    },
+                    "box2d": {"x1": x1, "y1": y1, "x2": x2, "y2": y2},
+                }
+            )
+        self._frames.append(
+            {"name": self._image_name(), "videoName": self.name, "frameIndex": self._count - 1, "labels": rows}
+        )
+
+    def close(self) -> None:
+        self._annotations.write_text(json.dumps(self._frames))
+
+
+class VisDroneWriter(SequenceWriter):
+    """VisDrone-MOT: ``VisDrone2019-MOT-<split>/{sequences,annotations}``, rows of 10 columns sorted by track.
+
+    Columns: frame, id, left, top, width, height, score (0 = not evaluated), category, truncation, occlusion.
+    """
+
+    def __init__(self, root: Path, split: str, name: str, fps: float, quality: int) -> None:
+        super().__init__(root, split, name, fps, quality)
+        folder = root / f"VisDrone2019-MOT-{split}"
+        self._images = folder / "sequences" / name
+        self._annotations = folder / "annotations" / f"{name}.txt"
+        self._rows: list[tuple[int, ...]] = []
+
+    def _image_name(self) -> str:
+        return f"{self._count:07d}.jpg"
+
+    def _record(self, labels: SequenceOf[Label]) -> None:
+        for label in labels:
+            x1, y1, x2, y2 = label.box_xyxy
+            ignored = label.region
+            occlusion = 0 if label.visible >= OCCLUDED_BELOW else 1 if label.visible >= 0.5 else 2
+            self._rows.append(
+                (
+                    *(self._count, label.track_id, x1, y1, x2 - x1, y2 - y1),
+                    *(0 if ignored else 1, VISDRONE_CATEGORIES[label.category]),
+                    *(0 if ignored or label.inside >= TRUNCATED_BELOW else 1, 0 if ignored else occlusion),
+                )
+            )
+
+    def close(self) -> None:
+        rows = sorted(self._rows, key=lambda row: (row[1], row[0]))
+        self._annotations.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+
+
+class DanceTrackWriter(SequenceWriter):
+    """DanceTrack: ``<split>/<sequence>/{img1,gt/gt.txt,seqinfo.ini}``, rows of 9 columns, pedestrians only."""
+
+    def __init__(self, root: Path, split: str, name: str, fps: float, quality: int) -> None:
+        super().__init__(root, split, name, fps, quality)
+        self._folder = root / split / name
+        self._images = self._folder / "img1"
+        self._annotations = self._folder / "gt" / "gt.txt"
+        self._rows: list[tuple[int, ...]] = []
+
+    def _image_name(self) -> str:
+        return f"{self._count:08d}.jpg"
+
+    def _record(self, labels: SequenceOf[Label]) -> None:
+        for label in labels:
+            x1, y1, x2, y2 = label.box_xyxy
+            self._rows.append((self._count, label.track_id, x1, y1, x2 - x1, y2 - y1, 1, 1, 1))
+
+    def close(self) -> None:
+        rows = sorted(self._rows, key=lambda row: (row[1], row[0]))
+        self._annotations.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+        info = {
+            "name": self.name,
+            "imDir": "img1",
+            "frameRate": f"{self._fps:g}",
+            "seqLength": self._count,
+            "imWidth": self._size[0],
+            "imHeight": self._size[1],
+            "imExt": ".jpg",
+        }
+        lines = [f"{key}={value}" for key, value in info.items()]
+        (self._folder / "seqinfo.ini").write_text("\n".join(["[Sequence]", *lines, ""]))
+
+
+def write_seqmap(root: Path, split: str, names: SequenceOf[str]) -> None:
+    """``<split>_seqmap.txt`` as TrackEval reads it: the word ``name``, then one sequence per line."""
+    (root / f"{split}_seqmap.txt").write_text("\n".join(["name", *names, ""]))

@@ -1,0 +1,57 @@
+"""Read the scores of a recorded stage back from its run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from motip.errors import MotipError
+from motip.lineage.chain import stage_run
+from motip.lineage.tags import Tag
+
+if TYPE_CHECKING:
+    from motip.lineage.store import Store
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """What a stage's run holds of its scores.
+
+    Attributes:
+        stage, run_id: of the stage.
+        files: name -> JSON of every file under ``scores/``.
+        best: the ``best_`` metrics without the prefix; empty while the stage runs.
+    """
+
+    stage: str
+    run_id: str
+    files: dict[str, Any]
+    best: dict[str, float]
+
+
+def read_scores(store: Store, run_id: str) -> RunScores:
+    """Scores of a stage, or of the last stage of a curriculum.
+
+    Raises:
+        MotipError: no such run, or none of its epochs was scored.
+    """
+    client = store.client()
+    run = stage_run(store, client, run_id)
+    own = run.info.run_id
+    names = [each.path for each in client.list_artifacts(own, "scores") if each.path.endswith(".json")]
+    if not names:
+        raise MotipError(
+            "this run has no scores",
+            where=f"run {own}",
+            expected="scores/epoch_<n>.json among its artifacts",
+            fix="wait until its first epoch is scored, or name another run",
+        )
+    files = {}
+    with tempfile.TemporaryDirectory(prefix="motip-") as folder:
+        for name in names:
+            files[Path(name).name] = json.loads(Path(client.download_artifacts(own, name, folder)).read_text())
+    best = {name.removeprefix("best_"): value for name, value in run.data.metrics.items() if name.startswith("best_")}
+    return RunScores(run.data.tags.get(Tag.STAGE, ""), own, files, best)

@@ -1,0 +1,430 @@
+"""Where shards and raw data live: a local folder or an ``s3://`` address, used through one small set of verbs.
+
+Local places are plain :class:`pathlib.Path`. :class:`RemotePath` offers the same verbs for S3, so code that only
+lists, reads and joins does not ask which of the two it has. Endpoint, region and credentials of S3 come from the
+environment (``AWS_ENDPOINT_URL``, ``AWS_REGION``, ``AWS_ACCESS_KEY_ID``, …), never from a file of ours. Where it names
+neither endpoint nor region, S3 is asked which region the bucket is in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import posixpath
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from motip.errors import MotipError
+from motip.storage.atomic import atomic_write
+from motip.storage.retries import retried
+
+_log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 8 << 20
+OTHER_STORES_REGION = "us-east-1"
+"""What stores behind an endpoint of their own take for theirs."""
+STREAM_TRIES = 6
+"""Of each request while a file is read bit by bit, by the S3 client itself; nobody above it could repeat one."""
+
+Answer = TypeVar("Answer")
+
+
+@functools.cache
+def s3(bucket: str, tries: int = 3) -> pafs.S3FileSystem:
+    """The object store that the environment names.
+
+    Args:
+        bucket: that is to be used; without endpoint and region in the environment, its region is where requests go.
+        tries: of each request by the S3 client itself, silently, within about a second for 3.
+
+    Raises:
+        MotipError: the environment names no region, and S3 does not say which one the bucket is in.
+    """
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    scheme, _, host = endpoint.rpartition("://")
+    return pafs.S3FileSystem(
+        endpoint_override=host or None,
+        scheme=scheme or "https",
+        region=_named_region() or (OTHER_STORES_REGION if endpoint else _region_of(bucket)),
+        # Of a single try: a wrong endpoint is an error, no hang, once these tries and those of `retried` are used up.
+        connect_timeout=10,
+        request_timeout=60,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=tries),
+    )
+
+
+def _named_region() -> str:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
+
+
+@functools.cache
+def _region_of(bucket: str) -> str:
+    """The region that a bucket of AWS is in; it answers this also to those who may not read the bucket."""
+    try:
+        return str(pafs.resolve_s3_region(bucket))
+    except (OSError, pa.ArrowException) as error:
+        raise MotipError(
+            f"which region the bucket {bucket} is in cannot be found out: {error}",
+            where=f"s3://{bucket}",
+            expected="a bucket that exists, and a way to S3",
+            fix="check the name, or set AWS_REGION to the bucket's region in the environment of this process (for "
+            "another store than AWS, AWS_ENDPOINT_URL)",
+        ) from error
+
+
+@contextlib.contextmanager
+def _s3_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MotipError(
+            "no such object in S3", where=uri, fix="check bucket and key, and that the job's role may read them"
+        ) from error
+    except (OSError, pa.ArrowException) as error:
+        raise MotipError(
+            f"S3 answered with an error: {error}",
+            where=uri,
+            expected="a reachable endpoint, a bucket that exists and credentials that may use it",
+            fix="check AWS_ENDPOINT_URL, AWS_REGION and the credentials in the environment of this process",
+        ) from error
+
+
+def _ask(uri: str, verb: str, action: Callable[[], Answer]) -> Answer:
+    """What the store answers; passing failures are waited out and logged, others raised as MotipError."""
+    with _s3_errors(uri):
+        return retried(action, f"{verb} {uri}")
+
+
+@dataclass(frozen=True, order=True)
+class RemotePath:
+    """An ``s3://bucket/key`` address with the verbs of :class:`pathlib.Path` that this package uses."""
+
+    uri: str
+
+    @property
+    def key(self) -> str:
+        return self.uri.removeprefix("s3://").rstrip("/")
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.key)
+
+    def _store(self, tries: int = 3) -> pafs.S3FileSystem:
+        return s3(self.key.partition("/")[0], tries)
+
+    @property
+    def suffix(self) -> str:
+        return posixpath.splitext(self.name)[1]
+
+    @property
+    def stem(self) -> str:
+        return posixpath.splitext(self.name)[0]
+
+    @property
+    def parent(self) -> RemotePath:
+        return RemotePath("s3://" + posixpath.dirname(self.key))
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> RemotePath:
+        return RemotePath("s3://" + posixpath.join(self.key, os.fspath(name)))
+
+    def __str__(self) -> str:
+        return "s3://" + self.key
+
+    def _info(self) -> pafs.FileInfo:
+        return _ask(self.uri, "looking at", lambda: self._store().get_file_info(self.key))
+
+    def exists(self) -> bool:
+        return self._info().type != pafs.FileType.NotFound
+
+    def is_file(self) -> bool:
+        return self._info().type == pafs.FileType.File
+
+    def is_dir(self) -> bool:
+        return self._info().type == pafs.FileType.Directory
+
+    def size_and_time(self) -> tuple[int, float]:
+        info = self._info()
+        return int(info.size or 0), info.mtime.timestamp() if info.mtime else 0.0
+
+    def _listing(self, recursive: bool = False) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.key, recursive=recursive, allow_not_found=recursive)
+        return _ask(self.uri, "listing", lambda: self._store().get_file_info(selector))
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        return iter([RemotePath("s3://" + info.path) for info in self._listing()])
+
+    def files_under(self) -> list[RemotePath]:
+        """All files here and below, in one listing; none where there is nothing."""
+        return [RemotePath("s3://" + info.path) for info in self._listing(recursive=True) if info.is_file]
+
+    def sizes_and_times(self) -> dict[str, tuple[int, float]]:
+        """Size and modification time of every file directly here, in one listing."""
+        return {
+            info.base_name: (int(info.size), info.mtime.timestamp())
+            for info in self._listing()
+            if info.type == pafs.FileType.File
+        }
+
+    def read_bytes(self) -> bytes:
+        def read() -> bytes:
+            with self._store().open_input_file(self.key) as stream:
+                return bytes(stream.read())
+
+        return _ask(self.uri, "reading", read)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, data: bytes | pa.Buffer) -> None:
+        # An S3 object appears whole or not at all, so this is atomic without a temporary name. One call writes it
+        # all: an interruption between two would let the stream be closed, and half an object be published.
+        def write() -> None:
+            with self._store().open_output_stream(self.key) as stream:
+                stream.write(data)
+
+        _ask(self.uri, "writing", write)
+
+    def open_input(self) -> pa.NativeFile:
+        return _ask(self.uri, "opening", lambda: self._store(STREAM_TRIES).open_input_file(self.key))
+
+    def chunks(self) -> Iterator[bytes]:
+        """The content in pieces of at most CHUNK_BYTES; a piece that fails is asked for again, not the whole."""
+        with self.open_input() as stream:
+            for begin in range(0, stream.size(), CHUNK_BYTES):
+                yield _ask(self.uri, "reading", functools.partial(stream.read_at, CHUNK_BYTES, begin))
+
+    def upload(self, source: Path) -> None:
+        """Copy a finished local file here; it is there whole or not at all."""
+        if source.stat().st_size == 0:
+            self.write_bytes(b"")
+            return
+        with pa.memory_map(str(source)) as mapped:
+            self.write_bytes(mapped.read_buffer())
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove a file; the folder that it empties stays, as on a disk."""
+        try:
+            _ask(self.uri, "removing", lambda: self._store().delete_file(self.key))
+        except MotipError as error:
+            # Also where a first try removed it and its answer was lost.
+            if not (missing_ok and isinstance(error.__cause__, FileNotFoundError)):
+                raise
+
+
+Location = Path | RemotePath
+
+
+def location(place: str | os.PathLike[str] | RemotePath) -> Location:
+    """A local path (``~`` expanded, ``file://`` accepted) or an S3 address.
+
+    Raises:
+        MotipError: the address has a scheme that is neither ``file`` nor ``s3``.
+    """
+    if isinstance(place, RemotePath):
+        return place
+    text = os.fspath(place)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text).expanduser()
+    if scheme == "file":
+        return Path(rest)
+    if scheme == "s3" and rest.strip("/"):
+        return RemotePath("s3://" + rest.strip("/"))
+    raise MotipError(
+        "this address cannot be used",
+        where=text,
+        expected="a local folder, file:///folder or s3://bucket/prefix",
+        fix="mount other storage as a folder, or copy it to S3",
+    )
+
+
+def require_folder(folder: Location) -> None:
+    """Make a folder to write in; raises MotipError where that cannot be. S3 needs no folders."""
+    if isinstance(folder, RemotePath):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MotipError(
+            f"the folder cannot be made: {error.strerror}",
+            where=folder,
+            expected="a place this user can write to",
+            fix="name another --storage",
+        ) from error
+
+
+def write_bytes(path: Location, data: bytes) -> None:
+    """Write ``data`` so that readers see the old file or the whole new one."""
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+        return
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Location, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Location) -> Any:
+    """Raises MotipError where the file is absent or is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise MotipError("no such file", where=path, fix="run the conversion first, or check --storage") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise MotipError(
+            f"not a JSON file: {error}", where=path, fix="delete it and run the conversion again"
+        ) from error
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock: Location, what: str) -> Iterator[None]:
+    """Keep other processes that use the same ``lock`` file out; they wait, and say so once.
+
+    An object store has no locks, and some mounted ones have none either (logged): whoever writes there has to look
+    again right before.
+
+    Args:
+        what: is being waited for, for the log.
+    """
+    if isinstance(lock, RemotePath):
+        yield
+        return
+    with contextlib.ExitStack() as opened:
+        try:
+            stream = opened.enter_context(lock.open("a"))
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.warning(f"waiting for {what} ({lock} is locked)")
+                fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.warning(f"going on without a lock: {lock} cannot be locked ({error.strerror})")
+        yield
+
+
+@contextlib.contextmanager
+def whole_file(path: Location) -> Iterator[Path]:
+    """Yield a local path to write to; on success its content appears at ``path`` in one go, on error not at all."""
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="motip-") as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            path.upload(temporary)
+    else:
+        with atomic_write(path) as temporary:
+            yield temporary
+
+
+def open_parquet(path: Location) -> pq.ParquetFile:
+    """Open a Parquet file for reading parts of it; only the footer is read here.
+
+    Raises:
+        MotipError: absent, or not a (whole) Parquet file.
+    """
+    try:
+        if isinstance(path, RemotePath):
+            return pq.ParquetFile(path.open_input(), pre_buffer=True)
+        # Not mapped into memory: every page that was ever read would stay in the process, up to the whole data set.
+        return pq.ParquetFile(path, memory_map=False, pre_buffer=False)
+    except FileNotFoundError as error:
+        raise MotipError(
+            "the shard is missing", where=path, fix="run the conversion again: it adds what is missing"
+        ) from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise MotipError(
+            f"not a readable Parquet file: {error}", where=path, fix="delete it and run the conversion again"
+        ) from error
+
+
+def size_and_time(path: Location) -> tuple[int, float]:
+    """Bytes and modification time (seconds since 1970)."""
+    if isinstance(path, RemotePath):
+        return path.size_and_time()
+    status = path.stat()
+    return status.st_size, status.st_mtime
+
+
+def sizes_and_times(folder: Location) -> dict[str, tuple[int, float]]:
+    """Bytes and modification time of the files directly in ``folder`` by name (one listing, also on S3)."""
+    if isinstance(folder, RemotePath):
+        return folder.sizes_and_times()
+    with os.scandir(folder) as entries:
+        return {entry.name: (entry.stat().st_size, entry.stat().st_mtime) for entry in entries if entry.is_file()}
+
+
+def sha256(path: Location) -> str:
+    """Hex sha256 of a file's bytes."""
+    if not isinstance(path, RemotePath):
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    total = hashlib.sha256()
+    for chunk in path.chunks():
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def remove_leftovers(folder: Location, older_than_s: float = 3600.0) -> int:
+    """Remove temporary files under ``folder`` that a killed process left; returns how many there were.
+
+    Young ones may belong to a process that is still writing. S3 has none: objects appear whole there.
+    """
+    if isinstance(folder, RemotePath) or not folder.is_dir():
+        return 0
+    stale = [path for path in folder.rglob(".*.tmp.*") if time.time() - path.stat().st_mtime > older_than_s]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
+
+
+def fetch(path: Location, target: Path) -> Path:
+    """Copy a file to a local ``target`` (whole or not at all) and return it."""
+    with atomic_write(target) as temporary:
+        if isinstance(path, RemotePath):
+            with temporary.open("wb") as output:
+                for chunk in path.chunks():
+                    output.write(chunk)
+        else:
+            shutil.copyfile(path, temporary)
+    return target
+
+
+def put(source: Path, target: Location) -> None:
+    """Copy a local file into the storage, whole or not at all."""
+    if isinstance(target, RemotePath):
+        target.upload(source)
+        return
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def files_under(folder: Location) -> list[Location]:
+    """All files in ``folder`` and below (one listing on S3), in no order; none where there is nothing."""
+    if isinstance(folder, RemotePath):
+        return list(folder.files_under())
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def local_copy(path: Location) -> Path:
+    """The file itself, or a copy in the user's cache where it lies in an object store; copied once per content."""
+    if isinstance(path, Path):
+        return path
+    target = Path("~/.cache/motip").expanduser() / sha256(path)[:16] / path.name
+    return target if target.is_file() else fetch(path, target)

@@ -1,0 +1,78 @@
+"""What the tracker remembers of past detections: their keys and values, projected once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from motip.model.fast.frame_decoder import HistoryTokens
+
+
+class TokenHistory:
+    """A queue of history tokens in order of time: appended at one end, forgotten at the other.
+
+    Only detections that were seen are stored (a hidden token has no influence). Tokens lie contiguous in a buffer with
+    spare room, so a frame costs one small copy; when the end is reached, they move to the start. The zero token stands
+    before the first of them and moves with it, over the tokens that are forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._start = 0  # of the zero token
+        self._end = 1
+        self.frames = np.zeros(0, np.int64)
+        """(S,) frame of each token."""
+        self.labels = np.zeros(0, np.int64)
+        """(S,) ID label of each token; -1 where its track was dropped."""
+
+    def __len__(self) -> int:
+        return self._end - self._start - 1
+
+    def append(self, tokens: HistoryTokens, labels: np.ndarray, frame: int) -> None:
+        """Add the tokens of the objects of one frame."""
+        count = len(labels)
+        keys, values = self._with_room(tokens, count)
+        keys[:, :, self._end : self._end + count] = tokens.keys[:, :, 1:]
+        values[:, :, self._end : self._end + count] = tokens.values[:, :, 1:]
+        self._end += count
+        self.frames = np.append(self.frames, np.full(count, frame))
+        self.labels = np.append(self.labels, labels)
+
+    def forget_before(self, frame: int) -> None:
+        """Drop the tokens of frames earlier than `frame`."""
+        old = int(np.searchsorted(self.frames, frame))
+        if old and self._keys is not None and self._values is not None:
+            self._start += old
+            self._keys[:, :, self._start] = 0.0
+            self._values[:, :, self._start] = 0.0
+        self.frames, self.labels = self.frames[old:], self.labels[old:]
+
+    def drop_labels(self, labels: np.ndarray) -> None:
+        """Hide every token of these labels from now on."""
+        self.labels[np.isin(self.labels, labels)] = -1
+
+    def tokens(self) -> HistoryTokens:
+        """Views of the zero token and all S tokens, hidden ones included (``labels == -1``)."""
+        assert self._keys is not None and self._values is not None
+        return HistoryTokens(self._keys[:, :, self._start : self._end], self._values[:, :, self._start : self._end])
+
+    def _with_room(self, like: HistoryTokens, count: int) -> tuple[Tensor, Tensor]:
+        """Both buffers, with room for `count` more tokens behind the last."""
+        old_keys, old_values, rows = self._keys, self._values, self._end - self._start
+        if old_keys is not None and old_values is not None and self._end + count <= old_keys.shape[2]:
+            return old_keys, old_values
+        keys, values = old_keys, old_values
+        # In place only where what moves does not overlap where it goes. Fresh memory costs more than the copy.
+        if keys is None or values is None or rows > self._start or rows + count > keys.shape[2]:
+            layers, heads, _, head_dim = like.keys.shape
+            keys = like.keys.new_empty(layers, heads, 2 * (rows + count) + 64, head_dim)
+            values = torch.empty_like(keys)
+        if old_keys is None or old_values is None:
+            keys[:, :, 0], values[:, :, 0] = 0.0, 0.0
+        else:
+            keys[:, :, :rows] = old_keys[:, :, self._start : self._end]
+            values[:, :, :rows] = old_values[:, :, self._start : self._end]
+        self._keys, self._values, self._start, self._end = keys, values, 0, rows
+        return keys, values

@@ -1,0 +1,196 @@
+"""Our checkpoint file: the published container, plus what a stage needs to be tracked with, resumed and traced.
+
+``["model"]``, ``["optimizer"]``, ``["scheduler"]`` and ``["states"]`` are as the published code writes them; the rest
+is ours. Everything is tensors, numbers, text and plain containers, so that nothing in the file can run code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from motip.errors import MotipError
+from motip.model.spec import ModelSpec
+from motip.storage.atomic import atomic_write
+from motip.weights.class_names import check_class_list
+from motip.weights.files import read_container
+
+FORMAT = 1
+
+
+def save_checkpoint(
+    path: Path | str,
+    *,
+    model: nn.Module | Mapping[str, Tensor],
+    classes: Sequence[str],
+    config: Mapping[str, Any],
+    epoch: int,
+    step: int,
+    spec: ModelSpec | None = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    scaler: Any = None,
+    position: Any = None,
+    rng: Any = None,
+    counters: Any = None,
+    run_id: str | None = None,
+    parent: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint; the file is whole or absent.
+
+    Args:
+        path: usually ``checkpoint_<epoch>.pth`` with the 0-based epoch, or ``checkpoint_best.pth``.
+        model: a MOTIP (also wrapped by DistributedDataParallel or ``torch.compile``), or its state dict.
+        classes: one name per class-head row.
+        config: ``Config.to_dict()``.
+        epoch: 0-based epoch that was finished (or is in progress, then `position` says how far).
+        step: batches trained on so far.
+        spec: architecture; needed only where `model` is a state dict.
+        optimizer, scheduler, scaler: objects with ``state_dict()``, or such a dict, or None.
+        position, rng, counters: whatever the training loop needs to go on, in plain containers. NumPy arrays come
+            back as tensors.
+        run_id: MLflow run.
+        parent: ``{"path", "sha256", "run_id"}`` of the weights this stage started from.
+
+    Raises:
+        MotipError: the file cannot be written; a value is neither tensor, number, text nor plain container; the
+            class list contradicts the head.
+    """
+    module = _unwrapped(model) if isinstance(model, nn.Module) else None
+    spec = spec or getattr(module, "spec", None)
+    if spec is None:
+        raise MotipError("a checkpoint needs the architecture of its model", where=path, fix="pass spec=model.spec")
+    content = {
+        "model": module.state_dict() if module is not None else model,
+        "optimizer": _state(optimizer),
+        "scheduler": _state(scheduler),
+        "states": {"start_epoch": epoch + 1, "global_step": step},
+        "format": FORMAT,
+        "classes": list(check_class_list(classes, spec.num_classes, f"{path}, classes")),
+        "config": config,
+        "spec": spec.to_dict(),
+        "epoch": epoch,
+        "step": step,
+        "scaler": _state(scaler),
+        "position": position,
+        "rng": rng,
+        "counters": counters,
+        "run_id": run_id,
+        "parent": parent,
+    }
+    plain = _Plain().convert(content, "checkpoint")
+    with atomic_write(path) as temporary:
+        # Through a handle, not a path: torch would write the temporary file's name into the archive, and equal
+        # checkpoints would have different digests.
+        with temporary.open("wb") as stream:
+            torch.save(plain, stream)
+        _flush(temporary)
+    return Path(path)
+
+
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Everything a checkpoint of ours, or of the published code, holds; tensors on the CPU.
+
+    Raises:
+        MotipError: missing, cut off, would run code, not a checkpoint, or from a later version of this program.
+    """
+    content = read_container(path)
+    if not isinstance(content.get("model"), Mapping):
+        raise MotipError(
+            "the file is no checkpoint to resume from",
+            where=path,
+            found=f"top-level keys {', '.join(map(str, list(content)[:8]))}",
+            expected='{"model", "optimizer", "scheduler", ...}',
+            fix="use it as weights to start from (DETR_PRETRAIN) instead",
+        )
+    if content.get("format", FORMAT) != FORMAT:
+        raise MotipError(
+            "the checkpoint was written by another version of this program",
+            where=path,
+            found=f"format {content['format']}",
+            expected=f"format {FORMAT}",
+            fix="update motip-curriculum",
+        )
+    if "classes" in content:
+        rows = content.get("spec", {}).get("num_classes", len(content["classes"]))
+        check_class_list(content["classes"], rows, f"{path}, classes")
+    return content
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _state(thing: Any) -> Any:
+    return thing.state_dict() if hasattr(thing, "state_dict") else thing
+
+
+def _flush(path: Path) -> None:
+    # A rename may reach the disk before the bytes do; after a power cut the new name would hold an empty file.
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+class _Plain:
+    """Turns values into tensors, numbers, text and plain containers; one tensor under two names stays one."""
+
+    def __init__(self) -> None:
+        self._moved: dict[tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = {}
+        self._alive: list[Tensor] = []
+
+    def convert(self, value: Any, where: str) -> Any:
+        if value is None or type(value) in (bool, int, float, str, bytes):
+            return value
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            return torch.from_numpy(value.copy())
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, str | Path):
+            return str(value)
+        if isinstance(value, Counter):  # MultiStepLR keeps its milestones in one and needs it back as one
+            return Counter(self._items(value, where))
+        if isinstance(value, Mapping):
+            return self._items(value, where)
+        if isinstance(value, list | tuple):
+            items = [self.convert(item, f"{where}[{index}]") for index, item in enumerate(value)]
+            return tuple(items) if isinstance(value, tuple) else items
+        raise MotipError(
+            "a checkpoint holds tensors, numbers, text and plain containers only",
+            where=where,
+            found=type(value).__name__,
+            fix="turn it into one of these before saving",
+        )
+
+    def _items(self, value: Mapping[Any, Any], where: str) -> dict[Any, Any]:
+        converted = {}
+        for key, item in value.items():
+            if not isinstance(key, str | int | float | bool):
+                raise MotipError("a checkpoint key must be text or a number", where=where, found=repr(key))
+            converted[key] = self.convert(item, f"{where}.{key}")
+        return converted
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and identity in self._moved:
+            return self._moved[identity]
+        plain = tensor.cpu().contiguous()
+        if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
+            plain = plain.clone()  # torch.save would write the whole storage a view looks into
+        self._moved[identity] = plain
+        # The address stands for the tensor only while the tensor lives.
+        self._alive.append(tensor)
+        return plain

@@ -1,0 +1,443 @@
+"""Moving weights from a file into a model, with an account of every tensor.
+
+``plan_transfer`` decides and checks everything without touching the model; ``apply_transfer`` then copies. So a file
+that does not fit leaves the model as it was.
+
+What may change between file and model: the classes (rows move by name), the ID vocabulary and REL_PE_LENGTH (they
+grow), and the whole identity half, if the file holds a detector only. Everything else must agree, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from motip.errors import MotipError
+from motip.model.motip import build_model
+from motip.model.spec import ModelSpec
+from motip.weights.class_names import UNUSED_ROW, ClassMove, check_class_list, match_classes
+from motip.weights.files import IDENTITY_PREFIXES, WeightFile
+from motip.weights.transfer_report import COPIED, DROPPED, GROWN, INITIALISED, ROWS_MOVED, Fate, TransferReport
+from motip.weights.vocabulary import resize_positions, resize_words
+
+PRIOR_BIAS = -math.log(99.0)
+"""Bias at which an undecided class head says 0.01 (RetinaNet, section 4.1)."""
+
+WORDS_KEY = "id_decoder.word_to_embed.weight"
+POSITIONS_KEY = "id_decoder.rel_pos_embeds"
+LEFT_OUT = "left out on purpose (PRETRAIN_SKIP)"
+_CLASS_HEAD = re.compile(r"detr\.class_embed\.\d+\.(weight|bias)$")
+_LABEL_HEAD = re.compile(r"id_decoder\.embed_to_word_layers\.\d+\.weight$")
+_BATCH_COUNTER = ".num_batches_tracked"
+
+# First pattern that fits names the configuration keys a user should compare when a shape differs.
+_SIZE_KEYS = (
+    (r"query_embed", "DETR_NUM_QUERIES, DETR_HIDDEN_DIM"),
+    (r"level_embed|input_proj", "DETR_NUM_FEATURE_LEVELS, DETR_HIDDEN_DIM, BACKBONE"),
+    (r"backbone", "BACKBONE"),
+    (
+        r"sampling_offsets|attention_weights",
+        "DETR_NUM_HEADS, DETR_ENC_N_POINTS, DETR_DEC_N_POINTS, DETR_NUM_FEATURE_LEVELS",
+    ),
+    (r"detr\.transformer.*linear", "DETR_DIM_FEEDFORWARD, DETR_HIDDEN_DIM"),
+    (r"detr\.", "DETR_HIDDEN_DIM"),
+    (r"rel_pos_embeds", "NUM_ID_DECODER_LAYERS, HEAD_DIM, ID_DIM"),
+    (r"", "FEATURE_DIM, ID_DIM, FFN_DIM_RATIO"),
+)
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """A checked transfer: ``values`` (first name of each model tensor -> its new value) and the report to be."""
+
+    spec: ModelSpec
+    values: Mapping[str, Tensor]
+    report: TransferReport
+
+
+def plan_transfer(
+    weight_file: WeightFile,
+    spec: ModelSpec,
+    class_names: Sequence[str],
+    *,
+    new_class_from: Mapping[str, str] | None = None,
+    allow: Collection[str] = (),
+    skip: Collection[str] = (),
+) -> TransferPlan:
+    """Decide where every tensor of the file goes and where every tensor of the model comes from.
+
+    Args:
+        weight_file: from ``read_weights``.
+        spec: architecture of the model to fill.
+        class_names: its classes, one per row of its class head.
+        new_class_from: where classes start that the file does not know (CLASS_INIT), see ``match_classes``.
+        allow: patterns (``fnmatch``) of full keys that may be missing in the file, unknown to the model, of another
+            shape, or may lose rows. Without them each of these is an error.
+        skip: patterns of full keys that are left out although they may fit: the model's own initialisation stays.
+
+    Raises:
+        MotipError: naming the first offending key; the file's classes are unknown; the file does not fit.
+    """
+    check_class_list(class_names, spec.num_classes, "the model's classes")
+    if weight_file.classes is None:
+        raise MotipError(
+            f"the file has a class head of {weight_file.class_rows} rows and does not name its classes",
+            where=weight_file.path,
+            expected=f"{weight_file.class_rows} class names",
+            fix="set PRETRAIN_CLASSES (or --classes) to the names of its rows, in their order",
+        )
+    moves = match_classes(
+        weight_file.classes, class_names, new_class_from, coco=weight_file.classes_origin == "COCO category ids"
+    )
+    planner = _Planner(weight_file, spec, moves, tuple(allow))
+    planner.leave_out(tuple(skip))
+    planner.fill_model()
+    planner.account_for_rest_of_file()
+    planner.raise_problems()
+    return TransferPlan(spec, planner.values, planner.report(tuple(class_names)))
+
+
+@torch.no_grad()
+def apply_transfer(model: nn.Module, plan: TransferPlan) -> TransferReport:
+    """Copy the planned values into `model`, in place, on whatever device it is.
+
+    Raises:
+        MotipError: the model is not of the plan's architecture; it is then untouched.
+    """
+    state = model.state_dict()
+    planned = plan.report.model_fates
+    for key in [*planned, *state]:
+        found = tuple(state[key].shape) if key in state else None
+        expected = planned[key].shape if key in planned else None
+        if found != expected:
+            raise MotipError(
+                "the model is not of the architecture the transfer was planned for",
+                where=key,
+                found=found or "no such tensor in the model",
+                expected=expected or "no such tensor",
+            )
+    for key, value in plan.values.items():
+        state[key].copy_(value)
+    return plan.report
+
+
+@dataclass
+class _Planner:
+    file: WeightFile
+    spec: ModelSpec
+    moves: tuple[ClassMove, ...]
+    allow: tuple[str, ...]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(init=False)
+    """Of the file, without those that are left out on purpose."""
+    file_fates: dict[str, Fate] = field(default_factory=dict)
+    model_fates: dict[str, Fate] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[tuple[str, str, str]] = field(default_factory=list)
+    """(key, what is wrong, what to compare or change)"""
+    used_patterns: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.tensors = dict(self.file.tensors)
+
+    def leave_out(self, patterns: tuple[str, ...]) -> None:
+        for pattern in patterns:
+            hits = [key for key in self.file.tensors if fnmatchcase(key, pattern)]
+            for key in hits:
+                self.tensors.pop(key, None)
+                self.file_fates[key] = Fate(DROPPED, tuple(self.file.tensors[key].shape), LEFT_OUT)
+            if hits:
+                self.notes.append(f"{len(hits)} tensors are {LEFT_OUT}: {pattern}")
+            else:
+                self.notes.append(f"PRETRAIN_SKIP has no effect: the file holds nothing named {pattern}")
+
+    def fill_model(self) -> None:
+        slots, groups = _model_tensors(self.spec)
+        words = self._resized_words(slots, groups)
+        for first, names in groups.items():
+            sources = [name for name in names if name in self.tensors]
+            if not sources:
+                self._leave_initialised(slots, names)
+                continue
+            # Loading a state dict in its order leaves the last of several values of one tensor in place.
+            source = sources[-1]
+            moved = self._move(source, slots[first], words) if self._agree(sources) else None
+            if moved is None:
+                self._set_aside(names, sources, slots[first])
+                continue
+            value, category, detail = moved
+            self.values[first] = value.to(slots[first].dtype)
+            for name in names:
+                second = f"filled through its other name {source}" if name not in self.tensors else detail
+                self.model_fates[name] = Fate(
+                    category, tuple(slots[name].shape), second, None if name == first else first
+                )
+            self._account_for_sources(sources, category, detail)
+
+    def _agree(self, sources: list[str]) -> bool:
+        """Whether all names of one model tensor have one shape in the file, or those that differ are allowed."""
+        shape = self.tensors[sources[-1]].shape
+        other = [key for key in sources if self.tensors[key].shape != shape]
+        if not other or self._allowed(*other):
+            return True
+        found = f"shape {tuple(self.tensors[other[0]].shape)}, but {tuple(shape)} as {sources[-1]}"
+        self._problem(other[0], found, "these are two names of one tensor: the file is damaged")
+        return False
+
+    def _move(self, key: str, slot: Tensor, words: Mapping[str, Tensor]) -> tuple[Tensor, str, str] | None:
+        """The value for a model tensor from the file's tensor `key`, its category and detail; None if it cannot be."""
+        tensor = self.tensors[key]
+        if not tensor.is_floating_point():
+            if not self._allowed(key):
+                kind = str(tensor.dtype).removeprefix("torch.")
+                self._problem(key, f"{kind} numbers where the model has floating-point ones", "the file is damaged")
+            return None
+        if _CLASS_HEAD.match(key) and tensor.shape[1:] == slot.shape[1:]:
+            if self._classes_unchanged():
+                return tensor, COPIED, ""
+            return _move_rows(self.file, key, self.moves), ROWS_MOVED, ""
+        if tensor.shape == slot.shape:
+            return tensor, COPIED, ""
+        if key in words:
+            old, new = _word_count(key, tensor), _word_count(key, slot)
+            detail = f"{old} -> {new} labels, newborn moved from {old} to {new}"
+            return words[key], GROWN, detail
+        if key == POSITIONS_KEY and tensor.shape[::2] == slot.shape[::2]:
+            old, new = tensor.shape[1], slot.shape[1]
+            if new > old or self._allowed(key):
+                detail = f"{old} -> {new} time steps, " + (
+                    "the last row repeated" if new > old else "the oldest dropped"
+                )
+                self.notes.append(f"REL_PE_LENGTH {detail}")
+                return resize_positions(tensor, new), GROWN, detail
+            self._problem(key, f"REL_PE_LENGTH would shrink from {old} to {new}", f"set REL_PE_LENGTH: {old}")
+            return None
+        already_said = _is_word_tensor(key) and any(_is_word_tensor(bad) for bad, _, _ in self.problems)
+        if not already_said and not self._allowed(key):
+            shapes = f"shape {tuple(tensor.shape)} in the file, {tuple(slot.shape)} in the model"
+            self._problem(key, shapes, f"compare {_size_keys(key)} with the run that wrote the file")
+        return None
+
+    def _resized_words(self, slots: Mapping[str, Tensor], groups: Mapping[str, list[str]]) -> dict[str, Tensor]:
+        """New values of label embedding and label heads, where the ID vocabulary of the file has another size."""
+        embedding = self.tensors.get(WORDS_KEY)
+        if embedding is None or WORDS_KEY not in slots or embedding.ndim != 2:
+            return {}
+        old, new = embedding.shape[1] - 1, slots[WORDS_KEY].shape[1] - 1
+        wanted = (slots[WORDS_KEY].shape[0], old + 1)
+        if old == new or tuple(embedding.shape) != wanted:
+            return {}
+        winners = [
+            [name for name in names if name in self.tensors]
+            for first, names in groups.items()
+            if _LABEL_HEAD.match(first)
+        ]
+        heads = {names[-1]: self.tensors[names[-1]] for names in winners if names}
+        for key, head in heads.items():
+            if tuple(head.shape) != (wanted[1], wanted[0]):
+                self._problem(
+                    key,
+                    f"shape {tuple(head.shape)}, but {WORDS_KEY} is {tuple(embedding.shape)}",
+                    "the file is damaged",
+                )
+                return {}
+        if new < old and not self._allowed(WORDS_KEY):
+            self._problem(
+                WORDS_KEY,
+                f"the ID vocabulary would shrink from {old} to {new} labels",
+                f"set NUM_ID_VOCABULARY: {old} or more",
+            )
+            return {}
+        resized, resized_heads = resize_words(embedding.float(), [head.float() for head in heads.values()], new)
+        what = f"the ID vocabulary {'grew' if new > old else 'SHRANK'} from {old} to {new} labels"
+        self.notes.append(
+            f"{what}: labels 0..{min(old, new) - 1} bit-exact, newborn moved from {old} to {new}"
+            + (f", labels {old}..{new - 1} are new" if new > old else "")
+        )
+        return {WORDS_KEY: resized, **dict(zip(heads, resized_heads, strict=True))}
+
+    def _leave_initialised(self, slots: Mapping[str, Tensor], names: list[str]) -> None:
+        left_out = any(name in self.file.tensors for name in names)
+        expected = left_out or (names[0].startswith(IDENTITY_PREFIXES) and not self.file.has_identity)
+        if not expected and not self._allowed(*names):
+            self._problem(
+                names[0], "the file does not hold it", "compare the layer counts and BACKBONE with the file's"
+            )
+        detail = LEFT_OUT if left_out else "" if expected else "missing in the file, allowed"
+        for name in names:
+            self.model_fates[name] = Fate(
+                INITIALISED, tuple(slots[name].shape), detail, None if name == names[0] else names[0]
+            )
+
+    def _set_aside(self, names: list[str], sources: list[str], slot: Tensor) -> None:
+        """A shape that does not fit, but was allowed: the model keeps its own value, the file's is dropped."""
+        for name in names:
+            self.model_fates[name] = Fate(
+                INITIALISED,
+                tuple(slot.shape),
+                "other shape in the file, allowed",
+                None if name == names[0] else names[0],
+            )
+        for key in sources:
+            self.file_fates[key] = Fate(DROPPED, tuple(self.tensors[key].shape), "other shape in the model, allowed")
+
+    def _account_for_sources(self, sources: list[str], category: str, detail: str) -> None:
+        winner = self.tensors[sources[-1]]
+        same = [key for key in sources if _equal(self.tensors[key], winner)]
+        for key in sources:
+            shape = tuple(self.tensors[key].shape)
+            if key in same:
+                self.file_fates[key] = Fate(category, shape, detail, None if key == same[0] else same[0])
+            else:
+                self.file_fates[key] = Fate(DROPPED, shape, f"the model shares this tensor; it takes {sources[-1]}")
+        if len(same) < len(sources):
+            self.notes.append(
+                f"{len(sources) - len(same)} of {len(sources)} names of one shared tensor hold other values in the "
+                f"file; the last, {sources[-1]}, wins"
+            )
+
+    def account_for_rest_of_file(self) -> None:
+        for key, tensor in self.tensors.items():
+            if key in self.file_fates or key in self.model_fates:
+                continue
+            counter = key.endswith(_BATCH_COUNTER)
+            if not counter and not self._allowed(key):
+                self._problem(
+                    key, "the model has no such tensor", "compare the layer counts and BACKBONE with the file's"
+                )
+            detail = (
+                "batch-norm step counter; frozen batch norm has none" if counter else "unknown to the model, allowed"
+            )
+            self.file_fates[key] = Fate(DROPPED, tuple(tensor.shape), detail)
+
+    def raise_problems(self) -> None:
+        if not self.problems:
+            return
+        key, wrong, advice = self.problems[0]
+        more = len(self.problems) - 1
+        others = (
+            f" (and {more} more: {', '.join(name for name, _, _ in self.problems[1:6])}{' ...' if more > 5 else ''})"
+        )
+        raise MotipError(
+            "the weights do not fit the model; nothing was loaded",
+            where=f"{self.file.path}, key {key}" + (others if more else ""),
+            found=wrong,
+            expected="every tensor of the file and of the model accounted for",
+            fix=f"{advice}; if it is meant, allow it by name: PRETRAIN_ALLOW: ['{key}'] (or --allow '{key}')",
+        )
+
+    def report(self, class_names: tuple[str, ...]) -> TransferReport:
+        used = {move.row for move in self.moves}
+        rows = enumerate(self.file.classes or ())
+        dropped = tuple(name for row, name in rows if row not in used and name != UNUSED_ROW)
+        return TransferReport(
+            path=str(self.file.path),
+            sha256=self.file.sha256,
+            kind=self.file.kind,
+            file_classes=self.file.classes or (),
+            classes=class_names,
+            classes_origin=self.file.classes_origin,
+            class_moves=tuple(move.describe() for move in self.moves),
+            dropped_classes=dropped,
+            file_fates={key: self.file_fates[key] for key in self.file.tensors},
+            model_fates=dict(self.model_fates),
+            notes=tuple([*self.file.notes, *self._class_notes(dropped), *self.notes, *self._other_notes()]),
+        )
+
+    def _class_notes(self, dropped: tuple[str, ...]) -> list[str]:
+        notes = []
+        if self.file.classes_origin == "assumed from one row":
+            notes.append("the file does not name its one class: taken for 'pedestrian' (PRETRAIN_CLASSES overrules)")
+        for move in self.moves:
+            if move.how == "prior":
+                notes.append(f"class '{move.name}' is new and starts from the prior ({move.source})")
+        if dropped:
+            shown = ", ".join(dropped[:8]) + (f" and {len(dropped) - 8} more" if len(dropped) > 8 else "")
+            notes.append(f"{len(dropped)} classes of the file are not in the model, their rows are dropped: {shown}")
+        return notes
+
+    def _other_notes(self) -> list[str]:
+        notes = []
+        untouched = [key for key, fate in self.model_fates.items() if fate.category == INITIALISED]
+        identity = [key for key in untouched if key.startswith(IDENTITY_PREFIXES)]
+        if identity and not self.file.has_identity:
+            notes.append(
+                f"DETECTOR ONLY: the file holds no identity half; {len(identity)} tensors of trajectory_modeling and "
+                "id_decoder start from their initialisation, association is learnt from nothing"
+            )
+        if _boxes_without_refinement(self.tensors):
+            notes.append("all box heads of the file are equal: it looks trained without box refinement")
+        narrow = [key for key in self.tensors if self.tensors[key].dtype in (torch.float16, torch.bfloat16)]
+        if narrow:
+            notes.append(f"{len(narrow)} tensors of the file are stored in 16 bits and were widened")
+        unused = [pattern for pattern in self.allow if pattern not in self.used_patterns]
+        if unused:
+            notes.append(f"allowed but not needed: {', '.join(unused)}")
+        return notes
+
+    def _classes_unchanged(self) -> bool:
+        straight = all(move.row == row and move.how in ("name", "alias") for row, move in enumerate(self.moves))
+        return straight and len(self.moves) == self.file.class_rows
+
+    def _allowed(self, *keys: str) -> bool:
+        hits = {pattern for pattern in self.allow if any(fnmatchcase(key, pattern) for key in keys)}
+        self.used_patterns |= hits
+        return bool(hits)
+
+    def _problem(self, key: str, wrong: str, advice: str) -> None:
+        self.problems.append((key, wrong, advice))
+
+
+def _model_tensors(spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """Key -> tensor without memory of a model of `spec`; first name of each tensor -> all its names."""
+    with torch.device("meta"):
+        state = build_model(spec).state_dict(keep_vars=True)
+    first_names: dict[int, str] = {}
+    groups: dict[str, list[str]] = {}
+    for key, tensor in state.items():
+        first = first_names.setdefault(id(tensor), key)
+        groups.setdefault(first, []).append(key)
+    return dict(state), groups
+
+
+def _move_rows(file: WeightFile, key: str, moves: Sequence[ClassMove]) -> Tensor:
+    """A class-head weight (C,D) or bias (C,) whose rows come from the file's rows by `moves`.
+
+    A row from the prior is the mean of the file's named rows, with a bias no higher than -log 99 and at least one
+    below the mean bias. A mean never exceeds the best of what it averages, so before training a new class scores
+    below the best known class on every query: what the parent detects and how it is sorted do not change, and the
+    new class starts from "there is an object here" instead of from nothing.
+    """
+    old = file.tensors[key].float()
+    named = [row for row, name in enumerate(file.classes or ()) if name != UNUSED_ROW]
+    mean = old[named].mean(0)
+    prior = mean if key.endswith("weight") else torch.minimum(mean - 1.0, torch.tensor(PRIOR_BIAS))
+    return torch.stack([prior if move.row is None else old[move.row] for move in moves])
+
+
+def _is_word_tensor(key: str) -> bool:
+    return key == WORDS_KEY or _LABEL_HEAD.match(key) is not None
+
+
+def _word_count(key: str, tensor: Tensor) -> int:
+    return tensor.shape[1 if key == WORDS_KEY else 0] - 1
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
+
+
+def _boxes_without_refinement(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether two or more decoder layers share one box head, which only training without refinement gives."""
+    heads = [tensor for key, tensor in tensors.items() if re.match(r"detr\.bbox_embed\.\d+\.layers\.0\.weight$", key)]
+    return len(heads) > 1 and all(_equal(heads[0], head) for head in heads[1:])
+
+
+def _size_keys(key: str) -> str:
+    return next(keys for pattern, keys in _SIZE_KEYS if re.search(pattern, key))

@@ -1,0 +1,122 @@
+"""The Dockerfile, as far as it can be checked without an engine: its instructions, pins, context, and the wheel."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from pathspec import PathSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+KNOWN = {"FROM", "RUN", "WORKDIR", "COPY", "ENV", "USER", "CMD"}
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(instruction, the rest with continued lines joined)."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    text = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    return [(line.split()[0], line.partition(" ")[2].strip()) for line in text.splitlines() if line.strip()]
+
+
+def of(kind: str) -> list[str]:
+    return [rest for name, rest in instructions() if name == kind]
+
+
+def copied() -> list[str]:
+    return [source for rest in of("COPY") for source in rest.split()[:-1]]
+
+
+def test_instructions_are_known_and_begin_with_the_base() -> None:
+    names = [name for name, _ in instructions()]
+    assert set(names) <= KNOWN and names[0] == "FROM" and names[-1] == "CMD"
+
+
+def test_the_base_is_pinned_and_of_a_supported_python() -> None:
+    (base,) = of("FROM")
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base), base
+    assert "latest" not in (ROOT / "Dockerfile").read_text()
+    python = re.findall(r"\d+\.\d+\.\d+", base)[0]
+    from packaging.specifiers import SpecifierSet
+
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert SpecifierSet(wanted).contains(python)
+    locked_with = re.findall(r"Python (\d\.\d+)", (ROOT / "requirements.lock").read_text().splitlines()[0])
+    assert python.startswith(locked_with[0] + ".")
+
+
+def test_packages_are_those_of_the_lock_file_alone() -> None:
+    installs = [part.strip() for rest in of("RUN") for part in rest.split("&&") if "pip" in part]
+    assert installs == [
+        "python -m pip install --no-cache-dir --requirement requirements.lock",
+        "python -m pip install --no-cache-dir --no-deps --no-build-isolation .",
+    ]
+    assert "==" not in (ROOT / "Dockerfile").read_text(), "a second place for pins would drift from the lock file"
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    pins = (ROOT / "requirements.lock").read_text()
+    assert all(re.search(rf"^{re.match(r'[a-z]+', each).group()}==", pins, re.MULTILINE) for each in build)  # type: ignore[union-attr]
+    # The lock file comes before the code, so that a change of code fetches no package anew.
+    order = [rest for name, rest in instructions() if name == "COPY"]
+    assert order[0].startswith("requirements.lock")
+
+
+def test_it_does_not_run_as_root_and_needs_no_writable_code() -> None:
+    (user,) = of("USER")
+    assert user not in ("root", "0")
+    assert any(f"useradd --create-home --uid 1000 {user}" in rest for rest in of("RUN"))
+    after = [name for name, _ in instructions()][[name for name, _ in instructions()].index("USER") :]
+    assert "RUN" not in after and "COPY" not in after
+    assert not any("--chown" in rest for rest in of("COPY"))
+
+
+def test_settings_are_those_of_the_cluster_and_no_secret() -> None:
+    settings = dict(pair.split("=", 1) for rest in of("ENV") for pair in rest.split())
+    lines = yaml.safe_load((ROOT / "cluster.yaml").read_text())["setup_commands"]
+    (exported,) = [line for line in lines if "motip-settings" in line]
+    for name, value in re.findall(r"((?:RAY|MLFLOW)_\w+)=(\w+)", exported):
+        assert settings[name] == value
+    from motip.lineage.provenance import redact
+
+    assert redact(settings) == settings
+    assert not [name for name, _ in instructions() if name == "ARG"]
+
+
+def ignored() -> PathSpec:
+    return PathSpec.from_lines("gitignore", (ROOT / ".dockerignore").read_text().splitlines())
+
+
+def test_the_context_is_what_is_copied() -> None:
+    spec = ignored()
+    for source in copied():
+        if source == ".":
+            pytest.fail("COPY . takes whatever lies in the folder")
+        assert (ROOT / source).exists() and not spec.match_file(source)
+        if (ROOT / source).is_dir():
+            assert not spec.match_file(f"{source}/x.py")
+    stays = (".git/config", ".env", ".venv/bin/python", "outputs/x", "cluster.yaml", "key.pem", "tests/x.py")
+    assert [path for path in stays if not spec.match_file(path)] == []
+
+
+def test_what_is_copied_is_enough_to_build_the_package(tmp_path: Path) -> None:
+    """The second pip step, without an engine: only the copied files, build tools of the lock file, no network."""
+    context = tmp_path / "context"
+    context.mkdir()
+    for source in copied():
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, context / source, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / source, context / source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
+               "--wheel-dir", str(tmp_path), "."]  # fmt: skip
+    done = subprocess.run(command, cwd=context, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "motip/cli/main.py" in names and any(name.endswith("entry_points.txt") for name in names)
+    assert (context / "configs" / "curriculum.yaml").is_file() and (context / "ray_jobs" / "curriculum.py").is_file()

@@ -1,0 +1,96 @@
+"""The error users see: complete, one message, no traceback, across process borders, also for missing system parts."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from motip.errors import MotipError, exit_on_error, find_motip_error
+from motip.storage.atomic import atomic_write, digest, write_json_atomic
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_message_names_place_and_remedy() -> None:
+    error = MotipError("too few videos", where="a.yaml:3", found=7, expected="at least 56", fix="ask for fewer")
+    lines = str(error).splitlines()
+    assert lines[0] == "too few videos"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["where", "found", "expected", "fix"]
+
+
+def test_it_survives_pickling() -> None:
+    error = MotipError("wrong", where="here", found=1)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301 - our own bytes
+
+
+def test_it_is_found_in_a_chain_of_causes() -> None:
+    inner = MotipError("the cause")
+    try:
+        try:
+            raise inner
+        except MotipError as error:
+            raise RuntimeError("wrapped by a cluster") from error
+    except RuntimeError as outer:
+        assert find_motip_error(outer) is inner
+    assert find_motip_error(ValueError("other")) is None
+
+
+def test_entry_points_print_one_message_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, exit_on_error():
+        raise MotipError("too few videos", fix="ask for fewer")
+    assert caught.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: too few videos") and "Traceback" not in shown
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), exit_on_error():
+        _ = 1 / 0
+
+
+def test_a_missing_system_library_is_named_with_its_package(tmp_path: Path) -> None:
+    """A machine without libGL: the wheel of OpenCV is there, but its import fails."""
+    package = tmp_path / "cv2"
+    package.mkdir()
+    text = "libGL.so.1: cannot open shared object file: No such file or directory"
+    (package / "__init__.py").write_text(f"raise ImportError({text!r})\n")
+    data = tmp_path / "data"
+    data.mkdir()
+    command = [sys.executable, "ray_jobs/curriculum.py", "--config", "configs/demo/curriculum.yaml", "--workers", "0"]
+    result = subprocess.run(
+        [*command, "--storage", str(tmp_path / "storage")],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "libGL.so.1" in result.stderr and "apt-get install libgl1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_files_are_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "value.json"
+    write_json_atomic(path, {"b": 1, "a": [2]})
+    before = path.read_text()
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("cut off")
+    assert path.read_text() == before
+    assert [child.name for child in path.parent.iterdir()] == ["value.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MotipError, match="cannot write") as caught:
+        write_json_atomic(tmp_path / "file" / "value.json", {})
+    assert "writable" in str(caught.value)
+
+
+def test_equal_values_have_equal_digests() -> None:
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})

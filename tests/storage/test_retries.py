@@ -1,0 +1,208 @@
+"""A store that stumbles is asked again; what it refuses for good is said at once; nothing appears by halves."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+
+from motip.errors import MotipError
+from motip.storage import paths, retries
+from motip.storage.atomic_filesystem import WholeFiles, whole_files
+from motip.storage.paths import RemotePath, location
+from motip.storage.retries import retried
+from tests.helpers.object_store import ObjectStore, object_store
+
+CLIENT_TRIES = 3
+"""Of the S3 client itself; one more failure than that reaches us."""
+
+
+@pytest.fixture(scope="module")
+def shared_store() -> Iterator[ObjectStore]:
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture
+def store(shared_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
+    shared_store.troubles.clear()
+    shared_store.requests.clear()
+    return shared_store
+
+
+def _at(store: ObjectStore, name: str) -> RemotePath:
+    path = location(f"{store.uri}/{name}")
+    assert isinstance(path, RemotePath)
+    return path
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["503", "dropped"])
+def test_every_verb_gets_over_a_store_that_stumbles(
+    store: ObjectStore, drop: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _at(store, f"verbs-{drop}/a.bin")
+    (tmp_path / "source").write_bytes(b"source")
+    verbs = {
+        "writing": lambda: path.write_bytes(b"0123"),
+        "reading": lambda: path.read_bytes() == b"0123",
+        "looking at": lambda: path.size_and_time()[0] == 4,
+        "listing": lambda: [each.name for each in path.parent.files_under()] == ["a.bin"],
+        "storing": lambda: paths.put(tmp_path / "source", path),
+        "removing": path.unlink,
+    }
+    for verb, action in verbs.items():
+        store.requests.clear()
+        caplog.clear()
+        store.fails("", CLIENT_TRIES + 1, drop)
+        with caplog.at_level(logging.WARNING):
+            assert action() in (True, None), verb
+        assert len(store.failed()) >= CLIENT_TRIES + 1
+        assert f"{'writing' if verb == 'storing' else verb} {path if verb != 'listing' else path.parent}" in caplog.text
+        assert "failed (try 1), again in" in caplog.text
+    assert not path.exists() and path.parent.is_dir()
+    path.unlink(missing_ok=True)
+    with pytest.raises(MotipError, match="no such object"):
+        path.unlink()
+
+
+def test_a_file_read_bit_by_bit_goes_on_where_it_stumbled(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "CHUNK_BYTES", 4)
+    monkeypatch.setattr(paths, "STREAM_TRIES", 1)
+    path = _at(store, "bits.bin")
+    path.write_bytes(b"0123456789")
+    pieces = []
+    for piece in path.chunks():
+        pieces.append(piece)
+        store.fails("^GET", 1)
+    assert pieces == [b"0123", b"4567", b"89"]
+    assert len(store.failed()) == 2
+    store.troubles.clear()
+
+
+def test_patience_ends_and_what_lasts_is_not_repeated(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MotipError, match=r"S3|no such object"):
+        location("s3://no-such-bucket/x").write_bytes(b"1")
+    assert len([each for each in store.requests if "no-such-bucket" in each]) == 1
+    monkeypatch.setattr(retries.retried, "__defaults__", (0.0, *retries.retried.__defaults__[1:]))  # type: ignore[index]
+    store.fails("", 1000)
+    with pytest.raises(MotipError, match="SLOW_DOWN"):
+        _at(store, "x").write_bytes(b"1")
+    assert len(store.failed()) == CLIENT_TRIES
+
+
+def test_waits_grow_and_are_said() -> None:
+    said: list[str] = []
+    left = [3]
+
+    def action() -> str:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError("AWS Error SLOW_DOWN during PutObject operation: busy")
+        return "done"
+
+    waits: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retries.time, "sleep", waits.append)
+        assert retried(action, "writing x", say=said.append) == "done"
+    assert len(waits) == len(said) == 3 and waits[0] < waits[1] < waits[2]
+    assert said[0].startswith("writing x failed (try 1)") and "SLOW_DOWN" in said[0]
+    with pytest.raises(OSError, match="ACCESS_DENIED"):
+        retried(lambda: _raise(OSError("AWS Error ACCESS_DENIED")), "writing x", say=said.append)
+    assert len(said) == 3
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_an_upload_that_breaks_off_leaves_what_was_there(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _at(store, "big.pth")
+    path.write_bytes(b"the one before")
+    (tmp_path / "big.pth").write_bytes(bytes(12 << 20))
+    monkeypatch.setattr(retries.retried, "__defaults__", (0.0, *retries.retried.__defaults__[1:]))  # type: ignore[index]
+    store.fails("partNumber=2", 1000)
+    with pytest.raises(MotipError, match="SLOW_DOWN"):
+        path.upload(tmp_path / "big.pth")
+    assert path.read_bytes() == b"the one before"
+    store.troubles.clear()
+    path.upload(tmp_path / "big.pth")
+    assert path.size_and_time()[0] == 12 << 20
+    (tmp_path / "empty").write_bytes(b"")
+    path.upload(tmp_path / "empty")
+    assert path.read_bytes() == b""
+
+
+def test_the_file_system_for_others_travels_and_is_patient(store: ObjectStore) -> None:
+    files = whole_files(remote=True)
+    there = pickle.loads(pickle.dumps(files))  # noqa: S301 - our own
+    assert there == files and files != whole_files(remote=False) and WholeFiles(True) == WholeFiles(True)
+    folder = store.uri.removeprefix("s3://") + "/run"
+    there.create_dir(f"{folder}/step_1")
+    store.fails("", CLIENT_TRIES + 1)
+    with there.open_output_stream(f"{folder}/snapshot.json") as stream:
+        stream.write(b"{}")
+    assert len(store.failed()) == CLIENT_TRIES + 1
+    with there.open_input_file(f"{folder}/snapshot.json") as stream:
+        assert stream.read() == b"{}"
+    infos = there.get_file_info(pafs.FileSelector(folder))
+    assert {info.base_name: info.is_file for info in infos} == {"snapshot.json": True, "step_1": False}
+    assert there.get_file_info(f"{folder}/none").type == pafs.FileType.NotFound
+    there.delete_dir(f"{folder}/step_1")
+    assert there.get_file_info(f"{folder}/step_1").type == pafs.FileType.NotFound
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "s3"])
+def test_a_write_that_breaks_off_leaves_the_file_before(store: ObjectStore, tmp_path: Path, remote: bool) -> None:
+    files = whole_files(remote)
+    path = f"{store.uri.removeprefix('s3://')}/broken.json" if remote else str(tmp_path / "broken.json")
+
+    def read() -> bytes:
+        with files.open_input_file(path) as stream:
+            return bytes(stream.read())
+
+    with files.open_output_stream(path) as stream:
+        stream.write(b"old")
+    with pytest.raises(KeyError), files.open_output_stream(path) as stream:
+        stream.write(b"ha")
+        raise KeyError
+    assert read() == b"old"
+    # A whole write while an error is dealt with is no broken one, nor is one that got over an error of its own.
+    try:
+        raise ValueError
+    except ValueError:
+        with files.open_output_stream(path) as stream:
+            stream.write(b"new")
+            with pytest.raises(KeyError):
+                _raise(KeyError())
+    assert read() == b"new"
+
+
+def test_on_a_full_disk_the_file_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = whole_files(remote=False)
+
+    def write(text: bytes) -> None:
+        with files.open_output_stream(str(tmp_path / "snapshot.json")) as stream:
+            stream.write(text)
+
+    write(b"old")
+    real = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        real(path, data[:1])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(MotipError, match="No space left"):
+            write(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshot.json"]
+    assert (tmp_path / "snapshot.json").read_bytes() == b"old"
+    write(b"new")
+    assert (tmp_path / "snapshot.json").read_bytes() == b"new"

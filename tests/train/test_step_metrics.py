@@ -1,0 +1,208 @@
+"""What a training tells of itself at its logging interval: speed, rates, the time split, memory, what it skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import motip.train.loop as loop
+import motip.train.timing as timing
+from motip.config import Config
+from motip.train.batch_sources import LocalFeed
+from motip.train.collectives import SingleProcess
+from motip.train.loop import Meter
+from motip.train.optimizer import GROUP_NAMES, parameter_groups
+from motip.train.ray_train import FolderReporter
+from motip.train.step import TrainStep
+from motip.train.timing import PARTS, Interval, StepClock
+from motip.weights.pretrained import load_checkpoint
+from tests.helpers.small_training import clip, small_config, small_model
+from tests.train.test_loop import SETTINGS, job_of, write_video
+
+CLIPS, EVERY, ACCUMULATE = 7, 3, 2
+TIMES = {f"{name}_s" for name in ("wait", *PARTS, "other")}
+
+Records = list[tuple[str, dict[str, Any]]]
+
+
+def _config(**changes: Any) -> Config:
+    settings = {**SETTINGS, "EPOCHS": 1, "CLIPS_PER_EPOCH": CLIPS, "LOG_EVERY_STEPS": EVERY, **changes}
+    return small_config(**{"ACCUMULATE_STEPS": ACCUMULATE, **settings})
+
+
+def _run(config: Config, folder: Path, look: Callable[[str, dict[str, Any]], None] | None = None) -> Records:
+    records: Records = []
+
+    def on_record(kind: str, values: dict[str, Any]) -> None:
+        records.append((kind, values))
+        if look is not None:
+            look(kind, values)
+
+    job = job_of(config, folder, [write_video(folder, "long", frames=12)])
+    reporter = FolderReporter(folder / "stage", on_record)
+    loop.run_stage(job, SingleProcess(), LocalFeed(job, config), reporter, torch.device("cpu"))
+    return records
+
+
+@pytest.fixture(autouse=True)
+def _without_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
+
+
+def of(kind: str, records: Records) -> list[dict[str, Any]]:
+    return [values for found, values in records if found == kind]
+
+
+def test_a_step_record_names_its_rates_and_splits_its_time(tmp_path: Path) -> None:
+    config = _config(LR=1e-3, LR_WARMUP_EPOCHS=0, LR_LINEAR_PROJ_SCALE=0.5, LR_DICTIONARY_SCALE=0.25)
+    records = _run(config, tmp_path)
+    steps = of("step", records)
+    assert [values["index"] + 1 for values in steps] == [3, 6, 7]
+    for values in steps:
+        metrics = values["metrics"]
+        rates = {name.removeprefix("step/lr/"): rate for name, rate in metrics.items() if name.startswith("step/lr")}
+        scales = {"backbone": config.backbone_lr_scale, "linear_proj": 0.5, "dictionary": 0.25, "rest": 1.0}
+        assert rates == pytest.approx({name: 1e-3 * scale for name, scale in scales.items()})
+        assert {name.removeprefix("step/time/") for name in metrics if name.startswith("step/time/")} == TIMES
+        assert all(metrics[f"step/time/{part}_s"] > 0 for part in PARTS)
+        assert metrics["step/objects_per_clip"] == 9, "three frames with three cars"
+        assert 0.05 < metrics["step/memory_gib"] < 64
+        assert metrics["step/clips_skipped"] == 0
+        # The gradient is applied every second step: the norms are the latest ones, not those of this very step.
+        assert metrics["step/detr_grad_norm"] > 0 and metrics["step/loss"] > 0
+    json.dumps(steps)
+    epoch = of("epoch", records)[0]["metrics"]
+    assert {name for name in TIMES if epoch[f"time/{name}"] >= 0} == TIMES
+    assert epoch["device/memory_gib"] == max(values["metrics"]["step/memory_gib"] for values in steps)
+    whole = sum(epoch[f"time/{name}"] for name in TIMES) * CLIPS
+    assert whole == pytest.approx(epoch["time/epoch_s"], rel=0.05), "the parts are the whole"
+
+
+def test_the_groups_have_their_names() -> None:
+    config = small_config()
+    model = small_model(config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = dict(zip(GROUP_NAMES, parameter_groups(model, config), strict=True))
+    members = {group: {names[id(each)] for each in groups[group]["params"]} for group in groups}
+    assert all("backbone" in name for name in members["backbone"]) and members["backbone"]
+    assert members["linear_proj"] and members["dictionary"]
+    assert all(any(part in name for part in config.LR_LINEAR_PROJ_NAMES) for name in members["linear_proj"])
+    assert all(any(part in name for part in config.LR_DICTIONARY_NAMES) for name in members["dictionary"])
+
+
+def test_skipped_clips_are_counted_named_and_told_by_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config()
+    real, calls = TrainStep._losses, []
+
+    def out_of_memory_at_the_second(step: TrainStep, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("injected")
+        return real(step, *arguments)
+
+    monkeypatch.setattr(TrainStep, "_losses", out_of_memory_at_the_second)
+    records = _run(config, tmp_path)
+    assert [values["metrics"]["step/clips_skipped"] for values in of("step", records)] == [1, 1, 1]
+    epoch = of("epoch", records)[0]["metrics"]
+    assert epoch["clips_skipped"] == 1 and epoch["memory/clips_left_out_objects_0_to_9"] == 1
+    (note,) = of("note", records)
+    assert note["step"] == 2
+    assert "long" in note["text"] and "3 frames, 9 objects, at most 3 in a frame" in note["text"]
+
+
+def test_the_time_split_of_an_epoch_survives_a_resume() -> None:
+    meter = Meter(steps=4, clips=4, waited=1.0)
+    meter.seconds["forward"] = 8.0
+    meter.memory_gib = 3.0
+    state = json.loads(json.dumps(meter.state_dict(SingleProcess())))
+    again = Meter.resumed(state, leads=True)
+    assert again.seconds == {"forward": 8.0, "backward": 0.0, "optimiser": 0.0}
+    assert again.means()["time/forward_s"] == 2.0 and again.means()["time/wait_s"] == 0.25
+    assert again.means()["device/memory_gib"] == 3.0
+    # Of a checkpoint that was written before there was a split.
+    old = {name: value for name, value in state.items() if name not in ("seconds", "memory_gib")}
+    assert Meter.resumed(old, leads=True).means()["time/forward_s"] == 0.0
+
+
+def test_a_checkpoint_between_two_records_holds_the_times_so_far_and_takes_none_from_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is read for the checkpoint after step 4 and for the record after step 7."""
+    monkeypatch.setattr(StepClock, "take", lambda clock: dict.fromkeys(PARTS, 7.0))
+    config = _config(CHECKPOINT_EVERY_STEPS=4, LOG_EVERY_STEPS=100)
+    saved: list[dict[str, float]] = []
+
+    def look(kind: str, values: dict[str, Any]) -> None:
+        if kind == "step":
+            (path,) = (tmp_path / "stage").glob("step_*/*.pth")
+            saved.append(load_checkpoint(path)["position"]["meter"]["seconds"])
+
+    records = _run(config, tmp_path, look)
+    assert saved == [dict.fromkeys(PARTS, 7.0)]
+    (record,) = of("step", records)
+    assert record["metrics"]["step/time/forward_s"] == 2.0
+
+
+class FakeEvent:
+    """A CUDA event on a device whose clock ticks once per event, each tick 10 ms; readable after a synchronisation."""
+
+    ticks = 0
+    synchronised = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = -1
+
+    def record(self, stream: object) -> None:
+        FakeEvent.ticks += 1
+        self.at = FakeEvent.ticks
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert FakeEvent.synchronised >= end.at, "read before the device was waited for"
+        return 10.0 * (end.at - self.at)
+
+
+def test_on_cuda_the_device_is_waited_for_only_when_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+
+    def synchronize(device: torch.device) -> None:
+        waits.append(device)
+        FakeEvent.synchronised = FakeEvent.ticks
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    clock = StepClock(torch.device("cuda"))
+    for _ in range(5):
+        with clock.part("forward"), clock.part("backward"):
+            assert not waits
+    with pytest.raises(RuntimeError), clock.part("optimiser"):
+        raise RuntimeError("what fails counts too")
+    assert not waits
+    assert clock.take() == pytest.approx({"forward": 0.15, "backward": 0.05, "optimiser": 0.01})
+    assert len(waits) == 1
+    assert clock.take() == dict.fromkeys(PARTS, 0.0) and len(waits) == 1
+
+
+def test_the_clock_counts_each_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wall clock that moves on by one second whenever it is looked at."""
+    now = iter(range(1000))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
+    config = small_config()
+    step = TrainStep(small_model(config), config, SingleProcess())
+    optimizer = torch.optim.SGD(step.model.parameters(), lr=0.0)
+    for number in range(3):
+        step.accumulate(clip(number), seed=number)
+    step.apply(optimizer)
+    assert step.clock.take() == {"forward": 3.0, "backward": 3.0, "optimiser": 1.0}
+
+
+def test_an_interval_tells_what_was_added_since_it_was_asked_last() -> None:
+    interval = Interval({"steps": 10.0, "wait": 1.0})
+    assert interval.since({"steps": 14.0, "wait": 1.5, "new": 2.0}) == {"steps": 4.0, "wait": 0.5, "new": 2.0}
+    assert interval.since({"steps": 15.0, "wait": 1.5, "new": 2.0}) == {"steps": 1.0, "wait": 0.0, "new": 0.0}
