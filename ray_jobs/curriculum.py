@@ -49,7 +49,7 @@ def main() -> None:
         from motip.cli.launch import launch_curriculum, launch_experiment
         from motip.cli.report_page import draw_sheets
         from motip.config.experiment_file import is_experiment
-        from motip.curriculum import Tuning
+        from motip.tune import Tuning
 
         if is_experiment(args.config):
             launch_experiment(

@@ -43,7 +43,7 @@ def main() -> None:
     args = arguments()
     with exit_on_error():
         from motip.cli.stage_tuning import AskedSweep, sweep_stage
-        from motip.curriculum import Tuning
+        from motip.tune import Tuning
 
         sweep_stage(
             AskedSweep(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from motip.cluster import Cluster, connect, disconnect
 from motip.config import Curriculum, load_curriculum
 from motip.config.experiment_file import load_experiment
-from motip.curriculum import CurriculumResult, Options, Tuning, run_curriculum
+from motip.curriculum import CurriculumResult, Options, run_curriculum
 from motip.curriculum.base_weights import check_given_weights
 from motip.curriculum.records import curriculum_folder
 from motip.errors import MotipError
@@ -24,6 +23,7 @@ from motip.report.progress import DriverUi, stage_table
 from motip.report.stage_tracks import Means
 from motip.storage.paths import Location, location, write_bytes, write_json
 from motip.train.ray_train import pick_device
+from motip.tune import StageTuner, Tuning
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def launch(
     Raises:
         MotipError: anything the user can put right.
     """
-    options = replace(_options(data_root, storage, workers, strict, config_path, until), tune=tune)
+    options = _options(data_root, storage, workers, strict, config_path, until)
     if until is not None and until not in [stage.name for stage in curriculum.stages]:
         names = ", ".join(stage.name for stage in curriculum.stages)
         raise MotipError("there is no such stage", where="--until", found=until, expected=f"one of {names}")
@@ -155,7 +155,7 @@ def launch(
                 ui.note(f"warning: {stage.name}: DEVICE is cuda, but the cluster has no GPU: it trains on the CPU")
     try:
         lineage = Lineage(storage=options.storage)
-        result = run_curriculum(curriculum, options, cluster, lineage, ui)
+        result = run_curriculum(curriculum, options, cluster, lineage, ui, StageTuner(tune) if tune else None)
         page = _report_page(curriculum, options, cluster, result, ui, before_page)
     finally:
         ui.close()

@@ -12,12 +12,13 @@ from motip.config import Curriculum, Stage, load_config, load_curriculum
 from motip.config.single_stage import single_stage
 from motip.config.sweep_file import SweepFile, check_sweep, load_sweep
 from motip.config.yaml_chain import read_yaml
-from motip.curriculum import Options, SweepResult, Tuning, run_sweep
+from motip.curriculum import Options
 from motip.curriculum.base_weights import check_given_weights
 from motip.data.formats.motchallenge import CATEGORIES
 from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.report.progress import DriverUi
+from motip.tune import SweepResult, Tuning, run_sweep
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,13 @@ def sweep_stage(asked: AskedSweep, tuning: Tuning) -> SweepResult:
     )
     storage = checked_storage(asked.storage)
     workers = tuning.workers
-    options = Options(
-        root, storage, workers=workers, strict=asked.strict, config_path=asked.config, until=stage.name, tune=tuning
-    )
+    options = Options(root, storage, workers=workers, strict=asked.strict, config_path=asked.config, until=stage.name)
     check_given_weights(curriculum, options)
     ui = DriverUi()
     cluster = connect()
     try:
         lineage = Lineage(storage=storage)
-        result = run_sweep(curriculum, stage, options, cluster, lineage, ui)
+        result = run_sweep(curriculum, stage, options, cluster, lineage, ui, tuning)
     finally:
         ui.close()
         disconnect()

@@ -16,23 +16,6 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """How sweeps are run.
-
-    Attributes:
-        workers: training workers of each trial.
-        trials: settings that are tried; None for the sweep file's number.
-        at_once: trials that must run side by side; None for as many as fit.
-        overlay: file that the values found are written to; None for a place by the stage's name.
-    """
-
-    workers: int = 1
-    trials: int | None = None
-    at_once: int | None = None
-    overlay: str | None = None
-
-
-@dataclass(frozen=True)
 class Options:
     """How and where a curriculum runs.
 
@@ -44,7 +27,6 @@ class Options:
         strict: undecodable images end the conversion.
         config_path: for messages.
         until: name of the last stage to run, None for all.
-        tune: stages with a sweep are tuned before they are trained; None trains them as configured.
     """
 
     data_root: str
@@ -54,7 +36,6 @@ class Options:
     strict: bool = False
     config_path: str = ""
     until: str | None = None
-    tune: Tuning | None = None
 
 
 @dataclass(frozen=True)

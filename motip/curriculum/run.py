@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Protocol
 
 from motip.cluster import Cluster
 from motip.config import Curriculum, Stage, without_effect_message
-from motip.config.yaml_chain import with_values
 from motip.curriculum.base_weights import check_given_weights, parent_of
 from motip.curriculum.domain_report import DomainReport
 from motip.curriculum.failure import beside_a_failure, tell_failure
@@ -16,12 +16,10 @@ from motip.curriculum.stage import Session, Ui, run_stage
 from motip.curriculum.synthetic_sources import with_worlds
 from motip.data.convert import convert, ray_map
 from motip.data.manifest import Manifest
-from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.report.stage_list import listed, write_stage_list
 from motip.storage.paths import location
 from motip.train.stage_job import Parent
-from motip.tune.sweep import SweepResult, check_tuning, tune_stage
 
 
 @dataclass(frozen=True)
@@ -35,23 +33,39 @@ class CurriculumResult:
     domains: DomainReport | None = None
 
 
+class Tuner(Protocol):
+    """Searches the values of a stage before the stage is trained; :class:`motip.tune.stage_tuner.StageTuner`."""
+
+    def stages_to_tune(self, curriculum: Curriculum, options: Options, cluster: Cluster | None) -> set[str]:
+        """Names of the stages that are tuned; MotipError if one of them cannot be."""
+
+    def tuned(self, session: Session, stage: Stage, parent: Parent | None) -> Stage:
+        """The stage with the values that its sweep found."""
+
+
 def run_curriculum(
-    curriculum: Curriculum, options: Options, cluster: Cluster | None, lineage: Lineage, ui: Ui
+    curriculum: Curriculum,
+    options: Options,
+    cluster: Cluster | None,
+    lineage: Lineage,
+    ui: Ui,
+    tuner: Tuner | None = None,
 ) -> CurriculumResult:
     """Convert what is missing, then run every stage whose inputs are new or changed, in order.
 
     After each stage the domains its model has seen are scored; see :class:`motip.curriculum.forgetting.DomainWatch`.
 
     Args:
-        cluster: what Ray has to give; None with ``options.workers`` 0.
+        cluster: resources of the Ray cluster; None with ``options.workers`` 0.
+        tuner: searches values for the stages that name a sweep; None trains every stage as configured.
 
     Raises:
         MotipError: input that is wrong, naming place and remedy; or a stage forgot too much and `domains.on_loss` is
             `stop`. Finished stages stay finished.
     """
-    _announce(curriculum, ui)
-    tuned = check_sweeps(curriculum, options, cluster)
-    curriculum, manifest = _with_data(curriculum, options, cluster, ui)
+    warn_without_effect(curriculum, ui)
+    to_tune = tuner.stages_to_tune(curriculum, options, cluster) if tuner else set()
+    curriculum, manifest = prepare_data(curriculum, options, cluster, ui)
     inputs = {"name": curriculum.name, "stages": [stage.name for stage in curriculum.stages]}
     run_id = lineage.start_curriculum(
         curriculum.name, inputs, {"motip.config": options.config_path}, reopen_finished=True
@@ -62,8 +76,8 @@ def run_curriculum(
     try:
         for stage in curriculum.stages:
             parent = parent_of(curriculum, stage, records, options)
-            if stage.name in tuned:
-                stage = _tuned(session, stage, parent)
+            if tuner is not None and stage.name in to_tune:
+                stage = tuner.tuned(session, stage, parent)
             watch.before(stage, parent)
             record = run_stage(session, stage, parent)
             records.append(record)
@@ -86,55 +100,10 @@ def run_curriculum(
     return CurriculumResult(curriculum.name, tuple(records), run_id, lineage, domains)
 
 
-def run_sweep(
-    curriculum: Curriculum, stage: Stage, options: Options, cluster: Cluster, lineage: Lineage, ui: Ui
-) -> SweepResult:
-    """Search values for one stage; earlier stages that its weights come from are trained first where they are not yet.
-
-    Args:
-        stage: of the curriculum, with a sweep.
-
-    Raises:
-        MotipError: input that is wrong, or a sweep that does not fit stage or cluster; said before anything is trained.
-    """
-    check_tuning(stage, options, cluster)
-    earlier = curriculum.parent_of(stage)
-    records: list[StageRecord] = []
-    if earlier is not None:
-        until = replace(options, until=earlier.name, tune=None)
-        records = list(run_curriculum(curriculum, until, cluster, lineage, ui).records)
-    else:
-        _announce(curriculum, ui)
-    curriculum, manifest = _with_data(curriculum, options, cluster, ui)
-    session = Session(curriculum, options, manifest, cluster, lineage, "", ui)
-    return tune_stage(session, stage, parent_of(curriculum, stage, records, options))
-
-
-def check_sweeps(curriculum: Curriculum, options: Options, cluster: Cluster | None) -> set[str]:
-    """Names of the stages that are to be tuned.
-
-    Raises:
-        MotipError: tuning is wanted and no stage asks for it, or a sweep does not fit its stage or the cluster.
-    """
-    if options.tune is None:
-        return set()
-    wanted = [stage for stage in curriculum.stages if stage.sweep is not None]
-    if not wanted:
-        raise MotipError(
-            "no stage asks to be tuned",
-            where=f"--tune, {options.config_path}",
-            expected="a line `sweep: FILE` in at least one stage",
-            fix="add it, e.g. sweep: sweeps/lr_and_intervals.yaml, or leave --tune out",
-        )
-    for stage in wanted:
-        check_tuning(stage, options, cluster)
-    return {stage.name for stage in wanted}
-
-
-def _with_data(
+def prepare_data(
     curriculum: Curriculum, options: Options, cluster: Cluster | None, ui: Ui
 ) -> tuple[Curriculum, Manifest]:
-    """The curriculum with its drawn worlds, and what there is to train on."""
+    """Draw synthetic sources, convert what is missing: the curriculum with drawn sources, and the manifest."""
     curriculum = with_worlds(curriculum, options.storage, ui.note)
     check_given_weights(curriculum, options)
     report = convert(
@@ -149,13 +118,6 @@ def _with_data(
     return curriculum, report.manifest  # not what another run on this storage may have made of it since
 
 
-def _tuned(session: Session, stage: Stage, parent: Parent | None) -> Stage:
-    """The stage with the values that its sweep finds."""
-    found = tune_stage(session, stage, parent)
-    session.ui.note(found.summary())
-    return stage.model_copy(update={"config": with_values(stage.config, found.values, str(found.overlay))})
-
-
 def _list_stages(session: Session, records: list[StageRecord]) -> None:
     """Which stages there are and where each lies, for whoever reads the folder later."""
     folders = {record.stage: location(record.checkpoint).parent for record in records}
@@ -164,7 +126,8 @@ def _list_stages(session: Session, records: list[StageRecord]) -> None:
     write_stage_list(curriculum_folder(session.curriculum, session.options), stages)
 
 
-def _announce(curriculum: Curriculum, ui: Ui) -> None:
+def warn_without_effect(curriculum: Curriculum, ui: Ui) -> None:
+    """Note every configuration key that is set and has no effect."""
     for stage in curriculum.stages:
         message = without_effect_message(stage.config)
         if message:

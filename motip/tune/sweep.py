@@ -7,7 +7,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from motip.config.sweep_file import SweepFile, check_sweep, hand_set
 from motip.config.tuned import overlay_text
 from motip.config.yaml_chain import with_values
 from motip.curriculum.failure import beside_a_failure, tell_failure
-from motip.curriculum.records import Options, Tuning, claim, release
+from motip.curriculum.records import claim, release
 from motip.curriculum.stage import Session, Ui
 from motip.curriculum.stage_inputs import SPEED_ONLY, stage_job
 from motip.data.manifest import entries_digest
@@ -39,6 +39,23 @@ _log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Part of every sweep's identity; raised when the meaning of what is searched changes."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How sweeps are run.
+
+    Attributes:
+        workers: training workers of each trial.
+        trials: settings that are tried; None for the sweep file's number.
+        at_once: trials that must run side by side; None for as many as fit.
+        overlay: file that the values found are written to; None for a place by the stage's name.
+    """
+
+    workers: int = 1
+    trials: int | None = None
+    at_once: int | None = None
+    overlay: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,14 +88,14 @@ class SweepResult:
         return f"tuned {self.stage}: {found}; values: {self.overlay}; picture: {self.picture}"
 
 
-def tune_stage(session: Session, stage: Stage, parent: Parent | None) -> SweepResult:
+def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tuning) -> SweepResult:
     """Search the values that the stage's sweep file names, or go on with a search that was cut off.
 
     Raises:
         MotipError: the sweep does not fit the stage or the cluster, or no trial came to its end.
         KeyboardInterrupt: it was interrupted; the same command goes on.
     """
-    sweep, tuning, at_once = check_tuning(stage, session.options, session.cluster)
+    sweep, at_once = check_tuning(stage, tuning, session.cluster)
     base = stage.model_copy(
         update={
             "config": with_values(stage.config, sweep.set, "set: of the sweep file"),
@@ -96,7 +113,7 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None) -> SweepRe
             base,
             parent,
             session.manifest,
-            replace(session.options, tune=None),
+            session.options,
             session.lineage,
             run_id,
             str(folder),
@@ -143,14 +160,14 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None) -> SweepRe
     return result
 
 
-def check_tuning(stage: Stage, options: Options, cluster: Cluster | None) -> tuple[SweepFile, Tuning, Room]:
+def check_tuning(stage: Stage, tuning: Tuning, cluster: Cluster | None) -> tuple[SweepFile, Room]:
     """What is refused before anything is trained or converted: a sweep that fits neither stage nor cluster.
 
     Raises:
         MotipError: so it is, with the arithmetic.
     """
-    sweep, tuning = stage.sweep, options.tune
-    if sweep is None or tuning is None or cluster is None:
+    sweep = stage.sweep
+    if sweep is None or cluster is None:
         raise MotipError(
             "a sweep needs a sweep file and Ray workers",
             where=f"stage {stage.name}",
@@ -164,7 +181,7 @@ def check_tuning(stage: Stage, options: Options, cluster: Cluster | None) -> tup
             where=f"sweep of stage {stage.name}",
         )
     config = with_values(stage.config, sweep.set, "set: of the sweep file")
-    return sweep, tuning, room(tuning.workers, config, cluster, tuning.at_once)
+    return sweep, room(tuning.workers, config, cluster, tuning.at_once)
 
 
 def _identity(job: StageJob, sweep: SweepFile, workers: int) -> str:

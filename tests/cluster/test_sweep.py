@@ -15,8 +15,9 @@ import yaml
 
 from motip.cluster import Cluster, connect, disconnect
 from motip.config import load_curriculum
-from motip.curriculum import Options, SweepResult, Tuning, run_sweep
+from motip.curriculum import Options
 from motip.lineage import Lineage
+from motip.tune import SweepResult, Tuning, run_sweep
 from tests.helpers.ray_heads import descendants
 from tests.helpers.small_curriculum import QuietUi
 from tests.helpers.small_sweep import write_sweep_files
@@ -107,8 +108,8 @@ def _begun(folder: Path, key: str) -> bool:
 def _sweep(path: Path, folder: Path, cluster: Cluster, lineage: Lineage, ui: QuietUi) -> SweepResult:
     curriculum = load_curriculum(path, tune="BDD-Foundation")
     tuning = Tuning(workers=1, overlay=str(folder / "tuned.yaml"))
-    options = Options(str(folder), str(folder / "storage"), 1, config_path=str(path), tune=tuning)
-    return run_sweep(curriculum, curriculum.stages[0], options, cluster, lineage, ui)
+    options = Options(str(folder), str(folder / "storage"), 1, config_path=str(path))
+    return run_sweep(curriculum, curriculum.stages[0], options, cluster, lineage, ui, tuning)
 
 
 def _left_over() -> list[str]:

@@ -13,12 +13,12 @@ import yaml
 
 from motip.cluster import Cluster
 from motip.config import Curriculum, load_curriculum
-from motip.curriculum import Options, SweepResult, Tuning, run_curriculum, run_sweep
+from motip.curriculum import Options, run_curriculum
 from motip.errors import MotipError, find_motip_error
 from motip.lineage import Lineage
 from motip.train.preemption import Stopped
+from motip.tune import StageTuner, SweepResult, Tuning, run_sweep, trial
 from motip.tune import sweep as sweep_module
-from motip.tune import trial
 from tests.curriculum.test_stage_end import tidy_up
 from tests.helpers.small_curriculum import QuietUi
 from tests.helpers.small_sweep import HERE, SearchHere, write_sweep_files
@@ -34,9 +34,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def options(folder: Path, trials: int | None = None) -> Options:
-    tuning = Tuning(workers=1, trials=trials, overlay=str(folder / "tuned" / "one.yaml"))
-    return Options(str(folder), str(folder / "storage"), 0, config_path=str(folder / "curriculum.yaml"), tune=tuning)
+def options(folder: Path) -> Options:
+    return Options(str(folder), str(folder / "storage"), 0, config_path=str(folder / "curriculum.yaml"))
+
+
+def tuning(folder: Path, trials: int | None = None) -> Tuning:
+    return Tuning(workers=1, trials=trials, overlay=str(folder / "tuned" / "one.yaml"))
 
 
 def run(
@@ -45,7 +48,7 @@ def run(
     monkeypatch.setattr(sweep_module, "search", search)
     curriculum: Curriculum = load_curriculum(folder / "curriculum.yaml", tune=True)
     ui, lineage = QuietUi(), Lineage(storage=folder / "storage")
-    result = run_sweep(curriculum, curriculum.stages[0], options(folder, trials), TWO_CPUS, lineage, ui)
+    result = run_sweep(curriculum, curriculum.stages[0], options(folder), TWO_CPUS, lineage, ui, tuning(folder, trials))
     return result, ui, lineage
 
 
@@ -125,12 +128,12 @@ def test_tuning_a_curriculum_trains_the_stage_with_what_was_found(
         found.append(replace(real(*arguments), values={"LR": 3.0e-4}))
         return found[-1]
 
-    monkeypatch.setattr("motip.curriculum.run.tune_stage", tune_stage)
+    monkeypatch.setattr("motip.tune.stage_tuner.tune_stage", tune_stage)
     curriculum = load_curriculum(folder / "curriculum.yaml", tune=True)
     lineage, ui = Lineage(storage=folder / "storage"), QuietUi()
-    asked = replace(options(folder, trials=2), until="BDD-Refinement")
+    asked = replace(options(folder), until="BDD-Refinement")
     monkeypatch.setattr("motip.curriculum.stage.place", lambda *_: HERE.placement)
-    result = run_curriculum(curriculum, asked, TWO_CPUS, lineage, ui)
+    result = run_curriculum(curriculum, asked, TWO_CPUS, lineage, ui, StageTuner(tuning(folder, trials=2)))
     assert len(found) == 1 and ui.begun == ["BDD-Foundation", "BDD-Refinement"]
     first, second = result.records
     config = yaml.safe_load((Path(first.checkpoint).parent / "config.json").read_text())
@@ -237,5 +240,6 @@ def test_tune_without_a_stage_that_asks_for_it_is_refused(folder: Path) -> None:
     path = folder / "curriculum.yaml"
     path.write_text(path.read_text().replace(" sweep: sweep.yaml,", ""))
     curriculum = load_curriculum(path, tune=True)
-    with pytest.raises(MotipError, match="no stage asks to be tuned"):
-        run_curriculum(curriculum, options(folder), TWO_CPUS, Lineage(storage=folder / "storage"), QuietUi())
+    with pytest.raises(MotipError, match="no stage names a sweep"):
+        tuner, lineage = StageTuner(tuning(folder)), Lineage(storage=folder / "storage")
+        run_curriculum(curriculum, options(folder), TWO_CPUS, lineage, QuietUi(), tuner)
