@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motip.model.fast.products import product
+from motip.model.ops import Linear, linear
 
 
 class MultiHeadAttention(nn.Module):
@@ -21,7 +21,7 @@ class MultiHeadAttention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -31,23 +31,23 @@ class MultiHeadAttention(nn.Module):
 
     def project_query(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., heads, head_dim)."""
-        query = product(x, self.in_proj_weight[: self.dim], self.in_proj_bias[: self.dim])
+        query = linear(x, self.in_proj_weight[: self.dim], self.in_proj_bias[: self.dim])
         return query.unflatten(-1, (self.heads, self.head_dim))
 
     def project_value(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., heads, head_dim)."""
-        value = product(x, self.in_proj_weight[2 * self.dim :], self.in_proj_bias[2 * self.dim :])
+        value = linear(x, self.in_proj_weight[2 * self.dim :], self.in_proj_bias[2 * self.dim :])
         return value.unflatten(-1, (self.heads, self.head_dim))
 
     def project_query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., E) -> queries and keys, each (..., heads, head_dim), in one product."""
-        both = product(x, self.in_proj_weight[: 2 * self.dim], self.in_proj_bias[: 2 * self.dim])
+        both = linear(x, self.in_proj_weight[: 2 * self.dim], self.in_proj_bias[: 2 * self.dim])
         query, key = both.unflatten(-1, (2, self.heads, self.head_dim)).unbind(-3)
         return query, key
 
     def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., E) -> queries, keys and values, each (..., heads, head_dim), in one product."""
-        projected = product(x, self.in_proj_weight, self.in_proj_bias)
+        projected = linear(x, self.in_proj_weight, self.in_proj_bias)
         query, key, value = projected.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
         return query, key, value
 

@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motip.errors import MotipError
-from motip.model.fast.bag_attention import bag_attention
-from motip.model.fast.triton_attention import triton_attention, triton_ready
+from motip.model.ops import Linear
 
 SpatialShapes = Sequence[tuple[int, int]]
 Implementation = Callable[[Tensor, SpatialShapes, Tensor, Tensor], Tensor]
@@ -39,9 +38,19 @@ _chosen: str = os.environ.get(VARIABLE) or "auto"
 _logged: set[str] = set()
 
 
+def _preferred(device: torch.device) -> str:
+    return "grid_sample"
+
+
 def register_implementation(name: str, implementation: Implementation) -> None:
     """Make `implementation` selectable under `name`; it must follow ``deformable_attention``'s contract."""
     _implementations[name] = implementation
+
+
+def prefer_implementations(preferred: Callable[[torch.device], str]) -> None:
+    """Make ``auto`` take the implementation that `preferred` names for a device; without this call, ``grid_sample``."""
+    global _preferred
+    _preferred = preferred
 
 
 def use_implementation(name: str) -> None:
@@ -127,18 +136,10 @@ def _auto_attention(
 
 def best_implementation(device: torch.device) -> str:
     """The implementation that ``auto`` takes for tensors on `device`."""
-    if device.type == "cpu":
-        return "embedding_bag"
-    if device.type != "cuda":
-        return "grid_sample"
-    if torch.are_deterministic_algorithms_enabled():
-        return "embedding_bag"
-    return "triton" if triton_ready(device) else "grid_sample"
+    return _preferred(device)
 
 
 register_implementation("grid_sample", _grid_sample_attention)
-register_implementation("embedding_bag", bag_attention)
-register_implementation("triton", triton_attention)
 register_implementation("auto", _auto_attention)
 
 
@@ -154,10 +155,10 @@ class DeformableAttention(nn.Module):
         self.levels = levels
         self.heads = heads
         self.points = points
-        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(dim, heads * levels * points)
-        self.value_proj = nn.Linear(dim, dim)
-        self.output_proj = nn.Linear(dim, dim)
+        self.sampling_offsets = Linear(dim, heads * levels * points * 2)
+        self.attention_weights = Linear(dim, heads * levels * points)
+        self.value_proj = Linear(dim, dim)
+        self.output_proj = Linear(dim, dim)
         self.reset_parameters()
 
     @torch.no_grad()

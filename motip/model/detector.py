@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from motip.model.backbone import Backbone, resize_mask
-from motip.model.fast.products import PixelwiseConv
+from motip.model.ops import Linear, PointwiseConv
 from motip.model.position import SinePositionEncoding
 from motip.model.spec import ModelSpec
 from motip.model.transformer import DeformableTransformer, FeatureLevel
@@ -34,7 +34,7 @@ class DeformableDetr(nn.Module):
         self.aux_loss = spec.detr_aux_loss
         # The order of these attributes is the order of the published state dict and optimiser.
         self.transformer = DeformableTransformer(spec)
-        self.class_embed = nn.ModuleList(nn.Linear(dim, spec.num_classes) for _ in range(spec.dec_layers))
+        self.class_embed = nn.ModuleList(Linear(dim, spec.num_classes) for _ in range(spec.dec_layers))
         self.bbox_embed = self.transformer.decoder.bbox_embed
         self.query_embed = nn.Embedding(spec.num_queries, 2 * dim)
         backbone = Backbone(spec)
@@ -67,7 +67,7 @@ def _projections(channels: tuple[int, ...], dim: int, levels: int) -> list[nn.Mo
     projections: list[nn.Module] = []
     for level in range(levels):
         if level < len(channels):
-            convolution: nn.Conv2d = PixelwiseConv(channels[level], dim)
+            convolution: nn.Conv2d = PointwiseConv(channels[level], dim)
         else:
             convolution = nn.Conv2d(channels[-1], dim, 3, stride=2, padding=1)
         projections.append(nn.Sequential(convolution, nn.GroupNorm(32, dim)))

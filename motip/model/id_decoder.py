@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from motip.errors import MotipError
 from motip.model.attention import MultiHeadAttention, with_zero_token
+from motip.model.ops import Linear
 from motip.model.spec import ModelSpec
 
 # Score of a hidden token. exp() of it is exactly 0 in every type, and it is finite in half precision: an infinity
@@ -58,8 +59,8 @@ class FFN(nn.Module):
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(dim, inner)
-        self.linear2 = nn.Linear(inner, dim)
+        self.linear1 = Linear(dim, inner)
+        self.linear2 = Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear2(F.gelu(self.linear1(x)))
@@ -89,7 +90,7 @@ class IdDecoder(nn.Module):
         self.spec = spec
         self.heads = heads
         self.rel_pos_embeds = nn.Parameter(torch.zeros(depth, spec.rel_pe_length, heads))
-        self.word_to_embed = nn.Linear(spec.num_id_vocabulary + 1, spec.id_dim, bias=False)
+        self.word_to_embed = Linear(spec.num_id_vocabulary + 1, spec.id_dim, bias=False)
         self.embed_to_word_layers = nn.ModuleList(self._label_heads(depth))
         self.self_attn_layers = nn.ModuleList(MultiHeadAttention(dim, heads) for _ in range(depth - 1))
         self.self_attn_norm_layers = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth - 1))
@@ -98,10 +99,10 @@ class IdDecoder(nn.Module):
         self.ffn_layers = nn.ModuleList(FFN(dim, dim * spec.ffn_dim_ratio) for _ in range(depth))
         self.ffn_norm_layers = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth))
 
-    def _label_heads(self, depth: int) -> list[nn.Linear]:
+    def _label_heads(self, depth: int) -> list[Linear]:
         distinct = self.spec.use_aux_loss and not self.spec.use_shared_aux_head
         words, width = self.spec.num_id_vocabulary + 1, self.spec.id_dim
-        heads = [nn.Linear(width, words, bias=False) for _ in range(depth if distinct else 1)]
+        heads = [Linear(width, words, bias=False) for _ in range(depth if distinct else 1)]
         return heads if distinct else heads * depth
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,7 @@ from motip.errors import MotipError
 from motip.model.attention import MultiHeadAttention
 from motip.model.backbone import Backbone
 from motip.model.deformable_attention import DeformableAttention
-
-if TYPE_CHECKING:
-    from motip.model.motip import MOTIP
+from motip.model.motip import MOTIP
 
 # Share of positives a class head expects before it has seen any (RetinaNet, section 4.1).
 PRIOR_PROBABILITY = 0.01

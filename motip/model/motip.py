@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from motip.model.deformable_attention import log_implementation
 from motip.model.detector import DeformableDetr, DetectorOutput
-from motip.model.fast.products import use_products
 from motip.model.id_decoder import IdDecoder, TrajectoryModeling
-from motip.model.initialisation import init_parameters
 from motip.model.spec import ModelSpec
 
 
@@ -27,16 +24,7 @@ class MOTIP(nn.Module):
         if not spec.only_detr:
             self.trajectory_modeling = TrajectoryModeling(spec)
             self.id_decoder = IdDecoder(spec)
-        use_products(self)
 
     def forward(self, images: Tensor, mask: Tensor) -> DetectorOutput:
         """The detector pass: images (B,3,H,W) normalised, mask (B,H,W) bool True on padding."""
         return self.detr(images, mask)
-
-
-def build_model(spec: ModelSpec) -> MOTIP:
-    """A MOTIP initialised for training from scratch. Reads no files and downloads nothing."""
-    model = MOTIP(spec)
-    init_parameters(model)
-    log_implementation()
-    return model

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from motip.model.fast.products import pixelwise
+from motip.model.ops import pointwise_conv
 
 
 class FrozenBatchNorm(nn.Module):
@@ -88,6 +88,6 @@ def _normed(convolution: nn.Module, norm: nn.Module, x: Tensor, relu: bool = Fal
     scale, shift = norm.scale_and_shift()
     weight = convolution.weight * scale.view(-1, 1, 1, 1)
     if convolution.kernel_size == (1, 1):
-        return pixelwise(x, weight, shift, convolution.stride[0], relu)
+        return pointwise_conv(x, weight, shift, convolution.stride[0], relu)
     convolved = F.conv2d(x, weight, shift, convolution.stride, convolution.padding, convolution.dilation)
     return convolved.relu_() if relu else convolved

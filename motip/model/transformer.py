@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from motip.model.attention import MultiHeadAttention
 from motip.model.deformable_attention import DeformableAttention, SpatialShapes
-from motip.model.fast.products import relu_of
+from motip.model.ops import Linear, linear_relu
 from motip.model.spec import ModelSpec
 
 _MANY = 1 << 22
@@ -44,11 +44,11 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, inner: int, outputs: int, depth: int) -> None:
         super().__init__()
         sizes = [inputs] + [inner] * (depth - 1) + [outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = relu_of(layer, x)
+            x = linear_relu(layer, x)
         return self.layers[-1](x)
 
 
@@ -66,8 +66,8 @@ class EncoderLayer(nn.Module):
         dim = spec.hidden_dim
         self.self_attn = DeformableAttention(dim, spec.num_feature_levels, spec.num_heads, spec.enc_points)
         self.norm1 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, spec.dim_feedforward)
-        self.linear2 = nn.Linear(spec.dim_feedforward, dim)
+        self.linear1 = Linear(dim, spec.dim_feedforward)
+        self.linear2 = Linear(spec.dim_feedforward, dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(spec.dropout)
 
@@ -76,7 +76,7 @@ class EncoderLayer(nn.Module):
     ) -> Tensor:
         attended = self.self_attn(src + position, reference_points, src, shapes, padding)
         src = self.norm1(src + self.dropout(attended))
-        inner = self.linear2(self.dropout(relu_of(self.linear1, src)))
+        inner = self.linear2(self.dropout(linear_relu(self.linear1, src)))
         return self.norm2(src + self.dropout(inner))
 
 
@@ -90,8 +90,8 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.self_attn = MultiHeadAttention(dim, spec.num_heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, spec.dim_feedforward)
-        self.linear2 = nn.Linear(spec.dim_feedforward, dim)
+        self.linear1 = Linear(dim, spec.dim_feedforward)
+        self.linear2 = Linear(spec.dim_feedforward, dim)
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(spec.dropout)
 
@@ -107,7 +107,7 @@ class DecoderLayer(nn.Module):
         target = self.norm2(target + self.dropout(self._attend_to_queries(target, position)))
         attended = self.cross_attn(target + position, reference_points, memory, shapes, padding)
         target = self.norm1(target + self.dropout(attended))
-        inner = self.linear2(self.dropout(relu_of(self.linear1, target)))
+        inner = self.linear2(self.dropout(linear_relu(self.linear1, target)))
         return self.norm3(target + self.dropout(inner))
 
     def _attend_to_queries(self, target: Tensor, position: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class DeformableTransformer(nn.Module):
         self.level_embed = nn.Parameter(torch.randn(spec.num_feature_levels, spec.hidden_dim))
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
-        self.reference_points = nn.Linear(spec.hidden_dim, 2)
+        self.reference_points = Linear(spec.hidden_dim, 2)
 
     def forward(self, levels: list[FeatureLevel], query_embed: Tensor) -> DecoderOutput:
         """levels finest first; query_embed (Q, 2D): position half, then content half."""

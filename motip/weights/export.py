@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from motip.errors import MotipError
-from motip.model.motip import MOTIP, build_model
+from motip.model.build import build_model
+from motip.model.motip import MOTIP
 from motip.model.spec import ModelSpec
 from motip.storage.atomic import atomic_write, sha256_file, write_json_atomic
 from motip.weights.class_names import canonical_name, check_class_list

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from motip.errors import MotipError
-from motip.model.motip import build_model
+from motip.model.build import build_model
 from motip.model.spec import ModelSpec
 from motip.weights.class_names import UNUSED_ROW, ClassMove, check_class_list, match_classes
 from motip.weights.files import IDENTITY_PREFIXES, WeightFile

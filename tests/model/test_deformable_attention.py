@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from motip.errors import MotipError
-from motip.model import deformable_attention as rooms
+from motip.model import deformable_attention as module
 from motip.model.deformable_attention import DeformableAttention, deformable_attention
-from motip.model.fast import bag_attention as bag_attention_room
+from motip.model.fast import bag_attention
 
 
 @pytest.fixture(params=["grid_sample", "embedding_bag"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(rooms, "_chosen", request.param)
+    monkeypatch.setattr(module, "_chosen", request.param)
     return request.param
 
 
@@ -110,22 +110,22 @@ def test_a_location_that_is_not_a_number_is_not_hidden_on_a_cpu() -> None:
     shapes, (value, locations, weights) = _case(2)
     broken = locations.detach().clone()
     broken[0, 1, 2, 0, 0, 0] = torch.nan
-    attended = rooms.bag_attention(value, shapes, broken, weights)
+    attended = bag_attention.bag_attention(value, shapes, broken, weights)
     assert attended[0, 1, 8:].isnan().all() and attended.isnan().sum() == 4
 
 
 def test_batches_and_levels_do_not_mix() -> None:
     """Frames of zeros lie between the maps of a table: a value of one image or level must not reach another."""
     shapes, (value, locations, weights) = _case(4)
-    attended = rooms.bag_attention(value, shapes, locations, weights)
+    attended = bag_attention.bag_attention(value, shapes, locations, weights)
     for image, level in itertools.product(range(2), range(4)):
         starts = [0, *itertools.accumulate(h * w for h, w in shapes)]
         changed = value.detach().clone()
         changed[image, starts[level] : starts[level + 1]] += 1.0e3
         silent = weights.detach().clone()
         silent[image, :, :, level] = 0.0
-        reference = rooms.bag_attention(value, shapes, locations, silent)
-        torch.testing.assert_close(rooms.bag_attention(changed, shapes, locations, silent), reference)
+        reference = bag_attention.bag_attention(value, shapes, locations, silent)
+        torch.testing.assert_close(bag_attention.bag_attention(changed, shapes, locations, silent), reference)
     assert attended.any()
 
 
@@ -141,7 +141,7 @@ def test_constant_maps_give_the_constant(shapes: list[tuple[int, int]], points: 
     weights = torch.rand(1, 4, 2, len(shapes), points, dtype=torch.float64).flatten(3).softmax(-1)
     weights = weights.unflatten(3, (len(shapes), points))
     for implementation in ("grid_sample", "embedding_bag"):
-        out = rooms._implementations[implementation](value, shapes, locations, weights)
+        out = module._implementations[implementation](value, shapes, locations, weights)
         torch.testing.assert_close(out, torch.full_like(out, 2.5))
 
 
@@ -178,18 +178,18 @@ def test_compiles_without_graph_break(implementation: str) -> None:
 def test_the_implementation_is_chosen_at_run_time_and_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rooms, "_implementations", dict(rooms._implementations))
-    monkeypatch.setattr(rooms, "_chosen", "auto")
-    monkeypatch.setattr(rooms, "_logged", set())
+    monkeypatch.setattr(module, "_implementations", dict(module._implementations))
+    monkeypatch.setattr(module, "_chosen", "auto")
+    monkeypatch.setattr(module, "_logged", set())
     shapes, inputs = _case(1)
-    rooms.register_implementation("zero", lambda v, s, x, w: v.new_zeros(x.shape[0], x.shape[1], 12))
-    with caplog.at_level(logging.INFO, logger=rooms.__name__):
-        rooms.use_implementation("zero")
-        rooms.use_implementation("zero")
+    module.register_implementation("zero", lambda v, s, x, w: v.new_zeros(x.shape[0], x.shape[1], 12))
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        module.use_implementation("zero")
+        module.use_implementation("zero")
     assert [record.getMessage() for record in caplog.records] == ["deformable attention: zero implementation"]
     assert deformable_attention(inputs[0], shapes, inputs[1], inputs[2]).abs().max() == 0.0
     with pytest.raises(MotipError, match="unknown implementation"):
-        rooms.use_implementation("cuda-magic")
+        module.use_implementation("cuda-magic")
 
 
 @pytest.mark.parametrize("heads", [4, 8])
@@ -206,6 +206,6 @@ def test_both_ways_to_the_gradient_of_the_weights_agree() -> None:
     generator = torch.Generator().manual_seed(3)
     grad, table = (torch.randn(size, 8, generator=generator) for size in (20, 50))
     rows = torch.randint(50, (20, 12), generator=generator, dtype=torch.int32)
-    other = bag_attention_room._products_with_rows(torch.nn.Parameter(grad, requires_grad=False), table, rows)
-    torch.testing.assert_close(bag_attention_room._products_with_rows(grad, table, rows), other)
+    other = bag_attention._products_with_rows(torch.nn.Parameter(grad, requires_grad=False), table, rows)
+    torch.testing.assert_close(bag_attention._products_with_rows(grad, table, rows), other)
     torch.testing.assert_close(other, (grad[:, None] * table[rows.long()]).sum(-1))

@@ -33,7 +33,7 @@ Attention = Callable[[DeformableAttention, torch.dtype], Any]
 """Makes a `FrameAttention` or a `CardAttention`."""
 
 
-def detector_for_frames(detector: DeformableDetr, dtype: torch.dtype = torch.float32) -> Detector:
+def prepare_for_inference(detector: DeformableDetr, dtype: torch.dtype = torch.float32) -> Detector:
     """A `FrameDetector` where there can be one, else `detector` itself.
 
     There is none on a CPU for weights or a type that cannot be packed (``can_pack``), on a card without the Triton
@@ -61,17 +61,18 @@ class FrameDetector:
     (70 MB at 800x1333). It remembers nothing of a sequence.
 
     Args:
-        detector: see `detector_for_frames`. dtype: float32, or half precision for the products and convolutions; norms,
-            places of samples and sums over samples stay in float32. for_card: prepare it as for a card, wherever it is;
-            None: where it is on one.
+        detector: see `prepare_for_inference`.
+        dtype: float32, or half precision for products and convolutions; norms, sampling locations and sums over samples
+            stay in float32.
+        for_gpu: prepare as for a GPU, whatever the device; None: as for the device that the weights are on.
     """
 
     @torch.no_grad()
     def __init__(
-        self, detector: DeformableDetr, dtype: torch.dtype = torch.float32, for_card: bool | None = None
+        self, detector: DeformableDetr, dtype: torch.dtype = torch.float32, for_gpu: bool | None = None
     ) -> None:
         on_card = detector.query_embed.weight.device.type == "cuda"
-        self._for_card = on_card if for_card is None else for_card
+        self._for_gpu = on_card if for_gpu is None else for_gpu
         modules: Any = detector  # a module's attributes have no types of their own
         transformer = modules.transformer
         backbone, self._position = modules.backbone
@@ -79,7 +80,7 @@ class FrameDetector:
         self._body = body if isinstance(body, TinyGroupNormBody) else _packed(body, dtype)
         self._projections = [(PackedConv(convolution, dtype), norm) for convolution, norm in modules.input_proj]
         self._level_embed = transformer.level_embed.detach()
-        attention = CardAttention if self._for_card else FrameAttention
+        attention = CardAttention if self._for_gpu else FrameAttention
         self._encoder = [_EncoderLayer.of(layer, attention, dtype) for layer in transformer.encoder.layers]
         heads = transformer.decoder.bbox_embed
         layers = zip(transformer.decoder.layers, heads, strict=True)
@@ -135,7 +136,7 @@ class FrameDetector:
             ratios=ratios,
             encoder=encoder,
             decoder=decoder,
-            rows=len(position) if self._for_card else ROWS,
+            rows=len(position) if self._for_gpu else ROWS,
         )
         if not padded:
             self._frame = frame

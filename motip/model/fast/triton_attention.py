@@ -30,6 +30,17 @@ _logger = logging.getLogger(__name__)
 _ready: bool | None = None
 
 
+def preferred_implementation(device: torch.device) -> str:
+    """The fastest implementation on `device`; deterministic under ``torch.use_deterministic_algorithms``."""
+    if device.type == "cpu":
+        return "embedding_bag"
+    if device.type != "cuda":
+        return "grid_sample"
+    if torch.are_deterministic_algorithms_enabled():
+        return "embedding_bag"
+    return "triton" if triton_ready(device) else "grid_sample"
+
+
 def triton_ready(device: torch.device) -> bool:
     """Whether the kernels run on this CUDA device: tried once per process, and said in the log."""
     global _ready

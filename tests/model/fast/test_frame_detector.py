@@ -16,7 +16,7 @@ from motip.model.deformable_attention import use_implementation
 from motip.model.detector import DeformableDetr
 from motip.model.fast import frame_detector, packed
 from motip.model.fast.frame_attention import PaddedMaps, Sampler
-from motip.model.fast.frame_detector import FrameDetector, detector_for_frames
+from motip.model.fast.frame_detector import FrameDetector, prepare_for_inference
 from motip.model.fast.gpu_attention import CardAttention
 from motip.model.fast.packed import PackedConv, PackedLinear, can_pack
 from motip.model.fast.triton_attention import triton_attention
@@ -72,15 +72,15 @@ def _check(detector: DeformableDetr, ready: FrameDetector, images: Tensor, mask:
     ],
     ids=["tiny_gn", "resnet50", "dc5", "three levels, other points"],
 )
-@pytest.mark.parametrize("for_card", [False, True], ids=["for this CPU", "for a card"])
+@pytest.mark.parametrize("for_gpu", [False, True], ids=["for this CPU", "for a card"])
 def test_it_gives_what_the_module_gives(
-    changes: dict[str, Any], for_card: bool, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], for_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded batches, single frames and other sizes in turns: what is kept of one size must not reach another."""
-    if for_card:  # the products of a card
+    if for_gpu:  # the products of a card
         monkeypatch.setattr(packed, "can_pack", lambda *_: False)
     detector = _detector(**changes)
-    ready = FrameDetector(detector, for_card=for_card)
+    ready = FrameDetector(detector, for_gpu=for_gpu)
     images, mask = padded_batch([image(1, 97, 121), image(2, 73, 90)])
     alone = padded_batch([image(3, 97, 121)])
     other = padded_batch([image(4, 65, 33)])
@@ -94,17 +94,17 @@ def test_a_frame_with_more_pixels_than_go_through_a_layer_at_a_time(monkeypatch:
     _check(detector, FrameDetector(detector), *padded_batch([image(5, 110, 133)]))
 
 
-@pytest.mark.parametrize("for_card", [pytest.param(False, marks=needs_bfloat16), True], ids=["this CPU", "a card"])
-def test_bfloat16_is_as_near_as_autocast(for_card: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("for_gpu", [pytest.param(False, marks=needs_bfloat16), True], ids=["this CPU", "a card"])
+def test_bfloat16_is_as_near_as_autocast(for_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = _detector()
     images, mask = padded_batch([image(1, 97, 121), image(2, 73, 90)])
     with torch.no_grad():
         expected = detector(images, mask).outputs
         with torch.autocast("cpu", torch.bfloat16):
             autocast = (detector(images, mask).outputs.float() - expected).abs()
-    if for_card:  # the products of a card
+    if for_gpu:  # the products of a card
         monkeypatch.setattr(packed, "can_pack", lambda *_: False)
-    found = (FrameDetector(detector, torch.bfloat16, for_card)(images, mask).outputs.float() - expected).abs()
+    found = (FrameDetector(detector, torch.bfloat16, for_gpu)(images, mask).outputs.float() - expected).abs()
     assert 0.0 < found.mean() <= 1.5 * autocast.mean()
 
 
@@ -127,7 +127,7 @@ def test_a_card_has_less_than_half_of_the_operators_to_launch(monkeypatch: pytes
     detector = _detector()
     images, mask = padded_batch([image(1, 97, 121)])
     mask = torch.zeros_like(mask)
-    ready = FrameDetector(detector, torch.bfloat16, for_card=True)
+    ready = FrameDetector(detector, torch.bfloat16, for_gpu=True)
     counts = []
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         ready(images, mask)  # the constants of this size
@@ -194,21 +194,21 @@ def test_convolutions_and_sums_are_packed_for_each_size() -> None:
 
 def test_where_it_cannot_be_the_module_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     detector = _detector(backbone="tiny_gn")
-    assert isinstance(detector_for_frames(detector), FrameDetector)
-    assert detector_for_frames(detector, torch.float16) is detector
+    assert isinstance(prepare_for_inference(detector), FrameDetector)
+    assert prepare_for_inference(detector, torch.float16) is detector
     doubles = _detector(backbone="tiny_gn").double()
-    assert detector_for_frames(doubles) is doubles
+    assert prepare_for_inference(doubles) is doubles
     diverged = _detector(backbone="tiny_gn")
     with torch.no_grad():
         diverged.transformer.encoder.layers[0].linear1.weight[0, 0] = torch.nan  # type: ignore[union-attr,index]
-    assert detector_for_frames(diverged) is diverged
+    assert prepare_for_inference(diverged) is diverged
     use_implementation("grid_sample")
     try:
-        assert detector_for_frames(detector) is detector
+        assert prepare_for_inference(detector) is detector
     finally:
         use_implementation("auto")
     monkeypatch.setattr(packed.platform, "machine", lambda: "arm64")
-    assert detector_for_frames(detector) is detector
+    assert prepare_for_inference(detector) is detector
 
 
 def test_each_sequence_sees_the_weights_it_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +226,6 @@ def test_each_sequence_sees_the_weights_it_started_with(monkeypatch: pytest.Monk
         for head in model.detr.transformer.decoder.bbox_embed:  # type: ignore[union-attr]
             head.layers[-1].bias.add_(0.3)  # type: ignore[union-attr,operator]
     second = boxes()
-    monkeypatch.setattr(api, "detector_for_frames", lambda detector, dtype: detector)
+    monkeypatch.setattr(api, "prepare_for_inference", lambda detector, dtype: detector)
     assert np.abs(second - boxes()).max() < 0.01
     assert first.shape != second.shape or np.abs(first - second).max() > 1.0

@@ -14,13 +14,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from motip.errors import MotipError
-from motip.model import deformable_attention as rooms
+from motip.model import deformable_attention
 from motip.model.deformable_attention import DeformableAttention
-from motip.model.fast import triton_attention as triton_room
+from motip.model.fast import triton_attention
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
-needs_triton = pytest.mark.skipif(not triton_room._INSTALLED, reason="triton is not installed (it has no macOS wheels)")
+needs_triton = pytest.mark.skipif(
+    not triton_attention._INSTALLED, reason="triton is not installed (it has no macOS wheels)"
+)
 
 
 def _python(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -56,7 +58,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from motip.model.fast import triton_kernels as room
+from motip.model.fast import triton_kernels
 
 def machine_code(kernel, **flags):
     constants = dict(HEADS=8, CHANNELS=32, LEVELS=4, POINTS=4, ACC=tl.float32, ROWS=16, WIDTH=32, **flags)
@@ -70,8 +72,8 @@ def machine_code(kernel, **flags):
     )
     return len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2}).asm["cubin"])
 
-print(machine_code(room._forward_kernel))
-print(machine_code(room._backward_kernel, NEEDS_VALUE=True, NEEDS_LOCATIONS=True, NEEDS_WEIGHTS=True))
+print(machine_code(triton_kernels._forward_kernel))
+print(machine_code(triton_kernels._backward_kernel, NEEDS_VALUE=True, NEEDS_LOCATIONS=True, NEEDS_WEIGHTS=True))
 """
 
 
@@ -86,22 +88,23 @@ def test_the_kernels_compile_to_machine_code_without_a_card(repo_root: Path, tmp
 
 
 def test_the_choice_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_room, "_ready", True)
-    assert rooms.best_implementation(CPU) == "embedding_bag"
-    assert rooms.best_implementation(torch.device("meta")) == "grid_sample"
-    assert rooms.best_implementation(CUDA) == "triton"
+    monkeypatch.setattr(triton_attention, "_ready", True)
+    assert deformable_attention.best_implementation(CPU) == "embedding_bag"
+    assert deformable_attention.best_implementation(torch.device("meta")) == "grid_sample"
+    assert deformable_attention.best_implementation(CUDA) == "triton"
     torch.use_deterministic_algorithms(True)
     try:
-        assert rooms.best_implementation(CUDA) == "embedding_bag"
+        assert deformable_attention.best_implementation(CUDA) == "embedding_bag"
     finally:
         torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(triton_room, "_ready", False)
-    assert rooms.best_implementation(CUDA) == "grid_sample"
+    monkeypatch.setattr(triton_attention, "_ready", False)
+    assert deformable_attention.best_implementation(CUDA) == "grid_sample"
 
 
 def test_pytorch_takes_the_tensors_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "_chosen", "auto")
-    monkeypatch.setattr(rooms, "_implementations", {**rooms._implementations, "triton": _never})
+    monkeypatch.setattr(deformable_attention, "_chosen", "auto")
+    implementations = {**deformable_attention._implementations, "triton": _never}
+    monkeypatch.setattr(deformable_attention, "_implementations", implementations)
     module = DeformableAttention(16, 1, 2, 1)
     out = module(torch.randn(1, 3, 16), torch.rand(1, 3, 1, 2), torch.randn(1, 6, 16), [(2, 3)])
     assert out.shape == (1, 3, 16)
@@ -121,10 +124,10 @@ def test_a_card_that_triton_cannot_use_is_said_once(
         def forward(*_: object) -> torch.Tensor:
             raise RuntimeError("Failed to find C compiler.\n Please specify one")
 
-    monkeypatch.setattr(triton_room, "_ready", None)
-    monkeypatch.setattr(triton_room, "_kernels", NoCompiler)
-    with caplog.at_level(logging.WARNING, logger=triton_room.__name__):
-        assert [triton_room.triton_ready(CPU), triton_room.triton_ready(CPU)] == [False, False]
+    monkeypatch.setattr(triton_attention, "_ready", None)
+    monkeypatch.setattr(triton_attention, "_kernels", NoCompiler)
+    with caplog.at_level(logging.WARNING, logger=triton_attention.__name__):
+        assert [triton_attention.triton_ready(CPU), triton_attention.triton_ready(CPU)] == [False, False]
     assert len(caplog.records) == 1
     assert "Failed to find C compiler. Please specify one" in caplog.text and "grid_sample" in caplog.text
 
@@ -133,27 +136,27 @@ def test_out_of_memory_is_not_taken_for_a_broken_triton(monkeypatch: pytest.Monk
     def full() -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(triton_room, "_ready", None)
-    monkeypatch.setattr(triton_room, "_kernels", full)
+    monkeypatch.setattr(triton_attention, "_ready", None)
+    monkeypatch.setattr(triton_attention, "_kernels", full)
     with pytest.raises(torch.OutOfMemoryError):
-        triton_room.triton_ready(CPU)
-    assert triton_room._ready is None
+        triton_attention.triton_ready(CPU)
+    assert triton_attention._ready is None
 
 
 @needs_triton
 def test_cpu_tensors_are_refused() -> None:
     value, locations, weights = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1)
     with pytest.raises(MotipError, match="run on a CUDA device"):
-        triton_room.triton_attention(value, [(1, 1)], locations, weights)
+        triton_attention.triton_attention(value, [(1, 1)], locations, weights)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_room, "_INSTALLED", False)
-    monkeypatch.setattr(triton_room, "_ready", None)
-    assert rooms.best_implementation(CPU) == "embedding_bag"
-    assert not triton_room.triton_ready(CPU)
+    monkeypatch.setattr(triton_attention, "_INSTALLED", False)
+    monkeypatch.setattr(triton_attention, "_ready", None)
+    assert deformable_attention.best_implementation(CPU) == "embedding_bag"
+    assert not triton_attention.triton_ready(CPU)
     with pytest.raises(MotipError, match="need triton"):
-        triton_room._kernels()
+        triton_attention._kernels()
 
 
 def test_the_model_runs_where_triton_cannot_be_imported(repo_root: Path) -> None:
@@ -184,7 +187,7 @@ def test_shapes_and_types_without_data() -> None:
         value = torch.empty(2, 6, 2, 8, dtype=torch.bfloat16, requires_grad=True)
         locations = torch.empty(2, 3, 2, 1, 4, 2, requires_grad=True)
         weights = torch.empty(2, 3, 2, 1, 4)
-        out = triton_room.triton_attention(value, [(2, 3)], locations, weights)
+        out = triton_attention.triton_attention(value, [(2, 3)], locations, weights)
         assert (out.shape, out.dtype) == ((2, 3, 16), torch.bfloat16)
         grads = torch.autograd.grad(out.sum(), (value, locations))
     assert [(grad.shape, grad.dtype) for grad in grads] == [

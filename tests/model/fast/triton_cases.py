@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from motip.errors import MotipError
-from motip.model import deformable_attention as rooms
+from motip.model import deformable_attention
 from motip.model.deformable_attention import DeformableAttention
 from motip.model.fast.triton_attention import triton_attention
 from tests.model.test_deformable_attention import _loops
@@ -61,7 +61,7 @@ def make(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -> lis
 def reference(shape: Shape, inputs: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Output, gradients and the output's gradient in float64, by the formula without grid_sample."""
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    out = rooms._implementations["embedding_bag"](exact[0], shape.sizes, exact[1], exact[2])
+    out = deformable_attention._implementations["embedding_bag"](exact[0], shape.sizes, exact[1], exact[2])
     seed = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out.device)
     return out, torch.autograd.grad(out, exact, seed), seed
 
@@ -216,7 +216,7 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> tuple[DeformableAttention, list[Te
     module = DeformableAttention(16, 2, 2, 2).to(DEVICE)
     query, value = torch.randn(1, 3, 16), torch.randn(1, 14, 16)
     reference_points, padding = torch.rand(1, 3, 2, 2), torch.arange(14).unsqueeze(0) % 5 == 4
-    monkeypatch.setattr(rooms, "_chosen", "triton")
+    monkeypatch.setattr(deformable_attention, "_chosen", "triton")
     return module, [tensor.to(DEVICE) for tensor in (query, reference_points, value, padding)]
 
 
@@ -232,7 +232,7 @@ def _run(layer: tuple[DeformableAttention, list[Tensor]]) -> tuple[Tensor, list[
 
 def test_a_layer_with_padding_as_with_pytorch(layer: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     found, found_grads = _run(layer)
-    monkeypatch.setattr(rooms, "_chosen", "grid_sample")
+    monkeypatch.setattr(deformable_attention, "_chosen", "grid_sample")
     expected, expected_grads = _run(layer)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(found_grads, expected_grads, rtol=1e-4, atol=1e-4)
@@ -289,11 +289,11 @@ def test_contradicting_shapes_never_reach_a_kernel() -> None:
 @pytest.mark.skipif(DEVICE != "cuda", reason="the choice on CUDA needs a CUDA device")
 def test_the_choice_on_cuda() -> None:
     device = torch.device(DEVICE)
-    assert rooms.best_implementation(device) == "triton"
+    assert deformable_attention.best_implementation(device) == "triton"
     value, locations, weights = make(SHAPES["odd channels"], torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
-        assert rooms.best_implementation(device) == "embedding_bag"
+        assert deformable_attention.best_implementation(device) == "embedding_bag"
         out = triton_attention(value, SHAPES["odd channels"].sizes, locations, weights)
         with pytest.raises(MotipError, match="no fixed order"):
             out.sum().backward()

@@ -1,4 +1,4 @@
-"""Products through oneDNN against PyTorch's own in float64, forward and backward."""
+"""oneDNN linear layers and 1x1 convolutions against PyTorch in float64, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motip.model import ModelSpec, build_model
-from motip.model.fast import products
+from motip.model.fast import onednn
+from motip.model.fast.onednn import onednn_linear, onednn_pointwise_conv
 from motip.model.fast.packed import PackedLinear
-from motip.model.fast.products import Linear, PixelwiseConv, pixelwise, product, relu_of, use_products
+from motip.model.ops import Linear, PointwiseConv, linear_relu
 
-needs_onednn = pytest.mark.skipif(not products._has_onednn(), reason="this PyTorch or processor has no such operators")
+needs_onednn = pytest.mark.skipif(not onednn._has_onednn(), reason="this PyTorch or processor has no such operators")
 
 
 @pytest.fixture(autouse=True)
-def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_WORTH_IT", 0)
+def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "_MIN_MULTIPLICATIONS", 0)
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -44,8 +45,8 @@ def test_equals_a_linear_layer(rows: tuple[int, ...], relu: bool) -> None:
     inputs = tensors((*rows, 24), (16, 24), (16,))
     doubles = [each.detach().double().requires_grad_() for each in inputs]
     expected = F.linear(*doubles)
-    ours = product(*inputs, relu=relu)
-    assert "Product" in type(ours.grad_fn.next_functions[0][0]).__name__  # type: ignore[union-attr]
+    ours = onednn_linear(*inputs, relu=relu)
+    assert "OnednnLinear" in type(ours.grad_fn.next_functions[0][0]).__name__  # type: ignore[union-attr]
     assert_same(ours, F.relu(expected) if relu else expected, inputs, doubles)
 
 
@@ -53,7 +54,7 @@ def test_equals_a_linear_layer(rows: tuple[int, ...], relu: bool) -> None:
 def test_strided_inputs_and_no_bias() -> None:
     table, weight = tensors((24, 9), (16, 30))
     doubles = [each.detach().double().requires_grad_() for each in (table, weight)]
-    ours = product(table.t(), weight[:, :24])
+    ours = onednn_linear(table.t(), weight[:, :24])
     assert_same(ours, F.linear(doubles[0].t(), doubles[1][:, :24]), [table, weight], doubles)
 
 
@@ -64,57 +65,56 @@ def test_equals_a_1x1_convolution(stride: int, channels_last: bool) -> None:
     inputs = tensors((2, 24, 5, 7), (16, 24, 1, 1), (16,))
     doubles = [each.detach().double().requires_grad_() for each in inputs]
     form = torch.channels_last if channels_last else torch.contiguous_format
-    ours = pixelwise(inputs[0].contiguous(memory_format=form), inputs[1], inputs[2], stride)
+    ours = onednn_pointwise_conv(inputs[0].contiguous(memory_format=form), inputs[1], inputs[2], stride)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert_same(ours, F.conv2d(*doubles, stride=stride), inputs, doubles)
 
 
 @needs_onednn
-def test_only_what_is_wanted_has_a_gradient() -> None:
+def test_gradients_only_where_required() -> None:
     x, weight, bias = tensors((6, 24), (16, 24), (16,))
-    product(x.detach(), weight, bias.detach()).sum().backward()
+    onednn_linear(x.detach(), weight, bias.detach()).sum().backward()
     assert x.grad is None and bias.grad is None and weight.grad is not None
 
 
 @needs_onednn
-def test_the_switch_of_onednn_is_asked_each_time() -> None:
+def test_mkldnn_switch_takes_effect_on_each_call() -> None:
     inputs = tensors((6, 24), (16, 24), (16,))
     with torch.backends.mkldnn.flags(enabled=False):
-        assert type(product(*inputs).grad_fn).__name__ == "AddmmBackward0"
+        assert type(onednn_linear(*inputs).grad_fn).__name__ == "AddmmBackward0"
         assert not PackedLinear(inputs[1]).packed
-    assert type(product(*inputs).grad_fn).__name__ != "AddmmBackward0"
+    assert type(onednn_linear(*inputs).grad_fn).__name__ != "AddmmBackward0"
     assert PackedLinear(inputs[1]).packed
 
 
-def test_other_types_take_the_usual_way() -> None:
+def test_other_dtypes_use_the_reference() -> None:
     x, weight, bias = (each.detach() for each in tensors((6, 24), (16, 24), (16,)))
     doubles = x.double(), weight.double(), bias.double()
-    assert torch.equal(product(*doubles), F.linear(*doubles))
+    assert torch.equal(onednn_linear(*doubles), F.linear(*doubles))
     with torch.autocast("cpu", torch.bfloat16):
-        assert product(x, weight, bias).dtype == torch.bfloat16
+        assert onednn_linear(x, weight, bias).dtype == torch.bfloat16
 
 
 def test_layers_keep_their_keys_and_copies_their_kind() -> None:
-    module = nn.Sequential(nn.Linear(4, 3), PixelwiseConv(3, 2))
+    module = nn.Sequential(Linear(4, 3), PointwiseConv(3, 2))
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    use_products(module)
     assert type(module[0]) is Linear and type(copy.deepcopy(module)[0]) is Linear
     assert {name: value.shape for name, value in module.state_dict().items()} == {
         "0.weight": (3, 4), "0.bias": (3,), "1.weight": (2, 3, 1, 1), "1.bias": (2,)
     }  # fmt: skip
     x = torch.randn(5, 4)
     torch.testing.assert_close(module[0](x), F.linear(x, before["0.weight"], before["0.bias"]))
-    torch.testing.assert_close(relu_of(module[0], x), F.linear(x, before["0.weight"], before["0.bias"]).relu())
+    torch.testing.assert_close(linear_relu(module[0], x), F.linear(x, before["0.weight"], before["0.bias"]).relu())
 
 
-def test_the_whole_network_multiplies_so() -> None:
+def test_every_linear_layer_of_the_network_uses_the_operator() -> None:
     spec = ModelSpec(backbone="tiny_gn", enc_layers=1, dec_layers=1, num_id_decoder_layers=1, num_queries=4)
     kinds = {type(module) for module in build_model(spec).modules() if isinstance(module, nn.Linear)}
     assert kinds == {Linear}
 
 
-def test_a_weight_that_is_no_number_shows_through_the_relu() -> None:
+def test_nan_weight_is_visible_after_the_relu() -> None:
     x, weight = torch.randn(64, 128), torch.randn(256, 128)
     weight[7] = torch.nan
-    found = product(x, weight.requires_grad_(), relu=True)
+    found = onednn_linear(x, weight.requires_grad_(), relu=True)
     assert found[:, 7].isnan().all() and found.isnan().sum() == 64
