@@ -1,3 +1,5 @@
 """MOTIP Curriculum: from public DanceTrack weights to a specialised aerial tracker, every number traceable."""
 
-__version__ = "0.1.0"
+from motip.version import __version__
+
+__all__ = ["__version__"]
