@@ -28,7 +28,7 @@ from benchmarks.records import Recorder, add_flags, quantity
 from motip.model import ModelSpec, build_model
 from motip.model.motip import MOTIP
 from motip.track.settings import TrackerSettings
-from motip.track.tracker import RuntimeTracker
+from motip.track.tracker import Tracker
 from tests.parity import recipe
 
 HISTORY = 29
@@ -165,7 +165,7 @@ def main() -> None:
         model = full_size_model(max(50, objects))
         count = args.frames if objects < CROWD else -(-args.frames // 3)
         frames = script(objects, HISTORY + count)
-        naive, ours = NaiveTracker(model), RuntimeTracker(model, SETTINGS, (1080, 1920))
+        naive, ours = NaiveTracker(model), Tracker(model, SETTINGS, (1080, 1920))
         # Interleaving would share caches between the two; each runs alone instead.
         naive_ms, naive_cpu, naive_ids = timed(lambda frame, tracker=naive: tracker.update(*frame), frames)
         ours_ms, ours_cpu, ours_ids = timed(lambda frame, tracker=ours: tracker.update(*frame).ids.tolist(), frames)

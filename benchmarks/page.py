@@ -1,13 +1,14 @@
-"""docs/performance.md and its plots, made of the results in docs/performance/*.json.
+"""Pages of the measurements: docs/performance.md (targets), docs/performance-details.md (every table) and their plots.
 
     python -m benchmarks.page
 
-Text that only a person can write (what was left out, why something is as it is) stands in
-docs/performance_notes/CLAIM.md and is put below the tables of its claim; `head.md` and `cuda.md` have their own places.
+Both are rendered from docs/performance/*.json. Hand-written notes are in docs/performance_notes/CLAIM.md and follow the
+tables of their claim; `head.md` opens the first page, `cuda.md` closes the second.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks.targets import TARGETS, Target
 from motip.storage.atomic import atomic_write
 
 PAGE = ROOT / "docs" / "performance.md"
+DETAILS = ROOT / "docs" / "performance-details.md"
 NOTES = ROOT / "docs" / "performance_notes"
 PICTURES = ROOT / "docs" / "pictures"
 ORDER = (
@@ -42,26 +44,59 @@ HEAD = """\
 # Performance
 
 *Written by `python -m benchmarks.page` from the results in [performance](performance); do not edit by hand.
-`make bench` measures everything again on the machine at hand, `python -m benchmarks --only tracker` one claim.*
+`make bench` measures everything again on this machine, `python -m benchmarks --only tracker` one claim.*
+"""
+
+DETAILS_HEAD = """\
+# Performance: every measurement
+
+*Written by `python -m benchmarks.page` from the results in [performance](performance); do not edit by hand. The targets
+and what was not measured are in [performance.md](performance.md).*
 """
 
 
 def render(machines: list[Machine], notes: Path = NOTES) -> str:
+    """The page of targets: per machine one row per target, what was not measured, and links to the details."""
     parts = [HEAD, _note(notes, "head")]
     for machine in machines:
         parts += [f"## Targets: {machine.heading()}", _target_table(machine), *_not_measured(machine)]
-    names = {name for machine in machines for name, claim in machine.claims.items() if claim.records}
-    for name in [*(each for each in ORDER if each in names), *sorted(names - set(ORDER))]:
+    titles = [_with_records(name, machines)[0][1].title for name in _claims(machines)]
+    links = [f"* [{title}]({DETAILS.name}#{_anchor(title)})" for title in titles]
+    parts += ["## Measurements", "\n".join(links)]
+    return _joined(parts)
+
+
+def render_details(machines: list[Machine], notes: Path = NOTES) -> str:
+    """The page of measurements: per claim its tables, plots and notes."""
+    parts = [DETAILS_HEAD]
+    for name in _claims(machines):
         parts += _section(name, machines, _note(notes, name))
     parts += [_note(notes, "cuda")]
-    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+    return _joined(parts)
 
 
 def write() -> None:
+    """Render both pages and their plots."""
     machines = read_all(FOLDER)
     plots.draw(machines, PICTURES)
-    with atomic_write(PAGE) as temporary:
-        temporary.write_text(render(machines))
+    for page, text in ((PAGE, render(machines)), (DETAILS, render_details(machines))):
+        with atomic_write(page) as temporary:
+            temporary.write_text(text)
+
+
+def _claims(machines: list[Machine]) -> list[str]:
+    """Names of the claims with records, in the order of the page."""
+    names = {name for machine in machines for name, claim in machine.claims.items() if claim.records}
+    return [*(each for each in ORDER if each in names), *sorted(names - set(ORDER))]
+
+
+def _joined(parts: list[str]) -> str:
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _anchor(title: str) -> str:
+    """The fragment that GitHub and MkDocs give a heading."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def _note(notes: Path, name: str) -> str:
@@ -119,14 +154,19 @@ def _not_measured(machine: Machine) -> list[str]:
 
 
 def _section(name: str, machines: list[Machine], note: str) -> list[str]:
-    found = [(machine, machine.claims.get(name)) for machine in machines]
-    having = [(machine, claim) for machine, claim in found if claim is not None and claim.records]
+    having = _with_records(name, machines)
     parts = [f"## {having[0][1].title}"]
     for machine, claim in having:
         if len(machines) > 1:
             parts.append(f"**{machine.heading()}**")
         parts += _claim(claim)
     return [*parts, note]
+
+
+def _with_records(name: str, machines: list[Machine]) -> list[tuple[Machine, Claim]]:
+    """The claim on each machine that has measured it."""
+    found = [(machine, machine.claims.get(name)) for machine in machines]
+    return [(machine, claim) for machine, claim in found if claim is not None and claim.records]
 
 
 def _claim(claim: Claim) -> Iterator[str]:

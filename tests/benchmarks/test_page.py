@@ -1,4 +1,4 @@
-"""docs/performance.md is what the results in docs/performance/ say, and says what is missing."""
+"""The performance pages follow from the results in docs/performance/ and list what was not measured."""
 
 from __future__ import annotations
 
@@ -25,9 +25,17 @@ def machine(*claims: Claim, hardware: dict[str, object] = CPU) -> Machine:
     return Machine("some-cpu", hardware, {claim.name: claim for claim in claims})
 
 
-def test_the_page_is_the_generated_one() -> None:
-    expected = page.render(read_all())
-    assert page.PAGE.read_text() == expected, "run python -m benchmarks.page"
+def test_pages_are_the_generated_ones() -> None:
+    machines = read_all()
+    assert page.PAGE.read_text() == page.render(machines), "run python -m benchmarks.page"
+    assert page.DETAILS.read_text() == page.render_details(machines), "run python -m benchmarks.page"
+
+
+def test_page_of_targets_is_short_and_links_every_measurement() -> None:
+    text = page.render(read_all())
+    assert len(text.splitlines()) <= 150
+    titles = [line[3:] for line in page.render_details(read_all()).splitlines() if line.startswith("## ")]
+    assert all(f"* [{title}](" in text for title in titles if "torch.compile" not in title) and len(titles) > 5
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
@@ -55,13 +63,14 @@ def test_a_target_is_met_or_missed_by_its_record() -> None:
         ],
     )
     lines = page.render([machine(tracker)]).splitlines()
+    details = page.render_details([machine(tracker)]).splitlines()
     table = [line for line in lines if line.startswith("| Tracker")]
     assert table[0] == (
         "| Tracker besides the detector, 20 objects | ms per frame | 9 | 36 | 0.25 | ≤ 11 | met | 2026-01-02 |"
     )
     assert "| 30 | 100 | 0.30 | ≤ 24 | **missed** |" in table[1]
     assert table[2].endswith("| ≤ 300 | not measured |  |")
-    assert "| 20 objects | ms per frame | 9 (8 to 10, n=3) | 36 | 0.25 |" in lines
+    assert "| 20 objects | ms per frame | 9 (8 to 10, n=3) | 36 | 0.25 |" in details
     assert any("Tracker, 200 objects (ms per frame)" in line and "--only tracker" in line for line in lines)
 
 
@@ -77,15 +86,15 @@ def test_what_a_script_left_out_and_notes_are_on_the_page(tmp_path: Path) -> Non
     (tmp_path / "data.md").write_text("Written by hand.\n")
     claim = Claim("data", "Data", {}, records=[record("T=5, Ray Data", quantity("s", 1.0), note="Said by the script.")])
     claim.not_measured["T=30"] = "no time"
-    text = page.render([machine(claim)], tmp_path)
-    assert "* Data, T=30: no time." in text
+    assert "* Data, T=30: no time." in page.render([machine(claim)], tmp_path)
+    text = page.render_details([machine(claim)], tmp_path)
     assert text.index("Said by the script.") < text.index("Written by hand.")
 
 
 def test_a_record_with_points_gets_a_picture_and_a_table(tmp_path: Path) -> None:
     points = ({"at": 2.0, "s": 1.0, "MB": 10.0}, {"at": 4.0, "s": 2.0, "MB": 11.0}, {"at": 8.0, "s": 4.1, "MB": 12.0})
     growth = Claim("growth", "Growth", {}, records=[record("frames", quantity("exponent of s", 1.0), points=points)])
-    text = page.render([machine(growth)])
+    text = page.render_details([machine(growth)])
     assert "(pictures/growth_frames.png)" in text and "| 8 | 4.1 | 12 |" in text
     first = plots.draw([machine(growth)], tmp_path)[0]
     assert first.name == "growth_frames.png" and first.read_bytes().startswith(b"\x89PNG")
@@ -96,8 +105,10 @@ def test_a_record_with_points_gets_a_picture_and_a_table(tmp_path: Path) -> None
 
 def test_two_machines_have_two_tables() -> None:
     claim = Claim("video", "Video", {}, records=[record("work", quantity("s", 1.0))])
-    text = page.render([machine(claim), machine(claim, hardware=CARD)])
-    assert text.count("## Targets: ") == 2 and text.count("## Video") == 1 and text.count("**Some card") == 1
+    machines = [machine(claim), machine(claim, hardware=CARD)]
+    details = page.render_details(machines)
+    assert page.render(machines).count("## Targets: ") == 2
+    assert details.count("## Video") == 1 and details.count("**Some card") == 1
 
 
 def test_the_whole_configuration_is_on_the_page() -> None:
@@ -106,6 +117,6 @@ def test_the_whole_configuration_is_on_the_page() -> None:
         record(name, quantity("s", 1.0), configuration={"threads": 3, "size": [4, size]})
         for name, size in (("small", 5), ("large", 50))
     ]
-    lines = page.render([machine(Claim("video", "Video", {}, records=records))]).splitlines()
+    lines = page.render_details([machine(Claim("video", "Video", {}, records=records))]).splitlines()
     assert any("; threads 3." in line and "size" not in line for line in lines)
     assert "*small*: size 4, 5." in lines and "*large*: size 4, 50." in lines
