@@ -1,4 +1,4 @@
-"""Ray on this machine, started once for all tests that can share it, after those that start a head of their own."""
+"""Local Ray shared by the tests that can share one; they run after the tests that start their own head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from motip.cluster import Cluster, connect, disconnect
 
 QUICK = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-"""Ray Train looks after its workers every two seconds; tests of seconds need not wait for that."""
+"""Ray Train polls its workers every two seconds by default; the tests are shorter than that."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[Cluster]:
-    """Two CPUs. Tests leave nothing running on it."""
+    """A local Ray with two CPUs. Tests leave no actor running on it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         for name, value in QUICK.items():

@@ -1,4 +1,4 @@
-"""The four stages on a real Ray cluster at their smallest: train, and skip; and an error on the way."""
+"""The four stages on a real Ray cluster at their smallest: trained, then skipped; an error in a worker."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def test_four_stages_with_two_workers_then_skipped(tmp_path: Path, local_ray: Cl
     again, ui, _ = run(path, storage, workers=2, cluster=local_ray, lineage=lineage)
     assert ui.begun == []
     assert [record.sha256 for record in again.records] == [record.sha256 for record in result.records]
-    steps = [step for step in lineage.walk(result.records[-1].run_id) if step.kind == "stage"]
+    steps = [step for step in lineage.chain(result.records[-1].run_id) if step.kind == "stage"]
     assert [step.stage for step in steps] == STAGES
     assert all(step.status == "FINISHED" for step in steps)
     assert all("HOTA" in step.scores for step in steps)
-    # It would wait for a dashboard that is not there, 12 s at the end of each stage.
+    # The cleaner waits 12 s at the end of each stage for a dashboard that does not run here.
     assert found_in(Path(ray._private.worker._global_node.get_logs_dir_path()), ["PlacementGroupCleaner"]) == []
 
 
-def test_an_error_in_a_worker_is_one_message(tmp_path: Path) -> None:
-    """It would come again however often the workers are restarted, so they are not, and it is not wrapped in Ray's."""
+def test_error_in_a_worker_is_one_message(tmp_path: Path) -> None:
+    """A deterministic error: the workers are not restarted, and the message carries none of Ray's wrapping."""
     path = write_files(tmp_path, domains=False)
     command = [sys.executable, "ray_jobs/curriculum.py", "--config", str(path), "--data-root", str(tmp_path)]
     command += ["--storage", str(tmp_path / "storage"), "--until", "BDD-Foundation"]

@@ -1,4 +1,4 @@
-"""`--workers 1:2` on a cluster that gains a node and loses it: the same global batches, each step taken once."""
+"""`--workers 1:2` on a cluster that gains a node and loses it: the same global batches, each step once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from motip.train.ray_train import completed
 from motip.weights.pretrained import load_checkpoint
 from tests.helpers.small_curriculum import write_files
 
-# Not part of make test: how long it takes hangs on when Ray looks for room.
+# Slow: the duration depends on when Ray polls for resources.
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_training_grows_onto_a_new_node_and_goes_on_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_uses_a_new_node_and_continues_after_its_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     path = write_files(tmp_path, domains=False)
@@ -31,13 +31,13 @@ def test_training_grows_onto_a_new_node_and_goes_on_without_it(tmp_path: Path, m
     log = tmp_path / "driver.log"
     driver = None
     try:
-        with log.open("wb") as said:
+        with log.open("wb") as output:
             driver = subprocess.Popen(
                 _command(path, tmp_path),
                 cwd=ROOT,
                 env=_environment(cluster.address),
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
             )
         _wait_until(lambda: _step(tmp_path) >= 2, driver, log)
         node = cluster.add_node(num_cpus=1)
@@ -55,7 +55,7 @@ def test_training_grows_onto_a_new_node_and_goes_on_without_it(tmp_path: Path, m
     steps = int(read_json(folder / "epoch_000" / "metrics.json")["step"])
     assert sorted(epochs.steps.values()) == [steps * (number + 1) for number in range(len(epochs.steps))]
     last = load_checkpoint(epochs.checkpoints[max(epochs.checkpoints)])
-    assert last["position"]["world"] == 1  # the batches stayed those of the one worker it began with
+    assert last["position"]["world"] == 1  # batches are those of the one worker at the start
     assert last["position"]["global_batch"] == 2
     assert last["position"]["clips"] == 2 * steps * len(epochs.steps)
 
@@ -82,7 +82,7 @@ def _environment(address: str) -> dict[str, str]:
 
 
 def _step(folder: Path) -> int:
-    """The newest optimiser step that a checkpoint holds."""
+    """Optimiser step of the newest checkpoint."""
     found = folder.glob("storage/curricula/*/*/*/step_*/checkpoint_step_*.pth")
     return max([0, *(int(path.parent.name[5:]) for path in found)])
 

@@ -1,9 +1,9 @@
-"""A cluster of five nodes on one machine: conversion, a stage of three workers, an evaluation; each loses a node.
+"""A five-node cluster on one machine: conversion, a stage with three workers, an evaluation; each loses a node.
 
     python -m pytest -m "cluster and slow" tests/cluster/test_rehearsal.py -s
 
-Nodes are Ray's own processes on loopback, killed as a machine that is switched off. The storage is a folder that all of
-them see, as S3 is on a real cluster; the driver runs on the head, which is never lost.
+Nodes are Ray processes on loopback, killed with SIGKILL. The storage is a folder that all of them see, like S3 on a
+real cluster; the driver runs on the head, which is not killed.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ ROOT = Path(__file__).resolve().parents[2]
 VIDEOS, VAL, FRAMES = 40, 12, 40
 WAIT_S = 900.0
 WORKING = {"convert": "ray::convert_sequence", "train": "RayTrainWorker", "evaluate": "VideoTracker.track"}
-"""Part of the title of a process that does the work."""
+"""Part of the process title of a worker of each job."""
 
 
 class Machines:
-    """The head, which takes no work, and nodes that do."""
+    """A head without CPUs and nodes with one each."""
 
     def __init__(self) -> None:
-        # A node that is killed hangs up at once; one that only waits for a core of a busy machine is not given up on.
+        # A killed node closes its connections immediately; a long timeout tolerates a busy machine.
         patience = {"health_check_timeout_ms": 120_000}
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": patience}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -51,8 +51,10 @@ class Machines:
             self.nodes.append(self.cluster.add_node(num_cpus=1))
         self.cluster.wait_for_nodes()
 
-    def lose_one_that(self, title: str, driver: subprocess.Popen[bytes], log: Path, until: Any = lambda: True) -> int:
-        """Kill the first node on which a process of this title is seen; returns how many such processes it had."""
+    def kill_node_running(
+        self, title: str, driver: subprocess.Popen[bytes], log: Path, until: Any = lambda: True
+    ) -> int:
+        """Kill the first node with a process of this title; returns its number of such processes."""
         begin = time.monotonic()
         while True:
             assert driver.poll() is None, f"ended before a node was lost: {log.read_text()[-3000:]}"
@@ -80,14 +82,14 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
     machines.stop()
 
 
-def test_each_part_of_a_run_loses_a_node_and_finishes(machines: Machines, tmp_path: Path) -> None:
+def test_each_job_loses_a_node_and_finishes(machines: Machines, tmp_path: Path) -> None:
     config, storage = _curriculum(tmp_path), tmp_path / "storage"
     shared = ["--config", str(config), "--storage", str(storage)]
     machines.grow(4)
 
     driver, log = _start(machines, tmp_path, "convert", [*shared, "--data-root", str(tmp_path)])
     shards = lambda: bool(list(storage.glob("shards/ground/*/*.parquet")))  # noqa: E731
-    _told("conversion", machines.lose_one_that(WORKING["convert"], driver, log, shards), machines)
+    _print_loss("conversion", machines.kill_node_running(WORKING["convert"], driver, log, shards), machines)
     _finish(driver, log)
     entries = Manifest.load(storage).of("ground", "train") + Manifest.load(storage).of("ground", "val")
     assert len(entries) == VIDEOS + VAL
@@ -106,7 +108,7 @@ def test_each_part_of_a_run_loses_a_node_and_finishes(machines: Machines, tmp_pa
         options += ["--set", setting]
     driver, log = _start(machines, tmp_path, "curriculum", options)
     trained = lambda: bool(list(storage.glob("curricula/small/*/*/step_*/checkpoint_step_*.pth")))  # noqa: E731
-    _told("stage", machines.lose_one_that(WORKING["train"], driver, log, trained), machines)
+    _print_loss("stage", machines.kill_node_running(WORKING["train"], driver, log, trained), machines)
     machines.grow(4)  # as the autoscaler does
     _finish(driver, log)
     assert manifest_path(storage).read_bytes() == before
@@ -119,7 +121,7 @@ def test_each_part_of_a_run_loses_a_node_and_finishes(machines: Machines, tmp_pa
     scores = tmp_path / "scores.json"
     options = [*shared, "--checkpoint", best, "--sources", "ground", "--workers", "4", "--json", str(scores)]
     driver, log = _start(machines, tmp_path, "evaluate", options)
-    _told("evaluation", machines.lose_one_that(WORKING["evaluate"], driver, log), machines)
+    _print_loss("evaluation", machines.kill_node_running(WORKING["evaluate"], driver, log), machines)
     _finish(driver, log)
     assert "a worker is gone" in log.read_text()
     tracked = list(storage.glob("evaluations/*/tracks/ground/val/*.txt"))
@@ -128,7 +130,7 @@ def test_each_part_of_a_run_loses_a_node_and_finishes(machines: Machines, tmp_pa
 
 
 def _curriculum(folder: Path) -> Path:
-    """The small curriculum with enough videos that the work outlasts the loss of a node."""
+    """The small curriculum with enough videos that work remains after the loss of a node."""
     path = write_files(folder, domains=False)
     text = path.read_text().replace(
         "{train: 2, val: 1}, frames: 4}", f"{{train: {VIDEOS}, val: {VAL}}}, frames: {FRAMES}}}", 1
@@ -142,9 +144,9 @@ def _start(machines: Machines, folder: Path, job: str, options: list[str]) -> tu
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment = {**kept, "RAY_ADDRESS": machines.cluster.address, "OMP_NUM_THREADS": "1"}
     print(f"\n{job}: {' '.join(options)}", flush=True)
-    with log.open("wb") as said:
+    with log.open("wb") as output:
         command = [sys.executable, f"ray_jobs/{job}.py", *options]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said), log
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output), log
 
 
 def _finish(driver: subprocess.Popen[bytes], log: Path) -> None:
@@ -157,5 +159,5 @@ def _finish(driver: subprocess.Popen[bytes], log: Path) -> None:
     print(f"{log.stem} finished {time.monotonic() - begin:.0f} s after the loss", flush=True)
 
 
-def _told(what: str, processes: int, machines: Machines) -> None:
+def _print_loss(what: str, processes: int, machines: Machines) -> None:
     print(f"{what}: lost a node with {processes} working processes, {len(machines.nodes)} left", flush=True)

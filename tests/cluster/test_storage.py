@@ -1,4 +1,4 @@
-"""A stage on a real Ray cluster whose storage is S3, and the store stumbles: nothing is lost, nothing is half."""
+"""A stage on a real Ray cluster with its storage in S3, while requests to S3 fail: nothing is lost or half-written."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from motip.cluster import connect, disconnect
 from motip.config import load_curriculum
 from motip.curriculum import Options, run_curriculum
-from motip.lineage import NullLineage
 from motip.storage.paths import Location, files_under, location, read_json
 from tests.cluster.conftest import QUICK
+from tests.helpers.null_lineage import NullLineage
 from tests.helpers.object_store import object_store
 from tests.helpers.small_curriculum import QuietUi, write_files
 
@@ -27,7 +27,7 @@ OVERRIDES = (
     "LOG_EVERY_STEPS=1",
     "CHECKPOINT_EVERY_MINUTES=null",
 )
-MORE_THAN_THE_CLIENT_TRIES = 4
+MORE_THAN_CLIENT_RETRIES = 4
 
 
 def _losses(ui: QuietUi) -> dict[int, float]:
@@ -44,7 +44,7 @@ def _weights(folder: Location) -> set[str]:
     return {path.name for path in files_under(folder) if path.suffix == ".pth"}
 
 
-def test_training_into_s3_that_stumbles_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_s3_requests_cost_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name, value in QUICK.items():
         monkeypatch.setenv(name, value)
@@ -58,27 +58,27 @@ def test_training_into_s3_that_stumbles_costs_no_step(tmp_path: Path, monkeypatc
             result = run_curriculum(curriculum, options, cluster, NullLineage(), ui)  # type: ignore[arg-type]
             return ui, location(result.records[0].checkpoint).parent
 
-        cluster = connect(num_cpus=2)  # one of its own: its processes must know of this store
+        cluster = connect(num_cpus=2)  # a separate Ray: its processes need this store in their environment
         try:
-            store.fails("POST .*checkpoint_0.pth", MORE_THAN_THE_CLIENT_TRIES)
-            store.fails("(PUT|POST) .*checkpoint_step_2.pth", MORE_THAN_THE_CLIENT_TRIES, drop=True)
-            store.fails("(PUT|POST) .*checkpoint_manager_snapshot", MORE_THAN_THE_CLIENT_TRIES)
-            store.fails("DELETE .*checkpoint_step", MORE_THAN_THE_CLIENT_TRIES, drop=True)
+            store.fails("POST .*checkpoint_0.pth", MORE_THAN_CLIENT_RETRIES)
+            store.fails("(PUT|POST) .*checkpoint_step_2.pth", MORE_THAN_CLIENT_RETRIES, drop=True)
+            store.fails("(PUT|POST) .*checkpoint_manager_snapshot", MORE_THAN_CLIENT_RETRIES)
+            store.fails("DELETE .*checkpoint_step", MORE_THAN_CLIENT_RETRIES, drop=True)
             ui, folder = train()
             assert [trouble.left for trouble in store.troubles] == [0, 0, 0, 0]
-            assert sorted(_losses(ui)) == [1, 2, 3, 4], "every step once: nobody crashed and went back"
+            assert sorted(_losses(ui)) == [1, 2, 3, 4], "every step once, none repeated after a crash"
             assert _epochs(ui) == [0, 1]
             best = read_json(folder / "stage.json")["best_epoch"]
             newest = "checkpoint_step_4.pth"
             assert _weights(folder) == {"checkpoint_best.pth", "checkpoint_1.pth", f"checkpoint_{best}.pth", newest}
             emptied = {f"step_{step:08d}" for step in (1, 2, 3)}
-            assert emptied <= {each.name for each in folder.iterdir()}, "Ray's list of checkpoints names them"
+            assert emptied <= {each.name for each in folder.iterdir()}, "Ray's list of checkpoints still refers to them"
 
-            # As if cut off while the last epoch was on its way: its weights are there, what vouches for them is not.
+            # State of a run killed while the last epoch was written: weights present, metrics.json absent.
             (folder / "epoch_001" / "metrics.json").unlink()
             (folder / "stage.json").unlink()
             again, _ = train()
-            assert _losses(again) == {} and _epochs(again) == [1], "it went on behind the last step"
+            assert _losses(again) == {} and _epochs(again) == [1], "resumed after the last step"
             assert read_json(folder / "stage.json")["best_epoch"] == best
         finally:
             disconnect()

@@ -1,4 +1,4 @@
-"""Clips through a real Ray cluster: two ranks at once on two CPUs, every batch as without Ray."""
+"""Clips through a real Ray cluster: two concurrent ranks on two CPUs, every batch equal to the one without Ray."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _write(storage: Path, name: str, frames: int, broken: int | None = None) -> 
 def _names_and_sums(
     loader: ClipLoader, rows: list[ClipRef], batch_size: int, prefetch: int, cpus: float
 ) -> list[tuple]:
-    """What a training worker sees, small enough to send back."""
+    """Fingerprints of the batches that a training worker receives."""
     torch.set_num_threads(1)
     dataset = clip_dataset(rows, loader, actors=1, actor_cpus=cpus)
     return [_fingerprint(batch) for batch in iterate(dataset, rows, batch_size, prefetch)]
@@ -84,7 +84,7 @@ def _plan(storage: Path) -> tuple[ClipPlan, ClipLoader]:
     return pad_to(plan, 4), ClipLoader(CONFIG, CLASSES, storage)
 
 
-def test_two_ranks_get_the_plan_bit_for_bit(local_ray: Cluster, tmp_path: Path) -> None:
+def test_two_ranks_receive_the_clip_plan_bit_for_bit(local_ray: Cluster, tmp_path: Path) -> None:
     import ray
 
     plan, loader = _plan(tmp_path)
@@ -99,7 +99,7 @@ def test_two_ranks_get_the_plan_bit_for_bit(local_ray: Cluster, tmp_path: Path) 
         assert seen[rank] == expected
 
 
-def test_a_broken_frame_reaches_the_worker_as_one_clear_message(local_ray: Cluster, tmp_path: Path) -> None:
+def test_undecodable_frame_is_one_message_in_the_worker(local_ray: Cluster, tmp_path: Path) -> None:
     _write(tmp_path, "bad", 3, broken=1)
     clip = ClipRef("bdd", "bad", "bdd/train/bad.parquet", (0, 1), (0, 1), 1, seed=1)
     dataset = clip_dataset([clip], ClipLoader(CONFIG, CLASSES, tmp_path), actors=1, actor_cpus=0.5)

@@ -1,4 +1,4 @@
-"""A sweep on a real Ray: killed in the middle of a trial, gone on with, one trial given up, nothing left behind."""
+"""A sweep on a real Ray: killed inside a trial, resumed, one trial pruned, no actor left."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ space:
 prune: {first: 1, reduction: 2}
 confirm: {seeds: 1, hand_set: false}
 """
-"""A few steps teach nothing, but with a low threshold something is tracked and with a high one nothing is."""
+"""After a few steps a low threshold tracks something and a high one nothing."""
 
-RAYS_OWN = {"_AutoscalingCoordinatorActor": 1}
-"""Ray Data starts one on every cluster where it is used; it has a name, reserves nothing and serves all later jobs."""
+RAY_ACTORS = {"_AutoscalingCoordinatorActor": 1}
+"""Named actor of Ray Data, one per cluster; it reserves no resources and serves later jobs."""
 
 
 @pytest.mark.timeout(2400)
-def test_a_sweep_is_killed_goes_on_gives_one_trial_up_and_leaves_nothing(
+def test_killed_sweep_resumes_prunes_one_trial_and_leaves_no_actor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_sweep_files(tmp_path, SWEEP)
-    # Epochs long enough that a trial hears in the middle of them that it is given up.
+    # Epochs long enough that a trial receives the stop request inside one.
     path.write_text(path.read_text().replace("frames: 4}", "frames: 24}", 1))
     stage = tmp_path / "one.yaml"
     longer = stage.read_text().replace("EPOCHS: 2", "EPOCHS: 4").replace("CLIPS_PER_EPOCH: 2", "CLIPS_PER_EPOCH: 24")
@@ -62,20 +62,20 @@ def test_a_sweep_is_killed_goes_on_gives_one_trial_up_and_leaves_nothing(
     cluster = connect(num_cpus=2)
     try:
         result = _sweep(path, tmp_path, cluster, lineage, ui)
-        left = _left_over()
+        left = _remaining()
     finally:
         disconnect()
     assert left == [], left
     status = {told.ask.key: told.status for told in result.trials}
     assert status == {"000": "finished", "001": "finished", "002": "pruned"}, ui.notes
     again = [(path, path.read_text(), path.stat().st_mtime_ns) for path in kept]
-    assert again == before, "what was done is not done again: the trial that was cut off went on from its epoch"
+    assert again == before, "finished work is not repeated: the killed trial resumed after its epoch"
     assert result.values == {"DET_THRESH": 0.012} == yaml.safe_load((tmp_path / "tuned.yaml").read_text())
     assert [told.ask.key for told in result.repeats] == ["001-seed30"] and result.repeats[0].status == "finished"
     runs = lineage._find_runs(f"tags.`mlflow.parentRunId` = '{result.run_id}'")
     ends = {run.data.tags["motip.trial"]: run.info.status for run in runs}
     assert ends == {"000": "FINISHED", "001": "FINISHED", "002": "KILLED", "001-seed30": "FINISHED"}
-    assert len(runs) == len(ends), "one run for each trial, however often it was started"
+    assert len(runs) == len(ends), "one run per trial, restarts included"
     pruned = next(run for run in runs if run.data.tags["motip.trial"] == "002")
     assert "others were better" in pruned.data.tags["motip.pruned"]
     resumed = next(run for run in runs if run.data.tags["motip.trial"] == "001")
@@ -83,7 +83,7 @@ def test_a_sweep_is_killed_goes_on_gives_one_trial_up_and_leaves_nothing(
 
 
 def _start_and_kill(folder: Path, path: Path) -> None:
-    """The command as a user gives it, switched off with all its processes while its second trial trains."""
+    """Run the command and kill all its processes while the second trial trains."""
     command = [sys.executable, "ray_jobs/tune.py", "--config", str(path), "--stage", "BDD-Foundation"]
     command += ["--data-root", str(folder), "--storage", str(folder / "storage"), "--tuned", str(folder / "tuned.yaml")]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") or "timeout" in key}
@@ -101,7 +101,7 @@ def _start_and_kill(folder: Path, path: Path) -> None:
 
 
 def _begun(folder: Path, key: str) -> bool:
-    """The first of the trial's epochs is stored, and it is at work on the next."""
+    """The trial's first epoch is stored and the second has begun."""
     return bool(list(folder.rglob(f"trials/{key}-*/epoch_000/metrics.json")))
 
 
@@ -112,8 +112,8 @@ def _sweep(path: Path, folder: Path, cluster: Cluster, lineage: Lineage, ui: Qui
     return run_sweep(curriculum, curriculum.stages[0], options, cluster, lineage, ui, tuning)
 
 
-def _left_over() -> list[str]:
-    """Actors that live and placement groups that reserve something, once Ray had time to take its own down."""
+def _remaining() -> list[str]:
+    """Live actors and placement groups after Ray had time to remove its own."""
     import ray
     from ray._private.state import actors
 
@@ -122,7 +122,7 @@ def _left_over() -> list[str]:
         groups = ray.util.placement_group_table().values()
         left = [f"placement group {group['bundles']}" for group in groups if group["state"] != "REMOVED"]
         alive = [str(each["ActorClassName"]) for each in actors().values() if each["State"] != "DEAD"]
-        left += [f"actors {name}" for name in set(alive) if alive.count(name) > RAYS_OWN.get(name, 0)]
+        left += [f"actors {name}" for name in set(alive) if alive.count(name) > RAY_ACTORS.get(name, 0)]
         if not left:
             break
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""A Ray head of one's own, started as a user would with `ray start --head`, and its processes."""
+"""Ray head for one test, started as a user does with `ray start --head`, and its processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Head:
     Attributes:
         ray: path of the `ray` command.
         address: `host:port` for RAY_ADDRESS.
-        environment: for commands that talk to it; token authentication is on, RAY_ADDRESS is not set.
+        environment: of its clients; token authentication is on, RAY_ADDRESS is not set.
         session: folder of its logs, and of the jobs that run on it.
         server: the `ray start --block` process.
     """
@@ -41,9 +41,9 @@ class Head:
         return [pid for pid, title in descendants(self.server.pid) if "RayTrainWorker" in title]
 
     def kill(self) -> None:
-        """kill -9 the head with everything it started, as a machine that is switched off."""
-        family = [self.server.pid, *(pid for pid, _ in descendants(self.server.pid))]
-        for pid in family:
+        """kill -9 the head and all its descendants, like a power failure."""
+        processes = [self.server.pid, *(pid for pid, _ in descendants(self.server.pid))]
+        for pid in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.server.wait(timeout=60)
@@ -51,7 +51,7 @@ class Head:
 
 @contextlib.contextmanager
 def running_head(folder: Path, cpus: int = 2) -> Iterator[Head]:
-    """Start a head with a token of its own in ``folder``; it is stopped at the end, killed or not."""
+    """Start a head with its own token in ``folder``; it is stopped at the end, killed or not."""
     token = folder / f"token_{secrets.token_hex(4)}"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -61,12 +61,12 @@ def running_head(folder: Path, cpus: int = 2) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # A head that died is given up on in seconds.
+        # Clients stop reconnecting to a dead head after seconds.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
         **QUICK,
     }
     port, dashboard, agent = _free_port(), _free_port(), _free_port()
-    # Ray's socket paths must stay under 108 characters, which pytest's folders do not.
+    # Socket paths are limited to 108 characters; those of pytest's folders are longer.
     session = Path("/tmp") / f"ray_{secrets.token_hex(4)}"
     ray = shutil.which("ray", path=environment["PATH"])
     assert ray is not None
@@ -79,8 +79,8 @@ def running_head(folder: Path, cpus: int = 2) -> Iterator[Head]:
     try:
         begin = time.monotonic()
         listed = [ray, "job", "list"]
-        while not _answers(dashboard) or subprocess.run(listed, env=environment, capture_output=True).returncode != 0:
-            assert server.poll() is None and time.monotonic() - begin < 400, "the head does not come up"
+        while not _listens(dashboard) or subprocess.run(listed, env=environment, capture_output=True).returncode != 0:
+            assert server.poll() is None and time.monotonic() - begin < 400, "the head did not start"
             time.sleep(0.5)
         yield Head(ray, f"127.0.0.1:{port}", environment, session, server)
     finally:
@@ -90,8 +90,8 @@ def running_head(folder: Path, cpus: int = 2) -> Iterator[Head]:
         shutil.rmtree(session, ignore_errors=True)
 
 
-def _answers(port: int) -> bool:
-    """Whether anybody listens: asked before Ray's own command is, which takes two seconds of a core to start."""
+def _listens(port: int) -> bool:
+    """Whether the port is open; cheaper than `ray job list`, which takes two seconds of a core to start."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
@@ -103,11 +103,11 @@ def _free_port() -> int:
 
 
 def descendants(ancestor: int) -> list[tuple[int, str]]:
-    """(process id, command line) of everything that a process started, directly or not."""
+    """(process id, command line) of all descendants of a process."""
     parents: dict[int, int] = {}
     titles: dict[int, str] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # a process may end while it is looked at
+        with contextlib.suppress(OSError):  # a process may end while /proc is read
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             titles[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
     found = []
