@@ -1,5 +1,15 @@
 # The environment of cluster.yaml as an image, for clusters that run containers: the same pins, the same settings.
 # docker build -t motip .          PyTorch brings its own CUDA libraries: the host needs the NVIDIA driver and runtime.
+FROM python:3.11.13-slim-bookworm AS build
+
+# The package as a wheel; the build tools stay in this stage.
+WORKDIR /build
+COPY requirements-build.lock ./
+RUN python -m pip install --no-cache-dir --require-hashes --requirement requirements-build.lock
+COPY pyproject.toml README.md LICENSE ./
+COPY motip ./motip
+RUN python -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist .
+
 FROM python:3.11.13-slim-bookworm
 
 # OpenCV needs the first two; wget answers the probes of container clusters.
@@ -9,12 +19,10 @@ RUN apt-get update -qq \
 
 WORKDIR /opt/motip
 COPY requirements.lock ./
-RUN python -m pip install --no-cache-dir --requirement requirements.lock
+RUN python -m pip install --no-cache-dir --require-hashes --requirement requirements.lock
 
-COPY pyproject.toml README.md LICENSE ./
-COPY motip ./motip
-# The build tools are in the lock file, so nothing that is not pinned is fetched.
-RUN python -m pip install --no-cache-dir --no-deps --no-build-isolation .
+COPY --from=build /build/dist ./dist
+RUN python -m pip install --no-cache-dir --no-deps --no-index dist/*.whl
 COPY configs ./configs
 COPY ray_jobs ./ray_jobs
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "cluster.yaml"
@@ -224,24 +227,47 @@ def test_nodes_install_the_lock_file_and_nothing_unpinned(config: dict[str, Any]
         for line in value
     ]  # fmt: skip
     installs = [line for line in commands if "pip install" in line]
-    assert installs == ["~/venv/bin/python -m pip install --quiet --requirement ~/motip-requirements.lock"]
+    assert installs == [
+        "~/venv/bin/python -m pip install --quiet --require-hashes --requirement ~/motip-requirements.lock"
+    ]
     assert (ROOT / config["file_mounts"]["~/motip-requirements.lock"]).resolve() == ROOT / "requirements.lock"
 
 
-def test_the_lock_file_has_all_that_the_project_declares() -> None:
-    import tomllib
+def locked(name: str) -> dict[str, str]:
+    """Package → version of a lock file."""
+    text = (ROOT / name).read_text()
+    return dict(re.findall(r"^([\w.\-]+)==([\w.+!]+)", text, re.MULTILINE))
 
-    from packaging.requirements import Requirement
 
-    pins = dict(
-        line.lower().split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line
-    )
+def declared(*extras: str) -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = [Requirement(text) for text in project["dependencies"]]
-    assert [each.name for each in needed if each.name not in pins] == []
-    assert [str(each) for each in needed if not each.specifier.contains(pins[each.name])] == []
+    groups = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
+    return [Requirement(text) for group in groups for text in group]
+
+
+@pytest.mark.parametrize(
+    ("name", "extras"),
+    [("requirements.lock", ("aws",)), ("requirements-dev.lock", ("aws", "dev", "docs"))],
+)
+def test_the_lock_files_have_all_that_the_project_declares(name: str, extras: tuple[str, ...]) -> None:
+    pins, needed = locked(name), declared(*extras)
+    names = {each: canonicalize_name(each.name) for each in needed}
+    assert [each.name for each in needed if names[each] not in pins] == []
+    assert [str(each) for each in needed if not each.specifier.contains(pins[names[each]])] == []
     assert "boto3" in pins, "the launcher uses it"
     assert "pyarrow" in pins, "the check of the bucket uses it"
+
+
+def test_the_development_lock_holds_the_pins_of_the_other_two() -> None:
+    development = locked("requirements-dev.lock")
+    for name in ("requirements.lock", "requirements-build.lock"):
+        assert {each: pin for each, pin in locked(name).items() if development.get(each) != pin} == {}
+
+
+def test_nodes_get_nothing_that_only_tests_need() -> None:
+    only = {canonicalize_name(each.name) for each in declared("dev", "docs")} - {each.name for each in declared("aws")}
+    assert {"pytest", "mypy", "mkdocs", "moto"} <= only
+    assert only & set(locked("requirements.lock")) == set()
 
 
 def test_commands_are_shell(config: dict[str, Any]) -> None:
