@@ -1,4 +1,4 @@
-"""Start a local Ray or join the running one, with token authentication on; what the cluster has to give."""
+"""Connection to Ray: start a local instance or join a running cluster, and query its resources."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from dataclasses import dataclass
 
 from motip.errors import MotipError
 
-OWN = "MOTIP_OWN_RAY"
-"""Set in every process of a Ray that `connect` started: it has no dashboard, and ends with the driver."""
+OWN_RAY_ENV = "MOTIP_OWN_RAY"
+"""Environment variable set in every process of a Ray instance that `connect` started (no dashboard, ends with the
+driver)."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What there is to share out: CPUs, GPUs and nodes alive, and how this process came to them.
+    """Resources of the connected Ray cluster.
 
     Attributes:
-        node_cpus: CPUs of each node alive. A process is never split over two; empty: as if all CPUs were of one node.
+        cpus, gpus: logical CPUs and GPUs of all nodes.
+        nodes: number of nodes that are alive.
+        joined: True for a cluster at RAY_ADDRESS, False for a local instance.
+        node_cpus: CPUs of each node alive, since a process cannot span two; empty: treat all CPUs as one node.
     """
 
     cpus: float
@@ -29,16 +33,16 @@ class Cluster:
 
 
 def connect(num_cpus: int | None = None) -> Cluster:
-    """Join the cluster that RAY_ADDRESS names (a submitted job has it set), else start Ray on this machine.
+    """Join the cluster at RAY_ADDRESS (set in submitted jobs), else start Ray on this machine.
 
     Args:
-        num_cpus: CPUs of a local Ray; default all. Without effect on a cluster that is joined.
+        num_cpus: CPUs of a local Ray; default all. Ignored when a cluster is joined.
 
     Raises:
-        MotipError: the cluster does not answer, or refuses the token.
+        MotipError: the cluster is unreachable or rejects the token, or Ray cannot be started.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray Train's own notices repeat what the progress line says.
+    # Ray Train's state messages duplicate the progress line.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -46,14 +50,14 @@ def connect(num_cpus: int | None = None) -> Cluster:
 
     address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
-        os.environ.pop(OWN, None)
+        os.environ.pop(OWN_RAY_ENV, None)
         if address:
-            _check_answers(address)
+            _check_reachable(address)
         try:
             if address:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
             else:
-                os.environ[OWN] = "1"
+                os.environ[OWN_RAY_ENV] = "1"
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -67,23 +71,23 @@ def connect(num_cpus: int | None = None) -> Cluster:
                 where=f"RAY_ADDRESS={address}" if address else "ray.init",
                 fix="check that the head is running (`ray status`) and that RAY_AUTH_MODE=token and its token are set"
                 if address
-                else "free the port or directory that the message names, or stop another Ray with `ray stop`",
+                else "free the port or directory in the message, or stop another Ray with `ray stop`",
             ) from error
     resources = ray.cluster_resources()
     node_cpus = tuple(float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"])
     return Cluster(resources.get("CPU", 0.0), resources.get("GPU", 0.0), len(node_cpus), bool(address), node_cpus)
 
 
-def _check_answers(address: str) -> None:
-    """Fail in seconds where nobody listens; Ray itself would try for minutes without a word."""
+def _check_reachable(address: str) -> None:
+    """Raise MotipError within seconds if no Ray head listens; Ray itself retries silently for minutes."""
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdigit():
-        return  # `auto`, `local` and ray:// addresses are left to Ray
+        return  # `auto`, `local` and ray:// addresses are checked by Ray
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise MotipError(
-            f"no Ray head answers: {error.strerror or error}",
+            f"the Ray head is not reachable: {error.strerror or error}",
             where=f"RAY_ADDRESS={address}",
             expected="the address that `ray start --head` printed",
             fix="start the head, or unset RAY_ADDRESS to start Ray on this machine",
@@ -91,9 +95,9 @@ def _check_answers(address: str) -> None:
 
 
 def disconnect() -> None:
-    """Leave the cluster; a local Ray stops."""
+    """Disconnect from the cluster; a local Ray stops."""
     import ray
 
     if ray.is_initialized():
         ray.shutdown()
-    os.environ.pop(OWN, None)
+    os.environ.pop(OWN_RAY_ENV, None)

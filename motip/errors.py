@@ -1,4 +1,4 @@
-"""The one error users see: what is wrong, where, what was expected, how to fix it."""
+"""MotipError, the error for problems that the user can fix, and its handling at entry points."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 
 class MotipError(Exception):
-    """A problem with the user's input or surroundings that the user can act on.
+    """A problem with the user's input or environment.
 
     Args:
-        what: one sentence, no trailing full stop needed.
-        where: file, line, key or command that holds the problem.
-        found: what was there.
-        expected: what should have been there.
-        fix: what to do about it.
+        what: description, one sentence without full stop.
+        where: file, line, key or command with the problem.
+        found: actual value or state.
+        expected: required value or state.
+        fix: suggested action.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class MotipError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
+        """The message: ``what``, then one labelled line for each of the other parts that is set."""
         lines = [self.what]
         for label, value in (
             ("where", self.where),
@@ -47,7 +48,7 @@ class MotipError(Exception):
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        # Keyword-only arguments do not survive default pickling, and errors cross process borders on a cluster.
+        # Default pickling drops keyword-only arguments, and errors pass between processes on a cluster.
         return _rebuild, (self.what, self.where, self.found, self.expected, self.fix)
 
 
@@ -56,14 +57,14 @@ def _rebuild(what: str, where: object, found: object, expected: object, fix: str
 
 
 def find_motip_error(error: BaseException | None) -> MotipError | None:
-    """The MotipError inside ``error`` or its chain of causes, however many layers a cluster wrapped round it."""
-    seen: set[int] = set()
+    """The first MotipError among ``error``, its causes and contexts, and the errors that Ray wrapped, or None."""
+    visited: set[int] = set()
     queue: list[object] = [error]
     while queue:
         current = queue.pop(0)
-        if not isinstance(current, BaseException) or id(current) in seen:
+        if not isinstance(current, BaseException) or id(current) in visited:
             continue
-        seen.add(id(current))
+        visited.add(id(current))
         if isinstance(current, MotipError):
             return current
         queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
@@ -73,11 +74,11 @@ def find_motip_error(error: BaseException | None) -> MotipError | None:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn a MotipError into one message on stderr and exit status 2; anything else keeps its traceback."""
+    """Print a MotipError to stderr and exit with status 2 (130 on Ctrl+C); other errors keep their traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        print("\ninterrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
+        print("\ninterrupted; finished work is kept, run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         problem = find_motip_error(error) or _missing_library(error)
@@ -88,11 +89,11 @@ def exit_on_error() -> Iterator[None]:
 
 
 _PACKAGES = {"libGL": "libgl1", "libgthread": "libglib2.0-0", "libglib": "libglib2.0-0"}
-"""Debian packages of the system libraries that OpenCV's wheel expects."""
+"""Debian packages of the system libraries that OpenCV's wheel needs."""
 
 
 def _missing_library(error: BaseException) -> MotipError | None:
-    """A readable error where an import failed for want of a system library, else None."""
+    """MotipError for an import that failed because of a missing system library, else None."""
     text = str(error)
     if not isinstance(error, ImportError) or "cannot open shared object file" not in text:
         return None
@@ -102,5 +103,5 @@ def _missing_library(error: BaseException) -> MotipError | None:
         f"a system library is missing: {library}",
         where="import of a Python package (OpenCV needs libGL and GLib)",
         expected=f"{library} on the library path",
-        fix=f"install it, on Debian or Ubuntu: apt-get install {package or 'the package that holds it'}",
+        fix=f"install it, on Debian or Ubuntu: apt-get install {package or 'the package that contains it'}",
     )

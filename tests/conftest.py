@@ -1,4 +1,4 @@
-"""Fixtures every test room shares: reference numbers, real samples, the `motip` command, another living process."""
+"""Shared fixtures: reference numbers, real samples, the `motip` command, another running process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def _directory(variable: str, default: str, what: str) -> Path:
     path = Path(os.environ.get(variable, ROOT / default)).resolve()
     if not path.is_dir():
-        pytest.skip(f"no {what} at {path}; set {variable} to a folder that holds it")
+        pytest.skip(f"no {what} at {path}; set {variable} to its folder")
     return path
 
 
@@ -36,8 +36,8 @@ def repo_root() -> Path:
     return ROOT
 
 
-class Ran(NamedTuple):
-    """How a command ended and what it printed."""
+class CommandResult(NamedTuple):
+    """Exit status and output of a command."""
 
     status: int
     out: str
@@ -48,28 +48,28 @@ class Ran(NamedTuple):
         return self.out.strip().splitlines()[-1]
 
 
-Motip = Callable[..., Ran]
+Motip = Callable[..., CommandResult]
 
 
 @pytest.fixture
 def motip(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Motip:
-    """`motip ARGUMENTS` as a user types it, in this process."""
+    """Runs `motip ARGUMENTS` in this process."""
     from motip.cli.main import main
 
-    def run(*arguments: object) -> Ran:
+    def run(*arguments: object) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["motip", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             main()
         captured = capsys.readouterr()
-        return Ran(int(end.value.code or 0), captured.out, captured.err)
+        return CommandResult(int(end.value.code or 0), captured.out, captured.err)
 
     return run
 
 
 @pytest.fixture
-def somebody() -> Iterator[str]:
-    """The name of a process that lives, and is not this one."""
+def other_driver() -> Iterator[str]:
+    """Driver name of another live process."""
     code = "from motip.lineage.driver_process import this_driver; print(this_driver(), flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

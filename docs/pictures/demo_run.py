@@ -1,14 +1,13 @@
-"""Pictures of a finished run of the demo, for the README and docs/report.md; needs Chromium and chromedriver.
+"""Pictures of a finished demo run, for the README and docs/report.md; needs Chromium and chromedriver.
 
     make demo
     python docs/pictures/demo_run.py outputs/demo/curricula/demo
     python docs/pictures/demo_run.py outputs/demo/curricula/demo --out elsewhere/
 
-Nothing is written into the run. `tracked_video.jpg`: the frame with most tracks of the first validation video of each
-domain, which the last stage of the domain tracks now, with `motip.track.api.track` and the drawing of `motip track`;
-the demo's frames are 224 pixels wide and enlarged first. `failure_sheet.jpg`: the contact sheet of the last stage,
-from its stored tracks. `dashboard.png`: its dashboard. `report_page.png`, `report_page_phone.png`: the top of the
-run's report page in a browser.
+The run is only read. `tracked_video.jpg`: for each domain, the frame with most tracks of its first validation video,
+tracked by the domain's last stage and drawn as by `motip track`; the demo's frames are 224 pixels wide and enlarged
+first. `failure_sheet.jpg`: the contact sheet of the last stage, from its stored tracks. `dashboard.png`: its dashboard.
+`report_page.png`, `report_page_phone.png`: the top of the run's report page in a browser.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from motip.cli.report_run import judged_as_stored  # noqa: E402
+from motip.cli.report_run import load_stored_run  # noqa: E402
 from motip.data.clip_loader import read_video_frames  # noqa: E402
 from motip.data.manifest import Manifest  # noqa: E402
 from motip.data.video_reader import open_source  # noqa: E402
@@ -40,7 +39,7 @@ from motip.storage.atomic import atomic_write  # noqa: E402
 from motip.track.api import track  # noqa: E402
 from tests.helpers.browser import browser  # noqa: E402
 
-MOST_BYTES = 250_000
+MAX_BYTES = 250_000
 ENLARGED = 4
 SHOTS = (("report_page.png", 1280, "light", None), ("report_page_phone.png", 390, "dark", 1400))
 """File, width in CSS pixels, colour scheme, height of what is shown; None: to the end of the heat map."""
@@ -54,26 +53,29 @@ def main() -> None:
     folder, out = args.folder.resolve(), args.out
     stages = {name: Path(str(place)) for name, place in read_stage_list(folder).folders.items() if place is not None}
     last = list(stages)[-1]
-    with tempfile.TemporaryDirectory() as place:
-        room = Path(place)
-        tiles = [tracked_frame(folder.parent.parent, stages[name], room / name) for name in own_last(stages)]
-        save(out / "tracked_video.jpg", np.concatenate(beside(tiles), axis=1))
-        subject = judged_as_stored(stages[last])
-        write_failures(subject.videos(), room, subject.title, clips=0)
-        save(out / "failure_sheet.jpg", shrunk(read(room / SHEET), 0.75))
-        draw_dashboard(stages[last], room / "dashboard.png")
-        save(out / "dashboard.png", shrunk(read(room / "dashboard.png"), 0.75))
-        with browser(room) as window:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        # Tracked frames.
+        tiles = [tracked_frame(folder.parent.parent, stages[name], work / name) for name in own_last(stages)]
+        save(out / "tracked_video.jpg", np.concatenate(side_by_side(tiles), axis=1))
+        # Failure sheet and dashboard of the last stage.
+        tracked = load_stored_run(stages[last])
+        write_failures(tracked.videos(), work, tracked.title, clips=0)
+        save(out / "failure_sheet.jpg", shrunk(read(work / SHEET), 0.75))
+        draw_dashboard(stages[last], work / "dashboard.png")
+        save(out / "dashboard.png", shrunk(read(work / "dashboard.png"), 0.75))
+        # Report page.
+        with browser(work) as window:
             for name, width, scheme, height in SHOTS:
-                window.look(width, 844, scheme)
+                window.set_screen(width, 844, scheme)
                 window.open((folder / "report.html").as_uri())
                 end = "return document.getElementById('weights').getBoundingClientRect().top"
-                window.picture(room / name, height or round(window.run(end)))
-                save(out / name, shrunk(read(room / name), 0.7 if width > 1000 else 1.0))
+                window.screenshot(work / name, height or round(window.run(end)))
+                save(out / name, shrunk(read(work / name), 0.7 if width > 1000 else 1.0))
 
 
 def own_last(stages: dict[str, Path]) -> list[str]:
-    """For each source that judges a stage, the last stage that it judges."""
+    """For each validation source, the last stage validated on it; without duplicates."""
     found: dict[str, str] = {}
     for name, place in stages.items():
         for source in json.loads((place / "job.json").read_text())["val"]:
@@ -81,23 +83,23 @@ def own_last(stages: dict[str, Path]) -> list[str]:
     return list(dict.fromkeys(found.values()))
 
 
-def tracked_frame(storage: Path, stage: Path, room: Path) -> np.ndarray:
-    """Of the video that `motip track` writes of the stage's first validation video, the frame with most tracks."""
+def tracked_frame(storage: Path, stage: Path, work: Path) -> np.ndarray:
+    """The frame with most tracks of the stage's first validation video, as `motip track` draws it."""
     source = json.loads((stage / "job.json").read_text())["val"][0]
     video = min(Manifest.load(storage).of(source, "val"), key=lambda each: each.video)
-    images = room / "img1"
+    images = work / "img1"
     images.mkdir(parents=True)
     for number, image in read_video_frames(video, str(storage)):
         large = cv2.resize(image, None, fx=ENLARGED, fy=ENLARGED, interpolation=cv2.INTER_CUBIC)
         cv2.imwrite(str(images / f"{number + 1:08d}.png"), large[..., ::-1])
     tracking = track(images / "%08d.png", stage / "checkpoint_best.pth", device="cpu", fps=float(Fraction(video.fps)))
     counts: list[int] = []
-    done = track_video(tracking, room / "tracked.mp4", on_frame=lambda found: counts.append(len(found)))
+    done = track_video(tracking, work / "tracked.mp4", on_frame=lambda found: counts.append(len(found)))
     frames = [image for _, image in open_source(str(done.video))]
     return frames[counts.index(max(counts))]
 
 
-def beside(tiles: list[np.ndarray]) -> list[np.ndarray]:
+def side_by_side(tiles: list[np.ndarray]) -> list[np.ndarray]:
     """The pictures at one height, with a white gap between them."""
     height = min(len(tile) for tile in tiles)
     parts: list[np.ndarray] = []
@@ -108,10 +110,10 @@ def beside(tiles: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def read(path: Path) -> np.ndarray:
-    """(H, W, 3) RGB of a picture; what is transparent is white."""
+    """(H, W, 3) uint8 RGB of an image file, on white where it is transparent."""
     with Image.open(path) as picture:
-        whole = picture.convert("RGBA")
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB"))
+        layer = picture.convert("RGBA")
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"))
 
 
 def shrunk(pixels: np.ndarray, factor: float) -> np.ndarray:
@@ -119,7 +121,7 @@ def shrunk(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
-    """Write a picture of at most MOST_BYTES, in the best quality of which that is true."""
+    """Write an image in the best quality with at most MAX_BYTES; raises MotipError if none is small enough."""
     picture = Image.fromarray(pixels)
     for quality in (92, 88, 84, 80, 75, 70, 60):
         with atomic_write(path) as temporary:
@@ -127,10 +129,10 @@ def save(path: Path, pixels: np.ndarray) -> None:
                 picture.save(temporary, quality=quality, optimize=True, subsampling=0 if quality > 80 else 2)
             else:
                 picture.quantize(quality * 2, dither=Image.Dither.NONE).save(temporary, optimize=True)
-        if path.stat().st_size <= MOST_BYTES:
+        if path.stat().st_size <= MAX_BYTES:
             print(f"{path}: {picture.width}x{picture.height}, {path.stat().st_size / 1000:.0f} kB")
             return
-    raise MotipError("the picture does not become small enough", where=path, found=path.stat().st_size)
+    raise MotipError("the image is too large at the lowest quality", where=path, found=path.stat().st_size)
 
 
 if __name__ == "__main__":

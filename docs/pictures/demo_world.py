@@ -1,9 +1,9 @@
-"""The picture at the top of the README: frames of the demo world with the labels that training sees.
+"""Figure of the demo dataset: frames with the labels that training uses.
 
     python docs/pictures/demo_world.py docs/pictures/demo_world.png
 
-The sequences are written in the raw BDD100K and VisDrone formats and read back by the readers that read the real
-datasets; what is drawn is what they return.
+The sequences are written in the raw BDD100K and VisDrone formats and read back by the readers of the real
+datasets; the figure shows the sequences that they return.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from motip.data.formats.common import RawSequence
 from motip.data.formats.registry import reader
 from motip.data.overlay import draw_labels
 from motip.data.sequence import ClassMap, Frame, Sequence
-from motip.demo import write_world
+from motip.demo import write_demo_dataset
 from motip.errors import exit_on_error
 from motip.storage.atomic import atomic_write
 
@@ -42,20 +42,22 @@ DOMAINS = {
 
 def main(target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        world = write_world(Path(folder), seed=SEED, domains={domain: {"train": 1} for domain in DOMAINS}, frames=25)
+        dataset = write_demo_dataset(
+            Path(folder), seed=SEED, domains={domain: {"train": 1} for domain in DOMAINS}, frames=25
+        )
         rows = []
         for domain, (title, classes) in DOMAINS.items():
-            source = world.source(domain)
+            source = dataset.source(domain)
             formats = reader(source["format"])
             raw: RawSequence = formats.list_sequences(Path(source["root"]), "train")[0]
             sequence, _ = formats.read_sequence(raw)
             rows.append(caption(f"{title}: frames {', '.join(str(number) for number in FRAMES)}", 3 * width(sequence)))
             class_map = ClassMap(tuple(classes), classes)
             rows.append(np.concatenate([tile(sequence.frames[number], class_map) for number in FRAMES], axis=1))
-    # A palette keeps the file small; OpenCV writes none.
-    picture = Image.fromarray(cv2.cvtColor(np.concatenate(rows), cv2.COLOR_BGR2RGB))
+    # OpenCV cannot write a palette, which keeps the file small.
+    image = Image.fromarray(cv2.cvtColor(np.concatenate(rows), cv2.COLOR_BGR2RGB))
     with atomic_write(target) as temporary:
-        picture.quantize(COLOURS, dither=Image.Dither.NONE).save(temporary, format="PNG", optimize=True)
+        image.quantize(COLOURS, dither=Image.Dither.NONE).save(temporary, format="PNG", optimize=True)
     print(f"{target}: {target.stat().st_size / 1000:.0f} kB")
 
 
@@ -65,10 +67,10 @@ def width(sequence: Sequence) -> int:
 
 def tile(frame: Frame, class_map: ClassMap) -> np.ndarray:
     assert isinstance(frame.image, Path)
-    picture = cv2.imread(str(frame.image))
-    picture = cv2.resize(picture, None, fx=SCALE, fy=SCALE, interpolation=cv2.INTER_NEAREST)
-    draw_labels(picture, frame, class_map, SCALE)
-    return cv2.copyMakeBorder(picture, 0, BORDER, 0, BORDER, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    image = cv2.imread(str(frame.image))
+    image = cv2.resize(image, None, fx=SCALE, fy=SCALE, interpolation=cv2.INTER_NEAREST)
+    draw_labels(image, frame, class_map, SCALE)
+    return cv2.copyMakeBorder(image, 0, BORDER, 0, BORDER, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
 
 def caption(text: str, columns: int) -> np.ndarray:

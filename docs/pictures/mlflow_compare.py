@@ -1,4 +1,4 @@
-"""Take the picture of MLflow's comparison of a curriculum's stages; needs Chromium and chromedriver.
+"""Take a screenshot of MLflow's comparison of a curriculum's stages; needs Chromium and chromedriver.
 
 Usage:
     python docs/pictures/mlflow_compare.py outputs/demo
@@ -40,13 +40,13 @@ def main() -> None:
             source.backup(sqlite3.connect(copy))
         runs, experiment = stages(copy, args.curriculum)
         with serving(Path(temporary), copy) as server, browser(Path(temporary)) as window:
-            window.look(WIDTH, HEIGHT, "light")
+            window.set_screen(WIDTH, HEIGHT, "light")
             compared(window, comparison(server.address, runs, experiment), ["LR"], len(runs))
             only_differences(window)
             print("best_HOTA", *row(window, "best_HOTA", len(runs)))
             time.sleep(2)
             taken = Path(temporary) / NAME
-            window.picture(taken, HEIGHT)
+            window.screenshot(taken, HEIGHT)
         pixels = cv2.imread(str(taken))
         assert pixels is not None
         pixels = cv2.resize(pixels, None, fx=0.8, fy=0.8, interpolation=cv2.INTER_AREA)
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def stages(database: Path, curriculum: str) -> tuple[list[str], str]:
-    """The runs of a curriculum's stages in the order they began, and their experiment."""
+    """Run ids of a curriculum's stages by start time, and the id of their experiment."""
     with sqlite3.connect(database) as connection:
         found = connection.execute(
             "select runs.run_uuid, runs.experiment_id from runs join tags on tags.run_uuid = runs.run_uuid "

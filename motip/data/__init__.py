@@ -1,1 +1,1 @@
-"""From raw label folders to batches of clips."""
+"""Datasets: raw formats, conversion to Parquet shards, clip plans and batches."""

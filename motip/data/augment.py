@@ -1,26 +1,29 @@
-"""Clip augmentation: one draw for all frames, boxes and ignore regions of a clip.
+"""Clip augmentation: one random transform for all frames, boxes and ignore regions of a clip.
 
 The published order of transforms (static shift, flip, resize or resize-crop-resize, colour jitter) is folded into one
-window of the source image per frame, one resize and one flip: pixels are touched once, boxes follow the same window.
+window of the source image per frame, one resize and one flip, applied to pixels once and to boxes exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from motip.data.decode import reduction_for
 
+if TYPE_CHECKING:
+    from motip.config import Config
+
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """The AUG_* keys of a configuration."""
+    """Image augmentation settings: the AUG_* keys of a configuration except those of ID labels (`IdSettings`)."""
 
     flip_prob: float
     scales: tuple[int, ...]
@@ -36,7 +39,7 @@ class AugmentSettings:
     hue: float
 
     @staticmethod
-    def from_config(config: Any) -> AugmentSettings:
+    def from_config(config: Config) -> AugmentSettings:
         return AugmentSettings(
             flip_prob=config.AUG_FLIP_PROB,
             scales=tuple(config.AUG_RESIZE_SCALES),
@@ -55,7 +58,13 @@ class AugmentSettings:
 
 @dataclass(frozen=True)
 class ColourJitter:
-    """One draw of torchvision's colour jitter: factors, hue shift in turns, and the order of the four operations."""
+    """Sampled parameters of torchvision's colour jitter.
+
+    Attributes:
+        brightness, contrast, saturation: factors, 1 = unchanged.
+        hue: shift in turns of the hue circle, -0.5..0.5.
+        order: the order of the four operations, as their indices in the order above.
+    """
 
     brightness: float
     contrast: float
@@ -66,15 +75,15 @@ class ColourJitter:
 
 @dataclass(frozen=True)
 class ClipAugmentation:
-    """What happens to every frame of a clip.
+    """Sampled transform of a clip.
 
     Attributes:
-        windows_xyxy: (T, 4) int64, the part of the source image that each frame shows; all of one size.
-        size_hw: pixels of the result.
-        reduction: how much smaller the frames are decoded (1, 2, 4 or 8, `motip.data.decode`).
-        flip: mirror left and right, after the window.
-        cropped: boxes are clamped to the window and dropped where nothing is left of them.
-        overflow: with ``cropped``, boxes are dropped but not clamped.
+        windows_xyxy: (T, 4) int64 pixels, the crop window of each frame, inside the image; all of one size.
+        size_hw: (H, W) of the result in pixels.
+        reduction: factor by which frames are decoded smaller (1, 2, 4 or 8, `motip.data.decode`).
+        flip: mirror horizontally, after the crop.
+        cropped: clamp boxes to the window and drop those outside it.
+        overflow: with ``cropped``, drop boxes outside but do not clamp the others.
         jitter: colour jitter, or None.
     """
 
@@ -98,10 +107,10 @@ def resize_size(height: int, width: int, short: int, longest: int | None) -> tup
 
 
 def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 -> (*size_hw, 3). Bilinear; pixels are averaged from a shrink factor of 2 on.
+    """(H, W, 3) uint8 -> (*size_hw, 3). Bilinear; area averaging from a shrink factor of 2 on.
 
-    Below a factor of 2 bilinear sampling skips no source pixel and costs a sixth of averaging, which training takes;
-    the published resampler is nearer to averaging.
+    Below a factor of 2 bilinear sampling skips no source pixel and takes a sixth of the time of averaging. The
+    published resampler is closer to averaging.
     """
     if image.shape[:2] == size_hw:
         return image
@@ -118,26 +127,30 @@ def draw_augmentation(
     rng: np.random.Generator,
     single_image: bool = False,
 ) -> ClipAugmentation:
-    """Draw the augmentation of one clip.
+    """Sample the augmentation of one clip.
 
     Args:
-        height, width: pixels of the source frames.
-        boxes_xyxy: per frame the (n, 4) objects in source pixels. A crop or shift after which a frame that had
-            objects has none left is not made, for the whole clip.
-        single_image: the clip repeats one image, so the movement of the camera is simulated.
+        height, width: size of the source frames in pixels.
+        boxes_xyxy: per frame the (n, 4) objects in source pixels. A crop or shift that would remove all objects of
+            a frame is rejected for the clip.
+        single_image: the clip repeats one image, so camera motion is simulated.
     """
+    # Simulated camera motion of a single image.
     views = np.tile(np.array([0, 0, width, height], dtype=np.int64), (len(boxes_xyxy), 1))
     cropped = False
     if single_image and len(views) > 1 and settings.max_shift_ratio > 0:
         shifted = _draw_shift(settings.max_shift_ratio, height, width, len(views), rng)
-        if _keeps_objects(boxes_xyxy, shifted):
+        if _objects_remain(boxes_xyxy, shifted):
             views, cropped = shifted, True
     view_hw = int(views[0, 3] - views[0, 1]), int(views[0, 2] - views[0, 0])
+
+    # Flip and resize.
     flip = bool(rng.random() < settings.flip_prob)
     short = int(rng.choice(settings.scales))
-
     windows, size_hw = views, resize_size(*view_hw, short, settings.max_size)
-    reduction = 1 if cropped else reduction_for(view_hw, size_hw)  # shifted windows lie on no coarse grid
+    reduction = 1 if cropped else reduction_for(view_hw, size_hw)  # shifted windows are not on the coarse grid
+
+    # Resize, crop, resize with probability 0.5.
     if settings.random_resize and rng.random() < 0.5:
         first_hw = resize_size(*view_hw, int(rng.choice(settings.random_resize)), None)
         crop = _draw_crop(settings, first_hw, rng)
@@ -145,7 +158,7 @@ def draw_augmentation(
         crop_size_hw = resize_size(*crop_hw, short, settings.max_size)
         source = _crop_in_source(crop, first_hw, view_hw, flip, crop_size_hw, coarse=not cropped)
         candidate = np.tile(views[:, :2], (1, 2)) + source.window
-        if _keeps_objects(boxes_xyxy, candidate):
+        if _objects_remain(boxes_xyxy, candidate):
             windows, size_hw, reduction, cropped = candidate, crop_size_hw, source.reduction, True
         else:  # the published order still resizes twice
             size_hw = resize_size(*first_hw, short, settings.max_size)
@@ -154,11 +167,13 @@ def draw_augmentation(
     return ClipAugmentation(windows, size_hw, reduction, flip, cropped, settings.overflow_boxes, jitter)
 
 
-def place_boxes(augmentation: ClipAugmentation, frame: int, boxes_xyxy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes of the source image in the augmented frame ``frame``.
+def transform_boxes(
+    augmentation: ClipAugmentation, frame: int, boxes_xyxy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Apply the augmentation of frame number ``frame`` of the clip to boxes.
 
     Args:
-        boxes_xyxy: (n, 4) pixels of the source image; may cross its border (and, uncropped, still do afterwards).
+        boxes_xyxy: (n, 4) pixels of the source image; may extend beyond it (and, uncropped, still do afterwards).
 
     Returns:
         boxes_cxcywh (k, 4) float32, normalised by the augmented frame; kept (k,) int64 indices into the input.
@@ -177,14 +192,22 @@ def place_boxes(augmentation: ClipAugmentation, frame: int, boxes_xyxy: np.ndarr
 
 
 def flip_cxcywh(boxes_cxcywh: np.ndarray) -> np.ndarray:
-    """Mirror normalised boxes left and right."""
+    """Mirror normalised boxes horizontally."""
     return boxes_cxcywh * [-1, 1, 1, 1] + [1, 0, 0, 0]
 
 
 def render_frame(
     augmentation: ClipAugmentation, frame: int, decoded: np.ndarray, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, decoded at ``augmentation.reduction`` -> (3, *size_hw) uint8, into ``out`` if given."""
+    """Crop, resize, flip and jitter one frame.
+
+    Args:
+        decoded: (H, W, 3) uint8 RGB, decoded at ``augmentation.reduction``.
+        out: (3, *size_hw) uint8 to write the result to.
+
+    Returns:
+        (3, *size_hw) uint8.
+    """
     if out is None:
         out = np.empty((3, *augmentation.size_hw), dtype=np.uint8)
     x0, y0, x1, y1 = (-(-int(value) // augmentation.reduction) for value in augmentation.windows_xyxy[frame])
@@ -200,7 +223,7 @@ def render_frame(
 def jitter_colours(image: np.ndarray, jitter: ColourJitter) -> np.ndarray:
     """Brightness, contrast, saturation and hue of an (H, W, 3) uint8 RGB image by torchvision's definitions.
 
-    The first three are affine in the colour, so one saturating matrix product does each.
+    The first three are affine in the colour, so each is one saturating matrix product.
     """
     for operation in jitter.order:
         if operation == 0 and jitter.brightness != 1:
@@ -213,7 +236,7 @@ def jitter_colours(image: np.ndarray, jitter: ColourJitter) -> np.ndarray:
             image = cv2.transform(image, np.eye(3) * jitter.saturation + (1 - jitter.saturation) * _GREY)
         elif operation == 3 and jitter.hue != 0:
             hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-            hsv[..., 0] += np.uint8(round(jitter.hue * 256) % 256)  # hue is a circle of 256 steps: overflow is meant
+            hsv[..., 0] += np.uint8(round(jitter.hue * 256) % 256)  # hue wraps at 256: overflow is intended
             image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
     return image
 
@@ -229,7 +252,7 @@ def _draw_jitter(settings: AugmentSettings, rng: np.random.Generator) -> ColourJ
 
 
 def _draw_shift(ratio: float, height: int, width: int, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """(T, 4) windows of one size that slide evenly over the image, by at most ``ratio`` of its sides in all."""
+    """(T, 4) windows of one size that move linearly over the image, by at most ``ratio`` of its sides in total."""
     limit = np.array([int(ratio * width), int(ratio * height)])
     shift = rng.integers(-limit, limit + 1)
     progress = np.linspace(0, 1, frames)[:, None]
@@ -239,7 +262,7 @@ def _draw_shift(ratio: float, height: int, width: int, frames: int, rng: np.rand
 
 
 def _draw_crop(settings: AugmentSettings, size_hw: tuple[int, int], rng: np.random.Generator) -> tuple[int, ...]:
-    """(x0, y0, x1, y1) inside an image of ``size_hw``; a side shorter than the smallest crop is taken whole."""
+    """(x0, y0, x1, y1) inside an image of ``size_hw``; a side shorter than the minimum crop is not cropped."""
     sides = (size_hw[1], size_hw[0])
     lengths = [int(rng.integers(min(settings.crop_min, s), min(settings.crop_max, s) + 1)) for s in sides]
     x0, y0 = (int(rng.integers(0, side - length + 1)) for side, length in zip(sides, lengths, strict=True))
@@ -260,9 +283,9 @@ def _crop_in_source(
     target_hw: tuple[int, int],
     coarse: bool,
 ) -> _SourceCrop:
-    """The crop, drawn on the (flipped) resized image, as a window of the source view in whole source pixels.
+    """The crop of the (flipped) resized image, mapped to a window of the source view in integer source pixels.
 
-    The window is moved to the grid of the reduced decoding; boxes follow the moved window, so they stay exact.
+    The window is snapped to the grid of the reduced decoding; boxes use the snapped window, so they stay exact.
     """
     x0, y0, x1, y1 = crop_xyxy
     if flip:
@@ -282,8 +305,8 @@ def _crop_in_source(
     return _SourceCrop(np.array([left, top, right, bottom], dtype=np.int64), reduction)
 
 
-def _keeps_objects(boxes_xyxy: Sequence[np.ndarray], windows_xyxy: np.ndarray) -> bool:
-    """Whether every frame that has objects keeps at least one in its window."""
+def _objects_remain(boxes_xyxy: Sequence[np.ndarray], windows_xyxy: np.ndarray) -> bool:
+    """Whether every frame with objects keeps at least one in its window."""
     for boxes, window in zip(boxes_xyxy, windows_xyxy, strict=True):
         low = np.maximum(boxes[:, :2], window[:2])
         high = np.minimum(boxes[:, 2:], window[2:])

@@ -1,4 +1,4 @@
-"""What a training step receives: padded uint8 clips, boxes, ID slots (torch only)."""
+"""Training batch: padded uint8 clips, boxes and ID slots as tensors (torch only)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass
 class IdSlots:
-    """Trajectory and unknown copies of the ID labels of a batch of clips.
+    """ID labels of a batch of clips, for trajectories (history) and for unknown detections (targets).
 
     A slot is one distinct object of a clip under one group's random labelling; N is padded to the batch maximum.
-    All tensors are (B, G, T, N). Masks are True where the slot is absent, hidden or padding.
+    All tensors are (B, G, T, N). Masks are True where the object is absent, occluded by augmentation, or padding.
 
     Attributes:
         trajectory_labels: int64 ID labels 0..V-1, -1 on padding.
         trajectory_masks: bool.
-        trajectory_ann: int64 index into that frame's boxes, -1 where absent.
+        trajectory_ann: int64 index into that frame's boxes, -1 if absent.
         unknown_labels: int64 targets 0..V (V = newborn), -1 on padding.
         unknown_masks: bool.
         unknown_ann: int64.
@@ -44,12 +44,12 @@ class ClipBatch:
         masks: (B, T, H, W) bool, True on padding.
         boxes_cxcywh: per clip and frame, (n, 4) float32 normalised by that clip's unpadded size.
         classes: per clip and frame, (n,) int64 class ids.
-        ignore_cxcywh: per clip and frame, (m, 4) float32 regions where predictions are not punished.
-        slots: ID slots, or None when only the detector is trained.
-        names: one readable name per clip (sequence and frame numbers), for logs.
-        weights: (B,) float32, 1 for real clips, 0 for padding that only keeps ranks in step.
+        ignore_cxcywh: per clip and frame, (m, 4) float32 regions where unmatched predictions cost no loss.
+        slots: ID slots, or None if only the detector is trained.
+        names: name of each clip (sequence and frame numbers), for logs.
+        weights: (B,) float32, 1 for real clips, 0 for padding clips that keep the ranks in step.
         distractors: objects of the real clips beyond the ID vocabulary, kept as newborn detections.
-        dropped: objects of the real clips that got no ID slot at all; the detector still learns them.
+        dropped: objects of the real clips without an ID slot; they remain targets of the detector.
     """
 
     images: Tensor

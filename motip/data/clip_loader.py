@@ -1,4 +1,4 @@
-"""Clips from shards: read, decode, augment, label; a pure function of the clip reference and the configuration."""
+"""Clip loading from shards: read, decode, augment, label; a pure function of clip reference and configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from motip.data.augment import AugmentSettings, ClipAugmentation, draw_augmentation, place_boxes, render_frame
+from motip.data.augment import AugmentSettings, ClipAugmentation, draw_augmentation, render_frame, transform_boxes
 from motip.data.clips import ClipPlan, ClipRef, PlanVideo, rank_rows
 from motip.data.decode import decode_rgb, image_height_width
 from motip.data.id_labels import SLOT_FIELDS, ClipSlots, IdSettings, draw_id_slots
@@ -21,13 +21,14 @@ from motip.errors import MotipError
 from motip.storage.paths import Location, RemotePath, location
 
 if TYPE_CHECKING:
+    from motip.config import Config
     from motip.data.batch import ClipBatch
     from motip.data.manifest import VideoEntry
 
 REMOTE_READERS = 24
-"""Videos whose labels are read at a time from an object store; pyarrow's client keeps 25 connections."""
-PICTURES, LABELS = 0, 1
-"""Independent random streams of a clip: changing the image augmentation leaves its ID labels as they were."""
+"""Videos whose labels are read concurrently from an object store; pyarrow's client keeps 25 connections."""
+IMAGE_STREAM, LABEL_STREAM = 0, 1
+"""Independent random streams of a clip, so that a change of the image augmentation does not change its ID labels."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ClipSample:
         boxes_cxcywh: per frame (n, 4) float32, normalised by (W, H).
         classes: per frame (n,) int64.
         ignore_cxcywh: per frame (m, 4) float32.
-        slots: ID slots, or None when only the detector is trained.
+        slots: ID slots, or None if only the detector is trained.
         name: sequence and frame numbers.
         weight: 1, or 0 for padding.
     """
@@ -54,22 +55,26 @@ class ClipSample:
 
 
 class ClipLoader:
-    """Loads clips; picklable and cheap to copy to any number of processes.
+    """Loads clips; picklable and small, so that every process can have a copy.
 
     Args:
-        config: read once, here: AUG_*, NUM_ID_VOCABULARY, NUM_TRAINING_IDS, SUBSET_OVERFLOW, ONLY_DETR.
-        class_maps: per source, which raw categories are which class.
-        storage: the folder or URI that holds ``shards/``.
+        config: AUG_*, NUM_ID_VOCABULARY, NUM_TRAINING_IDS, SUBSET_OVERFLOW and ONLY_DETR are read here.
+        class_maps: class map of each source.
+        storage: folder or URI that contains ``shards/``.
     """
 
-    def __init__(self, config: Any, class_maps: Mapping[str, ClassMap], storage: Location | str) -> None:
+    def __init__(self, config: Config, class_maps: Mapping[str, ClassMap], storage: Location | str) -> None:
         self.augment = AugmentSettings.from_config(config)
         self.ids = None if config.ONLY_DETR else IdSettings.from_config(config)
         self.class_maps = dict(class_maps)
         self.storage = storage
 
     def load(self, clip: ClipRef) -> ClipSample:
-        """Raises MotipError where the shard is missing or a frame cannot be decoded, naming sequence and frame."""
+        """Load one clip.
+
+        Raises:
+            MotipError: missing shard, or a frame that cannot be decoded (with sequence and frame number).
+        """
         frames = open_shard(shard_path(self.storage, clip.shard)).read_frames(clip.positions)
         labels = [self._class_map(clip).split(frame) for frame in frames]
         height, width = _common_height_width(clip, frames)
@@ -77,34 +82,34 @@ class ClipLoader:
             self.augment,
             height,
             width,
-            [boxes for boxes, _, _, _ in labels],
-            np.random.default_rng([clip.seed, PICTURES]),
+            [each.boxes_xyxy for each in labels],
+            np.random.default_rng([clip.seed, IMAGE_STREAM]),
             single_image=len(set(clip.positions)) == 1,
         )
-        placed = [place_boxes(augmentation, t, boxes) for t, (boxes, _, _, _) in enumerate(labels)]
-        track_ids = [ids[kept] for (_, ids, _, _), (_, kept) in zip(labels, placed, strict=True)]
+        transformed = [transform_boxes(augmentation, t, each.boxes_xyxy) for t, each in enumerate(labels)]
+        track_ids = [each.track_ids[kept] for each, (_, kept) in zip(labels, transformed, strict=True)]
         slots = None
         if self.ids is not None:
-            slots = draw_id_slots(track_ids, self.ids, np.random.default_rng([clip.seed, LABELS]))
+            slots = draw_id_slots(track_ids, self.ids, np.random.default_rng([clip.seed, LABEL_STREAM]))
         return ClipSample(
             images=_render(clip, frames, augmentation),
-            boxes_cxcywh=[boxes for boxes, _ in placed],
-            classes=[classes[kept] for (_, _, classes, _), (_, kept) in zip(labels, placed, strict=True)],
-            ignore_cxcywh=[place_boxes(augmentation, t, ignore)[0] for t, (_, _, _, ignore) in enumerate(labels)],
+            boxes_cxcywh=[boxes for boxes, _ in transformed],
+            classes=[each.class_ids[kept] for each, (_, kept) in zip(labels, transformed, strict=True)],
+            ignore_cxcywh=[transform_boxes(augmentation, t, each.ignore_xyxy)[0] for t, each in enumerate(labels)],
             slots=slots,
             name=clip.name,
             weight=clip.weight,
         )
 
     def clip_bytes(self, frames: int) -> int:
-        """Most bytes that the pixels of a clip can take."""
+        """Maximum size in bytes of a clip's pixels."""
         short, long = max(self.augment.scales), self.augment.max_size
         return frames * 3 * min(short, long) * long
 
     def _class_map(self, clip: ClipRef) -> ClassMap:
         if clip.source not in self.class_maps:
             raise MotipError(
-                f"no classes are given for source {clip.source!r}",
+                f"no classes are configured for source {clip.source!r}",
                 where=clip.name,
                 expected=f"one of {', '.join(sorted(self.class_maps))}",
                 fix="add the source with its classes to the curriculum",
@@ -115,10 +120,10 @@ class ClipLoader:
 def plan_videos(
     entries: Iterable[VideoEntry], class_maps: Mapping[str, ClassMap], storage: Location | str
 ) -> list[PlanVideo]:
-    """What the clip plan needs of the manifest's videos: their frame numbers and objects per frame (labels are read,
-    images are not; do it once per stage and keep the result for all epochs).
+    """Frame numbers and objects per frame of the manifest's videos, the input of `plan_clips`.
 
-    In an object store, where each request is waited for, several videos are read at a time.
+    Reads labels but no images; compute it once per stage. Videos in an object store are read concurrently, since
+    each read waits for requests.
     """
 
     def planned(entry: VideoEntry) -> PlanVideo:
@@ -129,7 +134,7 @@ def plan_videos(
             video=entry.video,
             shard=entry.shard,
             frame_numbers=tuple(frame.number for frame in frames),
-            objects=tuple(len(class_map.split(frame)[1]) for frame in frames),
+            objects=tuple(len(class_map.split(frame).track_ids) for frame in frames),
             fps=entry.fps,
         )
 
@@ -140,7 +145,7 @@ def plan_videos(
 
 
 def read_video_frames(entry: VideoEntry, storage: Location | str) -> Iterator[tuple[int, np.ndarray]]:
-    """(frame number, (H, W, 3) uint8 RGB at full size) of every frame of a video, in order; a few frames in memory.
+    """(frame number, (H, W, 3) uint8 RGB at full size) of every frame of a video, in order, one row group in memory.
 
     Raises:
         MotipError: the shard is missing or a frame cannot be decoded.
@@ -156,17 +161,17 @@ def local_batches(
     plan: ClipPlan,
     loader: ClipLoader,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     batch_size: int = 1,
     start_step: int = 0,
 ) -> Iterator[ClipBatch]:
-    """The batches of one rank, loaded in this process: the path without Ray, and what the stream must equal.
+    """The batches of one rank, loaded in this process, without Ray; the reference for `motip.data.stream`.
 
     Args:
-        plan: padded to whole steps of ``world * batch_size`` clips.
-        start_step: steps of this epoch that were already taken.
+        plan: padded to complete steps of ``world_size * batch_size`` clips.
+        start_step: completed steps of this epoch.
     """
-    rows = rank_rows(plan.from_step(start_step), world, rank, batch_size)
+    rows = rank_rows(plan.from_step(start_step), world_size, rank, batch_size)
     for begin in range(0, len(rows), batch_size):
         yield collate([loader.load(clip) for clip in rows[begin : begin + batch_size]])
 
@@ -174,12 +179,13 @@ def local_batches(
 def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
     """Pad clips of one length to the largest image (and a multiple of ``divisibility``) and the most ID slots.
 
-    The images of a single clip that needs no padding are the sample's own memory, which may be read-only.
+    The images of a single clip that needs no padding share the sample's memory, which may be read-only.
     """
-    import torch  # the decoding actors share this file and must not pay for torch's memory
+    import torch  # decoding actors import this module and must not load torch
 
     from motip.data.batch import ClipBatch, IdSlots
 
+    # Images and their masks.
     frames = samples[0].images.shape[0]
     height, width = (-(-max(s.images.shape[i] for s in samples) // divisibility) * divisibility for i in (2, 3))
     images = _padded_images(samples, height, width)
@@ -191,6 +197,7 @@ def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
     def tensors(name: str) -> list[list[Any]]:
         return [[torch.from_numpy(array.copy()) for array in getattr(sample, name)] for sample in samples]
 
+    # ID slots and counts.
     with_slots = samples[0].slots is not None
     counted = [sample.slots for sample in samples if sample.slots is not None and sample.weight]
     _allow_read_only_images()
@@ -212,7 +219,7 @@ def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
 
 @cache
 def _allow_read_only_images() -> None:
-    """PyTorch warns once in a process of arrays that must not be written to. Nobody writes into a batch's images."""
+    """Trigger and suppress PyTorch's once-per-process warning about read-only arrays; batches are never written to."""
     import torch
 
     example = np.zeros(1, np.uint8)
@@ -226,8 +233,8 @@ def _padded_images(samples: Sequence[ClipSample], height: int, width: int) -> np
     """(B, T, 3, height, width) uint8, zero at the bottom and right."""
     first = samples[0].images
     if len(samples) == 1 and first.shape[2:] == (height, width):
-        return first[None]  # copying the pixels of a long clip costs a fifth of decoding it
-    # NumPy's large arrays lie in huge pages, torch's do not: touching them for the first time costs a third.
+        return first[None]  # copying the pixels of a long clip takes a fifth of the time of decoding it
+    # NumPy allocates large arrays in huge pages, torch does not; the first touch takes a third of the time.
     images = np.empty((len(samples), len(first), 3, height, width), dtype=np.uint8)
     for index, sample in enumerate(samples):
         h, w = sample.images.shape[2:]
@@ -252,19 +259,20 @@ def _render(clip: ClipRef, frames: Sequence[Frame], augmentation: ClipAugmentati
     decoded: np.ndarray | None = None
     for t, frame in enumerate(frames):
         if decoded is None or clip.positions[t] != clip.positions[t - 1]:  # a single image is decoded once
-            where = _where(clip, frame)
+            where = _frame_name(clip, frame)
             decoded = decode_rgb(_encoded(frame, where), augmentation.reduction, where)
         render_frame(augmentation, t, decoded, images[t])
     return images
 
 
 def _common_height_width(clip: ClipRef, frames: Sequence[Frame]) -> tuple[int, int]:
-    sizes = [image_height_width(_encoded(frame, _where(clip, frame)), _where(clip, frame)) for frame in frames]
+    names = [_frame_name(clip, frame) for frame in frames]
+    sizes = [image_height_width(_encoded(frame, name), name) for frame, name in zip(frames, names, strict=True)]
     for frame, size in zip(frames, sizes, strict=True):
         if size != sizes[0]:
             raise MotipError(
                 "the frames of a video have different sizes",
-                where=_where(clip, frame),
+                where=_frame_name(clip, frame),
                 found=f"{size[1]}x{size[0]} pixels",
                 expected=f"{sizes[0][1]}x{sizes[0][0]} as in frame {frames[0].number}",
                 fix="split the video where its size changes",
@@ -275,12 +283,12 @@ def _common_height_width(clip: ClipRef, frames: Sequence[Frame]) -> tuple[int, i
 def _encoded(frame: Frame, where: str) -> bytes:
     if not isinstance(frame.image, bytes):
         raise MotipError(
-            "the shard holds labels but no image",
+            "the shard has labels but no image",
             where=where,
-            fix="convert the sequence again with its images in place",
+            fix="convert the sequence again with its images",
         )
     return frame.image
 
 
-def _where(clip: ClipRef, frame: Frame) -> str:
+def _frame_name(clip: ClipRef, frame: Frame) -> str:
     return f"{clip.source}/{clip.video} frame {frame.number}"

@@ -1,4 +1,4 @@
-"""The clip plan: which frames form which clip, in which order, as a pure function of data, schedule, epoch and seed."""
+"""Clip plan: frames and order of an epoch's clips, a pure function of data, schedule, epoch and seed."""
 
 from __future__ import annotations
 
@@ -13,31 +13,36 @@ import numpy as np
 
 from motip.errors import MotipError
 
-ROWS = 1 << 32
-"""More rows than any video has."""
+ROW_STRIDE = 1 << 32
+"""Start frames are encoded as video index * ROW_STRIDE + row; larger than the number of rows of any video."""
 
 
 class Schedule(Protocol):
-    """How clips are drawn in one epoch (`Config.clip_schedule`): one of the two interval fields is set."""
+    """Clip lengths and intervals of one epoch (`Config.clip_schedule`); one of the two interval fields is set."""
 
     @property
-    def lengths(self) -> tuple[int, ...]: ...
+    def lengths(self) -> tuple[int, ...]:
+        """Clip lengths in frames; each clip samples one."""
+
     @property
-    def intervals(self) -> tuple[int, ...] | None: ...
+    def intervals(self) -> tuple[int, ...] | None:
+        """Intervals in rows; each clip samples one of those that fit."""
+
     @property
-    def max_interval(self) -> int | None: ...
+    def max_interval(self) -> int | None:
+        """Published rule: each clip samples an interval uniformly from 1 to this, cut to what fits."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanVideo:
-    """What the plan needs to know of a video.
+    """A video as the clip plan sees it.
 
     Attributes:
-        source: name of the data source, the key of the mix weights.
+        source: name of the source, the key of the mix weights.
         video: name, unique within the source.
         shard: path of the Parquet shard, relative to the shard root or a URI.
         frame_numbers: frame number in the source sequence of each row of the shard, ascending.
-        objects: number of objects to learn in each row.
+        objects: number of objects to train on in each row.
         fps: frames per second.
     """
 
@@ -55,14 +60,14 @@ class PlanVideo:
 
 @dataclass(frozen=True, slots=True)
 class ClipRef:
-    """T frames of one video; everything random about the clip follows from ``seed``.
+    """T frames of one video; ``seed`` determines all random choices of the clip.
 
     Attributes:
         positions: rows of the shard, ascending (or one row T times for a single image).
-        frame_numbers: the frame numbers of these rows.
-        interval: rows between two neighbours.
+        frame_numbers: frame numbers of these rows.
+        interval: distance of consecutive positions, in rows.
         seed: derived from the run's seed, the epoch and the position in the plan; 0 <= seed < 2**63.
-        weight: 1, or 0 for a repeat that only keeps the ranks in step.
+        weight: 1, or 0 for a padding clip that keeps the ranks in step.
     """
 
     source: str
@@ -95,7 +100,7 @@ class ClipPlan:
 
     Attributes:
         clips: global batch b is ``clips[b * global_batch : (b + 1) * global_batch]``; its clips have one length.
-        counts: what happened to every start frame and what the clips contain, by reason.
+        counts: start frames used and dropped by reason, and statistics of the clips.
         global_batch: clips per step over all ranks.
     """
 
@@ -111,10 +116,14 @@ class ClipPlan:
         return -(-len(self.clips) // self.global_batch)
 
     def from_step(self, step: int) -> ClipPlan:
-        """The rest of the plan after ``step`` whole steps: where an interrupted epoch goes on."""
+        """The remaining plan after ``step`` completed steps, to resume an interrupted epoch.
+
+        Raises:
+            MotipError: ``step`` is outside 0..``steps``.
+        """
         if not 0 <= step <= self.steps:
             raise MotipError(
-                "the checkpoint's position lies outside the clip plan",
+                "the checkpoint's step is outside the clip plan",
                 found=f"step {step}",
                 expected=f"0..{self.steps} steps of {self.global_batch} clips",
                 fix="resume with the data, seed and batch size that the checkpoint was written with",
@@ -136,34 +145,37 @@ def plan_clips(
 ) -> ClipPlan:
     """Plan one epoch: one clip per start frame that fits, shuffled, batched by length.
 
-    Frames without objects are legal; the counts say how many clips the published sampler would have dropped for them.
+    Frames without objects are kept; ``counts`` has the number of clips the published sampler would drop for them.
     The order of ``videos`` has no influence.
 
     Args:
         global_batch: clips per step over all ranks; all clips of a step have one length.
-        weights: per source, how often each of its clips appears (2.5 = twice, and a random half of them once more).
-        max_clips: keep this many, drawn at random.
-        length_per_iteration: published key: keep total // (length // length_per_iteration) clips, drawn at random
+        weights: per source, number of repeats of each of its clips (2.5: two, and a third for a random half).
+        max_clips: maximum number of clips; a random subset is kept.
+        length_per_iteration: published key: keep a random subset of total // (length // length_per_iteration) clips
             (the published sampler keeps the head of the directory listing).
         interval_seconds: intervals in seconds, converted with each video's fps; replaces the schedule's intervals.
 
     Raises:
         MotipError: no clip fits, no video has an object, two videos have one name, or a weight is not positive.
     """
+    # Start frames.
     ordered = sorted(videos, key=lambda video: video.key)
     _check_names(ordered)
     counts: Counter[str] = Counter(videos=len(ordered), frames=sum(len(video.frame_numbers) for video in ordered))
     choices = [_intervals(video, schedule, interval_seconds) for video in ordered]
     starts = _start_frames(ordered, choices, min(schedule.lengths), counts)
     if not len(starts):
-        raise _nothing_to_train(ordered, choices, schedule)
+        raise _no_clip_error(ordered, choices, schedule)
     if not any(any(video.objects) for video in ordered):
         raise MotipError(
-            "there is not a single object to train on",
+            "there is no object to train on",
             where=f"{len(ordered)} videos of {', '.join(sorted({video.source for video in ordered}))}",
             expected="labels whose categories belong to a class of this stage",
-            fix="check the source's classes: they name raw categories exactly as the dataset spells them",
+            fix="check the source's classes: raw categories must be spelled as in the dataset",
         )
+
+    # Mix weights, order and limit.
     starts = _apply_weights(ordered, starts, weights or {}, np.random.default_rng([seed, epoch, 0]), counts)
     draw = np.random.default_rng([seed, epoch, 1])
     draw.shuffle(starts)
@@ -172,8 +184,9 @@ def plan_clips(
         counts["starts_not_drawn_limit"] = len(starts) - limit
         starts = starts[:limit]
 
+    # Lengths and intervals; steps of one length; seeds.
     drafts = [
-        _draw_clip(ordered[start // ROWS], start % ROWS, choices[start // ROWS], schedule, draw)
+        _sample_clip(ordered[start // ROW_STRIDE], start % ROW_STRIDE, choices[start // ROW_STRIDE], schedule, draw)
         for start in map(int, starts)
     ]
     drafts = _batch_by_length(drafts, schedule.lengths, global_batch, draw, counts)
@@ -183,27 +196,29 @@ def plan_clips(
 
 
 def pad_to(plan: ClipPlan, multiple: int) -> ClipPlan:
-    """Fill the plan up to a multiple of ``multiple`` clips with weight-0 repeats of its last step, so that all ranks
-    take the same number of steps; ``counts["padding"]`` says how many."""
+    """Pad the plan to a multiple of ``multiple`` clips with weight-0 repeats of its last step.
+
+    All ranks then take the same number of steps; ``counts["padding"]`` is the number of repeats.
+    """
     missing = -len(plan.clips) % multiple
     if missing == 0:
         return plan
-    tail = plan.clips[(plan.steps - 1) * plan.global_batch :]  # the same length as the step that is filled up
+    tail = plan.clips[(plan.steps - 1) * plan.global_batch :]  # clips of the same length
     padding = tuple(replace(tail[i % len(tail)], weight=0) for i in range(missing))
     counts = {**plan.counts, "padding": plan.counts.get("padding", 0) + missing}
     return replace(plan, clips=plan.clips + padding, counts=counts)
 
 
-def rank_rows(plan: ClipPlan, world: int, rank: int, batch_size: int) -> list[ClipRef]:
-    """The clips of one rank in order: of every global batch the ``rank``-th run of ``batch_size`` clips.
+def rank_rows(plan: ClipPlan, world_size: int, rank: int, batch_size: int) -> list[ClipRef]:
+    """The clips of one rank in order: the ``rank``-th block of ``batch_size`` clips of every global batch.
 
     Raises:
-        ValueError: the plan was not made for, or not padded to, ``world * batch_size`` clips per step.
+        ValueError: the plan was not made with, or not padded to, ``world_size * batch_size`` clips per step.
     """
-    if plan.global_batch != world * batch_size or len(plan.clips) % plan.global_batch:
+    if plan.global_batch != world_size * batch_size or len(plan.clips) % plan.global_batch:
         raise ValueError(
-            f"{len(plan.clips)} clips in steps of {plan.global_batch} cannot be shared by {world} ranks "
-            f"of {batch_size} clips: plan with global_batch={world * batch_size} and pad_to() that"
+            f"{len(plan.clips)} clips in steps of {plan.global_batch} cannot be split over {world_size} ranks "
+            f"of {batch_size} clips: plan with global_batch={world_size * batch_size} and pad_to() that"
         )
     first = range(rank * batch_size, len(plan.clips), plan.global_batch)
     return [clip for begin in first for clip in plan.clips[begin : begin + batch_size]]
@@ -215,12 +230,12 @@ def _check_names(ordered: Sequence[PlanVideo]) -> None:
         raise MotipError(
             f"videos appear twice in the clip plan: {', '.join(twice[:5])}",
             expected="each video of a source once",
-            fix="give the mix a weight to repeat a source; do not list its videos twice",
+            fix="repeat a source by the weight of its mix; do not list its videos twice",
         )
 
 
 def _intervals(video: PlanVideo, schedule: Schedule, seconds: Sequence[float] | None) -> tuple[int, ...] | None:
-    """The set of intervals in rows for this video, ascending, or None for the published uniform draw."""
+    """Intervals in rows for this video, ascending, or None for the published uniform sampling."""
     if seconds:
         return tuple(sorted({max(1, round(value * video.fps)) for value in seconds}))
     return tuple(sorted(set(schedule.intervals))) if schedule.intervals else None
@@ -229,9 +244,9 @@ def _intervals(video: PlanVideo, schedule: Schedule, seconds: Sequence[float] | 
 def _start_frames(
     ordered: Sequence[PlanVideo], choices: Sequence[tuple[int, ...] | None], shortest: int, counts: Counter[str]
 ) -> np.ndarray:
-    """(n,) int64, video index times ROWS plus row, of every row where the shortest clip at the smallest interval fits.
+    """(n,) int64 encoded start frames (see ROW_STRIDE) where the shortest clip fits at the smallest interval.
 
-    One number each: tens of millions of them lie in every worker's memory.
+    One integer each, since every worker keeps tens of millions of them in memory.
     """
     starts: list[np.ndarray] = []
     for index, (video, intervals) in enumerate(zip(ordered, choices, strict=True)):
@@ -240,7 +255,7 @@ def _start_frames(
         fitting = frames if frames == 1 else max(0, frames - span)
         counts["starts_too_near_the_end"] += frames - fitting
         counts["videos_too_short"] += fitting == 0
-        starts.append(index * ROWS + np.arange(fitting, dtype=np.int64))
+        starts.append(index * ROW_STRIDE + np.arange(fitting, dtype=np.int64))
     return np.concatenate(starts) if starts else np.empty(0, np.int64)
 
 
@@ -251,16 +266,17 @@ def _apply_weights(
     draw: np.random.Generator,
     counts: Counter[str],
 ) -> np.ndarray:
+    """Repeat or subsample the start frames of each source by its weight."""
     names = sorted({video.source for video in ordered})
     source_of_video = np.array([names.index(video.source) for video in ordered])
-    source_of_start = source_of_video[starts // ROWS]
+    source_of_start = source_of_video[starts // ROW_STRIDE]
     by_source = {name: starts[source_of_start == names.index(name)] for name in names}
     unknown = sorted(set(weights) - {video.source for video in ordered})
     if unknown:
         raise MotipError(
-            f"the mix gives weights to sources without videos: {', '.join(unknown)}",
+            f"the mix has weights for sources without videos: {', '.join(unknown)}",
             expected=f"some of {', '.join(sorted({video.source for video in ordered}))}",
-            fix="convert these sources for this stage, or drop them from its data",
+            fix="convert these sources for this stage, or remove them from its data",
         )
     weighted: list[np.ndarray] = []
     for source, own in [each for each in by_source.items() if len(each[1])]:
@@ -273,10 +289,10 @@ def _apply_weights(
                 fix="remove the source from the stage's data to leave it out",
             )
         total = max(1, round(weight * len(own)))
-        whole, rest = divmod(total, len(own))
+        repeats, rest = divmod(total, len(own))
         extra = np.sort(draw.permutation(len(own))[:rest])
-        weighted += [np.tile(own, whole), own[extra]]
-        if whole == 0:
+        weighted += [np.tile(own, repeats), own[extra]]
+        if repeats == 0:
             counts["starts_not_drawn_weight"] += len(own) - rest
         else:
             counts["starts_repeated_weight"] += total - len(own)
@@ -289,7 +305,7 @@ def _limit(total: int, schedule: Schedule, max_clips: int | None, length_per_ite
         longest = max(schedule.lengths)
         if longest % length_per_iteration:
             raise MotipError(
-                "clips cannot be counted in iterations of this length",
+                "the clip length is not a multiple of LENGTH_PER_ITERATION",
                 where="LENGTH_PER_ITERATION",
                 found=f"{length_per_iteration}, with clips of {longest} frames",
                 expected="a divisor of the clip length",
@@ -298,22 +314,23 @@ def _limit(total: int, schedule: Schedule, max_clips: int | None, length_per_ite
     return limit if max_clips is None else min(limit, max(1, max_clips))
 
 
-def _draw_clip(
+def _sample_clip(
     video: PlanVideo, start: int, intervals: tuple[int, ...] | None, schedule: Schedule, draw: np.random.Generator
 ) -> ClipRef:
-    room = len(video.frame_numbers) - 1 - start
+    """A clip from ``start`` with random length and interval."""
+    available = len(video.frame_numbers) - 1 - start
     if len(video.frame_numbers) == 1:
         return _clip(video, (0,) * int(draw.choice(schedule.lengths)), 1)
     smallest = intervals[0] if intervals else 1
-    length = int(draw.choice([length for length in schedule.lengths if (length - 1) * smallest <= room]))
+    length = int(draw.choice([length for length in schedule.lengths if (length - 1) * smallest <= available]))
     if intervals:
-        interval = int(draw.choice([value for value in intervals if (length - 1) * value <= room]))
+        interval = int(draw.choice([value for value in intervals if (length - 1) * value <= available]))
     else:
         if schedule.max_interval is None:
             raise ValueError("a clip schedule needs intervals or max_interval")
         interval = int(draw.integers(1, schedule.max_interval + 1))
-        if length > 1:  # the published rule: a draw that is too wide is cut, not redrawn
-            interval = min(interval, room // (length - 1))
+        if length > 1:  # published rule: an interval that does not fit is cut, not sampled again
+            interval = min(interval, available // (length - 1))
     return _clip(video, tuple(range(start, start + (length - 1) * interval + 1, interval)), interval)
 
 
@@ -329,9 +346,9 @@ def _batch_by_length(
     draw: np.random.Generator,
     counts: Counter[str],
 ) -> list[ClipRef]:
-    """Reorder so that every step holds clips of one length; an incomplete step, if any, comes last.
+    """Reorder so that every step has clips of one length; an incomplete step comes last.
 
-    What does not fill a step of its length is shortened to the next length, which always fits.
+    Clips that do not fill a step of their length are shortened to the next length.
     """
     batches: list[list[ClipRef]] = []
     carried: list[ClipRef] = []
@@ -339,9 +356,9 @@ def _batch_by_length(
         counts["clips_shortened_to_fill_a_step"] += len(carried)
         pool = [_shortened(clip, length) for clip in carried]
         pool += [clip for clip in drafts if len(clip.positions) == length]
-        whole = len(pool) // global_batch * global_batch
-        batches += [pool[begin : begin + global_batch] for begin in range(0, whole, global_batch)]
-        carried = pool[whole:]
+        complete = len(pool) // global_batch * global_batch
+        batches += [pool[begin : begin + global_batch] for begin in range(0, complete, global_batch)]
+        carried = pool[complete:]
     order = draw.permutation(len(batches)) if len(set(lengths)) > 1 else range(len(batches))
     return [clip for index in order for clip in batches[index]] + carried
 
@@ -370,14 +387,14 @@ def _count_contents(
         counts["clips_over_frame_gaps"] += len(steps) > 1
 
 
-def _nothing_to_train(
+def _no_clip_error(
     ordered: Sequence[PlanVideo], choices: Sequence[tuple[int, ...] | None], schedule: Schedule
 ) -> MotipError:
     shortest = min(schedule.lengths)
     smallest = min((intervals[0] if intervals else 1 for intervals in choices), default=1)
     longest = max((len(video.frame_numbers) for video in ordered), default=0)
     return MotipError(
-        "there is not a single clip to train on",
+        "there is no clip to train on",
         where=f"{len(ordered)} videos of {', '.join(sorted({video.source for video in ordered})) or 'no source'}",
         found=f"the longest video has {longest} frames",
         expected=f"{(shortest - 1) * smallest + 1} frames for a clip of {shortest} at interval {smallest}",

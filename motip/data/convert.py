@@ -1,8 +1,8 @@
-"""Raw folders to shards: reads, decides which videos, writes what is missing, and accounts for every label row.
+"""Conversion of raw datasets to Parquet shards: selects videos, writes missing shards, accounts for every label row.
 
 The work is a list of jobs, one per source sequence, run through a ``map_fn``: serially, in processes
-(:func:`process_map`) or as Ray tasks (:func:`ray_map`). A job writes each of its shards whole or not at all, and the
-manifest is written last, so a conversion that was stopped goes on where it was and ends with the same manifest.
+(:func:`process_map`) or as Ray tasks (:func:`ray_map`). Jobs write shards atomically and the manifest is written
+last, so an interrupted conversion resumes where it stopped and produces the same manifest.
 """
 
 from __future__ import annotations
@@ -10,50 +10,65 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from motip.data.convert_report import ConvertReport, build_report, check_classes, check_leakage
-from motip.data.convert_sequence import Inspection, Piece, SequenceJob, SequenceResult, convert_sequence, inspect
+from motip.data.convert_sequence import FrameCount, SequenceJob, SequenceResult, convert_sequence, count_frames
 from motip.data.formats.common import RawSequence, files_with
 from motip.data.formats.registry import reader
 from motip.data.manifest import Manifest, VideoEntry, manifest_path
 from motip.data.overlay import write_overlays
 from motip.data.selection import (
     Segment,
-    cut,
-    fewer_than_asked,
-    limit_for,
-    overlapping,
-    pick,
-    rank,
+    common_names,
+    cut_segments,
+    segment_limit_for,
+    selection_key,
     shortage_note,
+    take_first,
+    too_few_videos,
 )
 from motip.data.shards import ROWS_PER_GROUP, SHARD_VERSION
 from motip.errors import MotipError
-from motip.storage.paths import Location, location, one_at_a_time, remove_leftovers, require_folder, write_json
+from motip.storage.paths import (
+    Location,
+    absolute,
+    create_folder,
+    exclusive_lock,
+    location,
+    remove_stale_files,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from motip.config import Curriculum, Mix, Source
 
 MapFn = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 """Applies a function to jobs and yields the results, in any order."""
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many of it are done, and how many there are."""
+"""Called with the name of the phase, the number of finished jobs and the number of all jobs."""
 
 
 @dataclass
 class SourcePlan:
-    """What is to be converted of one source."""
+    """Conversion plan of one source.
+
+    Attributes:
+        locked: split -> names of the sequences locked for evaluation.
+        found: split -> number of source sequences, for the splits that this conversion handles.
+        limit: maximum length of a training segment in frames, 0 without training videos.
+    """
 
     name: str
     jobs: list[SequenceJob] = field(default_factory=list)
     locked: dict[str, list[str]] = field(default_factory=dict)
-    # Source sequences by split, of the splits that this conversion handles.
     found: dict[str, int] = field(default_factory=dict)
     limit: int = 0
     notes: list[str] = field(default_factory=list)
 
 
 def convert(
-    curriculum: Any,
+    curriculum: Curriculum,
     data_root: Location | str,
     storage: Location | str,
     *,
@@ -63,50 +78,54 @@ def convert(
     map_fn: MapFn | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
-    """Write the shards of exactly the videos that the stages of a curriculum need, and all their val and test.
+    """Write shards of the training videos that a curriculum's stages need and of all its val and test sequences.
 
     Args:
-        curriculum: sources and stages (``motip.config.Curriculum``).
         data_root: folder or S3 address that the sources' roots are relative to.
         storage: folder or S3 address under which ``shards/`` is written.
-        strict: broken images and look-alikes between train and val are errors, not counted and reported.
-        seed: order in which videos are picked (default: that of the conversion before, else 0).
-        allow_fewer: go on with what there is when a source has fewer videos than a stage asks for.
-        map_fn: how jobs are run (default: one after the other).
+        strict: raise on broken images and on near-duplicates of train and val instead of reporting them.
+        seed: seed of the selection order (default: that of the previous conversion, else 0).
+        allow_fewer: continue with the available videos when a source has fewer than a stage requests.
+        map_fn: how jobs are run (default: serially).
+        progress: called when a phase starts and after each job.
 
     Raises:
-        MotipError: missing or unreadable data, fewer videos than asked for, val sequences in train, classes without
-            a label, another conversion that has changed the seed meanwhile; what was finished stays and is not done
-            again.
+        MotipError: missing or unreadable data, fewer videos than requested, val sequences in train, classes without
+            a label, or a seed changed by a concurrent conversion. Finished shards are kept and reused.
     """
     map_fn = map_fn or (lambda function, jobs: map(function, jobs))
     progress = progress or (lambda _phase, _done, _total: None)
-    # Workers have other working directories, so relative places are settled here.
-    data_root, storage = _absolute(data_root), _absolute(storage)
+    # Workers have other working directories, so relative paths are resolved here.
+    data_root, storage = absolute(data_root), absolute(storage)
     check_data_root(data_root)
-    require_folder(storage / "shards")
-    remove_leftovers(storage / "shards")
-    previous = _there(storage)
+    create_folder(storage / "shards")
+    remove_stale_files(storage / "shards")
+    previous = _load_manifest(storage)
     order = previous.seed if seed is None else seed
+
+    # Plan the jobs of every source.
     plans = []
     for source in curriculum.sources.values():
-        lister = _Lister(source, data_root, storage, previous, strict)
+        planner = _SourcePlanner(source, data_root, storage, previous, strict)
         plan = SourcePlan(source.name)
-        evaluation = lister.evaluation_jobs(plan)
-        training = lister.training_jobs(plan, _mixes(curriculum, source.name), order, allow_fewer, map_fn, progress)
+        evaluation = planner.evaluation_jobs(plan)
+        training = planner.training_jobs(plan, _mixes(curriculum, source.name), order, allow_fewer, map_fn, progress)
         plan.jobs = evaluation + training
         plans.append(plan)
-    _refuse_shared_names(plans)
+    _check_disjoint_sources(plans)
+
+    # Run them.
     jobs = [job for plan in plans for job in plan.jobs]
-    results = _run(map_fn, convert_sequence, jobs, "converting", progress)
+    results = _run_jobs(map_fn, convert_sequence, jobs, "converting", progress)
     notes = [note for plan in plans for note in plan.notes]
     notes += _seed_notes(seed, previous)
 
-    def merged(there: Manifest) -> Manifest:
+    # Merge with the manifest on disk and check it.
+    def merged(stored: Manifest) -> Manifest:
         if seed is None:
-            _refuse_other_seed(there, order)
-        _refuse_other_locks(there, plans)
-        return _manifest(plans, results, there, order)
+            _check_same_seed(stored, order)
+        _check_same_locks(stored, plans)
+        return _build_manifest(plans, results, stored, order)
 
     def check(manifest: Manifest) -> list[str]:
         found = check_leakage(manifest, [plan.name for plan in plans], strict=strict)
@@ -114,34 +133,36 @@ def convert(
         _check_requests(curriculum, manifest, allow_fewer)
         return found
 
-    manifest, found = _save(storage, merged, check)
-    notes += found + _unused_shards(manifest, storage)
+    manifest, found = _merge_and_save(storage, merged, check)
+
+    # Report.
+    notes += found + _unused_shard_notes(manifest, storage)
     overlays = write_overlays(manifest, curriculum, storage)
     report = build_report(curriculum, manifest, results, {plan.name: plan.found for plan in plans}, notes, overlays)
     write_json(storage / "shards" / "report.json", report.to_dict())
     return report
 
 
-def _there(storage: Location) -> Manifest:
+def _load_manifest(storage: Location) -> Manifest:
     return Manifest.load(storage) if manifest_path(storage).is_file() else Manifest(())
 
 
-def _save(
+def _merge_and_save(
     storage: Location, merged: Callable[[Manifest], Manifest], check: Callable[[Manifest], list[str]]
 ) -> tuple[Manifest, list[str]]:
-    """Merge with what other conversions into this storage have saved by now, check and save; nothing of theirs is lost.
+    """Merge with the manifest that concurrent conversions have stored, check and save.
 
     Args:
-        merged: gives our manifest beside the one that is there.
-        check: raises where it may not be saved; its notes are returned.
+        merged: maps the stored manifest to the one to save.
+        check: raises MotipError if it must not be saved; its notes are returned.
     """
-    with one_at_a_time(storage / "shards" / ".manifest.lock", "another conversion into this storage"):
+    with exclusive_lock(storage / "shards" / ".manifest.lock", "another conversion into this storage"):
         while True:
-            there = _there(storage)
-            manifest = merged(there)
+            stored = _load_manifest(storage)
+            manifest = merged(stored)
             notes = check(manifest)
-            # The checks take seconds, and an object store has no lock.
-            if _there(storage) == there:
+            # The checks take seconds and object stores have no lock, so look for a concurrent change before saving.
+            if _load_manifest(storage) == stored:
                 manifest.save(storage)
                 return manifest, notes
 
@@ -150,69 +171,62 @@ def _seed_notes(seed: int | None, previous: Manifest) -> list[str]:
     if seed is None or not previous.videos or seed == previous.seed:
         return []
     return [
-        f"videos are picked in the order of seed {seed} from now on, in every stage; the conversion before had seed "
-        f"{previous.seed}. Stages that get other videos by this are trained again"
+        f"videos are selected in the order of seed {seed} from now on, in every stage; the previous conversion had "
+        f"seed {previous.seed}. Stages whose videos change are trained again"
     ]
 
 
-def _refuse_other_seed(there: Manifest, seed: int) -> None:
-    if there.videos and there.seed != seed:
+def _check_same_seed(stored: Manifest, seed: int) -> None:
+    if stored.videos and stored.seed != seed:
         raise MotipError(
-            "another conversion into this storage has changed the seed while this one ran",
+            "a concurrent conversion into this storage changed the seed",
             where="shards/manifest.json",
-            found=f"seed {there.seed}",
-            expected=f"seed {seed}, by which the videos were picked here",
-            fix="run it again: it then picks by the new seed, and what is finished is not done again",
+            found=f"seed {stored.seed}",
+            expected=f"seed {seed}, which selected the videos of this conversion",
+            fix="run it again: it selects with the new seed and reuses finished shards",
         )
 
 
-def _refuse_other_locks(there: Manifest, plans: list[SourcePlan]) -> None:
-    """The first conversion locks; where two ran side by side, that is the one that has saved first."""
+def _check_same_locks(stored: Manifest, plans: list[SourcePlan]) -> None:
+    """The first conversion locks; of two concurrent ones, that is the first to save."""
     for plan in plans:
-        for split, names in there.locked.get(plan.name, {}).items():
+        for split, names in stored.locked.get(plan.name, {}).items():
             if sorted(names) != sorted(plan.locked.get(split, names)):
                 raise MotipError(
-                    f"another conversion into this storage has locked other {split} sequences of {plan.name!r} by now",
+                    f"a concurrent conversion into this storage locked other {split} sequences of {plan.name!r}",
                     where="shards/manifest.json",
-                    found=f"{len(names)} locked there, {len(plan.locked[split])} here",
+                    found=f"{len(names)} locked in the manifest, {len(plan.locked[split])} by this conversion",
                     fix="run it again with the same data and curriculum, or use another --storage",
                 )
 
 
 def check_data_root(data_root: Location | str) -> None:
-    """Raises MotipError where the data root is no folder."""
+    """Raise MotipError unless the data root is a folder."""
     if not location(data_root).is_dir():
         raise MotipError(
             "the data root is missing",
             where=location(data_root),
-            expected="a folder that holds the raw datasets",
+            expected="a folder that contains the raw datasets",
             fix="pass --data-root the folder that the sources' roots are relative to",
         )
 
 
-def _absolute(place: Location | str) -> Location:
-    found = location(place)
-    return found.resolve() if isinstance(found, Path) else found
-
-
-def _mixes(curriculum: Any, source: str) -> list[Any]:
+def _mixes(curriculum: Curriculum, source: str) -> list[Mix]:
     return [mix for stage in curriculum.stages for mix in stage.data if mix.source == source]
 
 
-def _tolerant(mix: Any) -> bool:
-    return bool(getattr(mix, "allow_fewer", False))
-
-
-def _root(source: Any, data_root: Location) -> Location:
+def _source_root(source: Source, data_root: Location) -> Location:
     return location(source.root) if "://" in source.root else data_root / source.root
 
 
-class _Lister:
-    """Turns one source into jobs."""
+class _SourcePlanner:
+    """Plans the conversion jobs of one source."""
 
-    def __init__(self, source: Any, data_root: Location, storage: Location, previous: Manifest, strict: bool) -> None:
+    def __init__(
+        self, source: Source, data_root: Location, storage: Location, previous: Manifest, strict: bool
+    ) -> None:
         self.source = source
-        self.root = _root(source, data_root)
+        self.root = _source_root(source, data_root)
         self.storage = storage
         self.strict = strict
         self.reader = reader(source.format)
@@ -230,28 +244,30 @@ class _Lister:
             )
 
     def raw_sequences(self, role: str) -> list[RawSequence]:
+        """Sequences of a split (train, val, test), restricted to those the source lists for it."""
         raws = self.reader.list_sequences(self.root, self.source.splits[role])
-        wanted = getattr(self.source, "sequences", {}).get(role)
-        if wanted is None:
+        listed = self.source.sequences.get(role)
+        if listed is None:
             return raws
-        missing = sorted(set(wanted) - {raw.name for raw in raws})
+        missing = sorted(set(listed) - {raw.name for raw in raws})
         if missing:
             raise MotipError(
-                f"{len(missing)} {role} sequences of source {self.source.name!r} are not there, such as {missing[0]}",
+                f"{len(missing)} {role} sequences of source {self.source.name!r} are missing, such as {missing[0]}",
                 where=self.root / self.source.splits[role],
-                expected=f"the {len(wanted)} sequences that are listed for it",
-                fix="correct the list (a sequence map, or `sequences:` of the source), or fetch what is missing",
+                expected=f"the {len(listed)} sequences that are listed for it",
+                fix="correct the list (a sequence map, or `sequences:` of the source), or download the missing data",
             )
-        return [raw for raw in raws if raw.name in wanted]
+        return [raw for raw in raws if raw.name in listed]
 
     def evaluation_jobs(self, plan: SourcePlan) -> list[SequenceJob]:
-        """Whole sequences of every split but train; the first conversion locks which they are.
+        """Uncut sequences of every split except train; the first conversion locks their names.
 
-        Splits that only earlier conversions handled stay locked as they are.
+        Locks of splits that only earlier conversions handled stay unchanged.
         """
         jobs = []
         plan.locked = {role: list(names) for role, names in self.locked_before.items()}
         for role in sorted(set(self.source.splits) - {"train"}):
+            # Every locked sequence must still exist.
             by_name = {raw.name: raw for raw in self.raw_sequences(role)}
             names = self.locked_before.get(role, sorted(by_name))
             gone = sorted(set(names) - set(by_name))
@@ -260,11 +276,12 @@ class _Lister:
                     f"{len(gone)} locked {role} sequences of source {self.source.name!r} are gone, such as {gone[0]}",
                     where=self.root,
                     expected=f"the {len(names)} sequences that the first conversion locked",
-                    fix="bring them back, or start over in another --storage: scores on other sequences do not compare",
+                    fix="restore them, or use a new --storage: scores on other sequences are not comparable",
                 )
+            # New ones are left out.
             new = sorted(set(by_name) - set(names))
             if new:
-                plan.notes.append(f"{self.source.name}: {len(new)} new {role} sequences are not in the lock, left out")
+                plan.notes.append(f"{self.source.name}: {len(new)} new {role} sequences are not locked, left out")
             plan.locked[role] = sorted(names)
             plan.found[role] = len(by_name)
             jobs += [self.job(by_name[name], role, None) for name in plan.locked[role]]
@@ -273,104 +290,116 @@ class _Lister:
     def training_jobs(
         self,
         plan: SourcePlan,
-        mixes: list[Any],
+        mixes: list[Mix],
         seed: int,
         allow_fewer: bool,
         map_fn: MapFn,
         progress: Progress,
     ) -> list[SequenceJob]:
-        """Segments of the training sequences, as many as the most demanding stage asks for."""
+        """Segments of the training sequences, as many as the largest request of a stage."""
         if not mixes:
             return []
         raws = {raw.name: raw for raw in self.raw_sequences("train")}
         plan.found["train"] = len(raws)
-        leaked = {role: overlapping(raws, names) for role, names in plan.locked.items() if overlapping(raws, names)}
+
+        # No sequence may be in train and in an evaluation split.
+        leaked = {role: common_names(raws, names) for role, names in plan.locked.items() if common_names(raws, names)}
         if leaked:
             role, names = next(iter(leaked.items()))
             raise MotipError(
                 f"{len(names)} {role} sequences of source {self.source.name!r} are also in train, such as {names[0]}",
                 where=self.root,
-                expected="no sequence on both sides: scores on trained videos mean nothing",
-                fix="correct the source's root and splits, or remove the sequences from one side; a lock of an earlier "
-                "conversion ends with its --storage",
+                expected="disjoint splits: scores on training videos are meaningless",
+                fix="correct the source's root and splits, or remove the sequences from one split; locks of an earlier "
+                "conversion hold for its --storage only",
             )
-        ordered = sorted(raws, key=lambda name: rank(name, 0, seed))
-        asked = max((mix.videos for mix in mixes if mix.videos), default=0)
+
+        # Frames of as many sequences as the requests can need.
+        ordered = sorted(raws, key=lambda name: selection_key(name, 0, seed))
+        requested = max((mix.videos for mix in mixes if mix.videos), default=0)
         budget = max((mix.frame_budget for mix in mixes if mix.frame_budget), default=0)
         everything = any(mix.videos is None and mix.frame_budget is None for mix in mixes)
-        lengths = self.lengths([raws[name] for name in ordered], asked, budget, everything, map_fn, progress)
+        lengths = self.lengths([raws[name] for name in ordered], requested, budget, everything, map_fn, progress)
+
+        # The segment length that yields enough videos.
         most = self.source.max_frames_per_video
-        limit = limit_for(lengths, asked, most)
+        limit = segment_limit_for(lengths, requested, most)
         if limit is None:
-            # Mixes that take what there is do not force short segments on the others.
-            firm = 0 if allow_fewer else max((mix.videos or 0 for mix in mixes if not _tolerant(mix)), default=0)
-            limit = limit_for(lengths, firm, most)
+            # Mixes that accept fewer videos do not force short segments on the others.
+            required = 0 if allow_fewer else max((mix.videos or 0 for mix in mixes if not mix.allow_fewer), default=0)
+            limit = segment_limit_for(lengths, required, most)
             if limit is None:
-                raise fewer_than_asked(self.source.name, firm, lengths, most, where=self.root)
-            plan.notes.append(f"{self.source.name}: {asked} videos were asked for, there are fewer; all are taken")
+                raise too_few_videos(self.source.name, required, lengths, most, where=self.root)
+            plan.notes.append(
+                f"{self.source.name}: {requested} videos were requested, fewer are available; all are taken"
+            )
         if limit < most:
-            plan.notes.append(shortage_note(self.source.name, asked, lengths, most, limit))
+            plan.notes.append(shortage_note(self.source.name, requested, lengths, most, limit))
         plan.limit = limit
-        segments = [segment for name, length in lengths.items() for segment in cut(name, length, most, limit)]
-        segments.sort(key=lambda segment: rank(segment.sequence, segment.index, seed))
-        picked = _pick(segments, asked, budget, everything)
+
+        # Select segments; one job per sequence.
+        segments = [segment for name, length in lengths.items() for segment in cut_segments(name, length, most, limit)]
+        segments.sort(key=lambda segment: selection_key(segment.sequence, segment.index, seed))
+        selected = _select_segments(segments, requested, budget, everything)
         return [
-            self.job(raws[name], "train", [s for s in picked if s.sequence == name])
-            for name in sorted({segment.sequence for segment in picked})
+            self.job(raws[name], "train", [s for s in selected if s.sequence == name])
+            for name in sorted({segment.sequence for segment in selected})
         ]
 
     def lengths(
         self,
         raws: list[RawSequence],
-        asked: int,
+        requested: int,
         budget: int,
         everything: bool,
         map_fn: MapFn,
         progress: Progress,
     ) -> dict[str, int]:
-        """Frames by sequence, in the order of picking; no more sequences are read than the request can need."""
+        """Frames by sequence in selection order; reads no more sequences than the request can need."""
         lengths: dict[str, int] = {}
-        waiting = list(raws)
-        while waiting:
+        remaining = list(raws)
+        while remaining:
             have = sum(length > 0 for length in lengths.values())
             first_frames = sum(min(length, self.source.max_frames_per_video) for length in lengths.values())
-            if not everything and have >= asked and (not budget or first_frames > budget):
+            if not everything and have >= requested and (not budget or first_frames > budget):
                 break
-            batch = len(waiting) if everything else max(asked - have, 16 if budget else 1)
-            now, waiting = waiting[:batch], waiting[batch:]
+            batch = len(remaining) if everything else max(requested - have, 16 if budget else 1)
+            now, remaining = remaining[:batch], remaining[batch:]
             jobs = [self.job(raw, "train", []) for raw in now]
-            read: list[Inspection] = _run(map_fn, inspect, jobs, f"reading labels of {self.source.name}", progress)
-            by_name = {item.sequence: item.frames for item in read}
+            counted: list[FrameCount] = _run_jobs(
+                map_fn, count_frames, jobs, f"reading labels of {self.source.name}", progress
+            )
+            by_name = {item.sequence: item.frames for item in counted}
             lengths |= {raw.name: by_name[raw.name] for raw in now}
         return lengths
 
     def job(self, raw: RawSequence, role: str, segments: list[Segment] | None) -> SequenceJob:
-        """``segments`` None: the whole sequence as one video."""
+        """The job of one sequence; ``segments`` None converts it uncut, as one video."""
         return SequenceJob(
             source=self.source.name,
             format=self.source.format,
             raw=raw,
             split=role,
             fps=self.source.fps,
-            pieces=None if segments is None else tuple(Piece(s.index, s.count, s.start, s.stop) for s in segments),
+            segments=None if segments is None else tuple(segments),
             storage=self.storage,
             strict=self.strict,
             known=tuple(self.known.get((role, raw.name), ())),
         )
 
 
-def _pick(segments: SequenceOf[Segment], asked: int, budget: int, everything: bool) -> list[Segment]:
+def _select_segments(segments: SequenceOf[Segment], requested: int, budget: int, everything: bool) -> list[Segment]:
     if everything:
         return list(segments)
     frames = [segment.frames for segment in segments]
-    by_count = pick(segments, frames, videos=asked, frame_budget=None)
-    by_budget = pick(segments, frames, videos=None, frame_budget=budget) if budget else []
-    # Both are beginnings of the same list, so the longer one holds the other.
+    by_count = take_first(segments, frames, videos=requested, frame_budget=None)
+    by_budget = take_first(segments, frames, videos=None, frame_budget=budget) if budget else []
+    # Both are prefixes of the same list, so the longer one contains the other.
     return max(by_count, by_budget, key=len)
 
 
-def _refuse_shared_names(plans: list[SourcePlan]) -> None:
-    """Two sources over the same files must not train on what the other evaluates."""
+def _check_disjoint_sources(plans: list[SourcePlan]) -> None:
+    """Raise MotipError if one source trains on sequences that another source evaluates."""
     for plan in plans:
         training = {(job.format, job.raw.name) for job in plan.jobs if job.split == "train"}
         for other in plans:
@@ -386,7 +415,9 @@ def _refuse_shared_names(plans: list[SourcePlan]) -> None:
                 )
 
 
-def _run(map_fn: MapFn, function: Callable[[Any], Any], jobs: list[Any], phase: str, progress: Progress) -> list[Any]:
+def _run_jobs(
+    map_fn: MapFn, function: Callable[[Any], Any], jobs: list[Any], phase: str, progress: Progress
+) -> list[Any]:
     results = []
     progress(phase, 0, len(jobs))
     for result in map_fn(function, jobs):
@@ -395,11 +426,11 @@ def _run(map_fn: MapFn, function: Callable[[Any], Any], jobs: list[Any], phase: 
     return sorted(results, key=lambda result: (result.source, result.split, result.sequence))
 
 
-def _manifest(plans: list[SourcePlan], results: list[SequenceResult], previous: Manifest, seed: int) -> Manifest:
-    """What was converted now, beside what it did not handle of the same storage, as it was.
+def _build_manifest(plans: list[SourcePlan], results: list[SequenceResult], previous: Manifest, seed: int) -> Manifest:
+    """The converted videos, merged with the parts of the stored manifest that this conversion did not handle.
 
-    That is other sources, other evaluation splits, and the training videos of a source that this curriculum only
-    evaluates: they belong to another curriculum on the same storage.
+    Those are other sources, other evaluation splits, and the training videos of a source that this curriculum only
+    evaluates; they belong to another curriculum on the same storage.
     """
     ours = {plan.name: set(plan.found) for plan in plans}
 
@@ -420,8 +451,8 @@ def _manifest(plans: list[SourcePlan], results: list[SequenceResult], previous: 
     )
 
 
-def _unused_shards(manifest: Manifest, storage: Location) -> list[str]:
-    """A note on shards that no video of the manifest is stored in any more: sequences that are cut otherwise now."""
+def _unused_shard_notes(manifest: Manifest, storage: Location) -> list[str]:
+    """A note on shards without a video in the manifest, from sequences that are now cut differently."""
     used = {entry.shard for entry in manifest.videos}
     unused = [
         f"{source}/{split}/{item.name}"
@@ -432,30 +463,35 @@ def _unused_shards(manifest: Manifest, storage: Location) -> list[str]:
     if not unused:
         return []
     return [
-        f"{len(unused)} shards are not used by this curriculum; where no other one on this storage needs them they may "
-        f"be deleted, such as {unused[0]}"
+        f"{len(unused)} shards are not used by this curriculum, such as {unused[0]}; they may be deleted unless "
+        "another curriculum on this storage needs them"
     ]
 
 
-def _check_requests(curriculum: Any, manifest: Manifest, allow_fewer: bool) -> None:
-    """Every stage gets what it asks for, also after broken images have cost a video."""
+def _check_requests(curriculum: Curriculum, manifest: Manifest, allow_fewer: bool) -> None:
+    """Raise MotipError unless every stage gets the videos it requests, also after losses to broken images."""
     for stage in curriculum.stages:
         for mix in stage.data:
-            tolerant = allow_fewer or _tolerant(mix)
-            manifest.select(mix.source, "train", videos=mix.videos, frame_budget=mix.frame_budget, allow_fewer=tolerant)
+            manifest.select(
+                mix.source,
+                "train",
+                videos=mix.videos,
+                frame_budget=mix.frame_budget,
+                allow_fewer=allow_fewer or mix.allow_fewer,
+            )
 
 
 def process_map(workers: int) -> MapFn:
-    """Jobs in ``workers`` processes of this machine."""
+    """A ``map_fn`` that runs jobs in ``workers`` local processes."""
 
     def run(function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor, as_completed
 
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            waiting = [pool.submit(function, job) for job in jobs]
+            futures = [pool.submit(function, job) for job in jobs]
             try:
-                for done in as_completed(waiting):
+                for done in as_completed(futures):
                     yield done.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -465,19 +501,19 @@ def process_map(workers: int) -> MapFn:
 
 
 def ray_map(cpus_per_task: float = 1.0) -> MapFn:
-    """Jobs as Ray tasks on the cluster this process is connected to, as many at a time as its CPUs take."""
+    """A ``map_fn`` that runs jobs as Ray tasks on the connected cluster, ``cpus_per_task`` CPUs each."""
 
     def run(function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:
         import ray
 
         task = ray.remote(num_cpus=cpus_per_task)(function)
-        # Tasks beyond what can run now only cost memory of the scheduler; twice that keeps every CPU busy.
-        at_once = max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus_per_task))
-        waiting = list(jobs)
+        # Twice the tasks that can run keep every CPU busy; more only cost scheduler memory.
+        max_pending = max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus_per_task))
+        remaining = list(jobs)
         running: list[Any] = []
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(task.remote(waiting.pop(0)))
+        while remaining or running:
+            while remaining and len(running) < max_pending:
+                running.append(task.remote(remaining.pop(0)))
             done, running = ray.wait(running, num_returns=1)
             yield ray.get(done[0])
 

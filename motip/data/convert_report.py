@@ -1,4 +1,4 @@
-"""What a conversion found and did: per source and split, every label row accounted for; terminal table and JSON."""
+"""Conversion report: counts per source and split with every label row accounted for, as terminal table and JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from motip.data.image_check import look_alikes
+from motip.data.image_check import near_duplicates
 from motip.data.manifest import WINDOW_FRAMES, Manifest, VideoEntry
 from motip.data.sequence import ReadReport
 from motip.errors import MotipError
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from motip.config import Curriculum, Stage
     from motip.data.convert_sequence import SequenceResult
 
 PLAIN_EVERY_S = 10.0
-"""Seconds between progress lines where there is no terminal to redraw."""
-SHOWN = 5
-"""Names listed of a long list; the rest is counted."""
+"""Seconds between progress lines when the output is not a terminal."""
+MAX_NAMES = 5
+"""Names listed in a note; the others are only counted."""
 
 
 @dataclass
@@ -31,11 +32,11 @@ class ConvertReport:
     """Outcome of a conversion.
 
     Attributes:
-        manifest: what exists now.
+        manifest: the manifest as saved.
         splits: source -> split -> counts (see :func:`describe_split`).
-        notes: what the user should know: shortages, look-alikes, categories that were never seen.
-        written: shards written by this run; the others were there and still right.
-        overlays: pictures of frames with their labels, by source.
+        notes: warnings for the user: shortages, near-duplicates, categories without labels.
+        written: shards written by this conversion; the others were up to date.
+        overlays: path of the label overlay by source.
     """
 
     manifest: Manifest
@@ -56,13 +57,13 @@ class ConvertReport:
         }
 
     def summary_line(self) -> str:
-        """One line for a log: how much there is, how much of it is new, and what needs a look."""
+        """One line for a log: videos and frames, shards written, label rows dropped, notes."""
         videos = len(self.manifest.videos)
         frames = sum(entry.frames for entry in self.manifest.videos)
         dropped = sum(
             sum(counts["rows"]["dropped"].values()) for splits in self.splits.values() for counts in splits.values()
         )
-        line = f"shards: {videos} videos, {frames} frames ({self.written} videos written, the others were there)"
+        line = f"shards: {videos} videos, {frames} frames ({self.written} videos written, the others were up to date)"
         return f"{line}; {dropped} label rows dropped, {len(self.notes)} notes (shards/report.json)"
 
     def table(self) -> Table:
@@ -70,17 +71,17 @@ class ConvertReport:
 
 
 def build_report(
-    curriculum: Any,
+    curriculum: Curriculum,
     manifest: Manifest,
     results: SequenceOf[SequenceResult],
     found: Mapping[str, Mapping[str, int]],
     notes: list[str],
     overlays: dict[str, str],
 ) -> ConvertReport:
-    """Put together what the jobs counted.
+    """Merge the counts of the jobs.
 
     Args:
-        found: source -> split -> sequences on disk; those that were not selected are counted apart from dropped rows.
+        found: source -> split -> number of sequences in the raw data; rows of unselected ones do not count as dropped.
     """
     splits: dict[str, dict[str, dict[str, Any]]] = {}
     for name, source in curriculum.sources.items():
@@ -103,8 +104,7 @@ def describe_split(
 ) -> dict[str, Any]:
     """Counts of one split of a source.
 
-    Tracks are counted per video and category: a track cut into two videos counts twice, and one that changes its
-    category counts under both.
+    Tracks are counted per video and category: a track cut into two videos, or with two categories, counts twice.
     """
     boxes, ignored, tracks = Counter[str](), Counter[str](), Counter[str]()
     for entry in entries:
@@ -112,13 +112,14 @@ def describe_split(
         ignored.update(entry.ignored)
         tracks.update(entry.tracks)
     frames = sum(entry.frames for entry in entries)
-    learned = {
+    trained = {
         name: {
             "boxes": sum(boxes[raw] - ignored[raw] for raw in raws),
             "tracks": sum(tracks[raw] for raw in raws),
         }
         for name, raws in classes.items()
     }
+    # Keys of report.json.
     return {
         "sequences": len({entry.sequence for entry in entries}),
         "videos": len(entries),
@@ -132,58 +133,58 @@ def describe_split(
             name: {"boxes": boxes[name], "marked_ignore": ignored[name], "tracks": tracks[name]}
             for name in sorted(boxes)
         },
-        "classes": learned,
-        "boxes_to_ignore": sum(boxes.values()) - sum(counts["boxes"] for counts in learned.values()),
+        "classes": trained,
+        "boxes_to_ignore": sum(boxes.values()) - sum(counts["boxes"] for counts in trained.values()),
         "bad_images": [f"{entry.video}/{bad}" for entry in entries for bad in entry.bad_images],
         "rows": rows.to_dict(),
     }
 
 
-def check_classes(curriculum: Any, manifest: Manifest) -> list[str]:
-    """Notes on mapped categories that no label has, and on classes that a stage may go without (allow_unlabelled).
+def check_classes(curriculum: Curriculum, manifest: Manifest) -> list[str]:
+    """Notes on mapped categories without labels and on classes exempt by ``allow_unlabelled``.
 
     Raises:
-        MotipError: a class that a stage trains, and of which its own training videos have no example: every query
-            would learn that there is none, and what earlier stages learned of it would be undone.
+        MotipError: a class that a stage trains has no label in the stage's own training videos. Training would
+            suppress the class and undo what earlier stages learned of it.
     """
     notes = []
     for stage in curriculum.stages:
         notes += _check_stage_classes(curriculum, stage, manifest)
-    seen = {name: _boxes(manifest.of(name, "train")) for name in curriculum.sources}
+    boxes = {name: _boxes(manifest.of(name, "train")) for name in curriculum.sources}
     for name in sorted({mix.source for stage in curriculum.stages for mix in stage.data}):
         mapped = {raw for raws in curriculum.sources[name].classes.values() for raw in raws}
-        absent = sorted(raw for raw in mapped if not seen[name][raw])
+        absent = sorted(raw for raw in mapped if not boxes[name][raw])
         if absent:
             notes.append(
-                f"{name}: no training label has the category {', '.join(absent)}; there are {_listed(seen[name])}"
+                f"{name}: no training label has the category {', '.join(absent)}; found {_listed(boxes[name])}"
             )
     return notes
 
 
-def _check_stage_classes(curriculum: Any, stage: Any, manifest: Manifest) -> list[str]:
-    seen: dict[str, Counter[str]] = {}
+def _check_stage_classes(curriculum: Curriculum, stage: Stage, manifest: Manifest) -> list[str]:
+    boxes: dict[str, Counter[str]] = {}
     for mix in stage.data:
         chosen = manifest.select(
             mix.source, "train", videos=mix.videos, frame_budget=mix.frame_budget, allow_fewer=True
         )
-        seen[mix.source] = seen.get(mix.source, Counter()) + _boxes(chosen)
+        boxes[mix.source] = boxes.get(mix.source, Counter()) + _boxes(chosen)
     notes = []
     for class_name in stage.config.class_names:
-        raws = {(name, raw) for name in seen for raw in curriculum.sources[name].classes.get(class_name, ())}
-        if any(seen[name][raw] for name, raw in raws):
+        raws = {(name, raw) for name in boxes for raw in curriculum.sources[name].classes.get(class_name, ())}
+        if any(boxes[name][raw] for name, raw in raws):
             continue
-        there = "; ".join(f"{name}: {_listed(boxes)}" for name, boxes in sorted(seen.items()))
+        found = "; ".join(f"{name}: {_listed(counts)}" for name, counts in sorted(boxes.items()))
         if class_name not in stage.allow_unlabelled:
             raise MotipError(
                 f"the class {class_name!r} of stage {stage.name!r} has no label in any of its training videos",
-                where="classes of " + ", ".join(sorted(seen)),
-                found=there,
+                where="classes of " + ", ".join(sorted(boxes)),
+                found=found,
                 expected=" or ".join(sorted(f"{name}: {raw}" for name, raw in raws)) or "a category mapped to it",
-                fix="spell the categories as the labels do, take other or more videos, or drop the class (CLASSES, "
-                f"NUM_CLASSES); where it is meant, put `allow_unlabelled: [{class_name}]` in the stage of the "
+                fix="spell the categories as in the labels, take other or more videos, or drop the class (CLASSES, "
+                f"NUM_CLASSES); if this is intended, put `allow_unlabelled: [{class_name}]` in the stage of the "
                 "curriculum file",
             )
-        notes.append(f"stage {stage.name} trains {class_name} without any label of it, as allowed; there are {there}")
+        notes.append(f"stage {stage.name} trains {class_name} without any label of it, as allowed; found {found}")
     return notes
 
 
@@ -199,32 +200,32 @@ def _listed(boxes: Mapping[str, int]) -> str:
 
 
 def check_leakage(manifest: Manifest, sources: SequenceOf[str], *, strict: bool) -> list[str]:
-    """Notes on training videos that look like val or test videos.
+    """Notes on training videos that are near-duplicates of val or test videos.
 
     Raises:
-        MotipError: a frame that is the same file on both sides; with ``strict`` also frames that look the same.
+        MotipError: a byte-identical frame in both; with ``strict`` also for near-duplicate frames.
     """
     ours = [entry for entry in manifest.videos if entry.source in sources]
     training = [(_full_name(entry), entry.image_hashes) for entry in ours if entry.split == "train"]
     evaluation = [(_full_name(entry), entry.image_hashes) for entry in ours if entry.split != "train"]
-    pairs = look_alikes(training, evaluation)
+    pairs = near_duplicates(training, evaluation)
     equal = [pair for pair in pairs if pair[2]]
     if equal or (pairs and strict):
         train_name, other, is_equal = (equal or pairs)[0]
         raise MotipError(
             f"{len(equal or pairs)} pairs of training and evaluation videos "
             + ("share a frame" if is_equal else "have frames that look the same (--strict)"),
-            where="shards/manifest.json would hold both",
+            where="videos of shards/manifest.json",
             found=f"such as {train_name} and {other}",
-            expected="no video on both sides: scores on trained videos mean nothing",
+            expected="disjoint splits: scores on training videos are meaningless",
             fix="remove one of them from its split",
         )
     if not pairs:
         return []
-    shown = "; ".join(f"{ours} ~ {theirs}" for ours, theirs, _ in pairs[:SHOWN])
+    shown = "; ".join(f"{ours} ~ {theirs}" for ours, theirs, _ in pairs[:MAX_NAMES])
     return [
         f"{len(pairs)} pairs of training and evaluation videos have frames that look the same "
-        f"(one place filmed twice, or a leak?): {shown}{' ...' if len(pairs) > SHOWN else ''}"
+        f"(the same scene filmed twice, or a leak?): {shown}{' ...' if len(pairs) > MAX_NAMES else ''}"
     ]
 
 
@@ -233,10 +234,10 @@ def _full_name(entry: VideoEntry) -> str:
 
 
 class ConversionUi:
-    """A progress bar while a conversion runs, its table and notes afterwards; in a log file, lines in its place.
+    """Progress bar of a conversion, then its table and notes; in a log file, progress lines instead of the bar.
 
     Args:
-        console: where to show it; None = the terminal, or a wide file.
+        console: output; None = the terminal, or a wide console if the output is a file.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -244,7 +245,7 @@ class ConversionUi:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         terminal = console or Console(markup=False, emoji=False)
-        # A job's log is a file: a table folded at 80 columns cannot be read there.
+        # In a job's log file, a table folded at 80 columns is unreadable.
         self.console = terminal if console or terminal.is_terminal else Console(width=160, markup=False, emoji=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
@@ -259,7 +260,7 @@ class ConversionUi:
         self._bar.stop()
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """What :func:`motip.data.convert.convert` calls; a log file gets a line per phase and one every ten seconds."""
+        """Progress callback of a conversion; without a terminal, one line per phase and one every 10 s."""
         begins = phase not in self._tasks
         if begins:
             self._tasks[phase] = self._bar.add_task(phase, total=total)
@@ -273,7 +274,7 @@ class ConversionUi:
         for note in report.notes:
             self.console.print(f"note: {note}", highlight=False)
         for source, path in report.overlays.items():
-            self.console.print(f"look at {path} to see the labels of {source}", highlight=False)
+            self.console.print(f"labels of {source}: {path}", highlight=False)
         self.console.print(report.summary_line(), highlight=False)
 
 
@@ -312,10 +313,10 @@ def _lines(dropped: Mapping[str, int], repaired: Mapping[str, int]) -> list[str]
 
 
 def inspect_shards(manifest: Manifest, classes: Mapping[str, Mapping[str, SequenceOf[str]]] | None = None) -> Table:
-    """The table of any shard set, from its manifest alone.
+    """The table of a shard set, from its manifest.
 
     Args:
-        classes: source -> class -> raw categories; a source without an entry is shown by raw category.
+        classes: source -> class -> raw categories; sources without an entry are shown by raw category.
     """
     splits: dict[str, dict[str, dict[str, Any]]] = {}
     for source, split in sorted({(entry.source, entry.split) for entry in manifest.videos}):

@@ -1,18 +1,18 @@
-"""One source sequence: read, check its images, write the shards that are missing (runs in a worker)."""
+"""Conversion of one source sequence: read its labels, check its images, write missing shards (runs in a worker)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import cv2
 
-from motip.data.formats.common import Place, RawSequence
+from motip.data.formats.common import RawSequence
 from motip.data.formats.registry import reader
-from motip.data.image_check import fingerprint, problem_of, sampled_positions
-from motip.data.manifest import VideoEntry, make_entry, summarise
-from motip.data.selection import FLOOR_FRAMES
+from motip.data.image_check import image_hash, image_problem, sampled_positions
+from motip.data.manifest import VideoEntry, make_entry, summarise_labels
+from motip.data.selection import MIN_SEGMENT_FRAMES, Segment
 from motip.data.sequence import Frame, ReadReport, Sequence
 from motip.data.shards import (
     ROWS_PER_GROUP,
@@ -20,6 +20,7 @@ from motip.data.shards import (
     ShardHeader,
     ShardWriter,
     header_of,
+    image_bytes,
     labels_digest,
     read_header,
     shard_path,
@@ -29,38 +30,38 @@ from motip.storage.atomic import digest
 from motip.storage.paths import Location, sha256, size_and_time, sizes_and_times
 
 BAD_IMAGE = "image broken (named under bad images)"
-NOT_ASKED = "in a part of the sequence that no stage asks for"
-TAIL = f"in a tail shorter than {FLOOR_FRAMES} frames"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Positions ``start`` to ``stop`` of the sequence's frames, the ``index``-th of ``count`` pieces."""
-
-    index: int
-    count: int
-    start: int
-    stop: int
+NOT_SELECTED = "in a part of the sequence that no stage asks for"
+TAIL = f"in a tail shorter than {MIN_SEGMENT_FRAMES} frames"
 
 
 @dataclass(frozen=True)
 class SequenceJob:
-    """Everything a worker needs; ``pieces`` None means the whole sequence as one video."""
+    """Input of a worker.
+
+    Attributes:
+        source: name of the source in the curriculum.
+        format: key of :data:`motip.data.formats.registry.READERS`.
+        split: split in the storage (train, val, test); the raw dataset may name it differently.
+        fps: overrides the frame rate of the raw data.
+        segments: segments to convert; None converts the uncut sequence as one video.
+        strict: raise on broken images instead of dropping their frames.
+        known: manifest entries of the sequence from an earlier conversion.
+    """
 
     source: str
     format: str
     raw: RawSequence
     split: str
     fps: float | None
-    pieces: tuple[Piece, ...] | None
+    segments: tuple[Segment, ...] | None
     storage: Location
     strict: bool
     known: tuple[VideoEntry, ...] = ()
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """How many frames a sequence has, by its labels and the listing of its images."""
+class FrameCount:
+    """Number of frames of a sequence that have labels and a listed image."""
 
     source: str
     split: str
@@ -70,7 +71,10 @@ class Inspection:
 
 @dataclass(frozen=True)
 class SequenceResult:
-    """What became of a sequence and of every one of its label rows."""
+    """Manifest entries of a converted sequence and the counts of its label rows.
+
+    ``written`` counts the shards that this conversion wrote; the others were up to date.
+    """
 
     source: str
     split: str
@@ -90,83 +94,89 @@ class SequenceResult:
 
 
 def read(job: SequenceJob) -> tuple[Sequence, ReadReport]:
-    """The sequence under our name of its split and with the source's frame rate."""
+    """Labels of the sequence, with the split's name in the storage and the source's frame rate."""
     raw = replace(job.raw, fps=job.fps) if job.fps else job.raw
     sequence, report = reader(job.format).read_sequence(raw)
     return replace(sequence, split=job.split), report
 
 
-def inspect(job: SequenceJob) -> Inspection:
+def count_frames(job: SequenceJob) -> FrameCount:
+    """Read the labels of a sequence and count its frames."""
     sequence, _ = read(job)
-    return Inspection(job.source, job.split, job.raw.name, len(sequence.frames))
+    return FrameCount(job.source, job.split, job.raw.name, len(sequence.frames))
 
 
 def convert_sequence(job: SequenceJob) -> SequenceResult:
-    """Write what is missing of one sequence; existing shards of the same input are left as they are.
+    """Write the missing or outdated shards of one sequence.
 
     Raises:
-        MotipError: unreadable labels; with ``strict`` also broken images.
+        MotipError: unreadable labels, no labelled frame with an image, or, with ``strict``, broken images.
     """
-    cv2.setNumThreads(1)  # The cluster's CPUs are shared out by task.
+    cv2.setNumThreads(1)  # Tasks, not threads, share the CPUs.
     sequence, report = read(job)
     if not sequence.frames:
         raise MotipError(
-            f"sequence {sequence.name} has no frame with both image and labels", where=job.raw.labels,
-            fix="remove the sequence, or fetch its images and labels again",
-        )  # fmt: skip
-    pieces = job.pieces if job.pieces is not None else (Piece(0, 1, 0, len(sequence.frames)),)
+            f"sequence {sequence.name} has no frame with both image and labels",
+            where=job.raw.labels,
+            fix="remove the sequence, or download its images and labels again",
+        )
+    segments = job.segments
+    if segments is None:
+        segments = (Segment(sequence.name, index=0, count=1, start=0, stop=len(sequence.frames)),)
+    if job.raw.images is None:
+        raise ValueError(f"sequence {sequence.name} has no image folder")
     sizes = sizes_and_times(job.raw.images)
     entries: list[VideoEntry] = []
     written = 0
-    for piece in pieces:
-        segment = replace(sequence, frames=sequence.frames[piece.start : piece.stop])
-        entry, is_new = _shard(job, segment, piece, sizes)
+    for segment in segments:
+        video = replace(sequence, frames=sequence.frames[segment.start : segment.stop])
+        entry, is_new = _shard(job, video, segment, sizes)
         written += is_new
         if entry is not None:
             entries.append(entry)
-        _account_bad_images(job, report, segment, entry)
-    _account_left_out(report, sequence, pieces)
+        _count_bad_images(job, report, video, entry)
+    _count_unselected(report, sequence, segments)
     report.kept = sum(sum(entry.boxes.values()) for entry in entries)
     report.check(job.raw.labels)
     return SequenceResult(job.source, job.split, sequence.name, tuple(entries), report, written)
 
 
-def video_name(segment: Sequence, piece: Piece) -> str:
-    """The sequence's name, with first and last frame number where it is cut into several videos."""
-    if piece.count == 1:
-        return segment.name
-    return f"{segment.name}_{segment.frames[0].number:06d}-{segment.frames[-1].number:06d}"
+def video_name(video: Sequence, segment: Segment) -> str:
+    """The sequence's name, plus first and last frame number if it is cut into several videos."""
+    if segment.count == 1:
+        return video.name
+    return f"{video.name}_{video.frames[0].number:06d}-{video.frames[-1].number:06d}"
 
 
 def _shard(
-    job: SequenceJob, segment: Sequence, piece: Piece, sizes: dict[str, tuple[int, float]]
+    job: SequenceJob, video: Sequence, segment: Segment, sizes: dict[str, tuple[int, float]]
 ) -> tuple[VideoEntry | None, bool]:
-    """The manifest entry of a segment, and whether its shard had to be written; None if no image is whole."""
-    header = header_of(segment, source=job.source, video=video_name(segment, piece))
-    files = [_file(frame) for frame in segment.frames]
-    images = [sizes[file.name] for file in files]
-    names = [(file.name, size) for file, (size, _) in zip(files, images, strict=True)]
-    header = replace(header, inputs=_inputs(header, segment, names))
+    """The manifest entry of a video (None if it has no intact image), and whether its shard was written now."""
+    header = header_of(video, source=job.source, video=video_name(video, segment))
+    files = [_file_name(frame) for frame in video.frames]
+    images = [sizes[file] for file in files]
+    names = [(file, size) for file, (size, _) in zip(files, images, strict=True)]
+    header = replace(header, inputs=_inputs_digest(header, video, names))
     relative = f"{job.source}/{job.split}/{header.video}.parquet"
     path = shard_path(job.storage, relative)
     existing = _existing(job, path, relative, header.inputs, newest=max(time for _, time in images))
     if existing is not None:
         return existing, False
-    bad = _write(job, path, header, segment, piece.index)
-    if len(bad) == len(segment.frames):
+    bad = _write(job, path, header, video, segment.index)
+    if len(bad) == len(video.frames):
         return None, False
     return _entry(path, relative), True
 
 
-def _inputs(header: ShardHeader, segment: Sequence, images: list[tuple[str, int]]) -> str:
-    """Digest of what a shard is made from: equal digests mean that it need not be written again."""
+def _inputs_digest(header: ShardHeader, video: Sequence, images: list[tuple[str, int]]) -> str:
+    """Digest of everything a shard is written from; a shard with an equal digest is up to date."""
     fixed = [header.source, header.dataset, header.split, header.sequence, header.video, header.fps]
     fixed += [header.width, header.height, header.rows_per_group, SHARD_VERSION, ROWS_PER_GROUP]
-    return digest([fixed, list(header.track_names), labels_digest(segment.frames), images])
+    return digest([fixed, list(header.track_names), labels_digest(video.frames), images])
 
 
 def _existing(job: SequenceJob, path: Location, relative: str, inputs: str, newest: float) -> VideoEntry | None:
-    """The entry of a shard that is there and still right: same inputs, and no image changed since it was written."""
+    """The entry of an up-to-date shard: same inputs and no image modified after it was written; else None."""
     if not path.is_file():
         return None
     size, time = size_and_time(path)
@@ -178,7 +188,7 @@ def _existing(job: SequenceJob, path: Location, relative: str, inputs: str, newe
     try:
         header = read_header(path)
     except MotipError:
-        return None  # Damaged or of another version: written anew.
+        return None  # Corrupt or of another version: written again.
     return _entry(path, relative) if header.inputs == inputs else None
 
 
@@ -187,83 +197,86 @@ def _entry(path: Location, relative: str) -> VideoEntry:
     return make_entry(read_header(path), shard=relative, shard_sha256=sha256(path), shard_bytes=size)
 
 
-class _NothingLeft(Exception):
-    """No frame of a segment has a whole image; leaving the writer by an error keeps an empty shard from appearing."""
+class _NoIntactImage(Exception):
+    """No frame of a video has an intact image; raised inside the writer so that no empty shard is published."""
 
 
-def _write(job: SequenceJob, path: Location, header: ShardHeader, segment: Sequence, index: int) -> list[str]:
-    """Write one shard; returns the names of the broken images with what is wrong with them."""
+def _write(job: SequenceJob, path: Location, header: ShardHeader, video: Sequence, index: int) -> list[str]:
+    """Write one shard; returns its broken images as "name: defect"."""
     bad: list[str] = []
     hashes: dict[int, str] = {}
-    sampled = sampled_positions(len(segment.frames))
+    sampled = sampled_positions(len(video.frames))
     try:
         with ShardWriter(path, header) as writer:
-            for position, frame in enumerate(_whole_frames(segment, bad)):
+            for position, frame in enumerate(_intact_frames(video, bad)):
                 writer.add(frame)
-                if position in sampled:
-                    hashes[position] = fingerprint(cast(bytes, frame.image))
+                if position in sampled and isinstance(frame.image, bytes):
+                    hashes[position] = image_hash(frame.image)
             if bad and job.strict:
                 raise MotipError(
-                    f"{len(bad)} images of {segment.name} are broken, such as {bad[0]}",
+                    f"{len(bad)} images of {video.name} are broken, such as {bad[0]}",
                     where=job.raw.images,
-                    expected="whole images of one size (--strict)",
-                    fix="fetch them again, or go on without --strict: they are then left out and counted",
+                    expected="intact images of one size (--strict)",
+                    fix="download them again, or convert without --strict: they are then left out and counted",
                 )
             if not writer.frames:
-                raise _NothingLeft
+                raise _NoIntactImage
             writer.summary = {
-                **summarise(writer.frames),
+                **summarise_labels(writer.frames),
                 "segment": index,
                 "bad_images": bad,
                 "image_hashes": [hashes[position] for position in sorted(hashes)],
             }
-    except _NothingLeft:
+    except _NoIntactImage:
         return bad
     return bad
 
 
-def _whole_frames(segment: Sequence, bad: list[str]) -> Iterator[Frame]:
-    """Frames with their image bytes; those whose image is broken are named in ``bad`` instead."""
-    for frame in segment.frames:
-        data = _file(frame).read_bytes()
-        problem = problem_of(data, (segment.width, segment.height))
+def _intact_frames(video: Sequence, bad: list[str]) -> Iterator[Frame]:
+    """Frames with their image bytes; broken images are appended to ``bad`` instead."""
+    for frame in video.frames:
+        data = image_bytes(frame) or b""
+        problem = image_problem(data, (video.width, video.height))
         if problem:
-            bad.append(f"{_file(frame).name}: {problem}")
+            bad.append(f"{_file_name(frame)}: {problem}")
         else:
             yield replace(frame, image=data)
 
 
-def _file(frame: Frame) -> Place:
-    """The image's place; readers give every frame of a sequence with an image folder one."""
-    return cast(Place, frame.image)
+def _file_name(frame: Frame) -> str:
+    """File name of a frame's image; readers set one for every frame of a sequence with an image folder."""
+    if frame.image is None or isinstance(frame.image, bytes):
+        raise ValueError(f"frame {frame.number} has no image file")
+    return frame.image.name
 
 
-def _account_bad_images(job: SequenceJob, report: ReadReport, segment: Sequence, entry: VideoEntry | None) -> None:
-    rows = sum(len(frame.categories) for frame in segment.frames)
+def _count_bad_images(job: SequenceJob, report: ReadReport, video: Sequence, entry: VideoEntry | None) -> None:
+    """Count the label rows and frames lost to broken images; with ``strict``, raise if there are any."""
+    rows = sum(len(frame.categories) for frame in video.frames)
     lost = rows - (sum(entry.boxes.values()) if entry else 0)
-    frames = len(segment.frames) - (entry.frames if entry else 0)
+    frames = len(video.frames) - (entry.frames if entry else 0)
     if lost:
         report.dropped[BAD_IMAGE] += lost
     if frames:
         report.repaired["frame with a broken image, left out"] += frames
     if frames and job.strict:
         raise MotipError(
-            f"{frames} images of {segment.name} are broken",
+            f"{frames} images of {video.name} are broken",
             where=job.raw.images,
-            found="; ".join(entry.bad_images[:3]) if entry else "no whole image in the segment",
-            fix="fetch them again, or go on without --strict",
+            found="; ".join(entry.bad_images[:3]) if entry else "no intact image in the segment",
+            fix="download them again, or convert without --strict",
         )
 
 
-def _account_left_out(report: ReadReport, sequence: Sequence, pieces: tuple[Piece, ...]) -> None:
-    """Rows outside the converted pieces, by reason."""
-    inside = {position for piece in pieces for position in range(piece.start, piece.stop)}
+def _count_unselected(report: ReadReport, sequence: Sequence, segments: tuple[Segment, ...]) -> None:
+    """Count the label rows outside the converted segments, by reason."""
+    inside = {position for segment in segments for position in range(segment.start, segment.stop)}
     counts: dict[str, int] = {}
-    last = max(piece.stop for piece in pieces)
-    has_last = any(piece.index == piece.count - 1 for piece in pieces)
+    last = max(segment.stop for segment in segments)
+    has_last = any(segment.index == segment.count - 1 for segment in segments)
     for position, frame in enumerate(sequence.frames):
         if position not in inside:
-            reason = TAIL if has_last and position >= last else NOT_ASKED
+            reason = TAIL if has_last and position >= last else NOT_SELECTED
             counts[reason] = counts.get(reason, 0) + len(frame.categories)
     for reason, rows in counts.items():
         if rows:

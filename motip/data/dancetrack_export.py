@@ -1,4 +1,4 @@
-"""Shards back to a DanceTrack-style folder, so that ``datasets/DanceTrack`` can be a link to it."""
+"""Export of shards to a DanceTrack folder, for the published code and its tools."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 from motip.data.formats.dancetrack_writer import seqmap_path, write_dancetrack, write_seqmap
 from motip.data.manifest import Manifest, VideoEntry, entry_path
@@ -18,14 +17,25 @@ from motip.storage.paths import Location
 
 
 @dataclass(frozen=True)
-class _ShardImage:
-    """An image that stays in its shard until it is read, so that a long video is never in memory as a whole."""
+class ShardImage:
+    """An image that is read from its shard on demand, so that a video never has to fit in memory."""
 
     shard: Shard
     position: int
 
+    @property
+    def name(self) -> str:
+        return f"row {self.position}"
+
     def read_bytes(self) -> bytes:
-        return cast(bytes, self.shard.read_frames([self.position])[0].image)
+        image = self.shard.read_frames([self.position])[0].image
+        if not isinstance(image, bytes):
+            raise MotipError(
+                "the shard has no image for a frame",
+                where=f"{self.shard.path}, row {self.position}",
+                fix="convert the sequence again with its images",
+            )
+        return image
 
 
 def export_dancetrack(
@@ -38,8 +48,8 @@ def export_dancetrack(
     """Write the videos of some sources as ``<root>/<split>/<video>/`` with ``<root>/<split>_seqmap.txt``.
 
     Args:
-        class_names: classes in the order of their numbers.
-        classes: source -> class -> raw categories; only these sources are written.
+        class_names: classes in the order of their ids.
+        classes: source -> class -> raw categories; only these sources are exported.
 
     Returns:
         split -> counts of ``videos``, ``frames``, ``objects`` and ``ignored`` boxes.
@@ -62,9 +72,8 @@ def export_dancetrack(
     for entry in chosen:
         is_shared = shared[entry.split, entry.video] > 1
         name = f"{entry.source}_{entry.video}" if is_shared else entry.video
-        mapping: dict[str, Any] = {key: value for key, value in classes[entry.source].items() if key in class_names}
-        sequence = _sequence(entry, storage, name)
-        counts = write_dancetrack(sequence, root, entry.split, ClassMap(tuple(class_names), mapping))
+        class_map = ClassMap.among(tuple(class_names), classes[entry.source])
+        counts = write_dancetrack(_sequence(entry, storage, name), root, entry.split, class_map)
         written.setdefault(entry.split, Counter()).update({"videos": 1, **counts})
         names.setdefault(entry.split, []).append(name)
     for split, videos in names.items():
@@ -75,7 +84,5 @@ def export_dancetrack(
 def _sequence(entry: VideoEntry, storage: Location | str, name: str) -> Sequence:
     shard = Shard(entry_path(storage, entry))
     labels = shard.read_labels()
-    frames = tuple(
-        replace(frame, image=cast(Any, _ShardImage(shard, position))) for position, frame in enumerate(labels.frames)
-    )
+    frames = tuple(replace(frame, image=ShardImage(shard, position)) for position, frame in enumerate(labels.frames))
     return replace(labels, name=name, frames=frames)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from motip.config import Config
 
 
 @dataclass(frozen=True)
 class IdSettings:
-    """The keys of a configuration that ID labels depend on.
+    """ID label settings of a configuration.
 
     Attributes:
-        groups: random labellings per clip (G).
-        vocabulary: ID labels 0..V-1; V itself means newborn.
-        training_ids: labelled objects per clip at most, <= vocabulary.
-        overflow: what happens to objects beyond the vocabulary (`draw_id_slots`).
-        occlusion_prob, switch_prob: chances of the two trajectory augmentations.
+        groups: number of random labellings per clip (G).
+        vocabulary: number of ID labels V; labels are 0..V-1, and V is newborn.
+        training_ids: maximum number of labelled objects per clip, <= vocabulary.
+        overflow: treatment of objects beyond the vocabulary, "drop" or "distractor" (`draw_id_slots`).
+        occlusion_prob, switch_prob: probabilities of the two trajectory augmentations.
     """
 
     groups: int
@@ -29,7 +32,7 @@ class IdSettings:
     switch_prob: float
 
     @staticmethod
-    def from_config(config: Any) -> IdSettings:
+    def from_config(config: Config) -> IdSettings:
         return IdSettings(
             groups=config.AUG_NUM_GROUPS,
             vocabulary=config.NUM_ID_VOCABULARY,
@@ -45,8 +48,8 @@ class ClipSlots:
     """ID slots of one clip, all (G, T, N); the fields of `motip.data.batch.IdSlots` without the batch axis.
 
     Attributes:
-        distractors: of the N slots, how many hold objects beyond the vocabulary (the last ones).
-        dropped: objects without any slot.
+        distractors: number of slots, the last of the N, for objects beyond the vocabulary.
+        dropped: number of objects without a slot.
     """
 
     trajectory_labels: np.ndarray
@@ -70,21 +73,22 @@ SLOT_FIELDS = (
 
 
 def draw_id_slots(track_ids: Sequence[np.ndarray], settings: IdSettings, rng: np.random.Generator) -> ClipSlots:
-    """Label the objects of a clip.
+    """Assign random ID labels to the objects of a clip (spec 4.3, 4.4).
 
     Every distinct object gets a slot, and in every group a random label that is constant over the clip. With more
-    objects than labels, a random subset, the same for all groups, is labelled. The others are
+    objects than labels, a random subset, the same for all groups, is labelled. The others are, with
 
-    * ``overflow="drop"``: without a slot, as published; they remain targets of the detector only.
-    * ``overflow="distractor"``: unknown detections without a history, whose target is therefore newborn in every
-      frame. The ID decoder must tell them from the objects it remembers, as it must in a crowd at run time. They
-      take no part in the switch augmentation, since a history without a label would be a contradiction.
+    * ``overflow="drop"``, without a slot, as published; they remain targets of the detector only;
+    * ``overflow="distractor"``, unknown detections without a trajectory, so their target is newborn in every frame.
+      The ID decoder must distinguish them from known objects, as in a crowd at inference. They take no part in the
+      switch augmentation, which needs a trajectory with a label.
 
-    ``training_ids`` below the vocabulary limits the size of the problem, so objects beyond it are dropped either way.
+    If ``training_ids`` is below the vocabulary, objects beyond it are dropped in both modes.
 
     Args:
-        track_ids: per frame the (n,) ids in the order of that frame's boxes, unique within a frame.
+        track_ids: per frame the (n,) track ids in the order of that frame's boxes, unique within a frame.
     """
+    # Which objects get a slot, and which of them a label.
     annotations, objects = _annotation_index(track_ids)
     frames, total = annotations.shape
     labelled = min(total, settings.training_ids)
@@ -93,6 +97,7 @@ def draw_id_slots(track_ids: Sequence[np.ndarray], settings: IdSettings, rng: np
     slots = total if keeps_rest else labelled
     chosen = np.concatenate([np.sort(order[:labelled]), np.sort(order[labelled:slots])])
 
+    # Random labels, and the slots that are absent or occluded.
     shape = (settings.groups, frames, slots)
     annotation = np.broadcast_to(annotations[:, chosen], shape).copy()
     labels = np.full(shape, -1, dtype=np.int64)
@@ -100,6 +105,7 @@ def draw_id_slots(track_ids: Sequence[np.ndarray], settings: IdSettings, rng: np
     masks = annotation < 0
     masks |= _draw_occlusion(shape, settings.occlusion_prob, rng)
 
+    # Trajectories: none for distractors, switched among the labelled.
     trajectory_masks, trajectory_annotation = masks.copy(), annotation.copy()
     trajectory_masks[:, :, labelled:], trajectory_annotation[:, :, labelled:] = True, -1
     source = _draw_switch((settings.groups, frames, labelled), settings.switch_prob, rng)
@@ -110,7 +116,7 @@ def draw_id_slots(track_ids: Sequence[np.ndarray], settings: IdSettings, rng: np
         trajectory_labels=labels,
         trajectory_masks=trajectory_masks,
         trajectory_ann=trajectory_annotation,
-        unknown_labels=np.where(_seen_before(trajectory_masks), labels, settings.vocabulary),
+        unknown_labels=np.where(_has_history(trajectory_masks), labels, settings.vocabulary),
         unknown_masks=masks,
         unknown_ann=annotation,
         distractors=slots - labelled,
@@ -133,7 +139,7 @@ def _draw_labels(settings: IdSettings, count: int, rng: np.random.Generator) -> 
 
 
 def _draw_occlusion(shape: tuple[int, int, int], prob: float, rng: np.random.Generator) -> np.ndarray:
-    """(G, T, N) True in one hidden stretch [begin, end) per chosen slot; the last frame is never hidden."""
+    """(G, T, N) True in one occluded interval [begin, end) per sampled slot; the last frame is never occluded."""
     groups, frames, slots = shape
     chosen = rng.random((groups, slots)) < prob
     begin = rng.integers(0, frames, (groups, slots))
@@ -143,18 +149,18 @@ def _draw_occlusion(shape: tuple[int, int, int], prob: float, rng: np.random.Gen
 
 
 def _draw_switch(shape: tuple[int, int, int], prob: float, rng: np.random.Generator) -> np.ndarray:
-    """(G, T, N) slot whose content each slot shows: per group and frame a permutation among those that join."""
+    """(G, T, N) source slot of each slot: per group and frame a permutation of the slots sampled for the switch."""
     joins = rng.random(shape) < prob
-    places = np.argsort(~joins, axis=2, kind="stable")  # the joining slots in order, then the rest
+    targets = np.argsort(~joins, axis=2, kind="stable")  # the switched slots in order, then the others
     keys = np.where(joins, rng.random(shape), 2.0 + np.arange(shape[2]))
-    content = np.argsort(keys, axis=2, kind="stable")  # the joining slots shuffled, then the rest in place
+    content = np.argsort(keys, axis=2, kind="stable")  # the switched slots shuffled, then the others in order
     source = np.empty(shape, dtype=np.int64)
-    np.put_along_axis(source, places, content, axis=2)
+    np.put_along_axis(source, targets, content, axis=2)
     return source
 
 
-def _seen_before(trajectory_masks: np.ndarray) -> np.ndarray:
-    """(G, T, N) whether a slot shows anything at an earlier frame."""
-    seen = np.zeros_like(trajectory_masks)
-    seen[:, 1:] = np.logical_or.accumulate(~trajectory_masks, axis=1)[:, :-1]
-    return seen
+def _has_history(trajectory_masks: np.ndarray) -> np.ndarray:
+    """(G, T, N) whether a slot has an unmasked entry at an earlier frame."""
+    history = np.zeros_like(trajectory_masks)
+    history[:, 1:] = np.logical_or.accumulate(~trajectory_masks, axis=1)[:, :-1]
+    return history

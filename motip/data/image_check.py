@@ -1,4 +1,4 @@
-"""Is an encoded image whole, and does it look like another one?"""
+"""Checks of encoded images: defects, and near-duplicates between splits."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from motip.data.decode import image_height_width
 from motip.errors import MotipError
 
 NEAR_BITS = 3
-"""Two pictures whose 64-bit difference hashes differ in at most this many bits look the same."""
+"""Two images whose 64-bit difference hashes differ in at most this many bits are near-duplicates."""
 
 
-def problem_of(data: bytes, size: tuple[int, int]) -> str | None:
-    """Why a frame's image cannot be trained on, or None.
+def image_problem(data: bytes, size: tuple[int, int]) -> str | None:
+    """Defect that makes a frame's image unusable for training, or None.
+
+    OpenCV fills the missing part of a truncated JPEG with grey without an error, so the end marker is checked as well.
 
     Args:
         data: the encoded file.
-        size: (width, height) that the sequence's images have.
-
-    OpenCV fills what a truncated JPEG lacks with grey and says nothing, so the end marker is looked for as well.
+        size: (width, height) of the sequence's images in pixels.
     """
     if not data:
         return "empty file"
     try:
-        height, width = image_height_width(data, whole=False)
+        height, width = image_height_width(data, complete=False)
     except MotipError:
         return "no JPEG or PNG"
     if (width, height) != size:
@@ -41,19 +41,22 @@ def problem_of(data: bytes, size: tuple[int, int]) -> str | None:
 
 
 def decode_small(data: bytes) -> np.ndarray | None:
-    """(H/8, W/8) uint8 grey picture, or None where OpenCV cannot decode it."""
+    """(H/8, W/8) uint8 grey image, or None if OpenCV cannot decode it."""
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
 
 
-def fingerprint(data: bytes) -> str:
-    """``<difference hash, 16 hex>:<sha256, first 16 hex>`` of an image that decodes.
+def image_hash(data: bytes) -> str:
+    """``<difference hash, 16 hex>:<sha256, first 16 hex>`` of an image.
 
-    The difference hash (does brightness rise from one cell of a 9x8 grid to the next?) survives scaling and
+    The difference hash (one bit per pair of neighbours in a 9x8 grid: does brightness rise?) is robust to scaling and
     recompression; see "Kind of Like That", hackerfactor.com 2013.
+
+    Raises:
+        MotipError: the image does not decode.
     """
     grey = decode_small(data)
     if grey is None:
-        raise MotipError("the image does not decode", fix="check it with problem_of first")
+        raise MotipError("the image does not decode", fix="check it with image_problem first")
     cells = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
     bits = np.packbits(cells[:, 1:] > cells[:, :-1])
     return f"{bits.tobytes().hex()}:{hashlib.sha256(data).hexdigest()[:16]}"
@@ -64,16 +67,16 @@ def sampled_positions(count: int) -> list[int]:
     return sorted({0, count // 2, count - 1}) if count else []
 
 
-def look_alikes(
+def near_duplicates(
     ours: SequenceOf[tuple[str, Iterable[str]]], theirs: SequenceOf[tuple[str, Iterable[str]]]
 ) -> list[tuple[str, str, bool]]:
-    """Pairs of names with a frame in common.
+    """Pairs of videos with a near-duplicate frame.
 
     Args:
-        ours, theirs: names with their :func:`fingerprint` values.
+        ours, theirs: names of videos with the :func:`image_hash` of their sampled frames.
 
     Returns:
-        (our name, their name, whether a frame is equal byte for byte), each pair once, sorted.
+        (our name, their name, whether a frame is byte-identical), each pair once, sorted.
     """
     first, second = _unpack(ours), _unpack(theirs)
     if not first or not second:

@@ -1,4 +1,4 @@
-"""``shards/manifest.json``: which videos exist, what is in them, and which sequences are locked for val and test."""
+"""Manifest of a shard set, ``shards/manifest.json``: videos with counts and digests, locked val and test sequences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from motip.data.selection import pick, rank
+from motip.data.selection import selection_key, take_first
 from motip.data.sequence import UNTRACKED, Frame
 from motip.data.shards import ShardHeader, shard_path
 from motip.errors import MotipError
@@ -17,7 +17,7 @@ from motip.storage.paths import Location, read_json, write_json
 
 MANIFEST_VERSION = 1
 WINDOW_FRAMES = 30
-"""Distinct ids are counted over windows of this many consecutive frames (the longest published clip)."""
+"""Window, in consecutive frames, over which distinct track ids are counted (the longest published clip)."""
 
 _CONTENT = (
     *("source", "dataset", "split", "sequence", "video", "segment", "first_frame", "last_frame", "frames"),
@@ -27,12 +27,18 @@ _CONTENT = (
 
 @dataclass(frozen=True)
 class VideoEntry:
-    """One video (a segment of a source sequence, or a whole one) and its shard.
+    """One video (a source sequence or a segment of one) and its shard.
 
-    ``boxes`` and ``tracks`` count by raw category; ``ignored`` counts the boxes among them that the format itself
-    marks as neither object nor background; ``objects`` counts the boxes that are tracked and not ignored.
-    ``shard`` is relative to ``<storage>/shards``. ``bad_images`` names the frames left out because of their image, and
-    ``image_hashes`` holds perceptual and byte hashes of a few frames, for the check that val is not in train.
+    Attributes:
+        shard: path relative to ``<storage>/shards``.
+        boxes, tracks: counts by raw category.
+        ignored: boxes by raw category that the format itself marks as neither object nor background.
+        objects: boxes that are tracked and not ignored.
+        max_objects: maximum of ``objects`` in one frame.
+        max_window_ids: maximum number of distinct track ids within ``WINDOW_FRAMES`` frames.
+        bad_images: dropped frames with the defect of their image.
+        image_hashes: perceptual and byte hashes of a few frames, to detect overlap of train and val.
+        inputs: digest of everything the shard was written from.
     """
 
     source: str
@@ -70,12 +76,12 @@ class VideoEntry:
         return self.source, self.split, self.video
 
     def content(self) -> dict[str, Any]:
-        """What the video holds, without where and how it is stored: the part that digests are made of."""
+        """Content of the video without storage details: the fields that digests cover."""
         return {name: getattr(self, name) for name in _CONTENT}
 
 
 def entries_digest(entries: Iterable[VideoEntry]) -> str:
-    """Hex sha256 of the content of some videos, whatever their order: what a stage's inputs are named by."""
+    """Hex sha256 of the content of some videos, independent of their order; part of a stage's digest of inputs."""
     return digest(sorted((entry.content() for entry in entries), key=lambda content: digest(content)))
 
 
@@ -86,8 +92,8 @@ class Manifest:
     Attributes:
         videos: sorted by source, split and video.
         locked: source -> split -> names of the source sequences locked for evaluation.
-        sequences: per source sequence that was read: what became of its label rows.
-        settings: what the shards were made with (seed, rows per group, frame limits).
+        sequences: per converted source sequence, its videos and the counts of its label rows.
+        settings: conversion settings (seed, rows per group, frame limits).
     """
 
     videos: tuple[VideoEntry, ...]
@@ -97,16 +103,16 @@ class Manifest:
 
     @property
     def seed(self) -> int:
-        """Decides the order in which videos are picked."""
+        """Seed of the order in which videos are selected."""
         return int(self.settings.get("seed", 0))
 
     def digest(self) -> str:
-        """Hex sha256 of all videos and locks; independent of the order of listing and of the place of storage."""
+        """Hex sha256 of all videos and locks; independent of listing order and storage location."""
         locked = {s: {split: sorted(names) for split, names in splits.items()} for s, splits in self.locked.items()}
         return digest({"videos": entries_digest(self.videos), "locked": locked})
 
     def of(self, source: str, split: str) -> list[VideoEntry]:
-        """Videos of one split of a source, by name."""
+        """Videos of one split of a source, sorted by name."""
         return [entry for entry in self.videos if entry.source == source and entry.split == split]
 
     def sources(self) -> list[str]:
@@ -122,18 +128,19 @@ class Manifest:
         seed: int | None = None,
         allow_fewer: bool = False,
     ) -> list[VideoEntry]:
-        """The videos a stage gets: the same for the same arguments, and the first 56 of 150 are the 56.
+        """Videos of a stage: deterministic, and a smaller request is a prefix of a larger one.
 
         Args:
-            videos: how many; None with ``frame_budget`` None means all.
+            videos: number of videos; all if ``frame_budget`` is None too.
             frame_budget: as many videos as fit this many frames, at least one.
-            seed: order of picking (default: the seed of the conversion).
+            seed: seed of the selection order (default: the seed of the conversion).
+            allow_fewer: return what is available instead of raising.
 
         Raises:
-            MotipError: no such source or split, or fewer videos than asked for.
+            MotipError: no such source or split, or fewer videos than requested.
         """
         seed = self.seed if seed is None else seed
-        entries = sorted(self.of(source, split), key=lambda entry: rank(entry.sequence, entry.segment, seed))
+        entries = sorted(self.of(source, split), key=lambda entry: selection_key(entry.sequence, entry.segment, seed))
         if not entries:
             raise MotipError(
                 f"the manifest has no {split} videos of source {source!r}",
@@ -143,16 +150,16 @@ class Manifest:
             )
         if videos is not None and videos > len(entries) and not allow_fewer:
             raise MotipError(
-                f"fewer videos than asked for: the manifest has {len(entries)} {split} videos of source {source!r}",
+                f"fewer videos than requested: the manifest has {len(entries)} {split} videos of source {source!r}",
                 where="shards/manifest.json",
                 expected=f"{videos} videos",
-                fix="run the conversion again with this curriculum, ask for fewer, or set `allow_fewer: true` in the "
+                fix="run the conversion again with this curriculum, request fewer, or set `allow_fewer: true` in the "
                 "stage's data",
             )
-        return pick(entries, [entry.frames for entry in entries], videos=videos, frame_budget=frame_budget)
+        return take_first(entries, [entry.frames for entry in entries], videos=videos, frame_budget=frame_budget)
 
     def boxes(self, source: str) -> Counter[str]:
-        """Boxes by raw category over all videos of a source, the format's own ignore regions not counted."""
+        """Boxes by raw category over all videos of a source, without those the format marks as ignored."""
         total: Counter[str] = Counter()
         for entry in self.videos:
             if entry.source == source:
@@ -171,20 +178,23 @@ class Manifest:
 
     @staticmethod
     def from_dict(values: dict[str, Any], where: object = "manifest.json") -> Manifest:
-        """Raises MotipError for another version, missing fields, or content that does not match its digest."""
+        """Parse a manifest; raises MotipError for another version, missing fields or a wrong digest."""
         if not isinstance(values, dict) or values.get("version") != MANIFEST_VERSION:
             found = values.get("version") if isinstance(values, dict) else type(values).__name__
             raise MotipError(
-                "not a manifest of this version", where=where, found=found, expected=MANIFEST_VERSION,
-                fix="delete it and run the conversion again (shards that still fit are kept)",
-            )  # fmt: skip
+                "not a manifest of this version",
+                where=where,
+                found=found,
+                expected=MANIFEST_VERSION,
+                fix="delete it and run the conversion again (up-to-date shards are kept)",
+            )
         names = {item.name for item in fields(VideoEntry)}
         try:
             entries = tuple(_entry({key: entry[key] for key in names}) for entry in values["videos"])
             manifest = Manifest(entries, values["locked"], tuple(values["sequences"]), values["settings"])
         except (KeyError, TypeError) as error:
             raise MotipError(
-                f"the manifest is damaged: {error}", where=where, fix="delete it and run the conversion again"
+                f"the manifest is corrupt: {error}", where=where, fix="delete it and run the conversion again"
             ) from error
         if manifest.digest() != values.get("digest"):
             raise MotipError(
@@ -192,18 +202,19 @@ class Manifest:
                 where=where,
                 found=manifest.digest(),
                 expected=values.get("digest"),
-                fix="it was edited or damaged: delete it and run the conversion again (finished shards are kept)",
+                fix="it was edited or corrupted: delete it and run the conversion again (finished shards are kept)",
             )
         return manifest
 
     def save(self, storage: Location | str) -> Location:
+        """Write the manifest atomically; returns its path."""
         path = manifest_path(storage)
         write_json(path, self.to_dict())
         return path
 
     @staticmethod
     def load(storage: Location | str) -> Manifest:
-        """Raises MotipError when there is none, or it is damaged."""
+        """Read the manifest of a storage; raises MotipError if it is absent or corrupt."""
         path = manifest_path(storage)
         return Manifest.from_dict(read_json(path), path)
 
@@ -214,16 +225,17 @@ def _entry(values: dict[str, Any]) -> VideoEntry:
 
 
 def manifest_path(storage: Location | str) -> Location:
+    """Path of a storage's manifest."""
     return shard_path(storage, "manifest.json")
 
 
 def entry_path(storage: Location | str, entry: VideoEntry) -> Location:
-    """Where the shard of a video lies."""
+    """Path of a video's shard."""
     return shard_path(storage, entry.shard)
 
 
-def summarise(frames: SequenceOf[Frame]) -> dict[str, Any]:
-    """Counts of a video: boxes, ignored boxes and tracks by raw category, objects and ids at most, empty frames."""
+def summarise_labels(frames: SequenceOf[Frame]) -> dict[str, Any]:
+    """Label counts of a video: the statistics fields of :class:`VideoEntry`, by their names."""
     boxes: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
     ids_by_category: dict[str, set[int]] = {}
@@ -246,32 +258,32 @@ def summarise(frames: SequenceOf[Frame]) -> dict[str, Any]:
         "track_count": len(set().union(*ids_by_frame)),
         "objects": sum(objects),
         "max_objects": max(objects, default=0),
-        "max_window_ids": _most_ids(ids_by_frame, WINDOW_FRAMES),
+        "max_window_ids": _max_window_ids(ids_by_frame, WINDOW_FRAMES),
         "empty_frames": sum(count == 0 for count in objects),
         "first_frame": int(frames[0].number) if frames else 0,
         "last_frame": int(frames[-1].number) if frames else 0,
     }
 
 
-def _most_ids(ids_by_frame: SequenceOf[set[int]], window: int) -> int:
-    seen: Counter[int] = Counter()
-    most = 0
+def _max_window_ids(ids_by_frame: SequenceOf[set[int]], window: int) -> int:
+    counts: Counter[int] = Counter()
+    maximum = 0
     for index, ids in enumerate(ids_by_frame):
-        seen.update(ids)
+        counts.update(ids)
         if index >= window:
-            for gone in ids_by_frame[index - window]:
-                seen[gone] -= 1
-                if not seen[gone]:
-                    del seen[gone]
-        most = max(most, len(seen))
-    return most
+            for expired in ids_by_frame[index - window]:
+                counts[expired] -= 1
+                if not counts[expired]:
+                    del counts[expired]
+        maximum = max(maximum, len(counts))
+    return maximum
 
 
 def make_entry(header: ShardHeader, *, shard: str, shard_sha256: str, shard_bytes: int) -> VideoEntry:
-    """The manifest's line for a finished shard, from its own header."""
+    """The manifest entry of a finished shard, from the shard's header."""
     if header.summary is None:
         raise MotipError(
-            "the shard carries no summary of its labels", where=shard, fix="delete it and run the conversion again"
+            "the shard header has no label summary", where=shard, fix="delete it and run the conversion again"
         )
     summary = dict(header.summary)
     return VideoEntry(

@@ -1,4 +1,4 @@
-"""The one in-memory form every raw format is read into and every result is written from (numpy only)."""
+"""In-memory representation of sequences, labels and tracks, shared by all readers and writers (numpy only)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,24 +16,41 @@ UNTRACKED = -1
 """Track id of a region that has no identity (ignore regions)."""
 
 
+class ImageFile(Protocol):
+    """An encoded image that is read on demand: :class:`pathlib.Path`, an S3 path or a row of a shard."""
+
+    @property
+    def name(self) -> str: ...
+    def read_bytes(self) -> bytes: ...
+
+
+class Labels(NamedTuple):
+    """Labels of one frame, split for training (K objects, M regions to ignore)."""
+
+    boxes_xyxy: np.ndarray  # (K, 4) float32, pixels of the full image
+    track_ids: np.ndarray  # (K,) int64
+    class_ids: np.ndarray  # (K,) int64, indices into ClassMap.names
+    ignore_xyxy: np.ndarray  # (M, 4) float32, pixels of the full image
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame and everything labelled in it, in raw categories of its dataset.
+    """One frame with its labels, in the raw categories of its dataset.
 
     Attributes:
         number: 0-based frame number in the source sequence; may start above 0 and have gaps.
-        image: path of the encoded image, its bytes, or None where only labels exist.
-        boxes_xyxy: (N, 4) float32, pixels of the full image, may cross the border.
+        image: encoded image, as a file to read or as its bytes; None if there are labels only.
+        boxes_xyxy: (N, 4) float32, pixels of the full image, may extend beyond it.
         track_ids: (N,) int64, unique within a frame; UNTRACKED for regions without identity.
         categories: N raw category names as the dataset spells them.
-        ignore: (N,) bool, True where the format itself says "neither object nor background"
+        ignore: (N,) bool, True where the format itself marks "neither object nor background"
             (BDD100K ``crowd``, VisDrone category 0/11 or score 0).
         occlusion: (N,) int8, 0 none, 1 partial, 2 heavy (BDD100K: 0/1).
         truncation: (N,) int8, 0 none, 1 truncated.
     """
 
     number: int
-    image: Path | bytes | None
+    image: ImageFile | bytes | None
     boxes_xyxy: np.ndarray
     track_ids: np.ndarray
     categories: tuple[str, ...]
@@ -44,9 +61,9 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """A video: frames in the order of their numbers.
+    """A video: frames sorted by frame number.
 
-    ``track_names[i]`` is the dataset's own spelling of track id ``i`` where ids are not integers on disk.
+    ``track_names[i]`` is the original identifier of track id ``i`` if ids are not integers on disk.
     """
 
     name: str
@@ -61,7 +78,7 @@ class Sequence:
 
 @dataclass(slots=True)
 class ReadReport:
-    """What happened to every label row: kept + dropped == raw, by reason; repairs are counted beside."""
+    """Label rows of a sequence: raw == kept + dropped (by reason). Repairs are counted separately."""
 
     raw: int = 0
     kept: int = 0
@@ -70,7 +87,7 @@ class ReadReport:
     notes: list[str] = field(default_factory=list)
 
     def check(self, where: object) -> None:
-        """Raise if a row is unaccounted for: a reader that loses rows must not pass as one that works."""
+        """Raise MotipError unless every raw row was either kept or dropped for a named reason."""
         if self.raw != self.kept + sum(self.dropped.values()):
             raise MotipError(
                 "label rows are unaccounted for",
@@ -81,6 +98,7 @@ class ReadReport:
             )
 
     def add(self, other: ReadReport) -> None:
+        """Add the counts of another report."""
         self.raw += other.raw
         self.kept += other.kept
         self.dropped += other.dropped
@@ -99,7 +117,7 @@ class ReadReport:
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Raw categories of a dataset to the classes a stage trains: mapped by name, everything else is ignored.
+    """Mapping from raw categories of a dataset to the classes a stage trains; unmapped categories are ignored.
 
     Args:
         names: class names in the order of their 0-based ids.
@@ -124,33 +142,29 @@ class ClassMap:
             raise MotipError(
                 f"raw categories are mapped to more than one class: {', '.join(twice)}",
                 where="classes",
-                fix="let each raw category stand under one class",
+                fix="list each raw category under one class",
             )
 
     @classmethod
     def among(cls, names: tuple[str, ...], mapping: Mapping[str, tuple[str, ...]]) -> ClassMap:
-        """The map for ``names`` of a source that may have more classes, or fewer."""
+        """The map restricted to ``names``, which may contain more or fewer classes than ``mapping``."""
         return cls(names, {name: mapping[name] for name in names if name in mapping})
 
     def class_ids(self, categories: SequenceOf[str]) -> np.ndarray:
-        """(N,) int64 class ids, -1 for a category that no class claims."""
+        """(N,) int64 class ids, -1 for an unmapped category."""
         lookup = {raw: self.names.index(name) for name, raws in self.mapping.items() for raw in raws}
         return np.array([lookup.get(category, -1) for category in categories], dtype=np.int64)
 
-    def split(self, frame: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Objects to learn and regions to ignore.
-
-        Returns:
-            boxes_xyxy (K, 4), track_ids (K,), class_ids (K,), ignore_xyxy (N - K, 4).
-        """
+    def split(self, frame: Frame) -> Labels:
+        """Separate a frame's N boxes into K objects to train on and M = N - K regions to ignore."""
         class_ids = self.class_ids(frame.categories)
         keep = (class_ids >= 0) & ~frame.ignore & (frame.track_ids != UNTRACKED)
-        return frame.boxes_xyxy[keep], frame.track_ids[keep], class_ids[keep], frame.boxes_xyxy[~keep]
+        return Labels(frame.boxes_xyxy[keep], frame.track_ids[keep], class_ids[keep], frame.boxes_xyxy[~keep])
 
 
 @dataclass(frozen=True, slots=True)
 class TrackRows:
-    """A tracker's output (or a ground truth) for one sequence, one entry per box, sorted by frame.
+    """Tracker output or ground truth of one sequence: R boxes sorted by frame.
 
     Attributes:
         frames: (R,) int64 frame numbers, 0-based.

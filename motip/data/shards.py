@@ -1,9 +1,9 @@
-"""Parquet shards: one file per video, one row per frame, the encoded image beside its labels.
+"""Parquet shards: one file per video, one row per frame with the encoded image and its labels.
 
-Layout: ``shards/<source>/<split>/<video>.parquet``. A row group holds ``ROWS_PER_GROUP`` frames, so that a clip
-reads the groups it touches and nothing else. Image bytes are stored as they were on disk (no page compression,
-no statistics: JPEG does not compress again); every other column is small. The file metadata entry ``motip`` holds
-a JSON header (:class:`ShardHeader`). Any Parquet tool can read the files.
+Layout: ``shards/<source>/<split>/<video>.parquet``. A row group has ``ROWS_PER_GROUP`` frames, so that a clip reads
+only the groups of its frames. Image bytes are stored as they were on disk (no page compression and no statistics,
+since JPEG does not compress further); every other column is small. The file metadata entry ``motip`` is a JSON
+header (:class:`ShardHeader`). Any Parquet tool can read the files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from motip.data.sequence import Frame, Sequence
 from motip.errors import MotipError
-from motip.storage.paths import Location, open_parquet, whole_file
+from motip.storage.paths import Location, atomic_output, open_parquet
 from motip.storage.paths import location as to_location
 
 SHARD_VERSION = 1
@@ -63,11 +63,11 @@ _SMALL_COLUMNS = [name for name in SCHEMA.names if name != IMAGE]
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard says about itself without a row being read.
+    """Metadata of a shard, readable without its rows.
 
-    ``labels_sha256`` and ``images_sha256`` digest what was stored; ``inputs`` digests what it was made from
-    (labels, image names and sizes, settings) and decides whether a conversion has to write it again.
-    ``summary`` is the manifest's description of the video.
+    ``labels_sha256`` and ``images_sha256`` digest the stored content; ``inputs`` digests what it was written from
+    (labels, image names and sizes, settings) and determines whether a conversion writes the shard again.
+    ``summary`` has the label counts for the manifest.
     """
 
     source: str
@@ -120,12 +120,12 @@ def labels_digest(frames: Iterable[Frame]) -> str:
 
 
 def image_bytes(frame: Frame) -> bytes | None:
-    """The encoded image, read if it is still a path."""
+    """The encoded image, read from its file if necessary."""
     return frame.image if frame.image is None or isinstance(frame.image, bytes) else frame.image.read_bytes()
 
 
 class ShardWriter:
-    """Writes frames as they come; the file appears whole on a clean exit and not at all on an error.
+    """Streams frames to a shard; the file is published on a clean exit and discarded on an error.
 
     Usage::
 
@@ -141,7 +141,7 @@ class ShardWriter:
         self.frames: list[Frame] = []
         self._pending: list[Frame] = []
         self._images = hashlib.sha256()
-        self._target = whole_file(path)
+        self._target = atomic_output(path)
         self._writer: pq.ParquetWriter | None = None
 
     def __enter__(self) -> ShardWriter:
@@ -157,7 +157,7 @@ class ShardWriter:
         return self
 
     def add(self, frame: Frame) -> None:
-        """Append a frame (image as bytes, a path to read, or None)."""
+        """Append a frame (image as bytes, a file to read, or None)."""
         data = image_bytes(frame)
         self._images.update(hashlib.sha256(data or b"").digest())
         self._pending.append(replace(frame, image=data))
@@ -166,7 +166,7 @@ class ShardWriter:
             self._flush()
 
     def finished_header(self) -> ShardHeader:
-        """The header with digests and counts of what was added so far."""
+        """The header with digests and counts of the frames added so far."""
         return replace(
             self.header,
             labels_sha256=labels_digest(self.frames),
@@ -204,12 +204,12 @@ class ShardWriter:
 def write_shard(
     sequence: Sequence, path: Location | str, *, source: str | None = None, video: str | None = None
 ) -> ShardHeader:
-    """Write one video; the same input gives the same bytes.
+    """Write one video; equal input gives equal bytes.
 
     Args:
-        sequence: a sequence or a segment of one, images as paths, bytes or None.
-        path: where the Parquet file goes, local or S3.
-        source: the curriculum's name of the data (default: the dataset's name).
+        sequence: a sequence or a segment of one, images as files, bytes or None.
+        path: target of the Parquet file, local or S3.
+        source: name of the source in the curriculum (default: the dataset's name).
         video: the segment's name (default: the sequence's).
     """
     with ShardWriter(to_location(path), header_of(sequence, source=source or sequence.dataset, video=video)) as writer:
@@ -237,7 +237,7 @@ def _table(header: ShardHeader, frames: SequenceOf[Frame], first_position: int) 
 
 
 class Shard:
-    """An open shard: header read once, frames read by position."""
+    """An open shard; frames are read by position."""
 
     def __init__(self, path: Location | str) -> None:
         self.path = to_location(path)
@@ -248,7 +248,11 @@ class Shard:
         return self.header.frames
 
     def read_frames(self, positions: Iterable[int]) -> list[Frame]:
-        """Frames with image bytes at 0-based ``positions`` of this video, in that order (repeats allowed)."""
+        """Frames with image bytes at 0-based ``positions`` of this video, in that order (repeats allowed).
+
+        Raises:
+            MotipError: a position outside the video.
+        """
         return self._frames(list(positions), FRAME_COLUMNS)
 
     def read_labels(self) -> Sequence:
@@ -282,11 +286,12 @@ class Shard:
         # Groups are read in ascending order and all but the last are full, so a position's row follows from its group.
         row_of_group = {group: index * rows_per_group for index, group in enumerate(groups)}
         rows = [row_of_group[position // rows_per_group] + position % rows_per_group for position in positions]
-        wanted = {row: frame for row, frame in _decode_rows(table, sorted(set(rows)))}
-        return [wanted[row] for row in rows]
+        decoded = dict(_decode_rows(table, sorted(set(rows))))
+        return [decoded[row] for row in rows]
 
 
 def _decode_rows(table: pa.Table, rows: SequenceOf[int]) -> Iterator[tuple[int, Frame]]:
+    """Row number and frame of the given rows of a table with LABEL_COLUMNS and perhaps IMAGE."""
     columns = {name: _plain(table.column(name)) for name in table.column_names}
     images = columns.get(IMAGE)
     numbers = columns["frame_number"].to_numpy()
@@ -297,7 +302,7 @@ def _decode_rows(table: pa.Table, rows: SequenceOf[int]) -> Iterator[tuple[int, 
     categories = columns["categories"].values.to_pylist()
 
     def part(name: str, row: int) -> np.ndarray:
-        # Copied, so that a kept frame does not keep the whole row group alive.
+        # Copied, so that a frame does not keep its row group in memory.
         return values[name][offsets[name][row] : offsets[name][row + 1]].copy()
 
     for row in rows:
@@ -328,10 +333,10 @@ def _header(file: pq.ParquetFile, path: Location) -> ShardHeader:
     raw = (file.metadata.metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise MotipError(
-            "a Parquet file, but not one of our shards",
+            "a Parquet file, but not a shard of this project",
             where=path,
             expected="file metadata 'motip'",
-            fix="point --storage at the folder that the conversion wrote",
+            fix="set --storage to the folder that the conversion wrote",
         )
     values = json.loads(raw)
     if values.get("version") != SHARD_VERSION:
@@ -349,26 +354,26 @@ def _header(file: pq.ParquetFile, path: Location) -> ShardHeader:
 
 @functools.lru_cache(maxsize=64)
 def open_shard(path: Location | str) -> Shard:
-    """A shard whose footer is parsed once per process: what a loader that comes back to the same videos wants."""
+    """A cached open shard, so that a loader parses the footer of a video once per process."""
     return Shard(path)
 
 
 def read_header(path: Location | str) -> ShardHeader:
-    """The header alone (reads the footer)."""
+    """The header of a shard (reads only the footer)."""
     return Shard(path).header
 
 
 def read_frames(path: Location | str, positions: Iterable[int]) -> list[Frame]:
-    """Frames with image bytes at 0-based ``positions``, reading only the row groups they lie in."""
+    """Frames with image bytes at 0-based ``positions``, reading only their row groups."""
     return Shard(path).read_frames(positions)
 
 
 def read_labels(path: Location | str) -> Sequence:
-    """All labels of a video, no image byte read."""
+    """All labels of a video, without reading image bytes."""
     return Shard(path).read_labels()
 
 
 def shard_path(storage: Location | str, shard: str) -> Location:
-    """Where a manifest's relative ``shard`` lies under ``storage``."""
+    """Path under ``storage`` of a manifest's relative ``shard``."""
     root = to_location(storage)
     return root / "shards" / shard if isinstance(root, Path) else root / f"shards/{shard}"

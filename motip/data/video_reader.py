@@ -1,4 +1,4 @@
-"""Frames of video files, numbered images and folders of images, one after the other (PyAV)."""
+"""Video reader: frames of video files (PyAV), numbered images and folders of images."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from motip.data.formats.common import IMAGE_SUFFIXES
 from motip.errors import MotipError
 
 IMAGE_FPS = Fraction(30)
-"""Rate of numbered images where no seqinfo.ini and no option says another."""
+"""Default frame rate of numbered images, without seqinfo.ini and --fps."""
 _PATTERN = re.compile(r"%(0\d+)?d")
 
 
 class VideoSource(ABC):
-    """Frames of a video, in order, decoded as they are asked for.
+    """Frames of a video in order, decoded on demand.
 
-    Iterating yields (0-based frame number, (H, W, 3) uint8 RGB). A video's frames are counted; numbered images keep the
-    numbers in their names, so that MOT rows written from them name the same files.
+    Iterating yields (0-based frame number, (H, W, 3) uint8 RGB). Frames of a video file are counted; numbered images
+    keep the numbers of their names, so that MOT rows written from them refer to the same files.
 
     Attributes:
         path: as the user gave it.
         fps: frames per second.
-        frames: how many there are to come, None where the file does not say.
-        notes: what was assumed.
-        damaged: packets that could not be decoded so far.
+        frames: number of frames, None if the file does not state it.
+        notes: assumptions made.
+        damaged: number of packets that could not be decoded so far.
     """
 
     def __init__(self, path: str, fps: Fraction, frames: int | None, notes: tuple[str, ...] = ()) -> None:
@@ -56,27 +56,27 @@ def open_source(
     Args:
         start: first frame, counted from 1 (for images: the number in the name).
         end: last frame, included.
-        fps: overrides what the source says.
+        fps: overrides the frame rate of the source.
 
     Raises:
-        MotipError: nothing there, no video, no frame in the range.
+        MotipError: no such file, not a video, or no frame in the range.
     """
     if (start is not None and start < 1) or (end is not None and end < (start or 1)):
         raise MotipError(
-            "this range holds no frame",
+            "the frame range is empty",
             where="--start_frame, --end_frame",
             found=f"{start if start is not None else 1}..{end}",
             expected="1 <= start_frame <= end_frame (frames count from 1)",
         )
     first, last = (start or 1) - 1, None if end is None else end - 1
     rate = None if fps is None else _checked_rate(fps)
-    place = Path(path).expanduser()
-    if _PATTERN.search(place.name) or place.is_dir():
-        return _ImageSource(path, _numbered(place), first, last, rate)
-    if not place.is_file():
+    file = Path(path).expanduser()
+    if _PATTERN.search(file.name) or file.is_dir():
+        return _ImageSource(path, _numbered_files(file), first, last, rate)
+    if not file.is_file():
         raise MotipError(
-            "there is no such video",
-            where=place,
+            "no such video",
+            where=file,
             expected="a video file, a pattern such as img1/%08d.jpg, or a folder of images",
             fix="check --video_path",
         )
@@ -95,39 +95,39 @@ class _FileSource(VideoSource):
             stream = container.streams.video[0]
             stated = stream.average_rate or stream.guessed_rate
             if rate is None and not stated:
-                raise MotipError("the video does not state its frame rate", where=self._file, fix="give it with --fps")
+                raise MotipError("the video does not state its frame rate", where=self._file, fix="set --fps")
             count = stream.frames
             if not count and container.duration and stated:
                 count = round(container.duration / av.time_base * stated)
-        wanted = None
+        frames = None
         if count:
-            wanted = max(0, min(count, count if last is None else last + 1) - first)
-        super().__init__(path, rate or Fraction(stated).limit_denominator(100_000), wanted)
+            frames = max(0, min(count, count if last is None else last + 1) - first)
+        super().__init__(path, rate or Fraction(stated).limit_denominator(100_000), frames)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        seen = 0
+        decoded = 0
         with _readable(self._file) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            for frame in self._decoded(container, stream):
-                number, seen = seen, seen + 1
+            for frame in self._decode(container, stream):
+                number, decoded = decoded, decoded + 1
                 if self._last is not None and number > self._last:
                     break
                 if number >= self._first:
-                    # Phones store frames as the sensor sees them, with a note how to turn them.
+                    # Phones store frames in sensor orientation with a rotation tag.
                     image = frame.to_ndarray(format="rgb24")
                     turns = round(frame.rotation / 90) % 4
                     yield number, np.ascontiguousarray(np.rot90(image, turns)) if turns else image
-        if seen <= self._first:
+        if decoded <= self._first:
             raise MotipError(
-                "the video has no frames" if not seen else "the video is shorter than the range asked for",
+                "the video has no frames" if not decoded else "the video is shorter than the requested range",
                 where=self._file,
-                found=f"{seen} frames" + (f", {self.damaged} damaged packets" if self.damaged else ""),
-                expected=f"frame {self._first + 1}" if seen else "at least one frame that decodes",
+                found=f"{decoded} frames" + (f", {self.damaged} damaged packets" if self.damaged else ""),
+                expected=f"frame {self._first + 1}" if decoded else "at least one frame that decodes",
                 fix="check the file with a player, or correct --start_frame",
             )
 
-    def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
+    def _decode(self, container: Any, stream: Any) -> Iterator[Any]:
         import av
 
         for packet in container.demux(stream):
@@ -146,13 +146,13 @@ class _ImageSource(VideoSource):
         chosen = [(number, file) for number, file in files if number >= first and (last is None or number <= last)]
         if not chosen:
             raise MotipError(
-                "no image is in the range asked for",
+                "no image is in the requested range",
                 where="--start_frame, --end_frame",
                 found=f"images {files[0][0] + 1} to {files[-1][0] + 1}",
                 expected=f"some of {first + 1}..{'' if last is None else last + 1}",
             )
         stated = rate or _stated_rate(files[0][1].parent)
-        notes = () if stated else (f"the images state no frame rate, {IMAGE_FPS} is assumed (--fps says another)",)
+        notes = () if stated else (f"the images state no frame rate, {IMAGE_FPS} is assumed (--fps overrides it)",)
         super().__init__(path, stated or IMAGE_FPS, len(chosen), notes)
         self._files = chosen
 
@@ -161,39 +161,39 @@ class _ImageSource(VideoSource):
             yield number, decode_rgb(file.read_bytes(), where=file)
 
 
-def _numbered(place: Path) -> list[tuple[int, Path]]:
-    """Image files with their 0-based frame numbers, in order."""
-    if place.is_dir():
-        folder = place / "img1" if (place / "img1").is_dir() else place
+def _numbered_files(path: Path) -> list[tuple[int, Path]]:
+    """Image files of a folder or pattern with their 0-based frame numbers, in order."""
+    if path.is_dir():
+        folder = path / "img1" if (path / "img1").is_dir() else path
         files = sorted(file for file in folder.iterdir() if file.suffix in IMAGE_SUFFIXES)
         numbers = [re.search(r"(\d+)$", file.stem) for file in files]
         found = [(int(match[1]), file) for match, file in zip(numbers, files, strict=True) if match]
-        if len({number for number, _ in found}) < len(files):  # names without numbers, or the same number twice
+        if len({number for number, _ in found}) < len(files):  # names without numbers, or duplicate numbers
             found = list(enumerate(files, start=1))
     else:
-        folder = place.parent
-        match = _PATTERN.search(place.name)
+        folder = path.parent
+        match = _PATTERN.search(path.name)
         assert match is not None
         digits = rf"(\d{{{int(match[1])},}})" if match[1] else r"(0|[1-9]\d*)"
-        name = re.compile(re.escape(place.name[: match.start()]) + digits + re.escape(place.name[match.end() :]))
+        name = re.compile(re.escape(path.name[: match.start()]) + digits + re.escape(path.name[match.end() :]))
         matched = [(name.fullmatch(file.name), file) for file in folder.iterdir()] if folder.is_dir() else []
         found = [(int(hit[1]), file) for hit, file in matched if hit]
     if not found:
         raise MotipError(
-            "there are no images",
-            where=place,
-            found=f"folder {folder} {'without one that fits' if folder.is_dir() else 'does not exist'}",
+            "no images found",
+            where=path,
+            found=f"folder {folder} {'without a matching file' if folder.is_dir() else 'does not exist'}",
             expected="files such as 00000001.jpg",
             fix="check --video_path",
         )
     found.sort()
-    # Files that count from 1 (all the benchmarks) and files that count from 0 both start at frame number 0.
+    # Names count from 1 (all benchmarks) or from 0; both start at frame number 0.
     offset = 1 if found[0][0] >= 1 else 0
     return [(number - offset, file) for number, file in found]
 
 
 def _stated_rate(folder: Path) -> Fraction | None:
-    """The rate that a MOTChallenge seqinfo.ini beside the image folder states."""
+    """Frame rate from a MOTChallenge seqinfo.ini next to the image folder, or None."""
     info = folder.parent / "seqinfo.ini"
     if not info.is_file():
         return None
@@ -203,13 +203,13 @@ def _stated_rate(folder: Path) -> Fraction | None:
         return _checked_rate(float(parser["Sequence"]["frameRate"]))
     except (configparser.Error, KeyError, ValueError) as error:
         raise MotipError(
-            f"seqinfo.ini cannot be read: {error}", where=info, expected="[Sequence] with frameRate", fix="give --fps"
+            f"seqinfo.ini cannot be read: {error}", where=info, expected="[Sequence] with frameRate", fix="set --fps"
         ) from error
 
 
 def _checked_rate(fps: float) -> Fraction:
     if not 0 < fps <= 1000:
-        raise MotipError("this is no frame rate", where="--fps", found=fps, expected="frames per second, above 0")
+        raise MotipError("invalid frame rate", where="--fps", found=fps, expected="frames per second, above 0")
     return Fraction(fps).limit_denominator(1001)
 
 
@@ -224,18 +224,20 @@ def _readable(path: Path) -> Iterator[Any]:
             "the video cannot be opened",
             where=path,
             found=error.strerror,
-            expected="a whole video file that FFmpeg reads (mp4, mkv, avi, mov, webm, …)",
-            fix="play it to see whether it is damaged or still being written",
+            expected="a complete video file that FFmpeg reads (mp4, mkv, avi, mov, webm, …)",
+            fix="check with a player whether it is damaged or still being written",
         ) from error
     with container:
         if not container.streams.video:
-            raise MotipError("the file holds no video", where=path, found=f"{len(container.streams)} other streams")
+            raise MotipError(
+                "the file has no video stream", where=path, found=f"{len(container.streams)} other streams"
+            )
         if container.streams.video[0].codec_context is None:
             raise MotipError(
-                "there is no decoder for this video",
+                "no decoder for this video",
                 where=path,
-                found="a codec that the installed FFmpeg (PyAV) does not know",
-                expected="a usual one, such as H.264, H.265, VP9, AV1 or MPEG-4",
+                found="a codec that the installed FFmpeg (PyAV) does not support",
+                expected="a common codec such as H.264, H.265, VP9, AV1 or MPEG-4",
                 fix="convert it, for example: ffmpeg -i VIDEO -c:v libx264 converted.mp4",
             )
         yield container

@@ -1,5 +1,5 @@
-"""The demo world: seeded scenes of three domains, written as raw BDD100K, VisDrone and DanceTrack folders."""
+"""Demo dataset: seeded synthetic scenes of three domains, written as raw BDD100K, VisDrone and DanceTrack folders."""
 
-from motip.demo.world import DEMO_WORLD, WorldReport, write_world
+from motip.demo.dataset import DEMO_DATASET, DatasetReport, write_demo_dataset
 
-__all__ = ["DEMO_WORLD", "WorldReport", "write_world"]
+__all__ = ["DEMO_DATASET", "DatasetReport", "write_demo_dataset"]

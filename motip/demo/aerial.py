@@ -1,4 +1,4 @@
-"""The aerial domain: a drone drifting over roads and squares, everything seen from above and tiny."""
+"""Aerial domain: a drone over roads and squares, with small objects seen from above."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from motip.demo.rendering import Label, Lighting, Picture, Sprite, blotches
+from motip.demo.rendering import Canvas, Label, Lighting, Sprite, blotches
 from motip.demo.sprites import Costume, car_above, hsv, person_above, tree_above
 
 FPS = 15.0
 POSES = 6
 VEHICLES = ("car", "van", "truck", "bus")
 SPREAD = 1.1
-"""The terrain is this many frame sizes larger than the frame on each axis, room for the camera to drift in."""
+"""Extra size of the terrain on each axis, in frame sizes, for the motion of the camera."""
 
 
 @dataclass(slots=True)
@@ -36,16 +36,16 @@ class _Mover:
     """Terrain position (T, 2) and heading (T,) of one object over all frames."""
 
     category: str
-    place: np.ndarray
+    position: np.ndarray
     heading: np.ndarray
     pace: float
 
 
 class AerialScene:
-    """7 to 14 vehicles and people in view, 17 to 36 pixels; 20 to 38 in a crowd. Trees hide what passes below."""
+    """7 to 14 vehicles and people in view, 17 to 36 pixels; 20 to 38 in a crowd. Trees occlude objects below."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int], frames: int, crowd: bool) -> None:
-        """``size`` is (H, W); ``crowd`` means 20 to 38 objects in view, most of them people."""
+        """``size`` is (H, W); ``crowd`` puts 20 to 38 objects in view, most of them people."""
         self._height, self._width = size
         self._unit = min(size[0] / 128, size[1] / 224)
         self._span = (round(size[1] * (1 + SPREAD)), round(size[0] * (1 + SPREAD)))
@@ -58,15 +58,15 @@ class AerialScene:
         movers = self._vehicles(rng, frames) + self._people(rng, frames, crowd)
         self._movers = self._populate(rng, movers, crowd)
         self._sprites = [self._draw_mover(rng, mover.category) for mover in self._movers]
-        self._places = np.stack([mover.place for mover in self._movers])
+        self._positions = np.stack([mover.position for mover in self._movers])
 
     def _fly(self, rng: np.random.Generator, frames: int) -> None:
-        """Where the camera looks: terrain point, rotation and zoom per frame."""
+        """Camera motion: terrain point, rotation and zoom per frame."""
         time = np.arange(frames) / FPS
         width, height = self._span
         reach = 0.42 * SPREAD * np.array([self._width, self._height])
         rate = rng.uniform(0.01, 0.05, 2)
-        self._look = np.array([width, height]) / 2 + reach * np.sin(
+        self._centre = np.array([width, height]) / 2 + reach * np.sin(
             time[:, None] * 2 * np.pi * rate + rng.uniform(0, 6, 2)
         )
         self._turn = rng.uniform(0, 0.2) * np.sin(rng.uniform(0.1, 0.3) * time + rng.uniform(0, 6))
@@ -83,7 +83,7 @@ class AerialScene:
         return roads
 
     def _place_lot(self, rng: np.random.Generator) -> tuple[float, float, float, float] | None:
-        """A car park away from the roads, which the data set marks as an ignored region: x1, y1, x2, y2."""
+        """A car park away from the roads, which the dataset labels as an ignored region: x1, y1, x2, y2."""
         width, height = rng.uniform(34, 60) * self._unit, rng.uniform(24, 40) * self._unit
         for _ in range(40):
             x, y = rng.uniform(0.1, 0.9) * self._span[0], rng.uniform(0.1, 0.9) * self._span[1]
@@ -98,6 +98,7 @@ class AerialScene:
             [hsv(hue + rng.normal(0, 0.03), rng.uniform(0.1, 0.3), rng.uniform(0.42, 0.52)) for _ in "123456"]
         )
         terrain = blotches(rng, height, width, 22 * self._unit, soil)
+        # Buildings.
         for _ in range(rng.integers(3, 8)):
             x, y = rng.uniform(0, width), rng.uniform(0, height)
             size_x, size_y = rng.uniform(20, 60, 2) * self._unit
@@ -107,6 +108,7 @@ class AerialScene:
             colour = hsv(rng.random(), rng.uniform(0.05, 0.3), rng.uniform(0.35, 0.7))
             cv2.rectangle(terrain, *corners, tuple(value // 2 for value in colour), max(1, round(3 * self._unit)))
             cv2.rectangle(terrain, *corners, colour, -1)
+        # Roads and lane markings.
         grey = rng.uniform(75, 125)
         for road in self._roads:
             along = np.array([np.cos(road.angle), np.sin(road.angle)]) * 3 * (width + height)
@@ -118,6 +120,7 @@ class AerialScene:
             for number in range(-150, 150, 2):
                 start, end = (np.array([road.x, road.y]) + (number + extra) * step for extra in (0, 1))
                 cv2.line(terrain, start.astype(int).tolist(), end.astype(int).tolist(), (205, 210, 215), 1)
+        # Car park.
         if self._lot is not None:
             x1, y1, x2, y2 = (round(value) for value in self._lot)
             cv2.rectangle(terrain, (x1, y1), (x2, y2), (95, 92, 90), -1)
@@ -141,18 +144,18 @@ class AerialScene:
         return trees
 
     def _vehicles(self, rng: np.random.Generator, frames: int) -> list[_Mover]:
-        """Traffic on every lane, each lane at its own pace."""
+        """Traffic on every lane, with one speed per lane."""
         time = np.arange(frames) / FPS
         movers = []
         for road in self._roads:
             for side in (-1, 1):
                 pace = rng.uniform(6, 22) * self._unit
-                place = -1.2 * max(self._span) - pace * frames / FPS
-                while place < 1.2 * max(self._span):
-                    place += rng.uniform(52, 110) * self._unit
+                position = -1.2 * max(self._span) - pace * frames / FPS
+                while position < 1.2 * max(self._span):
+                    position += rng.uniform(52, 110) * self._unit
                     category = str(rng.choice(["car", "van", "truck", "bus"], p=[0.85, 0.12, 0.015, 0.015]))
                     sway = rng.uniform(0, 6) * np.sin(rng.uniform(0.3, 1.2) * time + rng.uniform(0, 6)) * self._unit
-                    along = side * (place + pace * time + sway)
+                    along = side * (position + pace * time + sway)
                     aside = side * (0.24 * road.breadth + rng.normal(0, 0.6) * self._unit)
                     x = road.x + along * np.cos(road.angle) - aside * np.sin(road.angle)
                     y = road.y + along * np.sin(road.angle) + aside * np.cos(road.angle)
@@ -164,8 +167,8 @@ class AerialScene:
         """Groups that walk together and single people, some of them sitting, a few with a cart."""
         time = np.arange(frames) / FPS
         movers: list[_Mover] = []
-        wanted = 520 if crowd else 160
-        while len(movers) < wanted:
+        target = 520 if crowd else 160
+        while len(movers) < target:
             start = rng.uniform(-0.1, 1.1, 2) * np.array(self._span)
             direction, pace = rng.uniform(-np.pi, np.pi), rng.uniform(3, 11) * self._unit
             bend = rng.normal(0, 0.12)
@@ -178,15 +181,15 @@ class AerialScene:
                 wobble = rng.uniform(1, 4) * self._unit
                 phases = rng.uniform(0, 6, 2)
                 own = np.stack([np.sin(rng.uniform(0.4, 1.5) * time + phase) for phase in phases], 1) * wobble
-                place = middle + rng.normal(0, spacing, 2) + own
+                position = middle + rng.normal(0, spacing, 2) + own
                 category = str(rng.choice(["pedestrian", "people", "others"], p=[0.88, 0.09, 0.03]))
                 if category == "people":
-                    place = np.broadcast_to(place[:1], place.shape) + 0.15 * own
-                movers.append(_Mover(category, place, angles, pace))
+                    position = np.broadcast_to(position[:1], position.shape) + 0.15 * own
+                movers.append(_Mover(category, position, angles, pace))
         return movers
 
     def _draw_mover(self, rng: np.random.Generator, category: str) -> list[Sprite]:
-        """Its poses: several for people, one for everything else."""
+        """Sprites of its poses: several for people, one for other objects."""
         if category in ("pedestrian", "people"):
             size, costume = rng.uniform(17, 20) * self._unit, Costume.random(rng)
             return [person_above(size, costume, 2 * np.pi * k / POSES) for k in range(POSES)]
@@ -201,68 +204,70 @@ class AerialScene:
         return [car_above(length * self._unit, width * self._unit, colour, category)]
 
     def _populate(self, rng: np.random.Generator, movers: list[_Mover], crowd: bool) -> list[_Mover]:
-        """As many of the movers as keep the number in view between its bounds, vehicles first."""
+        """A subset of the movers that keeps the number in view within its bounds, vehicles first."""
         low, high = (20, 38) if crowd else (7, 14)
-        wanted = rng.uniform(23, 31) if crowd else rng.uniform(8, 12)
+        target = rng.uniform(23, 31) if crowd else rng.uniform(8, 12)
         vehicle_share = rng.uniform(0.15, 0.3) if crowd else rng.uniform(0.35, 0.65)
         vehicles = [mover for mover in movers if mover.category in VEHICLES]
         walkers = [mover for mover in movers if mover.category not in VEHICLES]
         in_view = np.zeros(len(self._zoom), np.int64)
         chosen: list[_Mover] = []
-        # Walkers keep their order, so that groups stay together.
+        # Pedestrians keep their order, so that groups stay together.
         candidates = [vehicles[index] for index in rng.permutation(len(vehicles))]
-        for kind, limit in ((candidates, vehicle_share * wanted), (walkers, wanted)):
+        for kind, limit in ((candidates, vehicle_share * target), (walkers, target)):
             for mover in kind:
-                x, y = self._to_frame(mover.place, slice(None))
-                seen = (x > 0) & (x < self._width) & (y > 0) & (y < self._height)
-                if not seen.any() or (in_view + seen).max() > high or self._crosses_lot(mover):
+                x, y = self._to_frame(mover.position, slice(None))
+                inside = (x > 0) & (x < self._width) & (y > 0) & (y < self._height)
+                if not inside.any() or (in_view + inside).max() > high or self._crosses_lot(mover):
                     continue
                 if in_view.mean() >= limit:
                     if kind is candidates or in_view.min() >= low:
                         break
-                    if not seen[in_view.argmin()]:
+                    if not inside[in_view.argmin()]:
                         continue
                 chosen.append(mover)
-                in_view += seen
+                in_view += inside
         return chosen
 
     def _crosses_lot(self, mover: _Mover) -> bool:
         if self._lot is None:
             return False
         x1, y1, x2, y2 = self._lot
-        x, y = mover.place.T
+        x, y = mover.position.T
         margin = 12 * self._unit
         return bool(np.any((x > x1 - margin) & (x < x2 + margin) & (y > y1 - margin) & (y < y2 + margin)))
 
-    def _to_frame(self, place: np.ndarray, frame: int | slice) -> tuple[np.ndarray, np.ndarray]:
+    def _to_frame(self, position: np.ndarray, frame: int | slice) -> tuple[np.ndarray, np.ndarray]:
         """Frame pixels of terrain points (..., 2)."""
-        offset = place - self._look[frame]
+        offset = position - self._centre[frame]
         cos, sin = self._zoom[frame] * np.cos(self._turn[frame]), self._zoom[frame] * np.sin(self._turn[frame])
         x = cos * offset[..., 0] - sin * offset[..., 1] + self._width / 2
         y = sin * offset[..., 0] + cos * offset[..., 1] + self._height / 2
         return x, y
 
     def render(self, frame: int) -> tuple[np.ndarray, list[Label], int]:
-        """(H, W, 3) uint8 BGR, the labels, and the number of objects without a box because something hides them."""
+        """(H, W, 3) uint8 BGR, the labels, and the number of objects without a box because they are occluded."""
+        # Terrain as the camera sees it.
         zoom, turn = self._zoom[frame], self._turn[frame]
         cos, sin = zoom * np.cos(turn), zoom * np.sin(turn)
-        look_x, look_y = self._look[frame]
+        centre_x, centre_y = self._centre[frame]
         matrix = np.array(
             [
-                [cos, -sin, self._width / 2 - cos * look_x + sin * look_y],
-                [sin, cos, self._height / 2 - sin * look_x - cos * look_y],
+                [cos, -sin, self._width / 2 - cos * centre_x + sin * centre_y],
+                [sin, cos, self._height / 2 - sin * centre_x - cos * centre_y],
             ]
         )
         ground = cv2.warpAffine(
             self._terrain, matrix, (self._width, self._height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
         )
-        picture = Picture(ground.astype(np.float32))
-        x, y = self._to_frame(self._places[:, frame], frame)
+        canvas = Canvas(ground.astype(np.float32))
+        # Objects, then trees above them.
+        x, y = self._to_frame(self._positions[:, frame], frame)
         margin = 30 * self._unit
         near = (x > -margin) & (x < self._width + margin) & (y > -margin) & (y < self._height + margin)
         for index in np.nonzero(near)[0].tolist():
             mover, poses = self._movers[index], self._sprites[index]
-            picture.paint(
+            canvas.paint(
                 poses[int(frame * mover.pace / (6 * self._unit)) % len(poses)],
                 float(x[index]),
                 float(y[index]),
@@ -272,11 +277,11 @@ class AerialScene:
                 category=mover.category,
             )
         for tree_x, tree_y, sprite in self._trees:
-            place_x, place_y = self._to_frame(np.array([tree_x, tree_y]), frame)
-            picture.paint(sprite, float(place_x), float(place_y), scale=float(zoom), angle=float(turn))
+            canvas_x, canvas_y = self._to_frame(np.array([tree_x, tree_y]), frame)
+            canvas.paint(sprite, float(canvas_x), float(canvas_y), scale=float(zoom), angle=float(turn))
         if self._lot is not None:
             x1, y1, x2, y2 = self._lot
             corners_x, corners_y = self._to_frame(np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]), frame)
-            picture.add_region("ignored", (corners_x.min(), corners_y.min(), corners_x.max(), corners_y.max()))
-        labels, hidden = picture.labels()
-        return self._lighting.apply(picture.image, frame), labels, hidden
+            canvas.add_region("ignored", (corners_x.min(), corners_y.min(), corners_x.max(), corners_y.max()))
+        labels, hidden = canvas.labels()
+        return self._lighting.apply(canvas.image, frame), labels, hidden

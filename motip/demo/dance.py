@@ -1,11 +1,11 @@
-"""The dance domain: a troupe in one costume on a stage, changing places all the time."""
+"""Dance domain: a group in similar costumes on a stage, with frequent crossings."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
 
-from motip.demo.rendering import Label, Lighting, Picture, Sprite, blotches
+from motip.demo.rendering import Canvas, Label, Lighting, Sprite, blotches
 from motip.demo.sprites import Costume, hsv, person_side, post
 
 FPS = 20.0
@@ -13,7 +13,7 @@ POSES = 12
 
 
 class DanceScene:
-    """4 to 8 pedestrians, 36 to 62 pixels tall at 128×224, who cross, hide each other, leave and come back."""
+    """4 to 8 pedestrians, 36 to 62 pixels tall at 128×224, with crossings, occlusions, exits and re-entries."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int], frames: int, crowd: bool) -> None:
         """``size`` is (H, W); ``crowd`` fills the stage with 8 to 12 instead."""
@@ -47,7 +47,7 @@ class DanceScene:
         self._zoom = 1 + 0.05 * np.sin(2 * np.pi * rng.uniform(0.05, 0.2) * time + rng.uniform(0, 6))
 
     def _draw_stage(self, rng: np.random.Generator, unit: float) -> np.ndarray:
-        """The backdrop, larger than the frame by the margin that the camera moves in."""
+        """Background, larger than the frame by the range of the camera motion."""
         margin = round(20 * unit)
         height, width = self._height + 2 * margin, self._width + 2 * margin
         hue = rng.random()
@@ -66,25 +66,25 @@ class DanceScene:
         return stage
 
     def _choreograph(self, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Feet height and place across the stage per (dancer, frame), and the phase of the step."""
+        """Depth on the stage (0..1), x in pixels and step phase, each (dancer, frame)."""
         count, time = self._count, np.arange(frames)
         slots = (np.arange(count) + 0.5) / count * 0.84 + 0.08
         beat = rng.uniform(50, 90)
         beats = int(np.ceil(frames / beat)) + 3
         x, depth = np.empty((count, frames)), np.empty((count, frames))
         order = rng.permutation(count)
-        places = np.empty((beats, count))
+        positions = np.empty((beats, count))
         for number in range(beats):
-            # A few change places at every beat, so that somebody is always crossing somebody else.
+            # Some dancers swap positions at every beat, so that there are always crossings.
             movers = rng.permutation(count)[: max(2, round(count * rng.uniform(0.4, 1)))]
             order[movers] = order[np.roll(movers, 1)]
-            places[number] = slots[order] + rng.normal(0, 0.03, count)
+            positions[number] = slots[order] + rng.normal(0, 0.03, count)
         away = rng.random((beats, count)) < 0.06
-        places[away] = np.where(rng.random(int(away.sum())) < 0.5, -0.25, 1.25)
+        positions[away] = np.where(rng.random(int(away.sum())) < 0.5, -0.25, 1.25)
         depths = rng.uniform(0, 1, (beats, count))
         for dancer in range(count):
             knots = (np.arange(beats) - 1) * beat + rng.uniform(-0.3, 0.3) * beat
-            x[dancer] = _glide(time, knots, places[:, dancer])
+            x[dancer] = _glide(time, knots, positions[:, dancer])
             depth[dancer] = _glide(time, knots, depths[:, dancer])
         x += 0.012 * np.sin(time * rng.uniform(0.2, 0.5, (count, 1)) + rng.uniform(0, 6, (count, 1)))
         tempo = rng.uniform(0.25, 0.55)
@@ -92,7 +92,7 @@ class DanceScene:
         return depth, x * self._width, steps
 
     def render(self, frame: int) -> tuple[np.ndarray, list[Label], int]:
-        """(H, W, 3) uint8 BGR, the labels, and the number of dancers without a box because something hides them."""
+        """(H, W, 3) uint8 BGR, the labels, and the number of dancers without a box because they are occluded."""
         zoom, pan, tilt = self._zoom[frame], self._pan[frame], self._tilt[frame]
         middle_x, middle_y = self._width / 2, self._height / 2
         matrix = np.array(
@@ -104,7 +104,7 @@ class DanceScene:
         backdrop = cv2.warpAffine(
             self._stage, matrix, (self._width, self._height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
         )
-        picture = Picture(backdrop.astype(np.float32))
+        canvas = Canvas(backdrop.astype(np.float32))
         depth = self._feet[:, frame]
         for dancer in np.argsort(depth, kind="stable"):
             near = depth[dancer]
@@ -113,17 +113,17 @@ class DanceScene:
             y = middle_y + zoom * (feet - middle_y) + tilt
             pose = int(self._steps[dancer, frame] / (2 * np.pi) * POSES) % POSES
             scale = (0.6 + 0.4 * near) * self._sizes[dancer] * zoom
-            picture.paint(
+            canvas.paint(
                 self._dancers[dancer][pose], x, y, scale=scale, track_id=int(dancer) + 1, category="pedestrian"
             )
-        for place, pillar in self._pillars:
-            picture.paint(pillar, middle_x + 1.25 * zoom * (place - middle_x) + 1.25 * pan, 1.05 * self._height)
-        labels, hidden = picture.labels()
-        return self._lighting.apply(picture.image, frame), labels, hidden
+        for position, pillar in self._pillars:
+            canvas.paint(pillar, middle_x + 1.25 * zoom * (position - middle_x) + 1.25 * pan, 1.05 * self._height)
+        labels, hidden = canvas.labels()
+        return self._lighting.apply(canvas.image, frame), labels, hidden
 
 
 def _glide(time: np.ndarray, knots: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Values at ``time`` between knots, resting for a third of each interval and easing in and out of the rest."""
+    """Values at ``time`` interpolated between knots, with easing and a pause for a third of each interval."""
     after = np.clip(np.searchsorted(knots, time, side="right"), 1, len(knots) - 1)
     share = np.clip((time - knots[after - 1]) / (knots[after] - knots[after - 1]), 0, 1)
     share = np.clip(share / 0.67, 0, 1)

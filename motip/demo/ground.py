@@ -1,4 +1,4 @@
-"""The ground domain: a dashboard camera in a street, in perspective."""
+"""Ground domain: a dashboard camera in a street, in perspective."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from motip.demo.rendering import Label, Lighting, Picture, Sprite, blotches
+from motip.demo.rendering import Canvas, Label, Lighting, Sprite, blotches
 from motip.demo.sprites import Costume, car_ground, hsv, person_side, post
 
 FPS = 5.0
 CAMERA_HEIGHT = 1.5
 """Metres above the road."""
 NEAR, FAR = 4.0, 18.0
-"""Metres between which objects exist; beyond, they are too small to label."""
+"""Range in which objects exist, in metres; beyond it they are too small to label."""
 PERIOD = 24.0
 """Metres after which the road's texture repeats."""
 PIXELS_PER_METRE = 10
 STREET_HALF = 10.0
-"""Metres of the street's texture to each side."""
+"""Half the width of the street texture, in metres."""
 POSES = 8
 
 
 @dataclass(slots=True)
 class _Thing:
-    """Something standing on the street: metres right of the camera's axis and ahead of it, and how it moves."""
+    """An object on the street: x metres right of the camera axis, z metres ahead, and its velocity in m/s."""
 
     track_id: int
     category: str
@@ -41,7 +41,7 @@ class _Thing:
 
 
 class GroundScene:
-    """4 to 8 cars and pedestrians seen while driving; street furniture that hides some of them for a while."""
+    """4 to 8 cars and pedestrians seen while driving; street furniture occludes some of them temporarily."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int], frames: int, crowd: bool) -> None:
         """``size`` is (H, W); ``crowd`` keeps 9 to 14 objects in the street instead."""
@@ -62,7 +62,7 @@ class GroundScene:
         self._street = self._draw_street(rng)
         self._panorama = self._draw_panorama(rng)
         self._posts = self._plant_posts(rng)
-        self._moments = self._drive(frames)
+        self._states = self._drive(frames)
 
     def _draw_street(self, rng: np.random.Generator) -> np.ndarray:
         """One period of the ground from above: road, markings, pavements and verge."""
@@ -88,7 +88,7 @@ class GroundScene:
         return street
 
     def _draw_panorama(self, rng: np.random.Generator) -> np.ndarray:
-        """Sky and houses, wider than the frame by the margin that the camera turns in."""
+        """Sky and buildings, wider than the frame by the range of the camera's yaw."""
         margin = round(16 * self._unit)
         height, width = round(0.55 * self._height), self._width + 2 * margin
         sky = np.array([hsv(rng.uniform(0.5, 0.65), rng.uniform(0.05, 0.5), rng.uniform(0.55, 0.95)) for _ in "123"])
@@ -109,24 +109,24 @@ class GroundScene:
         """Posts along the kerbs as (metres right, metres ahead within the repeating street, sprite)."""
         posts, tall = [], 100 * self._unit
         for side in (-5.9, 4.9):
-            place = rng.uniform(0, 8)
-            while place < 2 * PERIOD:
+            position = rng.uniform(0, 8)
+            while position < 2 * PERIOD:
                 breadth = rng.choice([0.18, 0.3, 0.55])
                 colour = hsv(rng.uniform(0.05, 0.12), 0.4, rng.uniform(0.2, 0.4))
-                posts.append((side, place, post(breadth / 5 * tall, tall, colour)))
-                place += rng.uniform(7, 16)
+                posts.append((side, position, post(breadth / 5 * tall, tall, colour)))
+                position += rng.uniform(7, 16)
         return posts
 
     def _drive(self, frames: int) -> list[list[tuple[_Thing, float, float, int]]]:
-        """Let the street run: per frame, the things on it with their metres right, metres ahead and pose."""
+        """Simulate the street: per frame, its objects with x, z (metres) and pose."""
         things: list[_Thing] = []
-        moments = []
+        states = []
         for _ in range(self._target):
             things.append(self._spawn(things, anywhere=True))
         if self._rng.random() < 0.3:
             things.append(self._group())
         for frame in range(frames):
-            moments.append([(thing, thing.x, thing.z, thing.age % POSES) for thing in things])
+            states.append([(thing, thing.x, thing.z, thing.age % POSES) for thing in things])
             for thing in things:
                 thing.age += 1
                 thing.x += thing.speed_x / FPS
@@ -135,14 +135,14 @@ class GroundScene:
             missing = self._target - sum(not thing.region for thing in things)
             for _ in range(min(missing, 2)):
                 things.append(self._spawn(things, anywhere=False))
-        return moments
+        return states
 
     def _exists(self, thing: _Thing) -> bool:
         edge = 0.55 * self._width / self._focal * thing.z + 2.5
         return NEAR < thing.z < FAR + 4 and abs(thing.x) < edge
 
     def _spawn(self, things: list[_Thing], anywhere: bool) -> _Thing:
-        """A new road user with some room around it, as far as a few tries find any."""
+        """A new road user, at a distance from the others if a few attempts find one."""
         for _ in range(5):
             thing = self._draw_user(anywhere)
             if all(abs(thing.x - other.x) > 0.12 * thing.z or abs(thing.z - other.z) > 12 for other in things):
@@ -152,7 +152,7 @@ class GroundScene:
         return thing
 
     def _draw_user(self, anywhere: bool) -> _Thing:
-        """A road user: somewhere in the street at the start, later coming in from afar or from the side."""
+        """A random road user, anywhere in the street at the start, later entering from afar or from the side."""
         rng = self._rng
         kind = rng.choice(
             ["ahead", "oncoming", "parked", "crossing car", "walker", "crossing walker"],
@@ -160,6 +160,7 @@ class GroundScene:
         )
         z = rng.uniform(5, 0.8 * FAR) if anywhere else rng.uniform(0.75 * FAR, FAR)
         direction = rng.choice([-1, 1])
+        # Pedestrians.
         if kind in ("walker", "crossing walker"):
             tall, category, view = rng.uniform(1.55, 1.9), "pedestrian", ""
             if kind == "walker":
@@ -170,6 +171,7 @@ class GroundScene:
                 x = rng.uniform(-4, 4) if anywhere else -direction * (0.5 * self._width / self._focal * z + 0.4)
                 speed_x, speed_z = direction * rng.uniform(0.6, 1.3), 0.0
         else:
+            # Vehicles.
             view = {"ahead": "rear", "oncoming": "front", "parked": "rear", "crossing car": "side"}[str(kind)]
             category = "truck" if rng.random() < 0.08 else "car"
             tall = 1.45 * (1.9 if category == "truck" else rng.uniform(0.95, 1.2))
@@ -197,12 +199,12 @@ class GroundScene:
         return [car_ground(width, colour, thing.view, thing.metres_tall / 1.45)]
 
     def _group(self) -> _Thing:
-        """People standing so close that the data set labels them as one ``crowd``."""
+        """A dense group of people that the dataset labels as one ``crowd``."""
         rng = self._rng
         members = [person_side(30 * self._unit, Costume.random(rng), rng.uniform(0, 6), 0.1) for _ in range(5)]
         breadth = max(member.levels[0].shape[1] for member in members)
         height = max(member.levels[0].shape[0] for member in members)
-        pile = Picture(np.zeros((height + 4, 3 * breadth, 3), np.float32))
+        pile = Canvas(np.zeros((height + 4, 3 * breadth, 3), np.float32))
         for member in members:
             pile.paint(member, rng.uniform(0.6, 2.4) * breadth, height + rng.uniform(0, 3))
         alpha = (pile.image.max(axis=2, keepdims=True) > 0).astype(np.float32)
@@ -213,39 +215,39 @@ class GroundScene:
             for f in (1, 2, 4)
         )
         sprite = Sprite(levels, (cut.shape[1] / 2, cut.shape[0]))
-        place = float(rng.choice([-6.4, 5.6])), float(rng.uniform(11, 19))
-        thing = _Thing(self._next_id, "pedestrian", "", [sprite], 1.8, *place, 0, 0, region=True)
+        position = float(rng.choice([-6.4, 5.6])), float(rng.uniform(11, 19))
+        thing = _Thing(self._next_id, "pedestrian", "", [sprite], 1.8, *position, 0, 0, region=True)
         self._next_id += 1
         return thing
 
     def render(self, frame: int) -> tuple[np.ndarray, list[Label], int]:
-        """(H, W, 3) uint8 BGR, the labels, and the number of objects without a box because something hides them."""
+        """(H, W, 3) uint8 BGR, the labels, and the number of objects without a box because they are occluded."""
         centre, horizon = self._width / 2 + self._yaw[frame], float(self._horizon[frame])
-        picture = Picture(self._background(frame, centre, horizon).astype(np.float32))
+        canvas = Canvas(self._background(frame, centre, horizon).astype(np.float32))
         queue: list[tuple[float, float, _Thing | None, Sprite]] = [
-            (z, x, thing, thing.poses[pose % len(thing.poses)]) for thing, x, z, pose in self._moments[frame]
+            (z, x, thing, thing.poses[pose % len(thing.poses)]) for thing, x, z, pose in self._states[frame]
         ]
-        for x, place, sprite in self._posts:
-            z = (place - self._travelled[frame]) % (2 * PERIOD) + 3
+        for x, position, sprite in self._posts:
+            z = (position - self._travelled[frame]) % (2 * PERIOD) + 3
             if z < FAR:
                 queue.append((z, x, None, sprite))
         for z, x, thing, sprite in sorted(queue, key=lambda entry: -entry[0]):
             pixels_per_metre = self._focal / z
-            place_x, place_y = centre + x * pixels_per_metre, horizon + CAMERA_HEIGHT * pixels_per_metre
+            canvas_x, canvas_y = centre + x * pixels_per_metre, horizon + CAMERA_HEIGHT * pixels_per_metre
             if thing is None:
-                picture.paint(sprite, place_x, place_y, scale=5 * pixels_per_metre / sprite.levels[0].shape[0])
+                canvas.paint(sprite, canvas_x, canvas_y, scale=5 * pixels_per_metre / sprite.levels[0].shape[0])
                 continue
-            picture.paint(
+            canvas.paint(
                 sprite,
-                place_x,
-                place_y,
+                canvas_x,
+                canvas_y,
                 scale=thing.metres_tall * pixels_per_metre / sprite.levels[0].shape[0],
                 track_id=thing.track_id,
                 category=thing.category,
                 region=thing.region,
             )
-        labels, hidden = picture.labels()
-        return self._lighting.apply(picture.image, frame), labels, hidden
+        labels, hidden = canvas.labels()
+        return self._lighting.apply(canvas.image, frame), labels, hidden
 
     def _background(self, frame: int, centre: float, horizon: float) -> np.ndarray:
         height, width = self._height, self._width
@@ -259,7 +261,7 @@ class GroundScene:
         across = (np.arange(width, dtype=np.float32)[None] - centre) * ahead / self._focal
         map_x = ((across + STREET_HALF) * PIXELS_PER_METRE).astype(np.float32)
         map_x = np.clip(map_x, 0, self._street.shape[1] - 1)
-        # Rows of the texture run away from the camera, so driving on adds to the distance.
+        # Rows of the texture run away from the camera, so travel adds to the distance.
         map_y = np.broadcast_to((ahead + self._travelled[frame]) % PERIOD * PIXELS_PER_METRE, map_x.shape)
         image[edge:] = cv2.remap(
             self._street, map_x, np.ascontiguousarray(map_y, np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP

@@ -1,4 +1,4 @@
-"""Painting sprites far to near, and measuring what stays visible of each."""
+"""Rendering: sprites painted back to front, with the visible share of each."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 
 MIN_VISIBLE = 0.4
-"""An object that shows less than this share of its pixels has no box in that frame (a gap in its track)."""
+"""An object with less than this share of its pixels visible has no box in that frame (a gap in its track)."""
 MIN_INSIDE = 0.35
-"""An object with less than this share of its pixels inside the frame has left it."""
+"""An object with less than this share of its pixels inside the frame counts as outside."""
 MIN_SIDE = 3
 """Boxes narrower or lower than this many pixels are not labelled."""
 
@@ -23,8 +23,8 @@ class Label:
     Attributes:
         track_id: identity within the sequence, from 1; 0 for a region without identity.
         category: the category as the raw format spells it.
-        box_xyxy: (x1, y1, x2, y2) pixels clipped to the frame; the whole object, hidden parts included.
-        visible: share of its in-frame pixels that nothing covers, 0..1.
+        box_xyxy: (x1, y1, x2, y2) pixels clipped to the frame, including occluded parts.
+        visible: share of its in-frame pixels that are not occluded, 0..1.
         inside: share of its pixels inside the frame, 0..1.
         region: True for a group or an ignored area rather than one object.
     """
@@ -39,12 +39,12 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Sprite:
-    """A picture to be placed by its anchor.
+    """An image with transparency, positioned by its anchor.
 
     Attributes:
         levels: premultiplied BGRA float32 arrays (h, w, 4), colour 0..255 and alpha 0..1; level k is drawn at
-            1 / 2**k of the size, so that a strong reduction does not alias.
-        anchor: (x, y) in pixels of level 0 that is put at the place asked for.
+            1 / 2**k of the size, so that strong downscaling does not alias.
+        anchor: (x, y) in pixels of level 0; painted at the given position.
     """
 
     levels: tuple[np.ndarray, ...]
@@ -52,7 +52,7 @@ class Sprite:
 
 
 def make_sprite(bgr: np.ndarray, mask: np.ndarray, anchor: tuple[float, float], supersample: int) -> Sprite:
-    """A sprite from a drawing made ``supersample`` times too large; ``mask`` (h, w) uint8 0..255."""
+    """A sprite from a drawing enlarged ``supersample`` times; ``mask`` is (h, w) uint8 0..255."""
     alpha = mask.astype(np.float32)[..., None] / 255
     drawing = np.concatenate([bgr.astype(np.float32) * alpha, alpha], axis=2)
     levels = []
@@ -73,7 +73,7 @@ class _Placed:
 
 
 @dataclass(slots=True)
-class Picture:
+class Canvas:
     """One frame under construction: (H, W, 3) float32 BGR in 0..255 and, per pixel, the object on top."""
 
     image: np.ndarray
@@ -99,12 +99,13 @@ class Picture:
         """Draw ``sprite`` over everything painted so far.
 
         Args:
-            x, y: where the anchor goes, pixels.
+            x, y: position of the anchor, pixels.
             scale: size relative to the sprite's own.
             angle: clockwise rotation about the anchor, radians.
-            track_id: identity; 0 together with an empty category paints scenery that hides but has no label.
-            region: the sprite is a group or an area, labelled without an identity of its own.
+            track_id: identity; 0 together with an empty category paints unlabelled scenery.
+            region: the sprite is a group or an area, labelled without an identity.
         """
+        # Level of detail and target rectangle.
         full_height, full_width = sprite.levels[0].shape[:2]
         level = min(len(sprite.levels) - 1, max(0, int(-math.log2(max(scale, 1e-3)))))
         source = sprite.levels[level]
@@ -120,7 +121,7 @@ class Picture:
         frame_height, frame_width = self._owner.shape
         if right <= 0 or bottom <= 0 or left >= frame_width or top >= frame_height:
             return
-        # A level's pixel centre i + 0.5 stands for (i + 0.5) * shrink of the full sprite; the frame's likewise.
+        # Affine map of pixel centres: i + 0.5 of a level is (i + 0.5) * shrink of the full sprite.
         a, b = cos * shrink_x, -sin * shrink_y
         c, d = sin * shrink_x, cos * shrink_y
         shift_x = x - left - 0.5 - cos * anchor_x + sin * anchor_y + 0.5 * (a + b)
@@ -128,6 +129,7 @@ class Picture:
         matrix = np.array([[a, b, shift_x], [c, d, shift_y]])
         drawn = cv2.warpAffine(source, matrix, (right - left, bottom - top), flags=cv2.INTER_LINEAR)
 
+        # Blend, and record the owner of each solid pixel.
         solid = (drawn[..., 3] > 0.5).astype(np.uint8)
         y1, y2 = max(top, 0), min(bottom, frame_height)
         x1, x2 = max(left, 0), min(right, frame_width)
@@ -145,13 +147,13 @@ class Picture:
         self._owner[y1:y2, x1:x2][solid[cut] > 0] = owner
 
     def add_region(self, category: str, box_xyxy: tuple[float, float, float, float]) -> None:
-        """Label an area that is part of the background (an ignored region), where any of it is in the frame."""
+        """Label an area that is part of the background (an ignored region), if part of it is in the frame."""
         box = self._clip(tuple(round(value) for value in box_xyxy))  # type: ignore[arg-type]
         if box is not None:
             self._regions.append(Label(0, category, box, 1.0, 1.0, True))
 
     def labels(self) -> tuple[list[Label], int]:
-        """What of the painted objects deserves a box, and how many lost theirs because something hides them."""
+        """Labels of the painted objects, and the number of objects without one because they are occluded."""
         shown = np.bincount(self._owner.ravel(), minlength=len(self._placed) + 1)
         labels, hidden = list(self._regions), 0
         for owner, placed in enumerate(self._placed, start=1):
@@ -205,7 +207,7 @@ class Lighting:
         self._pattern = cv2.resize(coarse, (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC)
         self._drift = rng.uniform(0, 2 * np.pi, 2)
         self._pulse = (flicker, rng.uniform(0.1, 0.5), rng.uniform(0, 2 * np.pi))
-        # One tile, shown at another offset in every frame, looks like fresh noise and costs a copy.
+        # One tile at another offset in every frame looks like new noise and costs only a copy.
         self._noise = rng.normal(0, noise, (height + 64, width + 64, 3)).astype(np.float32)
         self._offsets = rng.integers(0, 64, (997, 2))
 

@@ -1,4 +1,4 @@
-"""What the three domains show: people and vehicles, seen from the side and from above."""
+"""Sprites of the three domains: people and vehicles, seen from the side and from above."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SKINS: tuple[Colour, ...] = ((150, 185, 225), (110, 150, 205), (70, 105, 160), (
 
 
 class Pencil:
-    """Draws in sprite pixels, ``SUPERSAMPLE`` times enlarged, colour and mask at once."""
+    """Draws colour and mask of a sprite, in sprite pixels, enlarged ``SUPERSAMPLE`` times."""
 
     def __init__(self, width: float, height: float) -> None:
         self._width, self._height = width, height
@@ -74,7 +74,7 @@ class Costume:
         )
 
     def varied(self, rng: np.random.Generator, spread: float) -> Costume:
-        """The same costume in slightly other light: members of a troupe look alike."""
+        """The same costume with slightly different colours, for the members of a group."""
 
         def shift(colour: Colour) -> Colour:
             blue, green, red = (int(np.clip(value + rng.normal(0, spread), 0, 255)) for value in colour)
@@ -124,12 +124,13 @@ def car_ground(width: float, colour: Colour, view: str, tall: float = 1.0) -> Sp
     """A car at street level, anchored where the wheels touch the road.
 
     Args:
-        width: pixels across what is seen: the rear or front, or the whole length in the side view.
+        width: visible width in pixels: of the rear or front, or the full length in the side view.
         view: rear, front or side.
         tall: relative height (vans and trucks above 1).
     """
     glass, tyre = (70, 60, 50), (25, 25, 25)
     darker = (colour[0] * 2 // 3, colour[1] * 2 // 3, colour[2] * 2 // 3)
+    # Side view.
     if view == "side":
         height = 0.36 * width * tall
         pencil = Pencil(width, height)
@@ -142,6 +143,7 @@ def car_ground(width: float, colour: Colour, view: str, tall: float = 1.0) -> Sp
         for wheel in (0.2, 0.8):
             pencil.ellipse(wheel * width, 0.83 * height, 0.09 * width, 0.17 * height, tyre)
         return pencil.sprite((width / 2, height))
+    # Front or rear.
     height = 0.8 * width * tall
     pencil = Pencil(width, height)
     pencil.polygon(
@@ -204,7 +206,7 @@ def person_above(size: float, costume: Costume, phase: float) -> Sprite:
 
 
 def tree_above(rng: np.random.Generator, radius: float) -> Sprite:
-    """A tree top from above that hides what passes below, anchored at its centre."""
+    """A tree top from above that occludes objects below, anchored at its centre."""
     pencil = Pencil(2 * radius, 2 * radius)
     hue, value = rng.uniform(0.2, 0.38), rng.uniform(0.25, 0.45)
     for _ in range(9):

@@ -1,4 +1,4 @@
-"""Rendered frames as raw folders of the three formats, exactly as the originals lay them out."""
+"""Writers of rendered frames as raw folders, in the original layout of the three formats."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ VISDRONE_CATEGORIES = {
     "bus": 9,
     "others": 11,
 }
-"""Category numbers of the VisDrone toolkit for the categories that the world has."""
+"""Category numbers of the VisDrone toolkit for the categories of the demo dataset."""
 
 OCCLUDED_BELOW = 0.9
-"""An object that shows less than this share counts as occluded (BDD100K) or partially occluded (VisDrone)."""
+"""An object with less than this share visible counts as occluded (BDD100K) or partially occluded (VisDrone)."""
 TRUNCATED_BELOW = 0.98
 """An object with less than this share inside the frame counts as truncated."""
 
 
 class SequenceWriter(ABC):
-    """Takes a sequence frame by frame; ``close`` writes what stands in one file per sequence."""
+    """Writes a sequence frame by frame; ``close`` writes the annotations."""
 
     def __init__(self, root: Path, split: str, name: str, fps: float, quality: int) -> None:
         self.root, self.split, self.name = root, split, name
@@ -55,8 +55,8 @@ class SequenceWriter(ABC):
                 "cannot encode a rendered frame as JPEG",
                 where=self._images,
                 found=f"{image.shape[1]}x{image.shape[0]} pixels",
-                expected="a size that OpenCV's JPEG encoder takes (up to 65535 pixels a side)",
-                fix="choose a smaller size for the synthetic world",
+                expected="a size that OpenCV's JPEG encoder supports (up to 65535 pixels a side)",
+                fix="choose a smaller size for the synthetic dataset",
             )
         (self._images / self._image_name()).write_bytes(encoded.tobytes())
         self._record(labels)
@@ -71,11 +71,11 @@ class SequenceWriter(ABC):
 
     @abstractmethod
     def _image_name(self) -> str:
-        """File name of the frame at hand."""
+        """File name of the current frame."""
 
     @abstractmethod
     def _record(self, labels: SequenceOf[Label]) -> None:
-        """Keep the labels of the frame at hand for the annotations."""
+        """Store the labels of the current frame for the annotations."""
 
 
 class Bdd100kWriter(SequenceWriter):
@@ -94,7 +94,7 @@ class Bdd100kWriter(SequenceWriter):
         rows = []
         for number, label in enumerate(labels):
             x1, y1, x2, y2 = (float(value) for value in label.box_xyxy)
-            # A crowd has an id of its own in BDD100K; regions painted without one get theirs here.
+            # BDD100K crowds have an id; regions painted without one get it here.
             track = label.track_id or 100000 + number
             rows.append(
                 {
@@ -185,5 +185,5 @@ class DanceTrackWriter(SequenceWriter):
 
 
 def write_seqmap(root: Path, split: str, names: SequenceOf[str]) -> None:
-    """``<split>_seqmap.txt`` as TrackEval reads it: the word ``name``, then one sequence per line."""
+    """``<split>_seqmap.txt`` for TrackEval: a header line ``name``, then one sequence per line."""
     (root / f"{split}_seqmap.txt").write_text("\n".join(["name", *names, ""]))

@@ -1,0 +1,1 @@
+"""Storage: local and S3 paths, atomic writes, retries."""

@@ -1,4 +1,4 @@
-"""Digests, and files that are either whole or absent."""
+"""Atomic file writes and digests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from motip.errors import MotipError
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is renamed to ``path``, on error it is removed.
+    """Yield a temporary path next to ``path``; on success it is renamed to ``path``, on error it is removed.
 
     Raises:
         MotipError: the directory cannot be created or written.
     """
     target = Path(path)
-    # The suffix is kept at the end because writers such as OpenCV choose the format by it.
+    # The suffix stays last because writers such as OpenCV choose the format by it.
     temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.tmp{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,12 +36,13 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             fix="choose another output directory or storage, or free some space",
         ) from error
     finally:
-        # A parent that is a file makes unlink fail too; the first error is the one to show.
+        # If the parent is a file, unlink fails too; report the first error.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def write_json_atomic(path: Path | str, value: Any) -> None:
+    """Write ``value`` as JSON with sorted keys; raises MotipError like :func:`atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
@@ -53,6 +54,6 @@ def sha256_file(path: Path | str) -> str:
 
 
 def digest(value: Any) -> str:
-    """Hex sha256 of the canonical JSON of ``value`` (sorted keys, no spaces): equal values, equal digests."""
+    """Hex sha256 of the canonical JSON of ``value`` (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

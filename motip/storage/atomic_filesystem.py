@@ -1,7 +1,7 @@
-"""A pyarrow file system for others to write through: passing failures are waited out, files appear whole.
+"""A pyarrow file system with atomic writes and retries, for Ray Train.
 
-Ray Train keeps its own list of checkpoints beside them. Given this file system, that list survives an object store
-that stumbles and a disk that fills up: it is the old one or the new one, never half of it.
+Ray Train stores its own index of checkpoints. Through this file system the index survives transient object-store
+errors and a full disk: readers see the old or the new index, never a truncated one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import pyarrow.fs as pafs
 
 from motip.storage.atomic import atomic_write
 from motip.storage.paths import s3
-from motip.storage.retries import retried
+from motip.storage.retries import with_retries
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-class WholeFiles(pafs.FileSystemHandler):
-    """The local disk or S3, as plain values: it travels to other processes, which connect by their own environment.
+class AtomicFilesystem(pafs.FileSystemHandler):
+    """The local disk or S3; picklable, each process connects with the settings of its own environment.
 
     Args:
         remote: S3 instead of the local disk.
@@ -33,7 +33,7 @@ class WholeFiles(pafs.FileSystemHandler):
         self._remote = remote
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, WholeFiles) and other._remote == self._remote
+        return isinstance(other, AtomicFilesystem) and other._remote == self._remote
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -44,8 +44,8 @@ class WholeFiles(pafs.FileSystemHandler):
     def _inner(self, path: str) -> pafs.FileSystem:
         return s3(path.partition("/")[0]) if self._remote else pafs.LocalFileSystem()
 
-    def _ask(self, verb: str, path: str, action: Callable[[pafs.FileSystem], Answer]) -> Answer:
-        return retried(lambda: action(self._inner(path)), f"{verb} {'s3://' if self._remote else ''}{path}")
+    def _request(self, verb: str, path: str, action: Callable[[pafs.FileSystem], Result]) -> Result:
+        return with_retries(lambda: action(self._inner(path)), f"{verb} {'s3://' if self._remote else ''}{path}")
 
     def get_type_name(self) -> str:
         return "s3" if self._remote else "local"
@@ -54,43 +54,43 @@ class WholeFiles(pafs.FileSystemHandler):
         return str(self._inner(path).normalize_path(path))
 
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
-        return self._ask("looking at", ", ".join(paths), lambda files: files.get_file_info(paths))
+        return self._request("inspecting", ", ".join(paths), lambda files: files.get_file_info(paths))
 
     def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
-        return self._ask("listing", selector.base_dir, lambda files: files.get_file_info(selector))
+        return self._request("listing", selector.base_dir, lambda files: files.get_file_info(selector))
 
     def create_dir(self, path: str, recursive: bool) -> None:
-        self._ask("making", path, lambda files: files.create_dir(path, recursive=recursive))
+        self._request("creating", path, lambda files: files.create_dir(path, recursive=recursive))
 
     def delete_dir(self, path: str) -> None:
-        self._ask("removing", path, lambda files: files.delete_dir(path))
+        self._request("removing", path, lambda files: files.delete_dir(path))
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
-        self._ask("emptying", path, lambda files: files.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
+        self._request("emptying", path, lambda files: files.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
 
     def delete_root_dir_contents(self) -> None:
-        raise io.UnsupportedOperation("the root of a storage is never emptied")
+        raise io.UnsupportedOperation("the root of a storage cannot be emptied")
 
     def delete_file(self, path: str) -> None:
-        self._ask("removing", path, lambda files: files.delete_file(path))
+        self._request("removing", path, lambda files: files.delete_file(path))
 
     def move(self, src: str, dest: str) -> None:
-        self._ask("moving", src, lambda files: files.move(src, dest))
+        self._request("moving", src, lambda files: files.move(src, dest))
 
     def copy_file(self, src: str, dest: str) -> None:
-        self._ask("copying", src, lambda files: files.copy_file(src, dest))
+        self._request("copying", src, lambda files: files.copy_file(src, dest))
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
-        return self._ask("opening", path, lambda files: files.open_input_stream(path))
+        return self._request("opening", path, lambda files: files.open_input_stream(path))
 
     def open_input_file(self, path: str) -> pa.NativeFile:
-        return self._ask("opening", path, lambda files: files.open_input_file(path))
+        return self._request("opening", path, lambda files: files.open_input_file(path))
 
     def open_append_stream(self, path: str, metadata: Any) -> pa.NativeFile:
-        raise io.UnsupportedOperation("files of a storage are written whole, never added to")
+        raise io.UnsupportedOperation("files of a storage are written atomically and cannot be appended to")
 
     def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:
-        return pa.PythonFile(_WholeOnClose(lambda data: self._write(path, data)), mode="w")
+        return pa.PythonFile(_WriteOnClose(lambda data: self._write(path, data)), mode="w")
 
     def _write(self, path: str, data: bytes) -> None:
         if not self._remote:
@@ -98,35 +98,34 @@ class WholeFiles(pafs.FileSystemHandler):
                 temporary.write_bytes(data)
             return
 
-        def put(files: pafs.FileSystem) -> None:
+        def upload(files: pafs.FileSystem) -> None:
             with files.open_output_stream(path) as stream:
                 stream.write(data)
 
-        self._ask("writing", path, put)
+        self._request("writing", path, upload)
 
 
-class _WholeOnClose(io.BytesIO):
-    """Gathers what is written, for small files, and hands it over when it is closed.
+class _WriteOnClose(io.BytesIO):
+    """Buffers a small file in memory and passes its content to ``write`` on close.
 
-    Not where an exception that was raised since it was opened closes it: that write broke off, and half a file would
-    take the place of a whole one.
+    A close caused by an exception raised since the open discards the buffer: an incomplete file would replace a
+    complete one.
     """
 
-    def __init__(self, hand_over: Callable[[bytes], None]) -> None:
+    def __init__(self, write: Callable[[bytes], None]) -> None:
         super().__init__()
-        self._hand_over = hand_over
-        self._handled = sys.exception()
+        self._write = write
+        self._exception_at_open = sys.exception()
 
     def close(self) -> None:
         if not self.closed:
             data = self.getvalue()
             super().close()
-            # pyarrow closes in the same way at the end of a `with` block and on the way out of it: it has no other word
-            # for giving up. What is being handled tells the two apart.
-            if sys.exception() is self._handled:
-                self._hand_over(data)
+            # pyarrow calls close() both on success and on an exception; the current exception distinguishes the two.
+            if sys.exception() is self._exception_at_open:
+                self._write(data)
 
 
-def whole_files(remote: bool) -> pafs.PyFileSystem:
-    """The file system as pyarrow and Ray take it; paths are plain, without ``s3://``."""
-    return pafs.PyFileSystem(WholeFiles(remote))
+def atomic_filesystem(remote: bool) -> pafs.PyFileSystem:
+    """The file system wrapped for pyarrow and Ray; paths come without ``s3://``."""
+    return pafs.PyFileSystem(AtomicFilesystem(remote))

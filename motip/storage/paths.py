@@ -1,9 +1,9 @@
-"""Where shards and raw data live: a local folder or an ``s3://`` address, used through one small set of verbs.
+"""Local and S3 paths behind one interface: read, write, list, lock.
 
-Local places are plain :class:`pathlib.Path`. :class:`RemotePath` offers the same verbs for S3, so code that only
-lists, reads and joins does not ask which of the two it has. Endpoint, region and credentials of S3 come from the
-environment (``AWS_ENDPOINT_URL``, ``AWS_REGION``, ``AWS_ACCESS_KEY_ID``, …), never from a file of ours. Where it names
-neither endpoint nor region, S3 is asked which region the bucket is in.
+Local paths are plain :class:`pathlib.Path`. :class:`RemotePath` has the same methods for S3, so code that only lists,
+reads and joins works with both. Endpoint, region and credentials of S3 come from the environment
+(``AWS_ENDPOINT_URL``, ``AWS_REGION``, ``AWS_ACCESS_KEY_ID``, …), never from a file of this project. With neither
+endpoint nor region in the environment, the region is resolved from the bucket name.
 """
 
 from __future__ import annotations
@@ -30,57 +30,57 @@ import pyarrow.parquet as pq
 
 from motip.errors import MotipError
 from motip.storage.atomic import atomic_write
-from motip.storage.retries import retried
+from motip.storage.retries import with_retries
 
 _log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 << 20
-OTHER_STORES_REGION = "us-east-1"
-"""What stores behind an endpoint of their own take for theirs."""
+CUSTOM_ENDPOINT_REGION = "us-east-1"
+"""Region sent to a custom endpoint when the environment sets none."""
 STREAM_TRIES = 6
-"""Of each request while a file is read bit by bit, by the S3 client itself; nobody above it could repeat one."""
+"""Attempts of the S3 client per request of an open stream; the layer above cannot repeat those."""
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @functools.cache
 def s3(bucket: str, tries: int = 3) -> pafs.S3FileSystem:
-    """The object store that the environment names.
+    """S3 client for the endpoint, region and credentials in the environment.
 
     Args:
-        bucket: that is to be used; without endpoint and region in the environment, its region is where requests go.
-        tries: of each request by the S3 client itself, silently, within about a second for 3.
+        bucket: its region is used when the environment sets neither endpoint nor region.
+        tries: attempts of the S3 client per request, not logged; 3 take about a second.
 
     Raises:
-        MotipError: the environment names no region, and S3 does not say which one the bucket is in.
+        MotipError: the environment sets no region and the bucket's region cannot be resolved.
     """
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     scheme, _, host = endpoint.rpartition("://")
     return pafs.S3FileSystem(
         endpoint_override=host or None,
         scheme=scheme or "https",
-        region=_named_region() or (OTHER_STORES_REGION if endpoint else _region_of(bucket)),
-        # Of a single try: a wrong endpoint is an error, no hang, once these tries and those of `retried` are used up.
+        region=_configured_region() or (CUSTOM_ENDPOINT_REGION if endpoint else _bucket_region(bucket)),
+        # Per attempt, so that a wrong endpoint ends as an error once these and the `with_retries` attempts are used up.
         connect_timeout=10,
         request_timeout=60,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=tries),
     )
 
 
-def _named_region() -> str:
+def _configured_region() -> str:
     return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
 
 
 @functools.cache
-def _region_of(bucket: str) -> str:
-    """The region that a bucket of AWS is in; it answers this also to those who may not read the bucket."""
+def _bucket_region(bucket: str) -> str:
+    """AWS region of a bucket; resolving it needs no read permission."""
     try:
         return str(pafs.resolve_s3_region(bucket))
     except (OSError, pa.ArrowException) as error:
         raise MotipError(
-            f"which region the bucket {bucket} is in cannot be found out: {error}",
+            f"cannot resolve the region of the bucket {bucket}: {error}",
             where=f"s3://{bucket}",
-            expected="a bucket that exists, and a way to S3",
+            expected="an existing bucket and a network route to S3",
             fix="check the name, or set AWS_REGION to the bucket's region in the environment of this process (for "
             "another store than AWS, AWS_ENDPOINT_URL)",
         ) from error
@@ -96,22 +96,22 @@ def _s3_errors(uri: str) -> Iterator[None]:
         ) from error
     except (OSError, pa.ArrowException) as error:
         raise MotipError(
-            f"S3 answered with an error: {error}",
+            f"S3 request failed: {error}",
             where=uri,
             expected="a reachable endpoint, a bucket that exists and credentials that may use it",
             fix="check AWS_ENDPOINT_URL, AWS_REGION and the credentials in the environment of this process",
         ) from error
 
 
-def _ask(uri: str, verb: str, action: Callable[[], Answer]) -> Answer:
-    """What the store answers; passing failures are waited out and logged, others raised as MotipError."""
+def _request(uri: str, verb: str, action: Callable[[], Result]) -> Result:
+    """Run ``action``; transient failures are logged and retried, others are raised as MotipError."""
     with _s3_errors(uri):
-        return retried(action, f"{verb} {uri}")
+        return with_retries(action, f"{verb} {uri}")
 
 
 @dataclass(frozen=True, order=True)
 class RemotePath:
-    """An ``s3://bucket/key`` address with the verbs of :class:`pathlib.Path` that this package uses."""
+    """An ``s3://bucket/key`` address with the methods of :class:`pathlib.Path` that this package uses."""
 
     uri: str
 
@@ -145,7 +145,7 @@ class RemotePath:
         return "s3://" + self.key
 
     def _info(self) -> pafs.FileInfo:
-        return _ask(self.uri, "looking at", lambda: self._store().get_file_info(self.key))
+        return _request(self.uri, "inspecting", lambda: self._store().get_file_info(self.key))
 
     def exists(self) -> bool:
         return self._info().type != pafs.FileType.NotFound
@@ -162,17 +162,17 @@ class RemotePath:
 
     def _listing(self, recursive: bool = False) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.key, recursive=recursive, allow_not_found=recursive)
-        return _ask(self.uri, "listing", lambda: self._store().get_file_info(selector))
+        return _request(self.uri, "listing", lambda: self._store().get_file_info(selector))
 
     def iterdir(self) -> Iterator[RemotePath]:
         return iter([RemotePath("s3://" + info.path) for info in self._listing()])
 
     def files_under(self) -> list[RemotePath]:
-        """All files here and below, in one listing; none where there is nothing."""
+        """All files below this prefix, from one listing; empty if there is none."""
         return [RemotePath("s3://" + info.path) for info in self._listing(recursive=True) if info.is_file]
 
     def sizes_and_times(self) -> dict[str, tuple[int, float]]:
-        """Size and modification time of every file directly here, in one listing."""
+        """Size and modification time of every file directly under this prefix, by name, from one listing."""
         return {
             info.base_name: (int(info.size), info.mtime.timestamp())
             for info in self._listing()
@@ -184,31 +184,31 @@ class RemotePath:
             with self._store().open_input_file(self.key) as stream:
                 return bytes(stream.read())
 
-        return _ask(self.uri, "reading", read)
+        return _request(self.uri, "reading", read)
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes | pa.Buffer) -> None:
-        # An S3 object appears whole or not at all, so this is atomic without a temporary name. One call writes it
-        # all: an interruption between two would let the stream be closed, and half an object be published.
+        # S3 publishes an object when its stream closes, so this is atomic without a temporary name. One call writes
+        # everything: an exception between two calls would close the stream and publish half an object.
         def write() -> None:
             with self._store().open_output_stream(self.key) as stream:
                 stream.write(data)
 
-        _ask(self.uri, "writing", write)
+        _request(self.uri, "writing", write)
 
     def open_input(self) -> pa.NativeFile:
-        return _ask(self.uri, "opening", lambda: self._store(STREAM_TRIES).open_input_file(self.key))
+        return _request(self.uri, "opening", lambda: self._store(STREAM_TRIES).open_input_file(self.key))
 
     def chunks(self) -> Iterator[bytes]:
-        """The content in pieces of at most CHUNK_BYTES; a piece that fails is asked for again, not the whole."""
+        """Content in chunks of at most CHUNK_BYTES; a failed chunk is retried by itself."""
         with self.open_input() as stream:
             for begin in range(0, stream.size(), CHUNK_BYTES):
-                yield _ask(self.uri, "reading", functools.partial(stream.read_at, CHUNK_BYTES, begin))
+                yield _request(self.uri, "reading", functools.partial(stream.read_at, CHUNK_BYTES, begin))
 
     def upload(self, source: Path) -> None:
-        """Copy a finished local file here; it is there whole or not at all."""
+        """Copy a complete local file here, atomically."""
         if source.stat().st_size == 0:
             self.write_bytes(b"")
             return
@@ -216,11 +216,11 @@ class RemotePath:
             self.write_bytes(mapped.read_buffer())
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Remove a file; the folder that it empties stays, as on a disk."""
+        """Remove a file; a folder left empty stays, as on a disk."""
         try:
-            _ask(self.uri, "removing", lambda: self._store().delete_file(self.key))
+            _request(self.uri, "removing", lambda: self._store().delete_file(self.key))
         except MotipError as error:
-            # Also where a first try removed it and its answer was lost.
+            # Also raised when a first attempt removed it and the response was lost.
             if not (missing_ok and isinstance(error.__cause__, FileNotFoundError)):
                 raise
 
@@ -228,15 +228,15 @@ class RemotePath:
 Location = Path | RemotePath
 
 
-def location(place: str | os.PathLike[str] | RemotePath) -> Location:
+def location(address: str | os.PathLike[str] | RemotePath) -> Location:
     """A local path (``~`` expanded, ``file://`` accepted) or an S3 address.
 
     Raises:
         MotipError: the address has a scheme that is neither ``file`` nor ``s3``.
     """
-    if isinstance(place, RemotePath):
-        return place
-    text = os.fspath(place)
+    if isinstance(address, RemotePath):
+        return address
+    text = os.fspath(address)
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text).expanduser()
@@ -245,30 +245,40 @@ def location(place: str | os.PathLike[str] | RemotePath) -> Location:
     if scheme == "s3" and rest.strip("/"):
         return RemotePath("s3://" + rest.strip("/"))
     raise MotipError(
-        "this address cannot be used",
+        "unsupported storage address",
         where=text,
         expected="a local folder, file:///folder or s3://bucket/prefix",
         fix="mount other storage as a folder, or copy it to S3",
     )
 
 
-def require_folder(folder: Location) -> None:
-    """Make a folder to write in; raises MotipError where that cannot be. S3 needs no folders."""
+def absolute(address: str | os.PathLike[str] | RemotePath) -> Location:
+    """:func:`location`, with a local path resolved against the working directory (workers have another one)."""
+    found = location(address)
+    return found if isinstance(found, RemotePath) else found.resolve()
+
+
+def create_folder(folder: Location) -> None:
+    """Create a folder and its parents; no-op on S3.
+
+    Raises:
+        MotipError: it cannot be created.
+    """
     if isinstance(folder, RemotePath):
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MotipError(
-            f"the folder cannot be made: {error.strerror}",
+            f"cannot create the folder: {error.strerror}",
             where=folder,
-            expected="a place this user can write to",
-            fix="name another --storage",
+            expected="a folder this user can write to",
+            fix="choose another --storage",
         ) from error
 
 
 def write_bytes(path: Location, data: bytes) -> None:
-    """Write ``data`` so that readers see the old file or the whole new one."""
+    """Write ``data`` atomically: readers see the old file or the complete new one."""
     if isinstance(path, RemotePath):
         path.write_bytes(data)
         return
@@ -277,11 +287,12 @@ def write_bytes(path: Location, data: bytes) -> None:
 
 
 def write_json(path: Location, value: Any) -> None:
+    """Write ``value`` as JSON with sorted keys, atomically."""
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(path: Location) -> Any:
-    """Raises MotipError where the file is absent or is no JSON."""
+    """Parse a JSON file; raises MotipError if it is absent or not JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -293,14 +304,14 @@ def read_json(path: Location) -> Any:
 
 
 @contextlib.contextmanager
-def one_at_a_time(lock: Location, what: str) -> Iterator[None]:
-    """Keep other processes that use the same ``lock`` file out; they wait, and say so once.
+def exclusive_lock(lock: Location, what: str) -> Iterator[None]:
+    """Hold an exclusive ``flock`` on the file ``lock``; other processes log once and wait.
 
-    An object store has no locks, and some mounted ones have none either (logged): whoever writes there has to look
-    again right before.
+    Object stores have no locks and some network mounts do not support them (logged): the caller must then re-read
+    what it is about to replace.
 
     Args:
-        what: is being waited for, for the log.
+        what: name of the lock holder, for the log line of a waiting process.
     """
     if isinstance(lock, RemotePath):
         yield
@@ -314,13 +325,13 @@ def one_at_a_time(lock: Location, what: str) -> Iterator[None]:
                 _log.warning(f"waiting for {what} ({lock} is locked)")
                 fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:
-            _log.warning(f"going on without a lock: {lock} cannot be locked ({error.strerror})")
+            _log.warning(f"continuing without a lock: {lock} cannot be locked ({error.strerror})")
         yield
 
 
 @contextlib.contextmanager
-def whole_file(path: Location) -> Iterator[Path]:
-    """Yield a local path to write to; on success its content appears at ``path`` in one go, on error not at all."""
+def atomic_output(path: Location) -> Iterator[Path]:
+    """Yield a local path to write to; on success its content replaces ``path`` atomically, on error it is discarded."""
     if isinstance(path, RemotePath):
         with tempfile.TemporaryDirectory(prefix="motip-") as folder:
             temporary = Path(folder) / path.name
@@ -332,15 +343,15 @@ def whole_file(path: Location) -> Iterator[Path]:
 
 
 def open_parquet(path: Location) -> pq.ParquetFile:
-    """Open a Parquet file for reading parts of it; only the footer is read here.
+    """Open a Parquet file for partial reads; only the footer is read here.
 
     Raises:
-        MotipError: absent, or not a (whole) Parquet file.
+        MotipError: absent, truncated or not a Parquet file.
     """
     try:
         if isinstance(path, RemotePath):
             return pq.ParquetFile(path.open_input(), pre_buffer=True)
-        # Not mapped into memory: every page that was ever read would stay in the process, up to the whole data set.
+        # Not memory-mapped: every page read would stay in the resident set, up to the size of the dataset.
         return pq.ParquetFile(path, memory_map=False, pre_buffer=False)
     except FileNotFoundError as error:
         raise MotipError(
@@ -379,10 +390,10 @@ def sha256(path: Location) -> str:
     return total.hexdigest()
 
 
-def remove_leftovers(folder: Location, older_than_s: float = 3600.0) -> int:
-    """Remove temporary files under ``folder`` that a killed process left; returns how many there were.
+def remove_stale_files(folder: Location, older_than_s: float = 3600.0) -> int:
+    """Remove temporary files that killed processes left under ``folder``; returns their number.
 
-    Young ones may belong to a process that is still writing. S3 has none: objects appear whole there.
+    Younger files may belong to a process that is still writing. S3 has none: its writes are atomic.
     """
     if isinstance(folder, RemotePath) or not folder.is_dir():
         return 0
@@ -392,8 +403,8 @@ def remove_leftovers(folder: Location, older_than_s: float = 3600.0) -> int:
     return len(stale)
 
 
-def fetch(path: Location, target: Path) -> Path:
-    """Copy a file to a local ``target`` (whole or not at all) and return it."""
+def download(path: Location, target: Path) -> Path:
+    """Copy a file to a local ``target``, atomically, and return ``target``."""
     with atomic_write(target) as temporary:
         if isinstance(path, RemotePath):
             with temporary.open("wb") as output:
@@ -404,8 +415,8 @@ def fetch(path: Location, target: Path) -> Path:
     return target
 
 
-def put(source: Path, target: Location) -> None:
-    """Copy a local file into the storage, whole or not at all."""
+def upload(source: Path, target: Location) -> None:
+    """Copy a local file into the storage, atomically."""
     if isinstance(target, RemotePath):
         target.upload(source)
         return
@@ -416,15 +427,15 @@ def put(source: Path, target: Location) -> None:
 
 
 def files_under(folder: Location) -> list[Location]:
-    """All files in ``folder`` and below (one listing on S3), in no order; none where there is nothing."""
+    """All files below ``folder`` (one listing on S3), unordered; empty if there is no such folder."""
     if isinstance(folder, RemotePath):
         return list(folder.files_under())
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def local_copy(path: Location) -> Path:
-    """The file itself, or a copy in the user's cache where it lies in an object store; copied once per content."""
+    """A local path as it is; for S3 a copy in the user's cache, downloaded once per content."""
     if isinstance(path, Path):
         return path
     target = Path("~/.cache/motip").expanduser() / sha256(path)[:16] / path.name
-    return target if target.is_file() else fetch(path, target)
+    return target if target.is_file() else download(path, target)

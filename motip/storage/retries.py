@@ -1,4 +1,4 @@
-"""What an object store refuses for a moment is asked again, each time later, and each time said in the log."""
+"""Retries with exponential backoff for transient object-store errors; every retry is logged."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from typing import TypeVar
 from motip.errors import MotipError
 
 _log = logging.getLogger(__name__)
-_spread = random.Random()
+_jitter = random.Random()
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
-FIRST_WAIT_S = 0.5
-LONGEST_WAIT_S = 16.0
+FIRST_DELAY_S = 0.5
+MAX_DELAY_S = 16.0
 RETRY_FOR_S = 60.0
-"""No further try later than this after the first, unless the caller has other wishes."""
+"""Default number of seconds after the first attempt within which another one may start."""
 
-_PASSING = re.compile(
+_TRANSIENT = re.compile(
     r"AWS Error (SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|NETWORK_CONNECTION|REQUEST_TIMEOUT)"
     r"|HTTP status (429|5\d\d)"
 )
-"""What pyarrow says of throttling, servers in trouble and lost connections; wrong keys, rights and buckets are none."""
+"""pyarrow's texts for throttling, server errors and lost connections, not for wrong keys, permissions or buckets."""
 
 
-def passing(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
-    told = error.__cause__ if isinstance(error, MotipError) else error
-    return isinstance(told, OSError) and _PASSING.search(str(told)) is not None
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    cause = error.__cause__ if isinstance(error, MotipError) else error
+    return isinstance(cause, OSError) and _TRANSIENT.search(str(cause)) is not None
 
 
-def retried(
-    action: Callable[[], Answer], what: str, for_s: float = RETRY_FOR_S, say: Callable[[str], None] = _log.warning
-) -> Answer:
-    """Do ``action``, again after growing waits (0.5 s doubling to 16 s) while it fails for a passing reason.
+def with_retries(
+    action: Callable[[], Result], what: str, for_s: float = RETRY_FOR_S, log: Callable[[str], None] = _log.warning
+) -> Result:
+    """Run ``action``; on transient errors run it again after delays of 0.5 s doubling to 16 s.
 
     Args:
-        action: may be repeated whole; its last error is raised as it is.
-        what: names it in the log.
-        for_s: seconds after which no further try begins. A try itself may take longer.
-        say: hears of every failed try.
+        action: must be safe to repeat; its last error is raised unchanged.
+        what: description of the action for the log.
+        for_s: seconds after which no further attempt starts; a running attempt may take longer.
+        log: receives one line per failed attempt.
     """
-    begin, tries, wait = time.monotonic(), 1, FIRST_WAIT_S
+    begin, attempt, delay = time.monotonic(), 1, FIRST_DELAY_S
     while True:
         try:
             return action()
         except (OSError, MotipError) as error:
-            # Workers that were refused together do not come back together.
-            pause = wait * _spread.uniform(0.8, 1.2)
-            if not passing(error) or time.monotonic() - begin + pause > for_s:
+            # Jitter, so that workers throttled together do not retry together.
+            pause = delay * _jitter.uniform(0.8, 1.2)
+            if not is_transient(error) or time.monotonic() - begin + pause > for_s:
                 raise
-            say(f"{what} failed (try {tries}), again in {pause:.1f} s: {str(error).splitlines()[0]}")
+            log(f"{what} failed (try {attempt}), again in {pause:.1f} s: {str(error).splitlines()[0]}")
         time.sleep(pause)
-        tries, wait = tries + 1, min(2 * wait, LONGEST_WAIT_S)
+        attempt, delay = attempt + 1, min(2 * delay, MAX_DELAY_S)

@@ -1,4 +1,4 @@
-"""BDD100K reader: real samples, and one fixture for every label trap."""
+"""BDD100K reader: real samples, and a fixture for every label defect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read(root: Path, frames: list[dict], **options: object) -> tuple[Sequence, R
     return bdd100k.read_sequence(raw)
 
 
-def test_real_samples_are_read_whole(samples_dir: Path) -> None:
+def test_real_samples_are_read_completely(samples_dir: Path) -> None:
     found = {}
     for split in ("train", "val"):
         for raw in bdd100k.list_sequences(samples_dir / "bdd100k", split):
@@ -56,7 +56,7 @@ def test_published_labels_without_images(samples_dir: Path) -> None:
     np.testing.assert_allclose(first.boxes_xyxy[0], [0, 346.554829, 75.4127617, 407.449630], rtol=1e-6)
 
 
-def test_more_labels_than_images_are_dropped_and_counted(samples_dir: Path) -> None:
+def test_labels_without_images_are_dropped_and_counted(samples_dir: Path) -> None:
     path = samples_dir / "labels_only" / "bdd100k" / "b1c66a42-6f7d68ca.frames_001_100.json"
     images = samples_dir / "bdd100k" / "images" / "track" / "train" / "b1c66a42-6f7d68ca"
     sequence, report = bdd100k.read_sequence(RawSequence("b1c66a42-6f7d68ca", "train", path, images))
@@ -65,13 +65,13 @@ def test_more_labels_than_images_are_dropped_and_counted(samples_dir: Path) -> N
     assert report.repaired["label frame without an image, left out"] == 94
 
 
-def test_more_images_than_labels_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_images_without_labels_are_left_out_and_counted(tmp_path: Path) -> None:
     sequence, report = read(tmp_path, [bdd_frame("v", 0, [bdd_label()])], images=range(4))
     assert len(sequence.frames) == 1
     assert report.repaired[UNLABELLED] == 3
 
 
-def test_old_key_names_mean_the_same_as_new_ones(tmp_path: Path) -> None:
+def test_old_key_names_are_equivalent_to_new_ones(tmp_path: Path) -> None:
     new = [bdd_frame("v", n, [bdd_label(crowd=n == 1, occluded=True)]) for n in range(2)]
     old = json.loads(json.dumps(new))
     for frame in old:
@@ -123,7 +123,7 @@ def test_missing_or_null_labels_are_a_frame_without_objects(tmp_path: Path, labe
     assert report.repaired[bdd100k.NULL_LABELS] == 1
 
 
-def test_frames_out_of_order_are_sorted_by_number_and_listing_does_not_matter(tmp_path: Path) -> None:
+def test_unordered_frames_are_sorted_by_number(tmp_path: Path) -> None:
     frames = [bdd_frame("v", number, [bdd_label(str(number))]) for number in (2, 0, 1)]
     sequence, report = read(tmp_path, frames)
     assert [frame.number for frame in sequence.frames] == [0, 1, 2]
@@ -144,7 +144,7 @@ def test_frame_number_is_taken_from_the_name_where_it_is_missing(tmp_path: Path)
     assert report.repaired[bdd100k.FROM_NAME] == 1
 
 
-def test_rows_that_are_no_objects_are_dropped_by_reason(tmp_path: Path) -> None:
+def test_invalid_rows_are_dropped_by_reason(tmp_path: Path) -> None:
     labels = [
         bdd_label("a"),
         bdd_label("a", box=(1, 1, 9, 9)),
@@ -170,27 +170,27 @@ def test_rows_that_are_no_objects_are_dropped_by_reason(tmp_path: Path) -> None:
     np.testing.assert_array_equal(sequence.frames[0].boxes_xyxy[0], [5, 5, 20, 20])
 
 
-def test_a_frame_listed_twice_keeps_the_first(tmp_path: Path) -> None:
+def test_first_of_duplicate_frames_is_kept(tmp_path: Path) -> None:
     frames = [bdd_frame("v", 0, [bdd_label("a")]), bdd_frame("v", 0, [bdd_label("b"), bdd_label("c")])]
     sequence, report = read(tmp_path, frames)
     assert len(sequence.frames) == 1
     assert report.dropped[bdd100k.TWICE] == 2
 
 
-def test_a_track_that_changes_its_category_is_kept_and_counted(tmp_path: Path) -> None:
+def test_track_with_changing_category_is_kept_and_counted(tmp_path: Path) -> None:
     frames = [bdd_frame("v", 0, [bdd_label("a", "car")]), bdd_frame("v", 1, [bdd_label("a", "truck")])]
     sequence, report = read(tmp_path, frames)
     assert report.repaired[CLASS_CHANGE] == 1
     assert [frame.categories for frame in sequence.frames] == [("car",), ("truck",)]
 
 
-def test_image_is_found_by_number_where_the_name_is_another(tmp_path: Path) -> None:
+def test_image_with_another_name_is_found_by_number(tmp_path: Path) -> None:
     sequence, report = read(tmp_path, [bdd_frame("v", 1, [bdd_label()], name="other-0000002.png")], images=[0, 1])
     assert sequence.frames[0].image.name == "v-0000002.jpg"
     assert report.repaired["image found by number, not by the label's name"] == 1
 
 
-def refusal(root: Path, split: str = "train") -> str:
+def read_error(root: Path, split: str = "train") -> str:
     with pytest.raises(MotipError) as caught:
         for raw in bdd100k.list_sequences(root, split):
             bdd100k.read_sequence(raw)
@@ -198,31 +198,31 @@ def refusal(root: Path, split: str = "train") -> str:
     return str(caught.value)
 
 
-def test_labels_of_single_images_are_refused(tmp_path: Path) -> None:
+def test_labels_of_single_images_are_an_error(tmp_path: Path) -> None:
     write_bdd(tmp_path, "v", [bdd_frame("v", 0, [bdd_label()], videoName=..., frameIndex=...)])
-    assert "single images" in refusal(tmp_path)
+    assert "single images" in read_error(tmp_path)
 
 
-def test_labels_of_another_video_are_refused(tmp_path: Path) -> None:
+def test_labels_of_another_video_are_an_error(tmp_path: Path) -> None:
     write_bdd(tmp_path, "v", [bdd_frame("v", 0, [bdd_label()])], images=[500])
-    assert "do not match" in refusal(tmp_path)
+    assert "do not match" in read_error(tmp_path)
 
 
-def test_missing_and_empty_folders_are_refused_by_name(tmp_path: Path) -> None:
-    assert "images of split 'train' is missing" in refusal(tmp_path)
+def test_missing_and_empty_folders_are_errors(tmp_path: Path) -> None:
+    assert "images of split 'train' is missing" in read_error(tmp_path)
     (tmp_path / "images" / "track" / "train").mkdir(parents=True)
-    assert "labels of split 'train' is missing" in refusal(tmp_path)
+    assert "labels of split 'train' is missing" in read_error(tmp_path)
     (tmp_path / "labels" / "box_track_20" / "train").mkdir(parents=True)
-    assert "is empty" in refusal(tmp_path)
+    assert "is empty" in read_error(tmp_path)
     write_images(tmp_path / "images" / "track" / "train" / "v", ["v-0000001.jpg"])
     (tmp_path / "labels" / "box_track_20" / "train" / "w.json").write_text(json.dumps([bdd_frame("w", 0, [])]))
-    assert "have no labels, such as v" in refusal(tmp_path)
+    assert "have no labels, such as v" in read_error(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", '"x"', "[1]"])
-def test_damaged_labels_are_refused(tmp_path: Path, text: str) -> None:
+def test_corrupt_labels_are_an_error(tmp_path: Path, text: str) -> None:
     write_bdd(tmp_path, "v", [])
     write_images(tmp_path / "images" / "track" / "train" / "v", ["v-0000001.jpg"])
     path = tmp_path / "labels" / "box_track_20" / "train" / "v.json"
     path.write_text(text)
-    assert str(path) in refusal(tmp_path)
+    assert str(path) in read_error(tmp_path)

@@ -1,4 +1,4 @@
-"""The clip plan: pure, independent of listing order, the same number of steps everywhere, nothing lost uncounted."""
+"""Clip plan: deterministic, independent of listing order, equal number of steps on all ranks, all losses counted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from motip.errors import MotipError
 
 
 @dataclass(frozen=True)
-class Sets:
+class Schedule:
     lengths: tuple[int, ...]
     intervals: tuple[int, ...] | None = None
     max_interval: int | None = None
@@ -28,7 +28,7 @@ def video(name: str, frames: int, source: str = "bdd", empty: tuple[int, ...] = 
 
 
 VIDEOS = [video("a", 20), video("b", 9), video("c", 14, "vis", empty=(3, 4)), video("d", 3)]
-SETS = Sets((3, 5), (1, 2))
+SETS = Schedule((3, 5), (1, 2))
 
 
 def test_every_start_frame_is_used_once_or_counted() -> None:
@@ -51,33 +51,33 @@ def test_clips_stay_in_their_video_and_come_from_the_sets() -> None:
     assert {clip.interval for clip in plan.clips} == {1, 2}
 
 
-def test_an_interval_that_does_not_fit_is_redrawn_from_those_that_do() -> None:
-    plan = plan_clips([video("a", 9)], Sets((3,), (1, 4)), epoch=0, seed=0)
+def test_interval_is_sampled_from_those_that_fit() -> None:
+    plan = plan_clips([video("a", 9)], Schedule((3,), (1, 4)), epoch=0, seed=0)
     late = [clip for clip in plan.clips if clip.positions[0] > 0]
     assert late and all(clip.interval == 1 for clip in late)
-    drawn = {
+    sampled = {
         clip.interval
         for epoch in range(20)
-        for clip in plan_clips([video("a", 9)], Sets((3,), (1, 4)), epoch=epoch, seed=0).clips
+        for clip in plan_clips([video("a", 9)], Schedule((3,), (1, 4)), epoch=epoch, seed=0).clips
         if clip.positions[0] == 0
     }
-    assert drawn == {1, 4}
+    assert sampled == {1, 4}
 
 
-def test_the_published_rule_cuts_wide_intervals() -> None:
-    plan = plan_clips([video("a", 9)], Sets((3,), None, 4), epoch=0, seed=0)
+def test_published_rule_cuts_wide_intervals() -> None:
+    plan = plan_clips([video("a", 9)], Schedule((3,), None, 4), epoch=0, seed=0)
+    assert len(plan) == 7
     for clip in plan.clips:
         assert 1 <= clip.interval <= max(1, (8 - clip.positions[0]) // 2)
-    assert len(plan) == 7
 
 
-def test_seconds_are_converted_with_each_videos_own_rate() -> None:
+def test_seconds_are_converted_with_the_frame_rate_of_each_video() -> None:
     videos = [video("slow", 60, fps=5.0), video("fast", 60, "vis", fps=30.0)]
-    plan = plan_clips(videos, Sets((3,), (1,)), epoch=0, seed=0, interval_seconds=(0.4,))
+    plan = plan_clips(videos, Schedule((3,), (1,)), epoch=0, seed=0, interval_seconds=(0.4,))
     assert {(clip.video, clip.interval) for clip in plan.clips} == {("slow", 2), ("fast", 12)}
 
 
-def test_order_of_listing_has_no_influence_but_seed_and_epoch_have() -> None:
+def test_plan_depends_on_seed_and_epoch_but_not_on_listing_order() -> None:
     shuffled = VIDEOS[:]
     random.Random(3).shuffle(shuffled)
     base = plan_clips(VIDEOS, SETS, epoch=2, seed=7, global_batch=2)
@@ -90,21 +90,21 @@ def test_order_of_listing_has_no_influence_but_seed_and_epoch_have() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(0, 50), st.sampled_from([(2,), (2, 4), (3, 5, 6)]))
-def test_all_clips_of_a_step_have_one_length(global_batch, seed, lengths) -> None:
-    plan = pad_to(plan_clips(VIDEOS, Sets(lengths, (1, 2)), epoch=0, seed=seed, global_batch=global_batch), 12)
+def test_all_clips_of_a_step_have_one_length(global_batch: int, seed: int, lengths: tuple[int, ...]) -> None:
+    plan = pad_to(plan_clips(VIDEOS, Schedule(lengths, (1, 2)), epoch=0, seed=seed, global_batch=global_batch), 12)
     for begin in range(0, len(plan), global_batch):
         assert len({len(clip.positions) for clip in plan.clips[begin : begin + global_batch]}) == 1
     real = [clip for clip in plan.clips if clip.weight]
-    starts = len(plan_clips(VIDEOS, Sets(lengths, (1, 2)), epoch=0, seed=seed))
+    starts = len(plan_clips(VIDEOS, Schedule(lengths, (1, 2)), epoch=0, seed=seed))
     assert len(real) == starts == plan.counts["clips"]
     assert plan.counts.get("padding", 0) == len(plan) - len(real)
 
 
 def test_seven_clips_on_four_ranks() -> None:
-    plan = plan_clips([video("a", 8)], Sets((2,), (1,)), epoch=0, seed=0, global_batch=4)
+    plan = plan_clips([video("a", 8)], Schedule((2,), (1,)), epoch=0, seed=0, global_batch=4)
     assert len(plan) == 7
     plan = pad_to(plan, 4)
-    shares = [rank_rows(plan, world=4, rank=rank, batch_size=1) for rank in range(4)]
+    shares = [rank_rows(plan, world_size=4, rank=rank, batch_size=1) for rank in range(4)]
     assert [len(share) for share in shares] == [2, 2, 2, 2]
     assert plan.counts["padding"] == 1 and sum(clip.weight for share in shares for clip in share) == 7
     interleaved = [share[step] for step in range(2) for share in shares]
@@ -113,14 +113,14 @@ def test_seven_clips_on_four_ranks() -> None:
 
 def test_ranks_share_every_global_batch_in_order() -> None:
     plan = pad_to(plan_clips(VIDEOS, SETS, epoch=0, seed=0, global_batch=6), 6)
-    shares = [rank_rows(plan, world=3, rank=rank, batch_size=2) for rank in range(3)]
+    shares = [rank_rows(plan, world_size=3, rank=rank, batch_size=2) for rank in range(3)]
     joined = [clip for step in range(plan.steps) for share in shares for clip in share[2 * step : 2 * step + 2]]
     assert joined == list(plan.clips)
     with pytest.raises(ValueError, match="pad_to"):
-        rank_rows(plan, world=2, rank=0, batch_size=2)
+        rank_rows(plan, world_size=2, rank=0, batch_size=2)
 
 
-def test_the_plan_can_be_entered_at_any_step() -> None:
+def test_plan_can_be_resumed_at_any_step() -> None:
     plan = pad_to(plan_clips(VIDEOS, SETS, epoch=0, seed=0, global_batch=4), 4)
     for step in range(plan.steps + 1):
         assert plan.from_step(step).clips == plan.clips[4 * step :]
@@ -128,7 +128,7 @@ def test_the_plan_can_be_entered_at_any_step() -> None:
         plan.from_step(plan.steps + 1)
 
 
-def test_weights_repeat_and_thin_out_sources_without_losing_count() -> None:
+def test_weights_repeat_and_subsample_sources_and_are_counted() -> None:
     even = plan_clips(VIDEOS, SETS, epoch=0, seed=0)
     own = Counter(clip.source for clip in even.clips)
     plan = plan_clips(VIDEOS, SETS, epoch=0, seed=0, weights={"bdd": 2.5, "vis": 0.5})
@@ -140,21 +140,21 @@ def test_weights_repeat_and_thin_out_sources_without_losing_count() -> None:
     for epoch in range(4):
         plan = plan_clips(VIDEOS, SETS, epoch=epoch, seed=0, weights={"vis": 0.5})
         thinned.add(frozenset((clip.video, clip.positions[0]) for clip in plan.clips if clip.source == "vis"))
-    assert len(thinned) > 1, "every epoch thins out differently"
+    assert len(thinned) > 1, "every epoch subsamples differently"
 
 
-def test_limits_draw_at_random_and_count_the_rest() -> None:
+def test_limits_keep_a_random_subset_and_count_the_rest() -> None:
     plan = plan_clips(VIDEOS, SETS, epoch=0, seed=0, max_clips=5)
     assert len(plan) == 5 and plan.counts["starts_not_drawn_limit"] == 38 - 5
-    halved = plan_clips(VIDEOS, Sets((4,), (1,)), epoch=0, seed=0, length_per_iteration=2)
-    whole = plan_clips(VIDEOS, Sets((4,), (1,)), epoch=0, seed=0)
-    assert len(halved) == len(whole) // 2
+    halved = plan_clips(VIDEOS, Schedule((4,), (1,)), epoch=0, seed=0, length_per_iteration=2)
+    full = plan_clips(VIDEOS, Schedule((4,), (1,)), epoch=0, seed=0)
+    assert len(halved) == len(full) // 2
     with pytest.raises(MotipError, match="LENGTH_PER_ITERATION"):
-        plan_clips(VIDEOS, Sets((5,), (1,)), epoch=0, seed=0, length_per_iteration=2)
+        plan_clips(VIDEOS, Schedule((5,), (1,)), epoch=0, seed=0, length_per_iteration=2)
 
 
 def test_frames_without_objects_are_kept_and_counted() -> None:
-    plan = plan_clips([video("c", 14, empty=(3, 4))], Sets((2,), (1,)), epoch=0, seed=0)
+    plan = plan_clips([video("c", 14, empty=(3, 4))], Schedule((2,), (1,)), epoch=0, seed=0)
     assert len(plan) == 13
     assert plan.counts["clips_without_objects"] == 1
     assert plan.counts["clips_the_published_sampler_drops"] == 3
@@ -163,26 +163,26 @@ def test_frames_without_objects_are_kept_and_counted() -> None:
 
 def test_gaps_in_the_frame_numbers_are_counted() -> None:
     gappy = replace(video("a", 5), frame_numbers=(0, 1, 5, 6, 7))
-    plan = plan_clips([gappy], Sets((3,), (1,)), epoch=0, seed=0)
+    plan = plan_clips([gappy], Schedule((3,), (1,)), epoch=0, seed=0)
     assert plan.counts["clips_over_frame_gaps"] == 2
 
 
-def test_a_single_image_gives_one_clip_of_repeats() -> None:
-    plan = plan_clips([video("s", 1), video("a", 6)], Sets((3,), (2,)), epoch=0, seed=0)
+def test_single_image_gives_one_clip_of_repeats() -> None:
+    plan = plan_clips([video("s", 1), video("a", 6)], Schedule((3,), (2,)), epoch=0, seed=0)
     assert [clip.positions for clip in plan.clips if clip.video == "s"] == [(0, 0, 0)]
 
 
-def test_zero_trainable_clips_is_an_error_that_does_the_arithmetic() -> None:
-    with pytest.raises(MotipError, match="not a single clip") as caught:
-        plan_clips([video("d", 3)], Sets((5,), (2, 3)), epoch=0, seed=0)
+def test_no_trainable_clip_is_an_error_with_its_arithmetic() -> None:
+    with pytest.raises(MotipError, match="no clip to train on") as caught:
+        plan_clips([video("d", 3)], Schedule((5,), (2, 3)), epoch=0, seed=0)
     assert "9 frames for a clip of 5 at interval 2" in str(caught.value)
     assert "longest video has 3 frames" in str(caught.value)
-    with pytest.raises(MotipError, match="not a single clip"):
+    with pytest.raises(MotipError, match="no clip to train on"):
         plan_clips([], SETS, epoch=0, seed=0)
 
 
-def test_labels_without_a_single_object_are_an_error() -> None:
-    with pytest.raises(MotipError, match="not a single object"):
+def test_labels_without_objects_are_an_error() -> None:
+    with pytest.raises(MotipError, match="no object to train on"):
         plan_clips([video("a", 9, empty=tuple(range(9)))], SETS, epoch=0, seed=0)
 
 
@@ -194,11 +194,13 @@ def test_labels_without_a_single_object_are_an_error() -> None:
         (VIDEOS, {"dance": 1.0}, "without videos"),
     ],
 )
-def test_contradictory_mixes_are_refused(videos, weights, match) -> None:
+def test_inconsistent_mixes_are_errors(videos: list[PlanVideo], weights: dict[str, float] | None, match: str) -> None:
     with pytest.raises(MotipError, match=match):
         plan_clips(videos, SETS, epoch=0, seed=0, weights=weights)
 
 
-def test_clip_references_survive_json() -> None:
-    for clip in plan_clips(VIDEOS, SETS, epoch=0, seed=0).clips:
+def test_clip_references_round_trip_through_json() -> None:
+    clips = plan_clips(VIDEOS, SETS, epoch=0, seed=0).clips
+    assert clips
+    for clip in clips:
         assert ClipRef.from_json(clip.to_json()) == clip

@@ -1,4 +1,4 @@
-"""Conversion: which videos, every row accounted for, incremental, resumable, and one clear error for bad input."""
+"""Conversion: selection of videos, accounting of label rows, incremental and resumed runs, errors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pytest
 from motip.config import load_curriculum
 from motip.data.convert import convert, process_map
 from motip.data.convert_report import ConversionUi, inspect_shards
-from motip.data.convert_sequence import BAD_IMAGE, NOT_ASKED, TAIL
+from motip.data.convert_sequence import BAD_IMAGE, NOT_SELECTED, TAIL
 from motip.data.dancetrack_export import export_dancetrack
 from motip.data.formats import motchallenge
-from motip.data.image_check import fingerprint, look_alikes, problem_of
+from motip.data.image_check import image_hash, image_problem, near_duplicates
 from motip.data.manifest import Manifest, entry_path
 from motip.data.shards import read_labels
 from motip.errors import MotipError
@@ -58,7 +58,7 @@ def test_real_samples_end_to_end(samples_dir: Path, tmp_path: Path) -> None:
         source("dance", "motchallenge", "dancetrack", splits={"val": "val"}, classes={"pedestrian": ("pedestrian",)}),
     ]
     stages = ([mix("bdd", 1)], [mix("visdrone", 1)])
-    # The one street video has cars, the stand-ins for aerial video people: neither stage may lean on the other's.
+    # The street video has only cars, the aerial stand-ins only people: a stage needs its own labels.
     for allowed, missing in (((), "'pedestrian' of stage 'stage1'"), (("pedestrian",), "'car' of stage 'stage2'")):
         one_sided = curriculum(sources, *stages, classes=("pedestrian", "car"), allow_unlabelled=allowed)
         with pytest.raises(MotipError, match=f"class {missing} has no label in any of its training videos"):
@@ -83,16 +83,16 @@ def test_real_samples_end_to_end(samples_dir: Path, tmp_path: Path) -> None:
     assert report.splits["bdd"]["val"]["categories"]["truck"]["boxes"] == 8
     assert json.loads((tmp_path / "shards" / "report.json").read_text())["sources"] == report.splits
     for name in both.sources:
-        sheet = cv2.imread(str(tmp_path / "shards" / f"{name}_overlay.png"))
-        assert sheet.shape[1] == 4 * 640
-        assert sheet.std() > 20
-    # The two VisDrone stand-ins are one camera at two times: worth a note, not an error.
+        overlay = cv2.imread(str(tmp_path / "shards" / f"{name}_overlay.png"))
+        assert overlay.shape[1] == 4 * 640
+        assert overlay.std() > 20
+    # The two VisDrone stand-ins are from one camera at different times: a note, not an error.
     assert any("look the same" in note for note in report.notes)
     with pytest.raises(MotipError, match="look the same"):
         convert(both, samples_dir, tmp_path, strict=True)
 
 
-def test_more_videos_later_are_added_and_none_is_rewritten(bdd: Path, tmp_path: Path) -> None:
+def test_larger_request_adds_videos_without_rewriting_shards(bdd: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = convert(plan(2), bdd, store)
     before = files(store)
@@ -109,7 +109,7 @@ def test_more_videos_later_are_added_and_none_is_rewritten(bdd: Path, tmp_path: 
     assert files(store) == after
 
 
-def test_a_changed_label_or_image_rewrites_exactly_its_video(bdd: Path, tmp_path: Path) -> None:
+def test_changed_label_or_image_rewrites_only_its_video(bdd: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = convert(plan(6), bdd, store)
     labels = bdd / "bdd" / "labels" / "box_track_20" / "train" / "train3.json"
@@ -124,7 +124,7 @@ def test_a_changed_label_or_image_rewrites_exactly_its_video(bdd: Path, tmp_path
     image = bdd / "bdd" / "images" / "track" / "train" / "train2" / "train2-0000004.jpg"
     image.write_bytes(jpeg(99))
     assert convert(plan(6), bdd, store).written == 1
-    # Another picture in a file of the same size shows only by its time.
+    # Other content of the same size is detected by the modification time.
     size, digest = image.stat().st_size, convert(plan(6), bdd, store).manifest.digest()
     data = bytearray(image.read_bytes())
     data[size // 2] ^= 0x10
@@ -135,12 +135,12 @@ def test_a_changed_label_or_image_rewrites_exactly_its_video(bdd: Path, tmp_path
     assert third.manifest.digest() != digest
 
 
-def test_lost_and_damaged_shards_are_written_again_with_the_same_manifest(bdd: Path, tmp_path: Path) -> None:
+def test_missing_and_corrupt_shards_are_rewritten_with_the_same_manifest(bdd: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = convert(plan(3), bdd, store)
-    victims = [entry_path(store, entry) for entry in first.manifest.videos[:2]]
-    victims[0].unlink()
-    victims[1].write_bytes(b"PAR1 not whole")
+    damaged = [entry_path(store, entry) for entry in first.manifest.videos[:2]]
+    damaged[0].unlink()
+    damaged[1].write_bytes(b"PAR1 truncated")
     second = convert(plan(3), bdd, store)
     assert second.written == 2
     assert second.manifest == first.manifest
@@ -165,33 +165,33 @@ convert(plan(6), {root!r}, {store!r}, map_fn=killed)
 """
 
 
-def test_killed_midway_ends_with_the_same_manifest_digest(bdd: Path, tmp_path: Path, repo_root: Path) -> None:
+def test_killed_conversion_resumes_to_the_same_manifest(bdd: Path, tmp_path: Path, repo_root: Path) -> None:
     undisturbed = convert(plan(6), bdd, tmp_path / "undisturbed")
     store = tmp_path / "store"
     script = KILLED.format(repo=str(repo_root), root=str(bdd), store=str(store))
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=repo_root)
     assert ended.returncode == 137, ended.stderr
     assert not (store / "shards" / "manifest.json").exists()
-    assert len(files(store)) == 5  # four finished, one half
+    assert len(files(store)) == 5  # four complete, one partial
     second = convert(plan(6), bdd, store)
     assert second.written == 4
     assert second.manifest.digest() == undisturbed.manifest.digest()
     assert second.manifest == undisturbed.manifest
 
 
-def test_the_result_does_not_depend_on_how_jobs_are_run(bdd: Path, tmp_path: Path) -> None:
+def test_result_does_not_depend_on_job_execution(bdd: Path, tmp_path: Path) -> None:
     def backwards(function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:
         return map(function, reversed(jobs))
 
-    seen = []
-    one = convert(plan(4), bdd, tmp_path / "a", progress=lambda *values: seen.append(values))
+    calls = []
+    one = convert(plan(4), bdd, tmp_path / "a", progress=lambda *values: calls.append(values))
     other = convert(plan(4), bdd, tmp_path / "b", map_fn=backwards)
     assert one.manifest == other.manifest
-    assert ("converting", 6, 6) in seen
+    assert ("converting", 6, 6) in calls
     assert convert(plan(4), bdd, tmp_path / "c", map_fn=process_map(2)).manifest == one.manifest
 
 
-def test_the_order_of_directory_listings_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_does_not_depend_on_directory_listing_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "raw"
     for split, prefix in (("train", "t"), ("val", "v")):
         for index in range(2):
@@ -231,13 +231,13 @@ def test_validation_is_locked_by_the_first_conversion(bdd: Path, tmp_path: Path)
     second = convert(plan(4), bdd, store)
     assert second.manifest.locked == first.manifest.locked
     assert second.manifest.of("bdd", "val") == first.manifest.of("bdd", "val")
-    assert any("1 new val sequences are not in the lock" in note for note in second.notes)
+    assert any("1 new val sequences are not locked" in note for note in second.notes)
     os.rename(bdd / "bdd" / "images" / "track" / "val" / "val0", bdd / "gone")
     with pytest.raises(MotipError, match=r"1 locked val sequences .* are gone, such as val0"):
         convert(plan(4), bdd, store)
 
 
-def test_what_a_run_with_fewer_splits_does_not_handle_stays_locked(bdd: Path, tmp_path: Path) -> None:
+def test_splits_that_a_conversion_does_not_handle_stay_locked(bdd: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = convert(plan(2), bdd, store)
     second = convert(plan(4, splits={"train": "train"}), bdd, store)
@@ -255,7 +255,7 @@ def test_what_a_run_with_fewer_splits_does_not_handle_stays_locked(bdd: Path, tm
     assert third.written == 0
 
 
-def test_long_sequences_are_cut_and_every_row_is_accounted_for(tmp_path: Path) -> None:
+def test_long_sequences_are_cut_and_all_rows_counted(tmp_path: Path) -> None:
     for name, length in (("a", 65), ("b", 50), ("c", 107)):
         visdrone_video(tmp_path / "vis", name, length)
     visdrone_video(tmp_path / "vis", "v", 70, split="val")
@@ -267,7 +267,7 @@ def test_long_sequences_are_cut_and_every_row_is_accounted_for(tmp_path: Path) -
     assert [e.frames for e in report.manifest.of("vis", "val")] == [70]
     rows = report.splits["vis"]["train"]["rows"]
     assert rows["raw"] == 2 * (65 + 50 + 107)
-    assert rows["dropped"] == {TAIL: 2 * 15, NOT_ASKED: 2 * 57}
+    assert rows["dropped"] == {TAIL: 2 * 15, NOT_SELECTED: 2 * 57}
     before = files(tmp_path / "store")
     more = convert(curriculum(sources, [mix("vis", 4)], classes=("pedestrian",)), tmp_path, tmp_path / "store")
     assert more.written == 1
@@ -275,32 +275,32 @@ def test_long_sequences_are_cut_and_every_row_is_accounted_for(tmp_path: Path) -
     assert more.splits["vis"]["train"]["rows"]["dropped"] == {TAIL: 2 * (15 + 7)}
 
 
-def test_a_shortage_cuts_shorter_and_says_so(tmp_path: Path) -> None:
+def test_shortage_of_videos_cuts_shorter_segments_with_a_note(tmp_path: Path) -> None:
     for name, length in (("a", 60), ("b", 45)):
         visdrone_video(tmp_path / "vis", name, length)
     visdrone_video(tmp_path / "vis", "v", 20, split="val")
     sources = [source("vis", "visdrone", "vis", classes={"pedestrian": ("pedestrian",)})]
 
-    def ask(*mixes: Any, **options: Any) -> Any:
+    def convert_mixes(*mixes: Any, **options: Any) -> Any:
         stages = curriculum(sources, list(mixes), classes=("pedestrian",))
         return convert(stages, tmp_path, tmp_path / "store", **options)
 
-    report = ask(mix("vis", 4))
+    report = convert_mixes(mix("vis", 4))
     assert len(report.manifest.of("vis", "train")) == 4
-    assert any("make 2 videos of at most 200 frames; 4 were asked for" in note for note in report.notes)
+    assert any("make 2 videos of at most 200 frames; 4 were requested" in note for note in report.notes)
     assert not any("are not used by this curriculum" in note for note in report.notes)
     with pytest.raises(
-        MotipError, match="fewer videos than asked for: source 'vis' has 5 at most, a stage asks for 9"
+        MotipError, match="fewer videos than requested: source 'vis' has 5 at most, a stage requests 9"
     ) as caught:
-        ask(mix("vis", 9))
+        convert_mixes(mix("vis", 9))
     assert "`allow_fewer: true`" in str(caught.value.fix)
-    fewer = ask(mix("vis", 9), allow_fewer=True)
+    fewer = convert_mixes(mix("vis", 9), allow_fewer=True)
     assert len(fewer.manifest.of("vis", "train")) == 2
     assert any("4 shards are not used by this curriculum" in note for note in fewer.notes)
-    tolerant = ask(mix("vis", 9, allow_fewer=True), mix("vis", 3))
+    tolerant = convert_mixes(mix("vis", 9, allow_fewer=True), mix("vis", 3))
     assert len(tolerant.manifest.of("vis", "train")) >= 3
-    with pytest.raises(MotipError, match="fewer videos than asked for"):
-        ask(mix("vis", 20, allow_fewer=True), mix("vis", 9))
+    with pytest.raises(MotipError, match="fewer videos than requested"):
+        convert_mixes(mix("vis", 20, allow_fewer=True), mix("vis", 9))
 
 
 def test_frame_budget(bdd: Path, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_frame_budget(bdd: Path, tmp_path: Path) -> None:
     assert len(more.manifest.of("bdd", "train")) == 6
 
 
-def test_ignore_regions_survive(bdd: Path, tmp_path: Path) -> None:
+def test_ignore_regions_are_stored(bdd: Path, tmp_path: Path) -> None:
     report = convert(plan(1), bdd, tmp_path / "store")
     (entry,) = report.manifest.of("bdd", "train")
     labels = read_labels(entry_path(tmp_path / "store", entry))
@@ -320,7 +320,7 @@ def test_ignore_regions_survive(bdd: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "problem"),
+    ("corrupt", "problem"),
     [
         (lambda data: data[: len(data) // 2], "truncated JPEG"),
         (lambda data: b"", "empty file"),
@@ -328,42 +328,42 @@ def test_ignore_regions_survive(bdd: Path, tmp_path: Path) -> None:
         (lambda data: jpeg(1, 32, 32), "is 32x32, the sequence is 64x48"),
     ],
 )
-def test_broken_images_are_named_and_counted_and_fatal_when_strict(
-    bdd: Path, tmp_path: Path, spoil: Callable[[bytes], bytes], problem: str
+def test_broken_images_are_reported_and_errors_when_strict(
+    bdd: Path, tmp_path: Path, corrupt: Callable[[bytes], bytes], problem: str
 ) -> None:
     image = bdd / "bdd" / "images" / "track" / "val" / "val1" / "val1-0000004.jpg"
-    image.write_bytes(spoil(image.read_bytes()))
+    image.write_bytes(corrupt(image.read_bytes()))
     store = tmp_path / "store"
-    for _ in range(2):  # counted again when the shard is already there
+    for _ in range(2):  # counted again for an up-to-date shard
         report = convert(plan(1), bdd, store)
         counts = report.splits["bdd"]["val"]
         assert counts["bad_images"] == [f"val1/val1-0000004.jpg: {problem}"]
         assert counts["rows"]["dropped"] == {BAD_IMAGE: 2}
         assert counts["frames"] == 19
-    for place in (store, tmp_path / "fresh"):
+    for target in (store, tmp_path / "fresh"):
         with pytest.raises(MotipError, match=r"val1.* broken") as caught:
-            convert(plan(1), bdd, place, strict=True)
+            convert(plan(1), bdd, target, strict=True)
         assert "val1-0000004.jpg" in str(caught.value)
 
 
-def test_a_video_without_any_whole_image_counts_as_missing(bdd: Path, tmp_path: Path) -> None:
-    # Headers say the size, but every file ends early.
+def test_video_without_an_intact_image_counts_as_missing(bdd: Path, tmp_path: Path) -> None:
+    # The headers are readable, but every file is truncated.
     for image in (bdd / "bdd" / "images" / "track" / "train" / "train1").iterdir():
         image.write_bytes(image.read_bytes()[:-40])
-    with pytest.raises(MotipError, match="fewer videos than asked for: the manifest has 5"):
+    with pytest.raises(MotipError, match="fewer videos than requested: the manifest has 5"):
         convert(plan(6), bdd, tmp_path / "store")
     report = convert(plan(6, allow_fewer=True), bdd, tmp_path / "store")
     assert len(report.manifest.of("bdd", "train")) == 5
     assert not (tmp_path / "store" / "shards" / "bdd" / "train" / "train1.parquet").exists()
 
 
-def test_a_sequence_in_train_and_val_is_refused_by_name(bdd: Path, tmp_path: Path) -> None:
+def test_sequence_in_train_and_val_is_an_error(bdd: Path, tmp_path: Path) -> None:
     bdd_video(bdd / "bdd", "train2", 10, split="val")
     with pytest.raises(MotipError, match="1 val sequences of source 'bdd' are also in train, such as train2"):
         convert(plan(2), bdd, tmp_path / "store")
 
 
-def test_a_copied_video_under_another_name_is_refused(bdd: Path, tmp_path: Path) -> None:
+def test_copied_video_under_another_name_is_an_error(bdd: Path, tmp_path: Path) -> None:
     images = bdd / "bdd" / "images" / "track"
     for number in range(1, 11):
         data = (images / "train" / "train0" / f"train0-{number:07d}.jpg").read_bytes()
@@ -374,14 +374,14 @@ def test_a_copied_video_under_another_name_is_refused(bdd: Path, tmp_path: Path)
     assert not (tmp_path / "store" / "shards" / "manifest.json").exists()
 
 
-def test_two_sources_must_not_train_and_evaluate_the_same_sequences(bdd: Path, tmp_path: Path) -> None:
+def test_training_and_evaluating_the_same_sequences_by_two_sources_is_an_error(bdd: Path, tmp_path: Path) -> None:
     swapped = source("swapped", "bdd100k", "bdd", splits={"train": "val", "val": "train"}, classes={"car": ("car",)})
     both = curriculum([source(*BDD, classes={"car": ("car",)}), swapped], [mix("bdd", 6), mix("swapped", 1)])
     with pytest.raises(MotipError, match="trains on sequences that"):
         convert(both, bdd, tmp_path / "store")
 
 
-def test_other_sources_of_a_storage_stay_as_they_were(bdd: Path, tmp_path: Path) -> None:
+def test_other_sources_of_a_storage_are_not_changed(bdd: Path, tmp_path: Path) -> None:
     visdrone_video(bdd / "vis", "a", 20)
     visdrone_video(bdd / "vis", "v", 20, split="val")
     store = tmp_path / "store"
@@ -392,8 +392,8 @@ def test_other_sources_of_a_storage_stay_as_they_were(bdd: Path, tmp_path: Path)
     assert [e for e in second.manifest.videos if e.source == "bdd"] == list(first.manifest.videos)
 
 
-def test_training_videos_of_a_source_that_is_only_evaluated_stay(bdd: Path, tmp_path: Path) -> None:
-    """Two curricula on one storage, one with replay: the other must not take the replayed videos from it."""
+def test_training_videos_of_a_source_that_is_only_evaluated_are_kept(bdd: Path, tmp_path: Path) -> None:
+    """Two curricula on one storage, one with replay: converting the other must not remove the replayed videos."""
     visdrone_video(bdd / "vis", "a", 20)
     visdrone_video(bdd / "vis", "v", 20, split="val")
     both = [source("bdd", "bdd100k", "bdd"), source("vis", "visdrone", "vis", classes={"pedestrian": ("pedestrian",)})]
@@ -405,7 +405,7 @@ def test_training_videos_of_a_source_that_is_only_evaluated_stay(bdd: Path, tmp_
     assert other.written == 0
 
 
-def test_bad_input_is_one_clear_error(bdd: Path, tmp_path: Path) -> None:
+def test_invalid_input_is_an_error(bdd: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     with pytest.raises(MotipError, match="the data root is missing"):
         convert(plan(1), bdd / "none", store)
@@ -422,7 +422,7 @@ def test_bad_input_is_one_clear_error(bdd: Path, tmp_path: Path) -> None:
         convert(plan(1, format="coco"), bdd, store)
     assert not (store / "shards" / "manifest.json").exists()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(MotipError, match="the folder cannot be made"):
+    with pytest.raises(MotipError, match="cannot create the folder"):
         convert(plan(1), bdd, tmp_path / "file" / "store")
 
 
@@ -437,26 +437,26 @@ def test_every_stage_needs_labels_of_its_classes_in_its_own_videos(tmp_path: Pat
         source("vis", "visdrone", "vis"),
     ]
 
-    def ask(*stages: Any, **options: Any) -> Any:
-        wanted = curriculum(sources, *stages, classes=("pedestrian", "car"), **options)
-        return convert(wanted, tmp_path, tmp_path / "store")
+    def convert_stages(*stages: Any, **options: Any) -> Any:
+        plan = curriculum(sources, *stages, classes=("pedestrian", "car"), **options)
+        return convert(plan, tmp_path, tmp_path / "store")
 
     with pytest.raises(MotipError, match="class 'car' of stage 'stage2' has no label") as caught:
-        ask([mix("bdd", 1)], [mix("vis", 1)])
+        convert_stages([mix("bdd", 1)], [mix("vis", 1)])
     assert caught.value.where == "classes of vis"
     assert caught.value.found == "vis: pedestrian 20"
     assert caught.value.expected == "vis: car"
     assert "allow_unlabelled: [car]" in str(caught.value.fix)
-    # A second source in the stage itself will do.
-    mixed = ask([mix("vis", 1), mix("bdd", 1)])
+    # A second source in the stage itself is sufficient.
+    mixed = convert_stages([mix("vis", 1), mix("bdd", 1)])
     assert not any("as allowed" in note for note in mixed.notes)
-    allowed = ask([mix("bdd", 1)], [mix("vis", 2)], allow_unlabelled=("car",))
+    allowed = convert_stages([mix("bdd", 1)], [mix("vis", 2)], allow_unlabelled=("car",))
     assert [note for note in allowed.notes if "as allowed" in note] == [
-        "stage stage2 trains car without any label of it, as allowed; there are vis: pedestrian 40"
+        "stage stage2 trains car without any label of it, as allowed; found vis: pedestrian 40"
     ]
 
 
-def test_only_the_videos_that_a_stage_takes_count(tmp_path: Path) -> None:
+def test_only_videos_of_the_stage_count_for_its_classes(tmp_path: Path) -> None:
     for name in "abcdef":
         bdd_video(tmp_path / "bdd", name, 10, categories=("car",) if name == "c" else ("bus",))
     bdd_video(tmp_path / "bdd", "v", 10, split="val")
@@ -470,7 +470,7 @@ def test_only_the_videos_that_a_stage_takes_count(tmp_path: Path) -> None:
     convert(curriculum([one], [mix("bdd", 6)], [mix("bdd", first + 1)]), tmp_path, tmp_path / "store")
 
 
-def test_a_category_that_no_label_has_is_noted(bdd: Path, tmp_path: Path) -> None:
+def test_category_without_labels_is_noted(bdd: Path, tmp_path: Path) -> None:
     report = convert(plan(1, classes={"car": ("car", "van")}), bdd, tmp_path / "store")
     assert any("no training label has the category van" in note for note in report.notes)
 
@@ -502,25 +502,25 @@ def test_dancetrack_folder_from_shards(bdd: Path, tmp_path: Path) -> None:
         export_dancetrack(report.manifest, tmp_path / "store", tmp_path / "dance", ("car",), {"none": {}})
 
 
-def test_look_alikes_survive_recompression_and_scaling() -> None:
-    picture = cv2.imdecode(np.frombuffer(jpeg(5, 640, 480), np.uint8), cv2.IMREAD_COLOR)
-    original = cv2.imencode(".jpg", picture)[1].tobytes()
-    small = cv2.imencode(".jpg", cv2.resize(picture, (320, 240)), [cv2.IMWRITE_JPEG_QUALITY, 60])[1].tobytes()
+def test_near_duplicates_are_found_after_recompression_and_scaling() -> None:
+    image = cv2.imdecode(np.frombuffer(jpeg(5, 640, 480), np.uint8), cv2.IMREAD_COLOR)
+    original = cv2.imencode(".jpg", image)[1].tobytes()
+    small = cv2.imencode(".jpg", cv2.resize(image, (320, 240)), [cv2.IMWRITE_JPEG_QUALITY, 60])[1].tobytes()
     other = jpeg(6, 640, 480)
-    ours = [("train", [fingerprint(original)])]
-    assert look_alikes(ours, [("small", [fingerprint(small)]), ("other", [fingerprint(other)])]) == [
+    ours = [("train", [image_hash(original)])]
+    assert near_duplicates(ours, [("small", [image_hash(small)]), ("other", [image_hash(other)])]) == [
         ("train", "small", False)
     ]
-    assert look_alikes(ours, [("same", [fingerprint(original)])]) == [("train", "same", True)]
-    assert look_alikes(ours, []) == []
+    assert near_duplicates(ours, [("same", [image_hash(original)])]) == [("train", "same", True)]
+    assert near_duplicates(ours, []) == []
 
 
-def test_whole_images_have_no_problem(tmp_path: Path) -> None:
+def test_intact_images_have_no_problem(tmp_path: Path) -> None:
     write_images(tmp_path, ["1.jpg"])
-    assert problem_of((tmp_path / "1.jpg").read_bytes(), (64, 48)) is None
+    assert image_problem((tmp_path / "1.jpg").read_bytes(), (64, 48)) is None
     png = cv2.imencode(".png", np.zeros((48, 64, 3), np.uint8))[1].tobytes()
-    assert problem_of(png, (64, 48)) is None
-    assert problem_of(png[:60], (64, 48)) == "does not decode"
+    assert image_problem(png, (64, 48)) is None
+    assert image_problem(png[:60], (64, 48)) == "does not decode"
 
 
 def job(repo_root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -529,7 +529,7 @@ def job(repo_root: Path, *arguments: object) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=repo_root, env=environment)
 
 
-def test_the_job_ends_with_one_message_and_no_traceback_on_bad_input(repo_root: Path, tmp_path: Path) -> None:
+def test_job_reports_invalid_input_without_a_traceback(repo_root: Path, tmp_path: Path) -> None:
     ended = job(repo_root, "--config", "configs/samples/curriculum.yaml", "--data-root", tmp_path / "none")
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: the data root is missing")
@@ -538,7 +538,7 @@ def test_the_job_ends_with_one_message_and_no_traceback_on_bad_input(repo_root: 
 
 
 @pytest.mark.cluster
-def test_the_job_on_ray_equals_a_run_without(samples_dir: Path, repo_root: Path, tmp_path: Path) -> None:
+def test_job_on_ray_equals_a_local_conversion(samples_dir: Path, repo_root: Path, tmp_path: Path) -> None:
     config = repo_root / "configs" / "samples" / "curriculum.yaml"
     ended = job(repo_root, "--config", config, "--data-root", samples_dir, "--storage", tmp_path / "ray")
     assert ended.returncode == 0, ended.stderr

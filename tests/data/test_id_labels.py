@@ -1,4 +1,4 @@
-"""What happens to objects beyond the vocabulary, to empty frames, and to the random draws."""
+"""ID labels: objects beyond the vocabulary, empty frames, random sampling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_distractors_are_unknown_newborns_without_history() -> None:
         assert slots.trajectory_masks[rest].all() and (slots.trajectory_ann[rest] == -1).all()
         assert (slots.trajectory_labels[rest] == -1).all()
         assert (slots.unknown_labels[rest] == SETTINGS.vocabulary).all()
-        assert not slots.unknown_masks[rest].all(), "they are there to be told apart"
+        assert not slots.unknown_masks[rest].all(), "distractors must take part in the loss"
         assert (slots.trajectory_labels[:, :, :6] >= 0).all()
         shown = slots.trajectory_ann[:, :, :6][~slots.trajectory_masks[:, :, :6]]
         assert (shown >= 0).all()
@@ -43,7 +43,7 @@ def test_every_object_has_exactly_one_slot_when_distractors_are_kept() -> None:
             assert sorted(present[present >= 0].tolist()) == list(range(len(own)))
 
 
-def test_settings_come_from_the_configuration_keys() -> None:
+def test_settings_are_read_from_the_configuration() -> None:
     config = Config(SUBSET_OVERFLOW="drop", NUM_ID_VOCABULARY=40, NUM_TRAINING_IDS=30, AUG_NUM_GROUPS=3)
     found = IdSettings.from_config(config)
     assert (found.overflow, found.vocabulary, found.training_ids, found.groups) == ("drop", 40, 30, 3)
@@ -88,7 +88,7 @@ def test_equal_seeds_give_equal_slots_and_groups_differ() -> None:
     assert not (first.trajectory_labels[0] == first.trajectory_labels[1]).all()
 
 
-def test_switching_never_moves_anything_with_probability_zero_and_mostly_with_one() -> None:
+def test_switch_probability_zero_keeps_all_slots_and_one_moves_most() -> None:
     ids = [np.arange(5)] * 6
     calm = replace(SETTINGS, occlusion_prob=0.0, switch_prob=0.0)
     slots = draw_id_slots(ids, calm, np.random.default_rng(0))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from motip.config import DatasetFormat
 from motip.data.formats import motchallenge
 from motip.data.formats.common import RawSequence
 from motip.data.formats.dancetrack_writer import seqmap_path, write_dancetrack, write_seqmap
-from motip.data.formats.registry import reader
+from motip.data.formats.registry import READERS, reader
 from motip.data.sequence import ClassMap, ReadReport, Sequence
 from motip.errors import MotipError
 from tests.helpers.raw_datasets import write_mot, write_table
@@ -54,16 +56,16 @@ def test_flag_zero_and_other_classes(tmp_path: Path) -> None:
     assert sequence.frames[0].categories == ("car", "class 99")
 
 
-def test_a_length_that_lies_is_not_believed(tmp_path: Path) -> None:
+def test_wrong_seq_length_is_ignored_and_noted(tmp_path: Path) -> None:
     sequence, report = read(
         tmp_path, [[1, 1, 5, 6, 10, 12, 1, 1, 1], [3, 1, 5, 6, 10, 12, 1, 1, 1]], frames=3, length=9
     )
     assert len(sequence.frames) == 3
-    assert report.repaired[motchallenge.LYING_LENGTH] == 1
-    assert "seqLength says 9" in report.notes[0]
+    assert report.repaired[motchallenge.WRONG_LENGTH] == 1
+    assert "seqLength is 9" in report.notes[0]
 
 
-def test_frame_rate_from_seqinfo_from_the_source_or_assumed_and_noted(tmp_path: Path) -> None:
+def test_frame_rate_comes_from_the_source_then_seqinfo_then_a_default(tmp_path: Path) -> None:
     folder = write_mot(tmp_path, "s", [[1, 1, 5, 6, 10, 12, 1, 1, 1]], 1)
     (raw,) = motchallenge.list_sequences(tmp_path, "train")
     assert motchallenge.read_sequence(raw)[0].fps == 20.0
@@ -77,19 +79,19 @@ def test_frame_rate_from_seqinfo_from_the_source_or_assumed_and_noted(tmp_path: 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([[0, 1, 5, 6, 10, 12, 1, 1, 1]], "frame number is not a whole number from 1 on"),
+        ([[0, 1, 5, 6, 10, 12, 1, 1, 1]], "frame number is not an integer >= 1"),
         ([[1, -1, 5, 6, 10, 12, 1, -1, -1]], "detections, not of tracks"),
-        ([[1, 1, 5, 6, 10, 12, 1, 0, 1]], "class is not a whole number from 1 on"),
+        ([[1, 1, 5, 6, 10, 12, 1, 0, 1]], "class is not an integer >= 1"),
         ([[1, 1, 5, 6, 10]], "wrong number of columns"),
         ([[1, 1, 5, 6, 10, 12], [1, 1, 5, 6, 10, 12, 1]], "wrong number of columns"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, rows: list[list], message: str) -> None:
+def test_invalid_label_files_are_errors(tmp_path: Path, rows: list[list], message: str) -> None:
     with pytest.raises(MotipError, match=message):
         read(tmp_path, rows)
 
 
-def test_damaged_seqinfo_and_missing_folders(tmp_path: Path) -> None:
+def test_corrupt_seqinfo_and_missing_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(MotipError, match="split 'train' is missing"):
         motchallenge.list_sequences(tmp_path, "train")
     (tmp_path / "train").mkdir()
@@ -104,12 +106,17 @@ def test_damaged_seqinfo_and_missing_folders(tmp_path: Path) -> None:
         motchallenge.list_sequences(tmp_path, "train")
 
 
-def test_unknown_format_names_the_known_ones() -> None:
+def test_every_configured_format_has_a_reader() -> None:
+    assert set(READERS) == set(get_args(DatasetFormat))
+    assert all(name == found.DATASET for name, found in READERS.items())
+
+
+def test_unknown_format_is_an_error_with_the_known_formats() -> None:
     with pytest.raises(MotipError, match="bdd100k, visdrone, motchallenge"):
         reader("coco")
 
 
-def test_a_dancetrack_folder_is_read_back_as_it_was(samples_dir: Path, tmp_path: Path) -> None:
+def test_dancetrack_folder_round_trip(samples_dir: Path, tmp_path: Path) -> None:
     (raw,) = reader("bdd100k").list_sequences(samples_dir / "bdd100k", "val")
     sequence, _ = reader("bdd100k").read_sequence(raw)
     classes = ClassMap(("pedestrian", "car"), {"pedestrian": ("pedestrian",), "car": ("car",)})
@@ -119,17 +126,17 @@ def test_a_dancetrack_folder_is_read_back_as_it_was(samples_dir: Path, tmp_path:
     again, report = motchallenge.read_sequence(motchallenge.list_sequences(tmp_path, "val")[0])
     assert counts == {"frames": 6, "objects": report.kept, "ignored": 87 - report.kept}
     assert [frame.number for frame in again.frames] == list(range(6))
-    assert not report.repaired.keys() & {motchallenge.LYING_LENGTH}
+    assert not report.repaired.keys() & {motchallenge.WRONG_LENGTH}
     for before, after in zip(sequence.frames, again.frames, strict=True):
-        boxes, track_ids, class_ids, _ = classes.split(before)
-        np.testing.assert_allclose(after.boxes_xyxy, boxes, atol=1e-3)
-        assert after.track_ids.tolist() == (track_ids + 1).tolist()
-        assert after.categories == tuple(classes.names[index] for index in class_ids)
+        labels = classes.split(before)
+        np.testing.assert_allclose(after.boxes_xyxy, labels.boxes_xyxy, atol=1e-3)
+        assert after.track_ids.tolist() == (labels.track_ids + 1).tolist()
+        assert after.categories == tuple(classes.names[index] for index in labels.class_ids)
         assert after.image.read_bytes() == before.image.read_bytes()
     assert again.fps == 5.0
 
 
-def test_a_dancetrack_folder_needs_images(samples_dir: Path, tmp_path: Path) -> None:
+def test_dancetrack_folder_without_images_is_an_error(samples_dir: Path, tmp_path: Path) -> None:
     sequence, _ = motchallenge.read_sequence(
         RawSequence("x", "train", write_table(tmp_path / "gt.txt", [[1, 1, 5, 6, 10, 12]]))
     )

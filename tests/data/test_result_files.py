@@ -1,4 +1,4 @@
-"""Track files: written, read back, and refused where they count from 0."""
+"""Result files: round trips, bytes on disk, errors for files that count from 0."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def one_row() -> TrackRows:
     )
 
 
-def test_what_is_on_disk(tmp_path: Path) -> None:
+def test_bytes_on_disk(tmp_path: Path) -> None:
     write_mot(tmp_path / "s.txt", one_row())
     assert (tmp_path / "s.txt").read_text() == "1,5,1.0000,2.0000,10.0000,20.0000,0.500000,2,-1\n"
     write_visdrone(tmp_path / "v.txt", one_row(), (1, 4))
@@ -94,7 +94,7 @@ def test_what_is_on_disk(tmp_path: Path) -> None:
     assert (second["frameIndex"], second["labels"]) == (1, [])
 
 
-def test_an_empty_result_is_an_empty_file(tmp_path: Path) -> None:
+def test_empty_result_is_an_empty_file(tmp_path: Path) -> None:
     write_mot(tmp_path / "s.txt", TrackRows.empty())
     assert (tmp_path / "s.txt").read_text() == ""
     assert len(read_mot(tmp_path / "s.txt", default_class=0)) == 0
@@ -103,14 +103,14 @@ def test_an_empty_result_is_an_empty_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("0,1,5,5,9,9,1,1,-1", "frame number is not a whole number from 1 on"),
-        ("1,0,5,5,9,9,1,1,-1", "track id is not a whole number from 1 on"),
-        ("1,1,5,5,9,9,1,0,-1", "class is not a whole number from 1 on"),
+        ("0,1,5,5,9,9,1,1,-1", "frame number is not an integer >= 1"),
+        ("1,0,5,5,9,9,1,1,-1", "track id is not an integer >= 1"),
+        ("1,1,5,5,9,9,1,0,-1", "class is not an integer >= 1"),
         ("1,1,5,5,9,9,1,-1,-1,-1", "rows without a class"),
         ("1,1,5,nan,9,9,1,1,-1", "not a finite number"),
     ],
 )
-def test_files_that_count_from_zero_or_name_no_class_are_refused(tmp_path: Path, line: str, message: str) -> None:
+def test_numbers_from_zero_and_missing_classes_are_errors(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "s.txt"
     path.write_text(line + "\n")
     with pytest.raises(MotipError, match=message):
@@ -125,21 +125,21 @@ def test_baseline_predictions_without_class(samples_dir: Path) -> None:
     assert set(rows.scores.tolist()) == {1.0}
 
 
-def test_unknown_categories_and_missing_files_are_refused(tmp_path: Path) -> None:
+def test_unknown_categories_and_missing_files_are_errors(tmp_path: Path) -> None:
     write_visdrone(tmp_path / "v.txt", one_row(), (1, 4))
-    with pytest.raises(MotipError, match="category 4 is none of the classes"):
+    with pytest.raises(MotipError, match="category 4 is not one of the classes"):
         read_visdrone(tmp_path / "v.txt", (1,))
     with pytest.raises(MotipError, match="categories 1 to 10"):
         write_visdrone(tmp_path / "v.txt", one_row(), (0, 4))
     write_bdd100k(tmp_path / "b.json", {"clip": one_row()}, NAMES)
-    with pytest.raises(MotipError, match="not a tracking result"):
+    with pytest.raises(MotipError, match="not a readable tracking result"):
         read_bdd100k(tmp_path / "b.json", ("pedestrian",))
     for read in (read_mot, lambda path: read_visdrone(path, (1,)), lambda path: read_bdd100k(path, NAMES)):
         with pytest.raises(MotipError, match="no such file"):
             read(tmp_path / "none")
 
 
-def test_numbers_that_could_not_be_read_back_are_not_written(tmp_path: Path) -> None:
+def test_unreadable_numbers_are_not_written(tmp_path: Path) -> None:
     rows = one_row()
     rows.track_ids[0] = -1
     with pytest.raises(MotipError, match="id number is negative"):

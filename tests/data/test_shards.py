@@ -1,4 +1,4 @@
-"""Parquet shards: what goes in comes out, only what is asked for is read, nothing half-written appears."""
+"""Parquet shards: exact round trip, partial reads, atomic writes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def frame(number: int, objects: int = 3) -> Frame:
 
 
 def sequence(count: int = 21) -> Sequence:
-    # Numbers start late and have a gap; some frames are empty.
+    # Frame numbers start above 0 and have a gap; some frames are empty.
     frames = tuple(frame(165 + number + 3 * (number > 10), number % 4) for number in range(count))
     return Sequence("clip", "bdd100k", "train", 5.0, 1280, 720, frames, track_names=("a", "b"))
 
@@ -53,18 +53,18 @@ def assert_same(found: Frame, expected: Frame, *, image: bool = True) -> None:
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), strict=True)
 
 
-def test_frames_come_back_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_frames_are_returned_in_the_requested_order(tmp_path: Path) -> None:
     original = sequence()
     write_shard(original, tmp_path / "clip.parquet")
-    asked = [20, 0, 7, 8, 7, 15]
-    for position, found in zip(asked, read_frames(tmp_path / "clip.parquet", asked), strict=True):
+    requested = [20, 0, 7, 8, 7, 15]
+    for position, found in zip(requested, read_frames(tmp_path / "clip.parquet", requested), strict=True):
         assert_same(found, original.frames[position])
     for position, found in enumerate(read_frames(tmp_path / "clip.parquet", range(21))):
         assert_same(found, original.frames[position])
     assert read_frames(tmp_path / "clip.parquet", []) == []
 
 
-def test_labels_come_back_without_images(tmp_path: Path) -> None:
+def test_labels_are_returned_without_images(tmp_path: Path) -> None:
     original = sequence()
     write_shard(original, tmp_path / "clip.parquet", video="clip_part")
     found = read_labels(tmp_path / "clip.parquet")
@@ -74,7 +74,7 @@ def test_labels_come_back_without_images(tmp_path: Path) -> None:
         assert_same(after, before, image=False)
 
 
-def test_only_the_row_groups_asked_for_and_no_image_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_requested_row_groups_and_columns_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shard(sequence(), tmp_path / "clip.parquet")
     shard = Shard(tmp_path / "clip.parquet")
     reads = []
@@ -102,7 +102,7 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     assert read_header(tmp_path / "a").images_sha256 == read_header(tmp_path / "c").images_sha256
 
 
-def test_any_parquet_tool_reads_it_and_images_are_stored_as_they_are(tmp_path: Path) -> None:
+def test_shards_are_plain_parquet_with_uncompressed_images(tmp_path: Path) -> None:
     original = sequence()
     write_shard(original, tmp_path / "clip.parquet", source="bdd")
     table = pq.read_table(tmp_path / "clip.parquet")
@@ -128,7 +128,7 @@ def test_real_images_are_stored_byte_for_byte(samples_dir: Path, tmp_path: Path)
         assert_same(after, replace(before, image=before.image.read_bytes()))
 
 
-def test_an_error_midway_leaves_no_file(tmp_path: Path) -> None:
+def test_error_during_writing_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError), ShardWriter(tmp_path / "clip.parquet", header_of(sequence(), source="s")) as writer:
         for item in sequence().frames[: ROWS_PER_GROUP + 1]:
             writer.add(item)
@@ -136,29 +136,29 @@ def test_an_error_midway_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_positions_outside_are_an_error(tmp_path: Path) -> None:
+def test_position_outside_the_video_is_an_error(tmp_path: Path) -> None:
     write_shard(sequence(), tmp_path / "clip.parquet")
     for position in (21, -1):
         with pytest.raises(MotipError, match="outside the video"):
             read_frames(tmp_path / "clip.parquet", [position])
 
 
-def test_what_is_no_shard_is_refused_by_name(tmp_path: Path) -> None:
+def test_files_other_than_shards_are_errors(tmp_path: Path) -> None:
     with pytest.raises(MotipError, match="shard is missing"):
         Shard(tmp_path / "none.parquet")
     (tmp_path / "text.parquet").write_text("x" * 100)
     with pytest.raises(MotipError, match="not a readable Parquet file"):
         Shard(tmp_path / "text.parquet")
     pq.write_table(pq.read_table(_written(tmp_path)).replace_schema_metadata(None), tmp_path / "other.parquet")
-    with pytest.raises(MotipError, match="not one of our shards"):
+    with pytest.raises(MotipError, match="not a shard of this project"):
         Shard(tmp_path / "other.parquet")
-    whole = _written(tmp_path).read_bytes()
-    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    complete = _written(tmp_path).read_bytes()
+    (tmp_path / "truncated.parquet").write_bytes(complete[: len(complete) // 2])
     with pytest.raises(MotipError, match="not a readable Parquet file"):
-        Shard(tmp_path / "cut.parquet")
+        Shard(tmp_path / "truncated.parquet")
 
 
-def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_format_version_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _written(tmp_path)
     monkeypatch.setattr(shards, "SHARD_VERSION", 2)
     with pytest.raises(MotipError, match="another format version"):

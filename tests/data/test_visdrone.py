@@ -1,4 +1,4 @@
-"""VisDrone reader: samples, and one fixture for every label trap."""
+"""VisDrone reader: samples, and a fixture for every label defect."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def row(
     return [frame, track, *box, score, category, 0, 0]
 
 
-def test_samples_are_read_whole(samples_dir: Path) -> None:
+def test_samples_are_read_completely(samples_dir: Path) -> None:
     for split, rows in (("train", 128), ("val", 121)):
         (raw,) = visdrone.list_sequences(samples_dir / "visdrone", split)
         sequence, report = visdrone.read_sequence(raw)
@@ -45,7 +45,7 @@ def test_real_aerial_labels_without_images(samples_dir: Path, name: str) -> None
     assert sum(map(np.sum, regions)) == sum(line.split(",")[7] == "0" for line in path.read_text().splitlines())
 
 
-def test_a_root_that_holds_the_sequences_itself(samples_dir: Path) -> None:
+def test_root_may_contain_the_sequences_directly(samples_dir: Path) -> None:
     (raw,) = visdrone.list_sequences(samples_dir / "visdrone" / "VisDrone2019-MOT-val", "val")
     assert raw.name == "uav_pets09_s2l1_00734_v"
 
@@ -69,13 +69,13 @@ def test_regions_share_id_zero_without_being_duplicates(tmp_path: Path) -> None:
     assert not report.dropped
 
 
-def test_a_detection_file_is_refused_by_name(samples_dir: Path) -> None:
+def test_detection_file_is_an_error(samples_dir: Path) -> None:
     (path,) = (samples_dir / "labels_only" / "visdrone_det" / "annotations").iterdir()
     with pytest.raises(MotipError, match="VisDrone-DET file"):
         visdrone.read_sequence(RawSequence("x", "train", path))
 
 
-def test_rows_that_are_no_objects_are_dropped_by_reason(tmp_path: Path) -> None:
+def test_invalid_rows_are_dropped_by_reason(tmp_path: Path) -> None:
     rows = [row(), row(box=(1, 1, 4, 4)), row(track=2, box=(1, 1, 0, 4)), row(frame=9), row(track=4, box=(-3, 1, 9, 9))]
     _, report = read(tmp_path, rows)
     assert (report.raw, report.kept) == (5, 2)
@@ -95,7 +95,7 @@ def test_images_outside_the_labels_are_left_out_and_frames_between_are_empty(tmp
     assert report.repaired[UNLABELLED] == 3
 
 
-def test_a_missing_image_is_a_gap_not_a_shift(tmp_path: Path) -> None:
+def test_missing_image_is_a_gap_and_does_not_shift_labels(tmp_path: Path) -> None:
     write_visdrone(tmp_path, "s", [row(1, 1), row(2, 2), row(3, 3)], 3)
     (tmp_path / "VisDrone2019-MOT-train" / "sequences" / "s" / "0000002.jpg").unlink()
     sequence, report = visdrone.read_sequence(visdrone.list_sequences(tmp_path, "train")[0])
@@ -115,8 +115,8 @@ def test_images_named_from_zero_are_renumbered_and_counted(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([row(0)], "frame number is not a whole number from 1 on"),
-        ([row(1.5)], "frame number is not a whole number"),
+        ([row(0)], "frame number is not an integer >= 1"),
+        ([row(1.5)], "frame number is not an integer"),
         ([row(category=12)], "unknown VisDrone category 12"),
         ([row()[:9]], "wrong number of columns"),
         ([[*row()[:3], "x", *row()[4:]]], "not a number"),
@@ -124,20 +124,20 @@ def test_images_named_from_zero_are_renumbered_and_counted(tmp_path: Path) -> No
         ([], "no label rows"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, rows: list[list], message: str) -> None:
+def test_invalid_label_files_are_errors_with_the_file(tmp_path: Path, rows: list[list], message: str) -> None:
     with pytest.raises(MotipError, match=message) as caught:
         read(tmp_path, rows)
     assert "s.txt" in str(caught.value.where)
 
 
-def test_two_images_of_one_number_are_refused(tmp_path: Path) -> None:
+def test_two_images_with_one_number_are_an_error(tmp_path: Path) -> None:
     write_visdrone(tmp_path, "s", [row()], 1)
     write_images(tmp_path / "VisDrone2019-MOT-train" / "sequences" / "s", ["1.jpg"])
     with pytest.raises(MotipError, match="two images have the frame number 1"):
         visdrone.read_sequence(visdrone.list_sequences(tmp_path, "train")[0])
 
 
-def test_missing_and_empty_folders_are_refused_by_name(tmp_path: Path) -> None:
+def test_missing_and_empty_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(MotipError, match="no VisDrone-MOT data"):
         visdrone.list_sequences(tmp_path, "train")
     (tmp_path / "VisDrone2019-MOT-train" / "sequences").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The error users see: complete, one message, no traceback, across process borders, also for missing system parts."""
+"""MotipError: message, pickling, causes, exit status; atomic files and digests."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from motip.storage.atomic import atomic_write, digest, write_json_atomic
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_message_names_place_and_remedy() -> None:
+def test_message_has_all_parts() -> None:
     error = MotipError("too few videos", where="a.yaml:3", found=7, expected="at least 56", fix="ask for fewer")
     lines = str(error).splitlines()
     assert lines[0] == "too few videos"
     assert [line.split(":")[0].strip() for line in lines[1:]] == ["where", "found", "expected", "fix"]
 
 
-def test_it_survives_pickling() -> None:
+def test_error_is_picklable() -> None:
     error = MotipError("wrong", where="here", found=1)
     assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301 - our own bytes
 
 
-def test_it_is_found_in_a_chain_of_causes() -> None:
+def test_error_is_found_in_a_chain_of_causes() -> None:
     inner = MotipError("the cause")
     try:
         try:
@@ -52,8 +52,8 @@ def test_other_errors_keep_their_traceback() -> None:
         _ = 1 / 0
 
 
-def test_a_missing_system_library_is_named_with_its_package(tmp_path: Path) -> None:
-    """A machine without libGL: the wheel of OpenCV is there, but its import fails."""
+def test_missing_system_library_is_reported_with_its_package(tmp_path: Path) -> None:
+    """Without libGL, OpenCV is installed but its import fails."""
     package = tmp_path / "cv2"
     package.mkdir()
     text = "libGL.so.1: cannot open shared object file: No such file or directory"
@@ -73,18 +73,18 @@ def test_a_missing_system_library_is_named_with_its_package(tmp_path: Path) -> N
     assert "Traceback" not in result.stderr
 
 
-def test_files_are_whole_or_absent(tmp_path: Path) -> None:
+def test_atomic_write_is_published_only_on_success(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "value.json"
     write_json_atomic(path, {"b": 1, "a": [2]})
     before = path.read_text()
     with pytest.raises(RuntimeError), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("cut off")
+        temporary.write_text("partial")
+        raise RuntimeError("interrupted")
     assert path.read_text() == before
     assert [child.name for child in path.parent.iterdir()] == ["value.json"]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MotipError, match="cannot write") as caught:
         write_json_atomic(tmp_path / "file" / "value.json", {})

@@ -1,4 +1,4 @@
-"""Headless Chromium for tests over the W3C WebDriver protocol: HTTP and JSON, so that it needs no package."""
+"""Headless Chromium over the W3C WebDriver protocol (HTTP and JSON), without an extra package."""
 
 from __future__ import annotations
 
@@ -29,47 +29,49 @@ class Browser:
         # A test in a container may be root and have little shared memory.
         arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--mute-audio"]
         options = {"args": arguments, "binary": shutil.which("chromium") or shutil.which("google-chrome")}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
-        started = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+        capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        started = self._request("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
         self._session = f"/session/{started['sessionId']}"
 
     def open(self, address: str) -> None:
-        self._ask("POST", f"{self._session}/url", {"url": address})
+        self._request("POST", f"{self._session}/url", {"url": address})
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """The value that JavaScript returns; a promise is waited for."""
-        return self._ask("POST", f"{self._session}/execute/sync", {"script": script, "args": list(arguments)})
+        """The value that JavaScript returns; a promise is awaited."""
+        return self._request("POST", f"{self._session}/execute/sync", {"script": script, "args": list(arguments)})
 
     def press(self, key: str) -> None:
-        """A key on the keyboard, down and up, wherever the focus is."""
+        """Press and release a key in the focused element."""
         actions = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
-        self._ask("POST", f"{self._session}/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
+        self._request(
+            "POST", f"{self._session}/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]}
+        )
 
     def log(self, kind: str = "browser") -> list[dict[str, Any]]:
-        """What the console (``browser``) or the network (``performance``) noted since it was last asked."""
-        return list(self._ask("POST", f"{self._session}/se/log", {"type": kind}))
+        """Entries of the console (``browser``) or network (``performance``) log since the last call."""
+        return list(self._request("POST", f"{self._session}/se/log", {"type": kind}))
 
-    def look(self, width: int, height: int, scheme: str) -> None:
-        """A screen of this size in CSS pixels, in ``light`` or ``dark``."""
+    def set_screen(self, width: int, height: int, scheme: str) -> None:
+        """Emulate a screen of this size in CSS pixels, in ``light`` or ``dark``."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._devtools("Emulation.setDeviceMetricsOverride", size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self._devtools("Emulation.setEmulatedMedia", {"features": features})
 
-    def picture(self, path: Path, height: int) -> None:
-        """A PNG of the top of the page, ``height`` CSS pixels of it, though the screen may be lower."""
+    def screenshot(self, path: Path, height: int) -> None:
+        """Write a PNG of the top ``height`` CSS pixels of the page, which may exceed the screen."""
         width = self.run("return innerWidth")
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
         taken = self._devtools("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         path.write_bytes(base64.b64decode(taken["data"]))
 
     def close(self) -> None:
-        self._ask("DELETE", self._session)
+        self._request("DELETE", self._session)
 
     def _devtools(self, command: str, values: dict[str, Any]) -> Any:
-        return self._ask("POST", f"{self._session}/goog/cdp/execute", {"cmd": command, "params": values})
+        return self._request("POST", f"{self._session}/goog/cdp/execute", {"cmd": command, "params": values})
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self._address}{path}", data, {"Content-Type": "application/json"})
         request.method = method
@@ -82,7 +84,7 @@ class Browser:
 
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Browser]:
-    """A browser for the block; the test is skipped where there is none.
+    """A browser for the block; the test is skipped if none is installed.
 
     Args:
         folder: for the driver's log.

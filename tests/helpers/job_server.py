@@ -1,4 +1,4 @@
-"""A stand-in for the job server of a Ray head: it answers Ray's own client over HTTP and keeps what it was sent."""
+"""Fake job server of a Ray head: serves Ray's own client over HTTP and records the requests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ JOB = "raysubmit_test"
 
 @dataclass
 class JobServer:
-    """What the server does, and what it has heard.
+    """Behaviour of the server and the requests it received.
 
     Attributes:
-        token: which it wants in every request; None wants none.
-        log: what the job prints.
-        status: how the job ends.
-        cuts: after how many characters each of the first connections to the log breaks.
+        token: required in every request; None: no authentication.
+        log: output of the job.
+        status: final status of the job.
+        cuts: number of characters after which each of the first log connections breaks.
+        paths: method and path of every request.
+        uploaded, jobs: bodies of the package uploads and of the job submissions.
     """
 
     token: str | None = None
@@ -59,7 +61,7 @@ class JobServer:
         text = self.log
         if self.cuts:
             await socket.send_str(text[: self.cuts.pop(0)])
-            # A broken line ends without the closing handshake.
+            # A broken connection has no closing handshake.
             assert request.transport is not None
             request.transport.close()
             return socket
@@ -71,7 +73,7 @@ class JobServer:
 
 @contextlib.contextmanager
 def job_server(**behaviour: Any) -> Iterator[JobServer]:
-    """Run a server on loopback in a thread."""
+    """Run a server on loopback in a thread; ``behaviour`` are the fields of ``JobServer``."""
     server = JobServer(**behaviour)
     loop = asyncio.new_event_loop()
     ready = threading.Event()

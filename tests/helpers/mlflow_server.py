@@ -1,4 +1,4 @@
-"""A real ``mlflow server`` on loopback for tests, and the page of its UI that compares runs."""
+"""An ``mlflow server`` on loopback for tests, and the page of its UI that compares runs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tests.helpers.browser import Browser
 
-STARTS_WITHIN_S = 600.0
-DRAWN_WITHIN_S = 300.0
+START_TIMEOUT_S = 600.0
+RENDER_TIMEOUT_S = 300.0
 
 ROW = """
 const [name, cells] = arguments;
@@ -35,27 +35,27 @@ const found = [...values.querySelectorAll('[style*="top"]')].filter(each => each
 if (found.length < cells) return null;
 values.scrollTop = parseFloat(top);
 return found.slice(0, cells)"""
-"""The cells of a name. Parameters are a table; metrics are two grids, one of names and one of values, which hold only
-the rows that are in view, each at the height that its style says; the one that is found is scrolled to the top."""
+"""The cells of a name. Parameters are a table; metrics are two grids, of names and of values, which contain only the
+rows in view, positioned by their style; the row that is found is scrolled to the top."""
 
 SCROLL = """
 const values = document.querySelectorAll('[role=grid]')[1];
 if (values) values.scrollTop =
   values.scrollTop + values.clientHeight >= values.scrollHeight ? 0 : values.scrollTop + 0.8 * values.clientHeight;"""
-"""The names follow the values, as for whoever turns the wheel."""
+"""Scrolls the grid of values by most of its height; the grid of names follows."""
 
 FOLD = """
 document.querySelector('[aria-label="Close"]')?.click();
 document.querySelector('[aria-label="collapse Visualizations"]')?.click();
 for (const each of document.querySelectorAll('[role=switch]')) if (each.ariaChecked !== 'true') each.click();"""
-"""Closes the assistant and the plots, and leaves out the parameters, metrics and tags that all runs have alike."""
+"""Closes the assistant and the plots, and hides parameters, metrics and tags that are equal in all runs."""
 
 
 class Server:
     """A server that can be stopped and started again.
 
     Args:
-        folder: for its log, its artifacts, and its database where none is given.
+        folder: for its log, its artifacts, and its database if none is given.
         database: SQLite file to serve.
     """
 
@@ -69,14 +69,14 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database}"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        # Its background jobs (scoring, traces) are processes of their own, and of no use here.
+        # Its background jobs (scoring, traces) are separate processes that are not needed.
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         environment = {**os.environ, **quiet}
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + STARTS_WITHIN_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             try:
                 with urllib.request.urlopen(f"{self.address}/health", timeout=2) as answer:
@@ -88,7 +88,7 @@ class Server:
 
     def stop(self) -> None:
         if self._process is not None:
-            # No farewell: answers get lost after the server has acted, as in a real outage.
+            # SIGKILL: responses may be lost after the server has acted, as in a real outage.
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(20)
             self._process = None
@@ -120,7 +120,7 @@ def comparison(address: str, runs: Sequence[str], experiment: str) -> str:
 
 
 def compared(window: Browser, page: str, names: Sequence[str], runs: int) -> dict[str, list[str]]:
-    """Open a comparison, and read what it shows of these parameters and metrics.
+    """Open a comparison and read the rows of these parameters and metrics.
 
     Returns:
         Name -> the cells of the runs, as text.
@@ -130,13 +130,13 @@ def compared(window: Browser, page: str, names: Sequence[str], runs: int) -> dic
 
 
 def only_differences(window: Browser) -> None:
-    """Leave on an open comparison the parameters, metrics and tags that differ, and nothing above their tables."""
+    """Hide everything of an open comparison except the tables of differing parameters, metrics and tags."""
     window.run(FOLD)
 
 
 def row(window: Browser, name: str, runs: int) -> list[str]:
-    """The cells beside a name, once they are there; the grid of metrics is scrolled until it comes into view."""
-    end = time.monotonic() + DRAWN_WITHIN_S
+    """The cells beside a name, once rendered; the grid of metrics is scrolled until the name is in view."""
+    end = time.monotonic() + RENDER_TIMEOUT_S
     while time.monotonic() < end:
         cells = window.run(ROW, name, runs)
         if cells:

@@ -1,4 +1,4 @@
-"""An S3-compatible server on loopback that can be told to stumble, for tests of what is stored there."""
+"""S3-compatible server on loopback with injectable failures, for storage tests."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BUSY = b"<Error><Code>SlowDown</Code><Message>please reduce your request rate</M
 
 
 @dataclass
-class Trouble:
-    """The next ``left`` requests whose `METHOD /path?query` matches are answered 503, or not at all."""
+class InjectedFailure:
+    """The next ``left`` requests whose `METHOD /path?query` matches get a 503, or a closed connection if ``drop``."""
 
     pattern: str
     left: int
@@ -30,37 +30,39 @@ class Trouble:
 
 
 class ObjectStore:
-    """The server's application: passes requests on to moto unless there is trouble.
+    """WSGI application that forwards requests to moto except for injected failures.
 
     Attributes:
-        uri: a bucket of its own.
-        requests: `METHOD /path?query` of all that arrived, with `503` or `dropped` before those that failed.
+        uri: address of a new bucket.
+        requests: `METHOD /path?query` of all requests, prefixed by `503` or `dropped` if they failed.
     """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         self._lock = threading.Lock()
-        self.troubles: list[Trouble] = []
+        self.failures: list[InjectedFailure] = []
         self.requests: list[str] = []
         self.uri = f"s3://bucket-{secrets.token_hex(4)}"
 
-    def fails(self, pattern: str, times: int, drop: bool = False) -> None:
-        self.troubles.append(Trouble(pattern, times, drop))
+    def fail(self, pattern: str, times: int, drop: bool = False) -> None:
+        """Let the next ``times`` requests that match ``pattern`` fail."""
+        self.failures.append(InjectedFailure(pattern, times, drop))
 
     def failed(self) -> list[str]:
+        """The requests that failed."""
         return [request for request in self.requests if request.startswith(("503", "dropped"))]
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}"
         with self._lock:
-            trouble = next((each for each in self.troubles if each.left and re.search(each.pattern, request)), None)
-            if trouble is not None:
-                trouble.left -= 1
-            word = "" if trouble is None else "dropped " if trouble.drop else "503 "
-            self.requests.append(word + request)
-        if trouble is None:
+            failure = next((each for each in self.failures if each.left and re.search(each.pattern, request)), None)
+            if failure is not None:
+                failure.left -= 1
+            prefix = "" if failure is None else "dropped " if failure.drop else "503 "
+            self.requests.append(prefix + request)
+        if failure is None:
             return self._inner(environ, start_response)  # type: ignore[no-any-return]
-        if trouble.drop:
+        if failure.drop:
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionError("dropped on purpose")
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -70,12 +72,12 @@ class ObjectStore:
 
 @contextlib.contextmanager
 def object_store() -> Iterator[ObjectStore]:
-    """A running store that the environment of this process, and of those it starts, names."""
+    """A running store, with its endpoint and credentials in the environment of this process and its children."""
     server_module = pytest.importorskip("moto.server", reason="moto[server] is a test dependency")
     from werkzeug.serving import make_server
 
     store = ObjectStore(server_module.DomainDispatcherApplication(server_module.create_backend_app))
-    # A dropped request ends in a traceback of the server, which is what was asked for.
+    # A dropped request is logged with a traceback, which is expected here.
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     server = make_server("127.0.0.1", 0, store, threaded=True)
     server.log = lambda *args: None  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Tiny datasets in the raw formats, written by the tests that read them."""
+"""Tiny datasets in the raw formats, and stand-ins for a curriculum's sources and mixes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ WIDTH, HEIGHT = 64, 48
 
 
 def jpeg(seed: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """A picture that differs clearly from that of another seed."""
+    """An image that differs clearly from that of another seed."""
     cells = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    picture = cv2.resize(cells, (width, height), interpolation=cv2.INTER_NEAREST)
-    return cv2.imencode(".jpg", picture)[1].tobytes()
+    image = cv2.resize(cells, (width, height), interpolation=cv2.INTER_NEAREST)
+    return cv2.imencode(".jpg", image)[1].tobytes()
 
 
 def write_images(folder: Path, names: Iterable[str], seed: int = 0) -> None:
@@ -43,7 +43,7 @@ def bdd_frame(video: str, number: int, labels: list[dict] | None, **changes: Any
 def write_bdd(
     root: Path, video: str, frames: list[dict], *, split: str = "train", images: Iterable[int] | None = None
 ) -> None:
-    """One video; ``images`` are 0-based numbers (default: one for each label frame)."""
+    """Write one video; ``images`` are 0-based frame numbers (default: one per label frame)."""
     numbers = range(len(frames)) if images is None else images
     names = [f"{video}-{number + 1:07d}.jpg" for number in numbers]
     write_images(root / "images" / "track" / split / video, names, seed=sum(map(ord, split + video)))
@@ -55,7 +55,7 @@ def write_bdd(
 def bdd_video(
     root: Path, video: str, length: int, *, split: str = "train", categories: tuple[str, ...] = ("car",)
 ) -> None:
-    """``length`` frames with one moving object of each category, and one crowd region."""
+    """Write a video of ``length`` frames with one moving object of each category and one crowd region."""
     frames = []
     for number in range(length):
         labels = [
@@ -108,12 +108,13 @@ def write_mot(
 
 
 def source(name: str, format: str, root: str, **changes: Any) -> SimpleNamespace:
-    """What the conversion needs of a curriculum's source."""
+    """The attributes of `motip.config.Source` that the conversion uses."""
     values = {
         "name": name,
         "format": format,
         "root": root,
         "splits": {"train": "train", "val": "val"},
+        "sequences": {},
         "classes": {"pedestrian": ("pedestrian",), "car": ("car",)},
         "fps": None,
         "max_frames_per_video": 200,
@@ -133,7 +134,7 @@ def curriculum(
     classes: tuple[str, ...] = ("car",),
     allow_unlabelled: tuple[str, ...] = (),
 ) -> SimpleNamespace:
-    """Stages given by their mixes."""
+    """The attributes of `motip.config.Curriculum` that the conversion uses; one list of mixes per stage."""
     return SimpleNamespace(
         name="test",
         sources={item.name: item for item in sources},

@@ -1,6 +1,6 @@
-"""A finished small curriculum whose trackers are replaced by ones that lose a chosen share of the labels.
+"""Fixture: a finished small curriculum whose tracks are replaced by a chosen fraction of the labelled boxes.
 
-A network trained for seconds finds nothing, and a page of zeros would look right whatever it shows.
+A network trained for seconds detects nothing, and a page of zeros could not fail a test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FOUND = {
     "Vis-Adaptation": {"ground": 0.4, "aerial": 0.5},
     "Vis-Specialist": {"ground": 0.38, "aerial": 0.9},
 }
-"""Stage -> domain -> share of the labelled boxes that its tracker finds; the road is forgotten by the third stage."""
+"""Stage -> domain -> fraction of the labelled boxes in its tracks; the third stage forgets the ground domain."""
 
 MAPS = {
     "ground": ClassMap(("pedestrian", "car"), {"pedestrian": ("pedestrian",), "car": ("car",)}),
@@ -38,8 +38,8 @@ PROTOCOLS = {"ground": "bdd100k", "aerial": "visdrone"}
 
 
 @dataclass(frozen=True)
-class World:
-    """The curriculum's folder, its lineage and run, what its stages score, and the page made of it."""
+class ReportedCurriculum:
+    """The curriculum's folder, its lineage and MLflow run, scores by stage and domain, and the written page."""
 
     folder: Path
     lineage: Lineage
@@ -55,8 +55,8 @@ class World:
         return next(path.parent for path in (self.folder / stage).glob("*/stage.json"))
 
 
-def make_world(folder: Path) -> World:
-    """Train for seconds, replace what was found, draw pictures that others would draw, write the page."""
+def make_reported_curriculum(folder: Path) -> ReportedCurriculum:
+    """Train for seconds, replace tracks and scores, add a failure sheet, write the report page."""
     path = write_files(folder)
     path.write_text(path.read_text().replace("val: 1}, frames: 4", "val: 3}, frames: 8"))
     storage = folder / "storage"
@@ -74,16 +74,16 @@ def make_world(folder: Path) -> World:
         _replace(Path(record.checkpoint).parent, scores[record.stage], record.stage)
     _replace_matrix(home / "domains.json", scores)
     page = write_page(home, lineage=lineage, run_id=result.run_id)
-    return World(home, lineage, result.run_id, scores, page)
+    return ReportedCurriculum(home, lineage, result.run_id, scores, page)
 
 
 def _scores(videos: list[VideoEntry], storage: Path, sha256: str, share: float, seed: int) -> Scores:
-    """Scores of tracks with a share of the labelled boxes, which are also stored as the evaluation stores them."""
+    """Scores of tracks with a fraction of the labelled boxes, stored where the evaluation stores its tracks."""
     tracked = {}
     for video in videos:
         rows = _found(video, storage, share, seed)
         place = storage / "evaluations" / sha256[:12] / f"tracks/{video.source}/val/{video.video}.txt"
-        assert place.is_file(), "the curriculum stores tracks of every domain a stage has seen"
+        assert place.is_file(), "the curriculum stores tracks of every domain that a stage was trained on"
         write_mot(place, rows)
         tracked[video.source, video.video] = rows
     source = videos[0].source
@@ -94,7 +94,7 @@ def _found(video: VideoEntry, storage: Path, share: float, seed: int) -> TrackRo
     parts = []
     for frame in read_labels(entry_path(storage, video)).frames:
         boxes, ids, class_ids, _ = MAPS[video.source].split(frame)
-        # The same boxes at every share, and more of them at a larger one. Some sequences are harder than others.
+        # A larger share keeps a superset of the boxes. Some sequences are harder than others.
         ease = 0.75 + 0.5 * np.random.default_rng([len(video.video), video.objects]).random()
         keep = np.random.default_rng([seed, frame.number]).random(len(ids)) < share * ease
         parts.append((np.full(int(keep.sum()), frame.number), ids[keep], boxes[keep], class_ids[keep]))
@@ -103,7 +103,7 @@ def _found(video: VideoEntry, storage: Path, share: float, seed: int) -> TrackRo
 
 
 def _replace(folder: Path, scores: dict[str, Scores], stage: str) -> None:
-    """The stage's own scores, its row of the matrix, and a failure sheet."""
+    """Replace the stage's own scores and its row of the matrix; give the last stage a failure sheet."""
     own = "ground" if stage.startswith("BDD") else "aerial"
     (folder / "scores" / "epoch_000.json").write_text(json.dumps({own: scores[own].to_json()}))
     row = json.loads((folder / "domains.json").read_text())
@@ -124,7 +124,7 @@ def save_png(path: Path, pixels: np.ndarray) -> None:
 def _replace_matrix(path: Path, scores: dict[str, dict[str, Scores]]) -> None:
     stored = json.loads(path.read_text())
     sources = {stage: {domain: {domain: each} for domain, each in own.items()} for stage, own in scores.items()}
-    matrix = DomainMatrix.from_sources(sources, known=stored["known"], before=stored["before"])
+    matrix = DomainMatrix.from_sources(sources, trained_on=stored["known"], ancestors=stored["before"])
     learned = {"ground": "BDD-Refinement", "aerial": "Vis-Specialist"}
     transfer = {stage: matrix.backward_transfer(learned, stage) for stage in matrix.stages[2:]}
     path.write_text(

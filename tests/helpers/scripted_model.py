@@ -1,4 +1,4 @@
-"""A small MOTIP whose ID decoder follows features exactly, and scripted detections to feed it."""
+"""A small MOTIP whose ID decoder matches features exactly, and scripted detections for it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def following_model(vocabulary: int = 8, rel_pe_length: int = 12, classes: int =
     model = build_model(spec).eval()
     weights = recipe.copy_id_decoder_weights(model, 0)
     for key in weights:
-        # Narrow tokens make weaker logits than the full-size ones the recipe was made for.
+        # Narrow tokens give weaker logits than the full-size ones of the recipe.
         if "embed_to_word" in key:
             weights[key] = weights[key] * 20
     model.load_state_dict(weights, strict=False)
@@ -41,9 +41,9 @@ def following_model(vocabulary: int = 8, rel_pe_length: int = 12, classes: int =
 
 
 def features(count: int) -> Tensor:
-    """(count, WIDTH) feature vectors of objects that look unlike each other: every two have a negative product.
+    """(count, WIDTH) dissimilar feature vectors: every two have a negative inner product.
 
-    Each half of the vector tells the objects apart, because each attention head sees one half.
+    Each half of the vector separates the objects, because each attention head reads one half.
     """
     assert count <= WIDTH // 2
     simplex = torch.eye(count) - 1.0 / count
@@ -56,7 +56,7 @@ def features(count: int) -> Tensor:
 def detections(
     objects: list[int], all_features: Tensor, scores: list[float] | None = None, classes: list[int] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (n, 2), boxes (n, 4) and embeds (n, WIDTH) in which exactly `objects` are seen."""
+    """Logits (n, 2), boxes (n, 4) and embeds (n, WIDTH) with exactly these objects."""
     scores = scores or [0.9] * len(objects)
     classes = classes or [0] * len(objects)
     logits = torch.full((len(objects), 2), -10.0)

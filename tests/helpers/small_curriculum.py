@@ -1,4 +1,4 @@
-"""A curriculum of drawn frames that runs in seconds in this process, for tests of the whole chain."""
+"""A curriculum on synthetic frames that runs in seconds in this process, for end-to-end tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from motip.cluster import Cluster
 from motip.config import Curriculum, load_curriculum
 from motip.curriculum import CurriculumResult, Options, run_curriculum
-from motip.lineage import Lineage, NullLineage
+from motip.lineage import Lineage
+from tests.helpers.null_lineage import NullLineage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,11 +53,11 @@ def write_files(folder: Path, *, domains: bool = True) -> Path:
     """The YAML files of the small curriculum; returns the curriculum file.
 
     Args:
-        domains: score what each stage can do in every domain, which takes longer than training it.
+        domains: score the domains after each stage, which takes longer than training it.
     """
     for name in ("one", "two"):
         (folder / f"{name}.yaml").write_text(STAGE)
-    # One stage in the published spelling of the schedule.
+    # One stage uses the key of the published code for the schedule.
     published = STAGE.replace("sampler_lengths: [2]\nsample_intervals: [1]\n", "SAMPLE_LENGTHS: [2]\n")
     (folder / "three.yaml").write_text(published.replace("LR_DROP: 1\n", ""))
     (folder / "four.yaml").write_text(STAGE + "NUM_ID_VOCABULARY: 40\n")
@@ -67,7 +68,7 @@ def write_files(folder: Path, *, domains: bool = True) -> Path:
 
 
 class QuietUi:
-    """Keeps what would be shown."""
+    """Collects the output instead of printing it."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -103,7 +104,7 @@ def run(
     lineage: Lineage | NullLineage | None = None,
     overrides: tuple[str, ...] = (),
 ) -> tuple[CurriculumResult, QuietUi, Curriculum]:
-    """Run the curriculum file; without workers and lineage it stays in this process and tells nobody."""
+    """Run a curriculum file; by default in this process and without MLflow."""
     curriculum = load_curriculum(path, overrides)
     ui = QuietUi()
     options = Options(data_root=str(path.parent), storage=str(storage), workers=workers, config_path=str(path))

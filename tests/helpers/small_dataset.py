@@ -1,4 +1,4 @@
-"""A DanceTrack folder of a few drawn frames, for tests of whole commands: red squares walk, blue ones stay (cars)."""
+"""Small DanceTrack dataset for tests of commands: moving red squares (pedestrians), static blue ones (cars)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import cv2
 import numpy as np
 
 from motip.data.formats.dancetrack_writer import write_seqinfo, write_seqmap
-from motip.weights.pretrained import save_checkpoint
+from motip.weights import save_checkpoint
 
 HEIGHT, WIDTH, FRAMES = 96, 160, 6
 
 
 def write_sequence(folder: Path, seed: int, labels: tuple[str, ...] | None = ("pedestrian", "car")) -> None:
-    """``labels`` None writes no gt/labels.txt, as DanceTrack itself."""
+    """Write a sequence; ``labels`` None writes no gt/labels.txt, as in DanceTrack itself."""
     (folder / "img1").mkdir(parents=True)
     (folder / "gt").mkdir()
     ground = np.random.default_rng(seed).integers(80, 120, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -31,8 +31,8 @@ def write_sequence(folder: Path, seed: int, labels: tuple[str, ...] | None = ("p
     write_seqinfo(folder / "seqinfo.ini", folder.name, 10, FRAMES, (WIDTH, HEIGHT), suffix=".png")
 
 
-def write_dance_world(root: Path, labels: tuple[str, ...] | None = ("pedestrian", "car")) -> Path:
-    """``root/DanceTrack/{train,val}`` with two training and two validation sequences, and their maps."""
+def write_dance_dataset(root: Path, labels: tuple[str, ...] | None = ("pedestrian", "car")) -> Path:
+    """``root/DanceTrack/{train,val}`` with two training and two validation sequences and their sequence maps."""
     base = root / "DanceTrack"
     for split, names in (("train", ("t0", "t1")), ("val", ("v0", "v1"))):
         for number, name in enumerate(names):
@@ -42,7 +42,7 @@ def write_dance_world(root: Path, labels: tuple[str, ...] | None = ("pedestrian"
 
 
 def write_curriculum(path: Path, repo_root: Path) -> Path:
-    """A curriculum file of one two-class stage over that folder, with the tiny preset."""
+    """A curriculum file with one two-class stage on that dataset and the tiny preset."""
     path.with_name("stage.yaml").write_text(
         f"SUPER_CONFIG_PATH: {repo_root / 'configs/demo/motip_tiny.yaml'}\n"
         "DEVICE: cpu\nNUM_CLASSES: 2\nsampler_lengths: [2]\nsample_intervals: [1]\n"
@@ -62,7 +62,7 @@ def write_curriculum(path: Path, repo_root: Path) -> Path:
 
 
 def write_checkpoint(path: Path, stage_yaml: Path, *overrides: str) -> Path:
-    """Freshly initialised weights of the tiny preset that let everything through: many boxes, none meaningful."""
+    """Initialised weights of the tiny preset with low thresholds: many boxes, none meaningful."""
     from motip.config import load_config
     from motip.train.setup import fresh_model
 

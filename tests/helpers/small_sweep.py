@@ -1,4 +1,4 @@
-"""A sweep over the first stage of the small curriculum, and a search in this process: everything but Ray."""
+"""A sweep over the first stage of the small curriculum, and a search that runs its trials in this process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from motip.config.sweep_file import Prune
 from motip.train.preemption import Stopped
-from motip.train.ray_train import Placement
-from motip.tune.ray_tune import Room, RunTrial, Source, Watch
-from motip.tune.searcher import Told
+from motip.train.ray_train import ResourcePlan
+from motip.tune.ray_tune import ConcurrencyPlan, NextTrial, RunTrial, SweepObserver
+from motip.tune.searcher import TrialResult
 from tests.helpers.small_curriculum import write_files
 
 SWEEP = """trials: 3
@@ -22,11 +22,11 @@ prune: {first: 1, reduction: 2}
 confirm: {seeds: 1}
 """
 
-HERE = Room(1, Placement(workers=0), "all in this process")
+IN_PROCESS = ConcurrencyPlan(1, ResourcePlan(workers=0), "all in this process")
 
 
 def write_sweep_files(folder: Path, text: str = SWEEP) -> Path:
-    """The small curriculum, its first stage of two epochs and with a sweep; returns the curriculum file."""
+    """Write the small curriculum, its first stage with two epochs and a sweep; returns the curriculum file."""
     path = write_files(folder, domains=False)
     stage = folder / "one.yaml"
     stage.write_text(stage.read_text().replace("EPOCHS: 1", "EPOCHS: 2"))
@@ -35,60 +35,63 @@ def write_sweep_files(folder: Path, text: str = SWEEP) -> Path:
     return path
 
 
-class HereReport:
-    """A trial's report without Ray."""
+class InProcessReporter:
+    """``TrialReporter`` without Ray; `should_prune` takes epochs and value."""
 
-    def __init__(self, gives_up: Callable[[int, float], bool], said: Callable[[str], None]) -> None:
-        self._gives_up = gives_up
-        self.say = said
+    def __init__(self, should_prune: Callable[[int, float], bool], log: Callable[[str], None]) -> None:
+        self._should_prune = should_prune
+        self.log = log
         self.pruned = False
 
-    def value(self, epochs: int, value: float, of: int) -> None:
-        if epochs < of and self._gives_up(epochs, value):
+    def report_value(self, epochs: int, value: float, of: int) -> None:
+        if epochs < of and self._should_prune(epochs, value):
             self.pruned = True
             raise Stopped
 
-    def at(self, position: str) -> None:
+    def report_position(self, position: str) -> None:
         assert position.startswith("epoch ")
 
 
-class SearchHere:
-    """Stands in for ``motip.tune.ray_tune.search``: one trial after the other in this process.
+class InProcessSearch:
+    """Replaces ``motip.tune.ray_tune.search``: runs the trials sequentially in this process.
 
     Args:
-        prune: keys of the trials that are given up after their first epoch.
-        cut: keys of the trials at whose first epoch the whole search is interrupted.
+        prune: keys of the trials that are pruned after their first epoch.
+        interrupt: keys of the trials at whose first epoch the search is interrupted.
+
+    Attributes:
+        ran: keys of the trials that were run, in order.
     """
 
-    def __init__(self, prune: Sequence[str] = (), cut: Sequence[str] = ()) -> None:
-        self._prune, self._cut = prune, cut
+    def __init__(self, prune: Sequence[str] = (), interrupt: Sequence[str] = ()) -> None:
+        self._prune, self._interrupt = prune, interrupt
         self.ran: list[str] = []
 
     def __call__(
         self,
-        source: Source,
+        next_trial: NextTrial,
         run_trial: RunTrial,
-        room: Room,
-        watch: Watch,
+        concurrency: ConcurrencyPlan,
+        observer: SweepObserver,
         *,
-        known: Sequence[Told] = (),
+        earlier: Sequence[TrialResult] = (),
         prune: Prune | None = None,
         longest: int = 1,
-    ) -> list[Told]:
-        told = list(known)
-        while (ask := source(told)) is not None:
-            self.ran.append(ask.key)
-            own = Told(ask)
-            told.append(own)
-            watch.asked(own)
+    ) -> list[TrialResult]:
+        trials = list(earlier)
+        while (spec := next_trial(trials)) is not None:
+            self.ran.append(spec.key)
+            result = TrialResult(spec)
+            trials.append(result)
+            observer.trial_started(result)
 
-            def gives_up(epochs: int, value: float, key: str = ask.key) -> bool:
-                if key in self._cut:
+            def should_prune(epochs: int, value: float, key: str = spec.key) -> bool:
+                if key in self._interrupt:
                     raise KeyboardInterrupt
                 return prune is not None and key in self._prune
 
-            report: Any = HereReport(gives_up, watch.said)
-            ended = run_trial(ask, report)
-            own.status, own.history, own.message = ended.status, ended.history, ended.message
-            watch.ended(own)
-        return told
+            reporter: Any = InProcessReporter(should_prune, observer.message)
+            final = run_trial(spec, reporter)
+            result.status, result.history, result.message = final.status, final.history, final.message
+            observer.trial_ended(result)
+        return trials

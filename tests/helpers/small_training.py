@@ -1,4 +1,4 @@
-"""A network and clips small enough to train in a test, shared by the tests of the training rooms."""
+"""Small network and clips for tests of training."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def small_model(config: Config, seed: int = 0) -> MOTIP:
 
 
 def clip(seed: int, counts: tuple[int, ...] = (3, 2, 4), height: int = 48, width: int = 64) -> ClipBatch:
-    """One clip; object n of a frame is slot n, every group has its own labels."""
+    """One clip; object n of a frame is ID slot n, every group has different labels."""
     generator = torch.Generator().manual_seed(seed)
     length = len(counts)
     masks = torch.zeros(1, length, height, width, dtype=torch.bool)

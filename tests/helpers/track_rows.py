@@ -1,4 +1,4 @@
-"""Rows for tests, one tuple per box."""
+"""Track rows for tests, one tuple per box."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from motip.data.sequence import TrackRows
 
 
 def rows(*boxes: tuple[float, ...]) -> TrackRows:
-    """Each box is (frame, id, x1, y1, x2, y2, class id); float64, so nothing is rounded."""
+    """Each box is (frame, id, x1, y1, x2, y2, class id); coordinates are float64 and not rounded."""
     table = np.array(boxes, np.float64).reshape(-1, 7)
     return TrackRows(
         table[:, 0].astype(np.int64),
@@ -22,7 +22,7 @@ def rows(*boxes: tuple[float, ...]) -> TrackRows:
 
 
 def random_rows(seed: int, frames: int = 20, objects: int = 8, classes: int = 2, size: float = 60.0) -> TrackRows:
-    """Objects on straight lines; each is seen in most frames."""
+    """Objects on straight lines, each in about 85 % of the frames."""
     rng = np.random.default_rng(seed)
     start = rng.uniform(0, 300, (objects, 2))
     speed = rng.uniform(-4, 4, (objects, 2))
@@ -37,7 +37,7 @@ def random_rows(seed: int, frames: int = 20, objects: int = 8, classes: int = 2,
 
 
 def disturbed(truth: TrackRows, seed: int, shift: float = 8.0, switch: float = 0.05, spare: int = 3) -> TrackRows:
-    """What a tracker might make of `truth`: shifted boxes, misses, changed ids, false positives."""
+    """Imperfect tracks of `truth`: shifted boxes, misses, identity switches, false positives."""
     rng = np.random.default_rng(seed)
     keep = rng.random(len(truth)) < 0.9
     ids = truth.track_ids * 10

@@ -1,4 +1,4 @@
-"""`transformers`' Deformable-DETR with ResNet-50, holding the weights of one of our detectors."""
+"""Deformable-DETR of `transformers` with ResNet-50 and the weights of one of our detectors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from motip.model.detector import DeformableDetr
 from motip.model.spec import ModelSpec
 
-# Their name -> ours; both spellings of the names that changed between transformers 4 and 5.
+# Name in transformers (4 and 5) -> our name.
 _RENAMES: list[tuple[str, Any]] = [
     (r"^model\.backbone\.(?:conv_encoder\.)?model\.", "backbone.0.body."),
     (r"embedder\.embedder\.convolution", "conv1"),
@@ -46,7 +46,7 @@ def _our_tensor(name: str, ours: dict[str, Tensor]) -> Tensor:
 
 
 def twin_of(detector: DeformableDetr, spec: ModelSpec) -> Any:
-    """Their model in eval mode with every weight of `detector`, which must be a ResNet-50 of this `spec`.
+    """The model of `transformers` in eval mode with all weights of `detector`, a ResNet-50 of this `spec`.
 
     Raises:
         ImportError: `transformers` is not installed.

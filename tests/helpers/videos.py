@@ -1,4 +1,4 @@
-"""Small videos with something moving in them, written with PyAV itself and not with our writer."""
+"""Small videos of a moving square, written with PyAV directly instead of the project's writer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_video(
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
-        container.start_encoding()  # the head is written also where no frame follows
+        container.start_encoding()  # writes the header even without frames
         for number in range(frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")))
         container.mux(stream.encode(None))
@@ -42,8 +42,8 @@ def write_images(folder: Path, numbers: range, name: str = "{:08d}.png") -> Path
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a player would find in a file; ``index_first`` is True where playing can start before all is loaded."""
+class VideoFacts:
+    """Properties of a video file; ``index_first``: the moov atom precedes the data, as streaming playback needs."""
 
     codec: str
     pixels: str
@@ -54,12 +54,12 @@ class Facts:
     images: list[np.ndarray]
 
 
-def facts(path: Path) -> Facts:
+def facts(path: Path) -> VideoFacts:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         images = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
         data = path.read_bytes()
-        return Facts(
+        return VideoFacts(
             stream.codec_context.name,
             str(stream.codec_context.pix_fmt),
             Fraction(stream.average_rate or 0),

@@ -1,4 +1,4 @@
-"""Small models and files for the tests of the weights room."""
+"""Small models and weights files for the tests of motip.weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY = ModelSpec(
 
 
 def tiny_model(salt: int = 0, **changes: Any) -> MOTIP:
-    """A TINY model with fixed weights that depend on `salt` only."""
+    """A TINY model with deterministic weights that depend on `salt` only."""
     return fill(build_model(replace(TINY, **changes)), salt).eval()  # type: ignore[return-value]
 
 
@@ -52,7 +52,7 @@ def save_published(path: Path, state: dict[str, Tensor] | MOTIP) -> Path:
 def detector_logits(model: MOTIP) -> Tensor:
     """(B,Q,C) of two fixed random images, the second padded.
 
-    In float64: a matrix product of 91 columns rounds differently from one of 4, which is none of the transfer's doing.
+    In float64, because matrix products of 91 and of 4 columns round differently.
     """
     model = deepcopy(model).double()
     images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

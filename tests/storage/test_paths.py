@@ -1,4 +1,4 @@
-"""Local folders and S3 (a real S3-compatible server on loopback) through the same verbs."""
+"""Storage paths: local folders and S3 (an S3-compatible server on loopback) through the same interface."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     if request.param == "local":
         return tmp_path / "store"
     return location(f"{request.getfixturevalue('s3')}/{request.node.name.replace('[', '-').replace(']', '')}")
@@ -48,72 +48,72 @@ def test_addresses() -> None:
     assert str(remote.parent / "c") == "s3://bucket/a/c"
     assert location(remote) is remote
     for bad in ("gs://bucket/a", "s3://"):
-        with pytest.raises(MotipError, match="cannot be used"):
+        with pytest.raises(MotipError, match="unsupported storage address"):
             location(bad)
 
 
-def test_verbs(place: Location, tmp_path: Path) -> None:
+def test_reading_writing_and_listing(folder: Location, tmp_path: Path) -> None:
     before = time.time() - 5
-    paths.write_json(place / "x" / "a.json", {"b": 1})
-    paths.write_bytes(place / "x" / "data.bin", b"0123456789")
-    assert paths.read_json(place / "x" / "a.json") == {"b": 1}
-    assert (place / "x" / "data.bin").read_bytes() == b"0123456789"
-    assert (place / "x").is_dir()
-    assert (place / "x" / "data.bin").is_file()
-    assert not (place / "x" / "none").is_file()
-    assert not (place / "x" / "none").exists()
-    assert sorted(item.name for item in (place / "x").iterdir()) == ["a.json", "data.bin"]
-    size, modified = paths.size_and_time(place / "x" / "data.bin")
+    paths.write_json(folder / "x" / "a.json", {"b": 1})
+    paths.write_bytes(folder / "x" / "data.bin", b"0123456789")
+    assert paths.read_json(folder / "x" / "a.json") == {"b": 1}
+    assert (folder / "x" / "data.bin").read_bytes() == b"0123456789"
+    assert (folder / "x").is_dir()
+    assert (folder / "x" / "data.bin").is_file()
+    assert not (folder / "x" / "none").is_file()
+    assert not (folder / "x" / "none").exists()
+    assert sorted(item.name for item in (folder / "x").iterdir()) == ["a.json", "data.bin"]
+    size, modified = paths.size_and_time(folder / "x" / "data.bin")
     assert size == 10
     assert modified >= before
-    assert paths.sizes_and_times(place / "x")["data.bin"] == (size, modified)
-    assert paths.sha256(place / "x" / "data.bin") == "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"
-    assert paths.fetch(place / "x" / "data.bin", tmp_path / "copy").read_bytes() == b"0123456789"
+    assert paths.sizes_and_times(folder / "x")["data.bin"] == (size, modified)
+    assert paths.sha256(folder / "x" / "data.bin") == "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"
+    assert paths.download(folder / "x" / "data.bin", tmp_path / "copy").read_bytes() == b"0123456789"
     with pytest.raises(MotipError):
-        paths.read_json(place / "x" / "none.json")
+        paths.read_json(folder / "x" / "none.json")
 
 
-def test_a_whole_file_appears_only_on_success(place: Location) -> None:
-    with pytest.raises(ValueError), paths.whole_file(place / "f.bin") as path:
+def test_atomic_output_is_published_only_on_success(folder: Location) -> None:
+    with pytest.raises(ValueError), paths.atomic_output(folder / "f.bin") as path:
         path.write_bytes(b"half")
         raise ValueError
-    assert not (place / "f.bin").exists()
-    with paths.whole_file(place / "f.bin") as path:
-        path.write_bytes(b"whole")
-    assert (place / "f.bin").read_bytes() == b"whole"
+    assert not (folder / "f.bin").exists()
+    with paths.atomic_output(folder / "f.bin") as path:
+        path.write_bytes(b"complete")
+    assert (folder / "f.bin").read_bytes() == b"complete"
 
 
-def test_a_lock_that_cannot_be_had_stops_nobody(
+def test_unavailable_locks_are_logged_and_do_not_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unknown(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     done = []
-    with paths.one_at_a_time(location("s3://bucket/lock"), "nobody"):
+    with paths.exclusive_lock(location("s3://bucket/lock"), "a test"):
         done.append("an object store has none")
-    with paths.one_at_a_time(tmp_path / "lock", "nobody"):
+    with paths.exclusive_lock(tmp_path / "lock", "a test"):
         done.append("free")
     assert caplog.messages == []
     monkeypatch.setattr(paths.fcntl, "flock", unknown)
-    with paths.one_at_a_time(tmp_path / "lock", "nobody"):
+    with paths.exclusive_lock(tmp_path / "lock", "a test"):
         done.append("not supported")
-    with paths.one_at_a_time(tmp_path / "none" / "lock", "nobody"):
+    with paths.exclusive_lock(tmp_path / "none" / "lock", "a test"):
         done.append("not to be opened")
     assert len(done) == 4
-    assert [message.startswith("going on without a lock") for message in caplog.messages] == [True, True]
+    assert [message.startswith("continuing without a lock") for message in caplog.messages] == [True, True]
 
 
-def test_leftovers_of_killed_processes_are_removed_when_old(tmp_path: Path) -> None:
+def test_stale_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     for name in (".a.1234.tmp.parquet", ".b.1234.tmp.parquet", "c.parquet"):
         (tmp_path / name).write_bytes(b"x")
     os.utime(tmp_path / ".a.1234.tmp.parquet", (0, 0))
     os.utime(tmp_path / "c.parquet", (0, 0))
-    assert paths.remove_leftovers(tmp_path) == 1
+    assert paths.remove_stale_files(tmp_path) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [".b.1234.tmp.parquet", "c.parquet"]
 
 
-def test_raw_data_and_shards_may_both_lie_in_s3(s3: str, tmp_path: Path) -> None:
+def test_raw_data_and_shards_in_s3_equal_local_ones(s3: str, tmp_path: Path) -> None:
     for split, video in (("train", "a"), ("train", "b"), ("val", "c")):
         bdd_video(tmp_path / "raw", video, 10, split=split)
     remote = location(f"{s3}/raw")
@@ -122,11 +122,12 @@ def test_raw_data_and_shards_may_both_lie_in_s3(s3: str, tmp_path: Path) -> None
             paths.write_bytes(remote / path.relative_to(tmp_path / "raw").as_posix(), path.read_bytes())
     plan = curriculum([source("bdd", "bdd100k", ".", classes={"car": ("car",)})], [mix("bdd", 2)])
     plan.sources["bdd"].root = f"{s3}/raw"
-    there = convert(plan, s3, f"{s3}/store")
+    remote_report = convert(plan, s3, f"{s3}/store")
     plan.sources["bdd"].root = "raw"
-    here = convert(plan, tmp_path, tmp_path / "store")
-    assert there.manifest.digest() == here.manifest.digest()
-    assert [e.shard_sha256 for e in there.manifest.videos] == [e.shard_sha256 for e in here.manifest.videos]
+    local_report = convert(plan, tmp_path, tmp_path / "store")
+    shas = [[entry.shard_sha256 for entry in each.manifest.videos] for each in (remote_report, local_report)]
+    assert remote_report.manifest.digest() == local_report.manifest.digest()
+    assert shas[0] == shas[1]
     loaded = Manifest.load(f"{s3}/store")
     path = entry_path(f"{s3}/store", loaded.select("bdd", videos=1)[0])
     assert [frame.number for frame in read_frames(path, [9, 0])] == [9, 0]
@@ -135,15 +136,22 @@ def test_raw_data_and_shards_may_both_lie_in_s3(s3: str, tmp_path: Path) -> None
     assert convert(plan, s3, f"{s3}/store").written == 0
 
 
-def test_clips_from_s3_are_those_from_disk(s3: str, tmp_path: Path) -> None:
+def test_clips_from_s3_equal_local_ones(s3: str, tmp_path: Path) -> None:
     for split, video in (("train", "a"), ("val", "b")):
         bdd_video(tmp_path / "raw", video, 12, split=split)
     plan = curriculum([source("bdd", "bdd100k", "raw", classes={"car": ("car",)})], [mix("bdd", 1)])
     classes = {"bdd": ClassMap(("car",), {"car": ("car",)})}
     config = Config(
-        NUM_CLASSES=1, CLASSES=("car",), AUG_RESIZE_SCALES=(48,), AUG_RANDOM_RESIZE=(48,), AUG_RANDOM_CROP_MIN=20,
-        AUG_RANDOM_CROP_MAX=40, AUG_NUM_GROUPS=2, sampler_lengths=(3,), sample_intervals=(1, 2),
-    )  # fmt: skip
+        NUM_CLASSES=1,
+        CLASSES=("car",),
+        AUG_RESIZE_SCALES=(48,),
+        AUG_RANDOM_RESIZE=(48,),
+        AUG_RANDOM_CROP_MIN=20,
+        AUG_RANDOM_CROP_MAX=40,
+        AUG_NUM_GROUPS=2,
+        sampler_lengths=(3,),
+        sample_intervals=(1, 2),
+    )
     batches = []
     for store in (f"{s3}/clips", tmp_path / "clips"):
         entries = convert(plan, tmp_path, store).manifest.of("bdd", "train")
@@ -151,19 +159,19 @@ def test_clips_from_s3_are_those_from_disk(s3: str, tmp_path: Path) -> None:
         clips = plan_clips(videos, config.clip_schedule(0), epoch=0, seed=1)
         batches.append(list(local_batches(clips, ClipLoader(config, classes, store))))
     assert len(batches[0]) == len(batches[1]) > 5
-    for there, here in zip(*batches, strict=True):
-        assert there.names == here.names
-        assert torch.equal(there.images, here.images)
-        assert there.slots is not None and here.slots is not None
-        assert torch.equal(there.slots.unknown_labels, here.slots.unknown_labels)
+    for remote, local in zip(*batches, strict=True):
+        assert remote.names == local.names
+        assert torch.equal(remote.images, local.images)
+        assert remote.slots is not None and local.slots is not None
+        assert torch.equal(remote.slots.unknown_labels, local.slots.unknown_labels)
 
 
 @pytest.fixture
 def no_region(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An environment that names neither region nor endpoint."""
+    """An environment with neither region nor endpoint."""
     for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
-    caches = (paths.s3, paths._region_of)
+    caches = (paths.s3, paths._bucket_region)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -172,16 +180,16 @@ def no_region(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_requests_go_to_the_region_of_the_bucket(no_region: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    resolved = []
 
     def resolve(bucket: str) -> str:
-        asked.append(bucket)
+        resolved.append(bucket)
         return {"one": "eu-west-1", "two": "ap-south-1"}[bucket]
 
     monkeypatch.setattr(paths.pafs, "resolve_s3_region", resolve)
     assert [paths.s3(bucket).region for bucket in ("one", "two", "one")] == ["eu-west-1", "ap-south-1", "eu-west-1"]
     assert paths.s3("one", paths.STREAM_TRIES).region == "eu-west-1"
-    assert asked == ["one", "two"]
+    assert resolved == ["one", "two"]
     paths.s3.cache_clear()
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-north-1")
     assert paths.s3("one").region == "eu-north-1"
@@ -192,27 +200,27 @@ def test_requests_go_to_the_region_of_the_bucket(no_region: None, monkeypatch: p
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     paths.s3.cache_clear()
-    assert paths.s3("three").region == paths.OTHER_STORES_REGION
-    assert asked == ["one", "two"]
+    assert paths.s3("three").region == paths.CUSTOM_ENDPOINT_REGION
+    assert resolved == ["one", "two"]
 
 
-def test_a_region_that_cannot_be_found_out_is_one_clear_error(no_region: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter(["AWS Error NETWORK_CONNECTION during HeadBucket operation", "Bucket 'gone' not found"])
+def test_unresolvable_region_is_an_error(no_region: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    responses = iter(["AWS Error NETWORK_CONNECTION during HeadBucket operation", "Bucket 'gone' not found"])
     tries = []
 
     def resolve(bucket: str) -> str:
         tries.append(bucket)
-        raise OSError(next(answers))
+        raise OSError(next(responses))
 
     monkeypatch.setattr(paths.pafs, "resolve_s3_region", resolve)
-    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
-    with pytest.raises(MotipError, match="which region the bucket gone is in cannot be found out: Bucket") as caught:
+    monkeypatch.setattr(retries, "FIRST_DELAY_S", 0.01)
+    with pytest.raises(MotipError, match="cannot resolve the region of the bucket gone: Bucket") as caught:
         location("s3://gone/x").exists()
     assert "set AWS_REGION" in str(caught.value.fix)
-    assert len(tries) == 2, "a lost connection is waited out, a bucket that is not there is not"
+    assert len(tries) == 2, "a lost connection is retried, a missing bucket is not"
 
 
-def test_a_bucket_that_is_not_there_is_one_clear_error(s3: str) -> None:
+def test_missing_bucket_is_an_error(s3: str) -> None:
     with pytest.raises(MotipError, match=r"S3|no such object"):
         paths.write_bytes(location("s3://no-such-bucket/x"), b"1")
     plan = curriculum([source("bdd", "bdd100k", "raw")], [mix("bdd", 1)])

@@ -1,4 +1,4 @@
-"""A store that stumbles is asked again; what it refuses for good is said at once; nothing appears by halves."""
+"""Retries of transient object-store errors, immediate permanent errors, atomic writes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 
 from motip.errors import MotipError
 from motip.storage import paths, retries
-from motip.storage.atomic_filesystem import WholeFiles, whole_files
+from motip.storage.atomic_filesystem import AtomicFilesystem, atomic_filesystem
 from motip.storage.paths import RemotePath, location
-from motip.storage.retries import retried
+from motip.storage.retries import with_retries
 from tests.helpers.object_store import ObjectStore, object_store
 
 CLIENT_TRIES = 3
-"""Of the S3 client itself; one more failure than that reaches us."""
+"""Attempts of the S3 client itself; one more failure reaches `with_retries`."""
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def shared_store() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def store(shared_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
-    shared_store.troubles.clear()
+    monkeypatch.setattr(retries, "FIRST_DELAY_S", 0.01)
+    shared_store.failures.clear()
     shared_store.requests.clear()
     return shared_store
 
@@ -42,7 +42,7 @@ def _at(store: ObjectStore, name: str) -> RemotePath:
 
 
 @pytest.mark.parametrize("drop", [False, True], ids=["503", "dropped"])
-def test_every_verb_gets_over_a_store_that_stumbles(
+def test_every_operation_retries_transient_errors(
     store: ObjectStore, drop: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = _at(store, f"verbs-{drop}/a.bin")
@@ -50,15 +50,15 @@ def test_every_verb_gets_over_a_store_that_stumbles(
     verbs = {
         "writing": lambda: path.write_bytes(b"0123"),
         "reading": lambda: path.read_bytes() == b"0123",
-        "looking at": lambda: path.size_and_time()[0] == 4,
+        "inspecting": lambda: path.size_and_time()[0] == 4,
         "listing": lambda: [each.name for each in path.parent.files_under()] == ["a.bin"],
-        "storing": lambda: paths.put(tmp_path / "source", path),
+        "storing": lambda: paths.upload(tmp_path / "source", path),
         "removing": path.unlink,
     }
     for verb, action in verbs.items():
         store.requests.clear()
         caplog.clear()
-        store.fails("", CLIENT_TRIES + 1, drop)
+        store.fail("", CLIENT_TRIES + 1, drop)
         with caplog.at_level(logging.WARNING):
             assert action() in (True, None), verb
         assert len(store.failed()) >= CLIENT_TRIES + 1
@@ -70,33 +70,35 @@ def test_every_verb_gets_over_a_store_that_stumbles(
         path.unlink()
 
 
-def test_a_file_read_bit_by_bit_goes_on_where_it_stumbled(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_read_retries_only_the_failed_chunk(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paths, "CHUNK_BYTES", 4)
     monkeypatch.setattr(paths, "STREAM_TRIES", 1)
     path = _at(store, "bits.bin")
     path.write_bytes(b"0123456789")
-    pieces = []
-    for piece in path.chunks():
-        pieces.append(piece)
-        store.fails("^GET", 1)
-    assert pieces == [b"0123", b"4567", b"89"]
+    chunks = []
+    for chunk in path.chunks():
+        chunks.append(chunk)
+        store.fail("^GET", 1)
+    assert chunks == [b"0123", b"4567", b"89"]
     assert len(store.failed()) == 2
-    store.troubles.clear()
+    store.failures.clear()
 
 
-def test_patience_ends_and_what_lasts_is_not_repeated(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_are_limited_and_permanent_errors_are_not_retried(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(MotipError, match=r"S3|no such object"):
         location("s3://no-such-bucket/x").write_bytes(b"1")
     assert len([each for each in store.requests if "no-such-bucket" in each]) == 1
-    monkeypatch.setattr(retries.retried, "__defaults__", (0.0, *retries.retried.__defaults__[1:]))  # type: ignore[index]
-    store.fails("", 1000)
+    monkeypatch.setattr(retries.with_retries, "__defaults__", (0.0, *retries.with_retries.__defaults__[1:]))  # type: ignore[index]
+    store.fail("", 1000)
     with pytest.raises(MotipError, match="SLOW_DOWN"):
         _at(store, "x").write_bytes(b"1")
     assert len(store.failed()) == CLIENT_TRIES
 
 
-def test_waits_grow_and_are_said() -> None:
-    said: list[str] = []
+def test_delays_grow_and_are_logged() -> None:
+    lines: list[str] = []
     left = [3]
 
     def action() -> str:
@@ -105,33 +107,33 @@ def test_waits_grow_and_are_said() -> None:
             raise OSError("AWS Error SLOW_DOWN during PutObject operation: busy")
         return "done"
 
-    waits: list[float] = []
+    delays: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retries.time, "sleep", waits.append)
-        assert retried(action, "writing x", say=said.append) == "done"
-    assert len(waits) == len(said) == 3 and waits[0] < waits[1] < waits[2]
-    assert said[0].startswith("writing x failed (try 1)") and "SLOW_DOWN" in said[0]
+        patch.setattr(retries.time, "sleep", delays.append)
+        assert with_retries(action, "writing x", log=lines.append) == "done"
+    assert len(delays) == len(lines) == 3 and delays[0] < delays[1] < delays[2]
+    assert lines[0].startswith("writing x failed (try 1)") and "SLOW_DOWN" in lines[0]
     with pytest.raises(OSError, match="ACCESS_DENIED"):
-        retried(lambda: _raise(OSError("AWS Error ACCESS_DENIED")), "writing x", say=said.append)
-    assert len(said) == 3
+        with_retries(lambda: _raise(OSError("AWS Error ACCESS_DENIED")), "writing x", log=lines.append)
+    assert len(lines) == 3
 
 
 def _raise(error: Exception) -> None:
     raise error
 
 
-def test_an_upload_that_breaks_off_leaves_what_was_there(
+def test_failed_upload_keeps_the_previous_object(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _at(store, "big.pth")
-    path.write_bytes(b"the one before")
+    path.write_bytes(b"previous")
     (tmp_path / "big.pth").write_bytes(bytes(12 << 20))
-    monkeypatch.setattr(retries.retried, "__defaults__", (0.0, *retries.retried.__defaults__[1:]))  # type: ignore[index]
-    store.fails("partNumber=2", 1000)
+    monkeypatch.setattr(retries.with_retries, "__defaults__", (0.0, *retries.with_retries.__defaults__[1:]))  # type: ignore[index]
+    store.fail("partNumber=2", 1000)
     with pytest.raises(MotipError, match="SLOW_DOWN"):
         path.upload(tmp_path / "big.pth")
-    assert path.read_bytes() == b"the one before"
-    store.troubles.clear()
+    assert path.read_bytes() == b"previous"
+    store.failures.clear()
     path.upload(tmp_path / "big.pth")
     assert path.size_and_time()[0] == 12 << 20
     (tmp_path / "empty").write_bytes(b"")
@@ -139,28 +141,30 @@ def test_an_upload_that_breaks_off_leaves_what_was_there(
     assert path.read_bytes() == b""
 
 
-def test_the_file_system_for_others_travels_and_is_patient(store: ObjectStore) -> None:
-    files = whole_files(remote=True)
-    there = pickle.loads(pickle.dumps(files))  # noqa: S301 - our own
-    assert there == files and files != whole_files(remote=False) and WholeFiles(True) == WholeFiles(True)
+def test_atomic_filesystem_is_picklable_and_retries(store: ObjectStore) -> None:
+    files = atomic_filesystem(remote=True)
+    copy = pickle.loads(pickle.dumps(files))  # noqa: S301 - our own
+    assert (
+        copy == files and files != atomic_filesystem(remote=False) and AtomicFilesystem(True) == AtomicFilesystem(True)
+    )
     folder = store.uri.removeprefix("s3://") + "/run"
-    there.create_dir(f"{folder}/step_1")
-    store.fails("", CLIENT_TRIES + 1)
-    with there.open_output_stream(f"{folder}/snapshot.json") as stream:
+    copy.create_dir(f"{folder}/step_1")
+    store.fail("", CLIENT_TRIES + 1)
+    with copy.open_output_stream(f"{folder}/snapshot.json") as stream:
         stream.write(b"{}")
     assert len(store.failed()) == CLIENT_TRIES + 1
-    with there.open_input_file(f"{folder}/snapshot.json") as stream:
+    with copy.open_input_file(f"{folder}/snapshot.json") as stream:
         assert stream.read() == b"{}"
-    infos = there.get_file_info(pafs.FileSelector(folder))
+    infos = copy.get_file_info(pafs.FileSelector(folder))
     assert {info.base_name: info.is_file for info in infos} == {"snapshot.json": True, "step_1": False}
-    assert there.get_file_info(f"{folder}/none").type == pafs.FileType.NotFound
-    there.delete_dir(f"{folder}/step_1")
-    assert there.get_file_info(f"{folder}/step_1").type == pafs.FileType.NotFound
+    assert copy.get_file_info(f"{folder}/none").type == pafs.FileType.NotFound
+    copy.delete_dir(f"{folder}/step_1")
+    assert copy.get_file_info(f"{folder}/step_1").type == pafs.FileType.NotFound
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["local", "s3"])
-def test_a_write_that_breaks_off_leaves_the_file_before(store: ObjectStore, tmp_path: Path, remote: bool) -> None:
-    files = whole_files(remote)
+def test_failed_write_keeps_the_previous_file(store: ObjectStore, tmp_path: Path, remote: bool) -> None:
+    files = atomic_filesystem(remote)
     path = f"{store.uri.removeprefix('s3://')}/broken.json" if remote else str(tmp_path / "broken.json")
 
     def read() -> bytes:
@@ -173,7 +177,7 @@ def test_a_write_that_breaks_off_leaves_the_file_before(store: ObjectStore, tmp_
         stream.write(b"ha")
         raise KeyError
     assert read() == b"old"
-    # A whole write while an error is dealt with is no broken one, nor is one that got over an error of its own.
+    # A complete write while an exception is handled is published, also after a handled exception of its own.
     try:
         raise ValueError
     except ValueError:
@@ -184,8 +188,8 @@ def test_a_write_that_breaks_off_leaves_the_file_before(store: ObjectStore, tmp_
     assert read() == b"new"
 
 
-def test_on_a_full_disk_the_file_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = whole_files(remote=False)
+def test_full_disk_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = atomic_filesystem(remote=False)
 
     def write(text: bytes) -> None:
         with files.open_output_stream(str(tmp_path / "snapshot.json")) as stream:

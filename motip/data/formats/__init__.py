@@ -1,1 +1,1 @@
-"""One reader per raw dataset format, and the writers of result files."""
+"""Readers of raw dataset formats, and readers and writers of result files."""

@@ -1,9 +1,9 @@
 """BDD100K MOT: ``images/track/<split>/<video>/*.jpg``, ``labels/box_track_20/<split>/<video>.json``.
 
 Labels are Scalabel JSON (doc.bdd100k.com, format): a list of frames with ``name``, ``videoName``, ``frameIndex`` and
-``labels`` of ``id``, ``category``, ``attributes`` and ``box2d``. Label frames are at 5 per second. The older release
-spells ``index``, ``Occluded``, ``Truncated``, ``Crowd``; both are read. A file may hold one video or a list for all.
-Ids are strings and unique within a video only: they are numbered by first appearance.
+``labels`` of ``id``, ``category``, ``attributes`` and ``box2d``, at 5 frames per second. The older release uses the
+keys ``index``, ``Occluded``, ``Truncated``, ``Crowd``; both are read. A file may contain one video or all of them.
+Ids are strings, unique within a video only; they are numbered by first appearance.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from motip.data.formats.common import (
     RawSequence,
     Rows,
     build_frames,
+    check_images_match_labels,
     check_rows,
     count,
     files_with,
     first_size,
     numbered_images,
-    refuse_mismatch,
     require_folder,
     subfolders,
     trailing_number,
 )
 from motip.data.sequence import ReadReport, Sequence
 from motip.errors import MotipError
+from motip.storage.paths import Location, size_and_time
 
 DATASET = "bdd100k"
 FPS = 5.0
 SIZE = (1280, 720)
-"""All BDD100K videos; used where there are labels only."""
+"""(width, height) of all BDD100K videos; used without images."""
 
 OLD_KEY = "old key names (index, Occluded, Truncated, Crowd) read"
 FROM_NAME = "no frameIndex: frame number taken from the image name"
@@ -45,15 +46,15 @@ NULL_LABELS = "frame with missing or null labels, taken as a frame without objec
 TWICE = "frame listed twice (the first is kept)"
 
 
-def list_sequences(root: Any, split: str) -> list[RawSequence]:
-    """Videos of a split that have labels, by name.
+def list_sequences(root: Location, split: str) -> list[RawSequence]:
+    """Videos of a split that have labels, sorted by name.
 
     Raises:
         MotipError: missing or empty folders, videos with images but no labels.
     """
     images = root / "images" / "track" / split
     labels = root / "labels" / "box_track_20" / split
-    fix = "set the source's root to the folder that holds images/track and labels/box_track_20"
+    fix = "set the source's root to the folder that contains images/track and labels/box_track_20"
     require_folder(images, f"the BDD100K images of split {split!r}", fix)
     require_folder(labels, f"the BDD100K box-track labels of split {split!r}", fix)
     folders = {item.name: item for item in subfolders(images)}
@@ -75,7 +76,7 @@ def list_sequences(root: Any, split: str) -> list[RawSequence]:
             f"{len(unlabelled)} of {len(folders)} videos have no labels, such as {unlabelled[0]}",
             where=labels,
             expected=f"{unlabelled[0]}.json",
-            fix="images and labels must be of the same release; remove folders of frames without labels",
+            fix="use images and labels of the same release; remove folders of frames without labels",
         )
     return [RawSequence(name, split, by_video[name], folders[name]) for name in folders]
 
@@ -84,12 +85,12 @@ def read_sequence(raw: RawSequence) -> tuple[Sequence, ReadReport]:
     """Read one video; without an image folder frames have no images and the size is BDD100K's 1280×720.
 
     Raises:
-        MotipError: labels of single images, a damaged file, labels of another video.
+        MotipError: labels of single images, a corrupt file, labels of another video.
     """
     report = ReadReport()
     listed = _videos(raw.labels).get(raw.name)
     if listed is None:
-        raise MotipError(f"no frames of video {raw.name}", where=raw.labels, fix="fetch the labels of this video")
+        raise MotipError(f"no frames of video {raw.name}", where=raw.labels, fix="download the labels of this video")
     numbers, frames = _number_frames(raw, listed, report)
     rows, names = _rows(raw, numbers, frames, report)
     images = _images(raw, numbers, frames, report)
@@ -114,19 +115,18 @@ def read_sequence(raw: RawSequence) -> tuple[Sequence, ReadReport]:
     return sequence, report
 
 
-def _videos(path: Any) -> dict[str, list[dict[str, Any]]]:
-    """Frames by video name; a frame without one belongs to the video the file is named after."""
-    stamp = path.stat().st_mtime_ns if hasattr(path, "stat") else path.size_and_time()
-    return _parse(path, stamp)
+def _videos(path: Location) -> dict[str, list[dict[str, Any]]]:
+    """Label frames by video name; frames without one belong to the video that the file is named after."""
+    return _parse(path, size_and_time(path))
 
 
-# One file may list every video of a split; a reader of many sequences must not parse it once for each.
+# Cached, since one file may contain every video of a split. ``stamp`` invalidates the entry of a modified file.
 @functools.lru_cache(maxsize=2)
-def _parse(path: Any, stamp: object) -> dict[str, list[dict[str, Any]]]:
+def _parse(path: Location, stamp: object) -> dict[str, list[dict[str, Any]]]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, UnicodeDecodeError) as error:
-        raise MotipError(f"not a JSON file: {error}", where=path, fix="fetch the labels again") from error
+        raise MotipError(f"not a JSON file: {error}", where=path, fix="download the labels again") from error
     frames = content.get("frames") if isinstance(content, dict) else content
     if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
         raise MotipError(
@@ -138,7 +138,7 @@ def _parse(path: Any, stamp: object) -> dict[str, list[dict[str, Any]]]:
     keys = {key for frame in frames[:50] for key in frame}
     if frames and not keys & {"videoName", "video_name", "frameIndex", "index"}:
         raise MotipError(
-            "these are labels of single images: no frame names its video or its number",
+            "these are labels of single images: no frame has a video name or a frame number",
             where=path,
             found=", ".join(sorted(keys)),
             expected="videoName and frameIndex",
@@ -153,7 +153,7 @@ def _parse(path: Any, stamp: object) -> dict[str, list[dict[str, Any]]]:
 def _number_frames(
     raw: RawSequence, listed: list[dict[str, Any]], report: ReadReport
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """Frame numbers, ascending, and the frames in that order."""
+    """Frame numbers, ascending, and the label frames in that order."""
     by_number: dict[int, dict[str, Any]] = {}
     order: list[int] = []
     for frame in listed:
@@ -189,7 +189,7 @@ def _frame_number(raw: RawSequence, frame: dict[str, Any], report: ReadReport) -
         number = counted - 1
     if not isinstance(number, int) or number < 0:
         raise MotipError(
-            "frameIndex is not a whole number from 0 on", where=raw.labels, found=number, fix="repair the label file"
+            "frameIndex is not an integer >= 0", where=raw.labels, found=number, fix="repair the label file"
         )
     return number
 
@@ -197,6 +197,8 @@ def _frame_number(raw: RawSequence, frame: dict[str, Any], report: ReadReport) -
 def _rows(
     raw: RawSequence, numbers: list[int], frames: list[dict[str, Any]], report: ReadReport
 ) -> tuple[Rows, tuple[str, ...]]:
+    """Label rows, and the original id string of each track id."""
+    # Columns of valid labels.
     ids: dict[str, int] = {}
     columns: dict[str, list[Any]] = {name: [] for name in Rows.__dataclass_fields__}
     for number, frame in zip(numbers, frames, strict=True):
@@ -218,6 +220,7 @@ def _rows(
             columns["ignore"].append(_flag(attributes, "crowd"))
             columns["occlusion"].append(_flag(attributes, "occluded"))
             columns["truncation"].append(_flag(attributes, "truncated"))
+    # Arrays.
     try:
         boxes = np.array(columns["boxes_xyxy"], dtype=np.float64).reshape(-1, 4)
     except (TypeError, ValueError) as error:
@@ -235,22 +238,25 @@ def _rows(
 
 
 def _flag(attributes: dict[str, Any], name: str) -> bool:
+    """A boolean attribute, in the spelling of either release."""
     value = attributes.get(name, attributes.get(name.capitalize(), False))
     return str(value).lower() in ("true", "1", "1.0")
 
 
-def _images(raw: RawSequence, numbers: list[int], frames: list[dict[str, Any]], report: ReadReport) -> dict[int, Any]:
+def _images(
+    raw: RawSequence, numbers: list[int], frames: list[dict[str, Any]], report: ReadReport
+) -> dict[int, Location]:
     """Image of each label frame: by the label's ``name``, else by number (image names count from 1)."""
     if raw.images is None:
         return {}
     on_disk = numbered_images(raw.images, report)
     if not on_disk:
         raise MotipError(
-            f"video {raw.name} has no images", where=raw.images, fix="fetch its frames, or remove the folder"
+            f"video {raw.name} has no images", where=raw.images, fix="download its frames, or remove the folder"
         )
     by_name = {image.name: image for image in on_disk.values()}
     first = 0 if 0 in on_disk else 1
-    found: dict[int, Any] = {}
+    found: dict[int, Location] = {}
     for number, frame in zip(numbers, frames, strict=True):
         name = str(frame.get("name") or "").rpartition("/")[2]
         if name in by_name:
@@ -260,6 +266,6 @@ def _images(raw: RawSequence, numbers: list[int], frames: list[dict[str, Any]], 
             count(report, "image found by number, not by the label's name")
     if not found:
         labelled = Rows(np.array(numbers), *(np.zeros(0) for _ in range(6)))
-        refuse_mismatch(labelled, {number - first: image for number, image in on_disk.items()}, raw)
+        check_images_match_labels(labelled, {number - first: image for number, image in on_disk.items()}, raw)
     count(report, UNLABELLED, len(on_disk) - len({str(image) for image in found.values()}))
     return found

@@ -1,22 +1,24 @@
-"""What the readers share: the protocol, images found by number, image sizes, tables of comma-separated rows.
+"""Shared parts of the dataset readers: the reader interface, images by number, image sizes, comma-separated tables.
 
-Folders are anything with the verbs of :class:`pathlib.Path` used here (listing, joining, reading), so that raw data
-can also lie in S3 without a reader knowing.
+Readers use only the methods that local and S3 paths share, so raw data may be in a local folder or in S3.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from motip.data.decode import image_height_width
 from motip.data.sequence import UNTRACKED, Frame, ReadReport, Sequence
 from motip.errors import MotipError
+
+if TYPE_CHECKING:
+    from motip.storage.paths import Location
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
@@ -30,69 +32,55 @@ CLASS_CHANGE = "track changes its category midway, kept"
 UNLABELLED = "image outside the labelled frames, left out"
 
 
-class Place(Protocol):
-    """A file or folder: :class:`pathlib.Path`, or something with the same verbs."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def stem(self) -> str: ...
-    @property
-    def suffix(self) -> str: ...
-    def __truediv__(self, name: str, /) -> Place: ...
-    def is_dir(self) -> bool: ...
-    def is_file(self) -> bool: ...
-    def iterdir(self) -> Iterator[Any]: ...
-    def read_bytes(self) -> bytes: ...
-
-
 @dataclass(frozen=True)
 class RawSequence:
-    """Where one sequence's files are.
+    """Files of one raw sequence.
 
     Attributes:
-        labels: the label file; a file that lists several videos is shared by their sequences.
-        images: the folder of frames, or None where only labels exist.
-        info: ``seqinfo.ini`` where the format has one.
-        fps: overrides what the format says.
+        split: name of the split in the raw dataset.
+        labels: the label file; sequences may share one that lists several videos.
+        images: the folder of frames, or None if there are labels only.
+        info: ``seqinfo.ini`` if the format has one.
+        fps: overrides the frame rate of the format.
     """
 
     name: str
     split: str
-    labels: Any
-    images: Any = None
-    info: Any = None
+    labels: Location
+    images: Location | None = None
+    info: Location | None = None
     fps: float | None = None
 
 
 class Reader(Protocol):
-    """One raw format."""
+    """Interface of a dataset reader, implemented by a module per format (listed in `registry.READERS`)."""
 
     DATASET: str
+    """Name of the format; also the dataset name stored in shards."""
 
-    def list_sequences(self, root: Any, split: str) -> list[RawSequence]:
-        """Sequences of a split, by name. Raises MotipError for missing or empty folders."""
+    def list_sequences(self, root: Location, split: str) -> list[RawSequence]:
+        """Sequences of a split, sorted by name. Raises MotipError for missing or empty folders."""
 
     def read_sequence(self, raw: RawSequence) -> tuple[Sequence, ReadReport]:
-        """Labels and image places of one sequence; every label row is kept, or counted as dropped."""
+        """Labels and image paths of one sequence; every label row is kept, or dropped for a counted reason."""
 
 
-def subfolders(folder: Any) -> list[Any]:
-    """Folders directly inside, by name."""
+def subfolders(folder: Location) -> list[Location]:
+    """Folders directly inside ``folder``, sorted by name."""
     return sorted((item for item in folder.iterdir() if item.is_dir()), key=lambda item: item.name)
 
 
-def files_with(folder: Any, suffix: str) -> list[Any]:
-    """Files directly inside that end with ``suffix``, by name."""
-    # Editors and archives leave hidden companions such as "._a.json", which are no labels.
+def files_with(folder: Location, suffix: str) -> list[Location]:
+    """Files directly inside ``folder`` that end with ``suffix``, sorted by name, without hidden files."""
+    # Archives of macOS contain resource forks such as "._a.json", which are not labels.
     return sorted(
         (item for item in folder.iterdir() if item.suffix == suffix and not item.name.startswith(".")),
         key=lambda item: item.name,
     )
 
 
-def require_folder(folder: Any, what: str, fix: str) -> None:
-    """Raise unless ``folder`` is a folder."""
+def require_folder(folder: Location, what: str, fix: str) -> None:
+    """Raise MotipError unless ``folder`` is a folder."""
     if not folder.is_dir():
         raise MotipError(f"{what} is missing", where=folder, expected="a folder", fix=fix)
 
@@ -103,13 +91,13 @@ def trailing_number(stem: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def numbered_images(folder: Any, report: ReadReport) -> dict[int, Any]:
-    """Images by the number in their names, in the order of the numbers (never of the listing).
+def numbered_images(folder: Location, report: ReadReport) -> dict[int, Location]:
+    """Images by the number in their names, sorted by number.
 
     Raises:
         MotipError: two images with one number.
     """
-    images: dict[int, Any] = {}
+    images: dict[int, Location] = {}
     unnumbered = 0
     for item in folder.iterdir():
         if item.suffix not in IMAGE_SUFFIXES or item.name.startswith("."):
@@ -130,11 +118,15 @@ def numbered_images(folder: Any, report: ReadReport) -> dict[int, Any]:
     return dict(sorted(images.items()))
 
 
-def first_size(images: Mapping[int, Any], where: object) -> tuple[int, int]:
-    """(width, height) of the first image whose header can be read; conversion finds and names the broken ones."""
+def first_size(images: Mapping[int, Location], where: object) -> tuple[int, int]:
+    """(width, height) of the first image with a readable header; the conversion reports broken images.
+
+    Raises:
+        MotipError: no image has a readable header.
+    """
     for image in images.values():
         try:
-            height, width = image_height_width(image.read_bytes(), image, whole=False)
+            height, width = image_height_width(image.read_bytes(), image, complete=False)
             return width, height
         except MotipError:
             continue
@@ -142,30 +134,31 @@ def first_size(images: Mapping[int, Any], where: object) -> tuple[int, int]:
         "none of the images has a readable header",
         where=where,
         found=f"{len(images)} files",
-        fix="fetch the sequence again, or remove it",
+        fix="download the sequence again, or remove it",
     )
 
 
-def read_table(path: Any, columns: range, refusals: Mapping[int, MotipError] | None = None) -> np.ndarray:
-    """Rows of comma-separated numbers, float64 (R, C); a trailing comma and blank lines are allowed.
+def read_table(path: Location, columns: range, refusals: Mapping[int, MotipError] | None = None) -> np.ndarray:
+    """Rows of comma-separated numbers, (R, C) float64; a trailing comma and blank lines are allowed.
 
     Args:
-        columns: how many columns are legal; all rows must have the same number.
-        refusals: the error to raise for a number of columns that means something else.
+        columns: allowed numbers of columns; all rows must have the same number.
+        refusals: specific errors for numbers of columns that identify another format.
 
     Raises:
-        MotipError: naming the line, for another number of columns or a value that is no number.
+        MotipError: with the line, for another number of columns or a value that is not a number.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MotipError("not a text file", where=path, found=str(error), fix="fetch the labels again") from error
+        raise MotipError("not a text file", where=path, found=str(error), fix="download the labels again") from error
     rows: list[list[float]] = []
     width: int | None = None
     for number, line in enumerate(text.splitlines(), start=1):
         values = line.strip().rstrip(",").split(",")
         if values == [""]:
             continue
+        # The number of columns identifies the format.
         if refusals and len(values) in refusals:
             raise refusals[len(values)]
         if len(values) not in columns or len(values) != (width or len(values)):
@@ -174,7 +167,7 @@ def read_table(path: Any, columns: range, refusals: Mapping[int, MotipError] | N
                 where=f"{path}, line {number}",
                 found=f"{len(values)} columns: {line.strip()[:80]}",
                 expected=f"{width or f'{columns.start} to {columns.stop - 1}'} columns separated by commas",
-                fix="check that this is the label file of this format, and that it is whole",
+                fix="check that this is a complete label file of this format",
             )
         width = len(values)
         try:
@@ -189,24 +182,24 @@ def read_table(path: Any, columns: range, refusals: Mapping[int, MotipError] | N
     return np.array(rows, dtype=np.float64).reshape(len(rows), width or columns.start)
 
 
-def whole_numbers(values: np.ndarray, what: str, path: object, *, at_least: int) -> np.ndarray:
-    """A column as int64; raises for fractions, NaN and values below ``at_least``."""
+def integer_column(values: np.ndarray, what: str, path: object, *, at_least: int) -> np.ndarray:
+    """A column as int64; raises MotipError for fractions, NaN and values below ``at_least``."""
     bad = ~(np.isfinite(values) & (values == np.round(values)) & (values >= at_least) & (values < 2**53))
     if bad.any():
         row = int(np.argmax(bad))
         raise MotipError(
-            f"{what} is not a whole number from {at_least} on",
+            f"{what} is not an integer >= {at_least}",
             where=f"{path}, row {row + 1}",
             found=values[row],
             expected=f"{what}s count from {at_least} on disk",
-            fix="if the file counts from 0, add 1; do not guess silently",
+            fix="if the file counts from 0, add 1",
         )
     return values.astype(np.int64)
 
 
 @dataclass
 class Rows:
-    """Label rows of a sequence before they become frames; all arrays have one entry per row."""
+    """Label rows of a sequence as columns, one entry per row; see :class:`motip.data.sequence.Frame` for the types."""
 
     frames: np.ndarray
     boxes_xyxy: np.ndarray
@@ -220,7 +213,7 @@ class Rows:
         return len(self.frames)
 
     def keep(self, mask: np.ndarray, reason: str, report: ReadReport) -> Rows:
-        """Rows under ``mask``; the others are counted as dropped for ``reason``."""
+        """Rows where ``mask`` is True; the others are counted as dropped for ``reason``."""
         dropped = int((~mask).sum())
         if not dropped:
             return self
@@ -229,15 +222,15 @@ class Rows:
 
 
 def count(report: ReadReport, what: str, times: int = 1) -> None:
-    """Note a repair; nothing is noted for zero times."""
+    """Count a repair ``times`` times; no entry is made for 0."""
     if times:
         report.repaired[what] += times
 
 
 def check_rows(rows: Rows, size: tuple[int, int], report: ReadReport) -> Rows:
-    """Drop rows that are no boxes, count those that are unusual; ``size`` is (width, height) or (0, 0) if unknown."""
+    """Drop invalid boxes and duplicates, count unusual rows; ``size`` is (width, height) or (0, 0) if unknown."""
     with np.errstate(over="ignore"):
-        # At the precision that is stored, so that no box loses its area afterwards.
+        # Checked at the stored precision, so that no box loses its area by the conversion.
         rows = replace(rows, boxes_xyxy=rows.boxes_xyxy.astype(np.float32))
     rows = rows.keep(np.isfinite(rows.boxes_xyxy).all(axis=1), NOT_FINITE, report)
     x0, y0, x1, y1 = rows.boxes_xyxy.T
@@ -263,7 +256,7 @@ def _tracks_with_several(rows: Rows) -> int:
     return sum(names > 1 for names in Counter(track_id for track_id, _ in pairs).values())
 
 
-def build_frames(rows: Rows, numbers: list[int], images: Mapping[int, Any]) -> tuple[Frame, ...]:
+def build_frames(rows: Rows, numbers: list[int], images: Mapping[int, Location]) -> tuple[Frame, ...]:
     """Frames in the order of ``numbers``; a number without rows is a frame without objects."""
     order = np.argsort(rows.frames, kind="stable")
     sorted_frames = rows.frames[order]
@@ -287,13 +280,13 @@ def build_frames(rows: Rows, numbers: list[int], images: Mapping[int, Any]) -> t
     return tuple(frames)
 
 
-def refuse_mismatch(rows: Rows, images: Mapping[int, Any], where: RawSequence) -> None:
-    """Raise when labels and images have no frame in common: they are of different videos."""
+def check_images_match_labels(rows: Rows, images: Mapping[int, Location], where: RawSequence) -> None:
+    """Raise MotipError if labels and images have no frame in common, that is, belong to different videos."""
     if len(rows) and images and not set(rows.frames.tolist()) & set(images):
         raise MotipError(
             f"images and labels of {where.name} do not match: no labelled frame has an image",
             where=where.labels,
             found=f"labelled frames {rows.frames.min() + 1}..{rows.frames.max() + 1}, images "
             f"{min(images) + 1}..{max(images) + 1} in {where.images} (both counted from 1)",
-            fix="check that both are of the same video and the same release, and of video (MOT), not of single images",
+            fix="check that both are of the same video and release, and of videos (MOT), not of single images",
         )

@@ -1,8 +1,8 @@
-"""Writes sequences as DanceTrack folders, so that the published code and its tools can read them.
+"""Writer of DanceTrack folders, for the published code and its tools.
 
 ``<root>/<split>/<seq>/{img1/00000001.jpg, gt/gt.txt, gt/ignore.txt, gt/labels.txt, seqinfo.ini}`` and
 ``<root>/<split>_seqmap.txt``. Frames are renumbered from 1 without gaps, because the published loader expects that.
-Boxes that no class claims are no objects and stand in ``gt/ignore.txt``, which the published tools do not look at.
+Boxes of unmapped categories go to ``gt/ignore.txt``, which the published tools do not read.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def write_dancetrack(sequence: Sequence, root: Path | str, split: str, class_map
     """Write one sequence.
 
     Args:
-        sequence: with images as paths or bytes.
-        class_map: which raw categories are objects, and the order of the class numbers.
+        sequence: with images as files or bytes.
+        class_map: raw categories that are objects, and the order of the class numbers.
 
     Returns:
-        how many ``frames``, ``objects`` and ``ignored`` boxes were written.
+        number of ``frames``, ``objects`` and ``ignored`` boxes written.
 
     Raises:
         MotipError: a frame without an image, or a folder that cannot be written.
@@ -38,9 +38,10 @@ def write_dancetrack(sequence: Sequence, root: Path | str, split: str, class_map
     for position, frame in enumerate(sequence.frames, start=1):
         if frame.image is None:
             raise MotipError(
-                f"frame {frame.number} of {sequence.name} has no image", where=folder,
-                fix="a DanceTrack folder needs images: export from shards or from raw data that has them",
-            )  # fmt: skip
+                f"frame {frame.number} of {sequence.name} has no image",
+                where=folder,
+                fix="a DanceTrack folder needs images: export from shards or raw data with images",
+            )
         data = frame.image if isinstance(frame.image, bytes) else frame.image.read_bytes()
         if not all(size):
             height, width = image_height_width(data, sequence.name)
@@ -48,12 +49,14 @@ def write_dancetrack(sequence: Sequence, root: Path | str, split: str, class_map
         suffix = ".png" if data[:4] == b"\x89PNG" else ".jpg"
         with atomic_write(folder / "img1" / f"{position:08d}{suffix}") as temporary:
             temporary.write_bytes(data)
-        boxes, track_ids, class_ids, ignore_boxes = class_map.split(frame)
-        for (x0, y0, x1, y1), track_id, class_id in zip(boxes.tolist(), track_ids, class_ids, strict=True):
+        # Rows of gt.txt and ignore.txt.
+        labels = class_map.split(frame)
+        rows = zip(labels.boxes_xyxy.tolist(), labels.track_ids, labels.class_ids, strict=True)
+        for (x0, y0, x1, y1), track_id, class_id in rows:
             objects.append(
                 f"{position},{track_id + 1},{x0:.4f},{y0:.4f},{x1 - x0:.4f},{y1 - y0:.4f},1,{class_id + 1},1"
             )
-        for x0, y0, x1, y1 in ignore_boxes.tolist():
+        for x0, y0, x1, y1 in labels.ignore_xyxy.tolist():
             ignored.append(f"{position},-1,{x0:.4f},{y0:.4f},{x1 - x0:.4f},{y1 - y0:.4f},0,-1,-1")
     _write_text(folder / "gt" / "gt.txt", objects)
     _write_text(folder / "gt" / "ignore.txt", ignored)
@@ -83,11 +86,12 @@ def write_seqinfo(
 
 
 def write_seqmap(path: Path | str, names: Iterable[str]) -> None:
-    """Write a sequence map: the line ``name``, then one sequence a line, sorted."""
+    """Write a sequence map: a header line ``name``, then one sequence per line, sorted."""
     _write_text(path, ["name", *sorted(names)])
 
 
 def seqmap_path(root: Path | str, split: str) -> Path:
+    """Path of a split's sequence map."""
     return Path(os.fspath(root)) / f"{split}_seqmap.txt"
 
 

@@ -1,15 +1,15 @@
 """MOTChallenge and DanceTrack: ``<split>/<seq>/{img1,gt/gt.txt,seqinfo.ini}``.
 
-Columns of ``gt.txt`` (motchallenge.net, data format): frame, id, left, top, width, height and then, as far as the
-release has them, "consider" flag, class, visibility. MOT15 has 10 columns whose last four are the flag and a position
-in 3D, so no class. Frames count from 1. A file ``gt/labels.txt`` (one class name per line, as CVAT writes it) gives
-names to class numbers; without it they have the names of MOT17.
+Columns of ``gt.txt`` (motchallenge.net, data format): frame, id, left, top, width, height and then, depending on the
+release, "consider" flag, class, visibility. MOT15 has 10 columns whose last four are the flag and a position in 3D,
+so no class. Frames count from 1. A file ``gt/labels.txt`` (one class name per line, as written by CVAT) names the
+classes; the default is the names of MOT17.
 """
 
 from __future__ import annotations
 
 import configparser
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,14 +17,17 @@ from motip.data.formats.common import (
     RawSequence,
     Rows,
     count,
+    integer_column,
     read_table,
     require_folder,
     subfolders,
-    whole_numbers,
 )
 from motip.data.formats.motlike import assemble, zero_based_images
 from motip.data.sequence import ReadReport, Sequence
 from motip.errors import MotipError
+
+if TYPE_CHECKING:
+    from motip.storage.paths import Location
 
 DATASET = "motchallenge"
 FPS = 30.0
@@ -45,17 +48,17 @@ CATEGORIES = (
     "crowd",
 )
 NO_SEQINFO = "no seqinfo.ini: frame rate assumed"
-LYING_LENGTH = "seqLength differs from the number of images, images believed"
+WRONG_LENGTH = "seqLength differs from the number of images, images believed"
 
 
-def list_sequences(root: Any, split: str) -> list[RawSequence]:
-    """Sequences of ``<root>/<split>``, by name.
+def list_sequences(root: Location, split: str) -> list[RawSequence]:
+    """Sequences of ``<root>/<split>``, sorted by name.
 
     Raises:
         MotipError: missing or empty folders, a sequence without ground truth.
     """
     base = root / split
-    require_folder(base, f"the split {split!r}", "set the source's root to the folder that holds train and val")
+    require_folder(base, f"the split {split!r}", "set the source's root to the folder that contains train and val")
     folders = [folder for folder in subfolders(base) if (folder / "img1").is_dir()]
     if not folders:
         raise MotipError(
@@ -82,30 +85,30 @@ def read_sequence(raw: RawSequence) -> tuple[Sequence, ReadReport]:
     """Read one sequence; without an image folder the frames have no images and the size is 0×0.
 
     Raises:
-        MotipError: another layout, frames that count from 0, a detection file (ids -1), labels of another video.
+        MotipError: another layout, frame numbers from 0, a detection file (ids -1), labels of another video.
     """
     report = ReadReport()
     table = read_table(raw.labels, range(6, 11))
     report.raw = len(table)
     images = zero_based_images(raw, report)
     fps = _frame_rate(raw, len(images), report)
-    rows = _rows(table, raw, _names(raw))
+    rows = _rows(table, raw, _class_names(raw))
     return assemble(raw, rows, images, report, dataset=DATASET, fps=fps), report
 
 
 def _rows(table: np.ndarray, raw: RawSequence, names: tuple[str, ...]) -> Rows:
     columns = table.shape[1]
-    frames = whole_numbers(table[:, 0], "frame number", raw.labels, at_least=1) - 1
+    frames = integer_column(table[:, 0], "frame number", raw.labels, at_least=1) - 1
     if len(table) and (table[:, 1] == -1).all():
         raise MotipError(
             "every id is -1: this is a file of detections, not of tracks",
             where=raw.labels,
             fix="use gt/gt.txt, not det/det.txt",
         )
-    track_ids = whole_numbers(table[:, 1], "track id", raw.labels, at_least=0)
+    track_ids = integer_column(table[:, 1], "track id", raw.labels, at_least=0)
     numbers = np.ones(len(table), dtype=np.int64)
     if columns in (8, 9):
-        numbers = whole_numbers(np.where(table[:, 7] == -1, 1, table[:, 7]), "class", raw.labels, at_least=1)
+        numbers = integer_column(np.where(table[:, 7] == -1, 1, table[:, 7]), "class", raw.labels, at_least=1)
     lookup = {
         number: names[number - 1] if number <= len(names) else f"class {number}" for number in set(numbers.tolist())
     }
@@ -123,12 +126,12 @@ def _rows(table: np.ndarray, raw: RawSequence, names: tuple[str, ...]) -> Rows:
 
 
 def _occlusion(visibility: np.ndarray) -> np.ndarray:
-    # Visibility is a share from 0 to 1; -1 and values above 1 (DanceTrack writes 1 everywhere) say nothing.
+    # Visibility is a share from 0 to 1; other values mean unknown (DanceTrack writes 1 everywhere).
     partly = (visibility >= 0) & (visibility < 0.75)
     return partly.astype(np.int8) + ((visibility >= 0) & (visibility < 0.25)).astype(np.int8)
 
 
-def _names(raw: RawSequence) -> tuple[str, ...]:
+def _class_names(raw: RawSequence) -> tuple[str, ...]:
     if raw.info is None:
         return CATEGORIES
     path = raw.info.parent / "gt" / "labels.txt"
@@ -155,8 +158,8 @@ def _frame_rate(raw: RawSequence, images: int, report: ReadReport) -> float:
             fix="repair or remove it",
         ) from error
     if not fps > 0:
-        raise MotipError("frameRate is not positive", where=raw.info, found=fps, fix="write the true rate")
+        raise MotipError("frameRate is not positive", where=raw.info, found=fps, fix="correct the rate")
     if images and length != images:
-        count(report, LYING_LENGTH)
-        report.notes.append(f"{raw.name}: seqLength says {length}, there are {images} images")
+        count(report, WRONG_LENGTH)
+        report.notes.append(f"{raw.name}: seqLength is {length}, but there are {images} images")
     return fps

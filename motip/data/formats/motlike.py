@@ -1,8 +1,8 @@
-"""The part that VisDrone and MOTChallenge have in common: a text table beside a folder of numbered frames."""
+"""Shared part of the VisDrone and MOTChallenge readers: a text table and a folder of numbered frames."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,20 +12,23 @@ from motip.data.formats.common import (
     RawSequence,
     Rows,
     build_frames,
+    check_images_match_labels,
     check_rows,
     count,
     first_size,
     numbered_images,
-    refuse_mismatch,
 )
 from motip.data.sequence import ReadReport, Sequence
 from motip.errors import MotipError
 
+if TYPE_CHECKING:
+    from motip.storage.paths import Location
+
 FROM_ZERO = "image names count from 0, labels from 1: images renumbered"
 
 
-def zero_based_images(raw: RawSequence, report: ReadReport) -> dict[int, Any]:
-    """Images by 0-based frame number; file names count from 1 unless there is a file with number 0."""
+def zero_based_images(raw: RawSequence, report: ReadReport) -> dict[int, Location]:
+    """Images by 0-based frame number; file names count from 1 unless one has number 0."""
     if raw.images is None:
         return {}
     by_name = numbered_images(raw.images, report)
@@ -34,7 +37,7 @@ def zero_based_images(raw: RawSequence, report: ReadReport) -> dict[int, Any]:
             f"sequence {raw.name} has no images",
             where=raw.images,
             expected="numbered .jpg or .png files",
-            fix="fetch the images of this sequence, or remove its labels",
+            fix="download the images of this sequence, or remove its labels",
         )
     first = 0 if 0 in by_name else 1
     if first == 0:
@@ -43,27 +46,31 @@ def zero_based_images(raw: RawSequence, report: ReadReport) -> dict[int, Any]:
 
 
 def assemble(
-    raw: RawSequence, rows: Rows, images: dict[int, Any], report: ReadReport, *, dataset: str, fps: float
+    raw: RawSequence, rows: Rows, images: dict[int, Location], report: ReadReport, *, dataset: str, fps: float
 ) -> Sequence:
-    """Rows and images to a sequence.
+    """Build a sequence from label rows and images.
 
-    A frame inside the labelled span that has an image but no row is a frame without objects. Images before the
-    first and after the last labelled frame are left out and counted: nobody said that they are empty (the VisDrone
-    toolkit clips results there too).
+    A frame within the labelled range that has an image but no row is a frame without objects. Images before the
+    first and after the last labelled frame are left out and counted, since they are unlabelled rather than empty
+    (the VisDrone toolkit cuts results there too).
+
+    Raises:
+        MotipError: no label rows, labels and images of different videos, or no readable image.
     """
     if not len(rows):
         raise MotipError(
-            f"sequence {raw.name} has no label rows", where=raw.labels, fix="fetch its labels, or remove the sequence"
+            f"sequence {raw.name} has no label rows",
+            where=raw.labels,
+            fix="download its labels, or remove the sequence",
         )
-    refuse_mismatch(rows, images, raw)
+    check_images_match_labels(rows, images, raw)
     size = first_size(images, raw.images) if images else (0, 0)
     first, last = int(rows.frames.min()), int(rows.frames.max())
     if images:
         rows = rows.keep(np.isin(rows.frames, list(images)), NO_IMAGE, report)
     rows = check_rows(rows, size, report)
-    span = range(first, last + 1)
-    numbers = [number for number in span if not images or number in images]
-    _note_gaps(report, images, numbers, first, last)
+    numbers = [number for number in range(first, last + 1) if not images or number in images]
+    _count_gaps(report, images, numbers, first, last)
     report.kept = len(rows)
     report.check(raw.labels)
     return Sequence(
@@ -77,7 +84,7 @@ def assemble(
     )
 
 
-def _note_gaps(report: ReadReport, images: dict[int, Any], numbers: list[int], first: int, last: int) -> None:
+def _count_gaps(report: ReadReport, images: dict[int, Location], numbers: list[int], first: int, last: int) -> None:
     outside = sum(not first <= number <= last for number in images)
     count(report, UNLABELLED, outside)
     if images:

@@ -1,32 +1,34 @@
-"""Raw formats by the name a curriculum calls them."""
+"""Registry of the dataset readers, by the ``format`` of a source in the curriculum file."""
 
 from __future__ import annotations
 
-from typing import cast
-
+from motip.config import DatasetFormat
 from motip.data.formats import bdd100k, motchallenge, visdrone
 from motip.data.formats.common import RawSequence, Reader
 from motip.errors import MotipError
 
-READERS: dict[str, Reader] = {
-    "bdd100k": cast(Reader, bdd100k),
-    "visdrone": cast(Reader, visdrone),
-    "motchallenge": cast(Reader, motchallenge),
+READERS: dict[DatasetFormat, Reader] = {
+    "bdd100k": bdd100k,
+    "visdrone": visdrone,
+    "motchallenge": motchallenge,
 }
+"""A new format is a reader module, a name in `motip.config.DatasetFormat` and an entry here (docs/data.md)."""
+
 __all__ = ["READERS", "RawSequence", "Reader", "reader"]
 
 
 def reader(name: str) -> Reader:
-    """The reader of a format. A new one is a module with ``list_sequences`` and ``read_sequence``, and a line above.
+    """The reader of a format.
 
     Raises:
-        MotipError: unknown name.
+        MotipError: unknown format.
     """
-    if name not in READERS:
+    found = next((each for format, each in READERS.items() if format == name), None)
+    if found is None:
         raise MotipError(
             f"unknown data format {name!r}",
             where="format of a source",
             expected="one of " + ", ".join(READERS),
             fix="DanceTrack and MOT17 are 'motchallenge'",
         )
-    return READERS[name]
+    return found

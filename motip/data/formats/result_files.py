@@ -1,7 +1,7 @@
-"""Tracks on disk: MOTChallenge rows, BDD100K (Scalabel) JSON, VisDrone's 10 columns; written and read back.
+"""Result files: readers and writers of MOTChallenge rows, BDD100K (Scalabel) JSON and VisDrone's 10 columns.
 
-On disk frames, ids and classes count from 1 (MOTChallenge, VisDrone), inside from 0. A file that counts from 0 is
-refused when read: shifted silently, it would score as a bad tracker and not as a bad file.
+Frames, ids and classes count from 1 on disk (MOTChallenge, VisDrone) and from 0 in memory. A file that counts from 0
+is an error: read with an offset, it would lower the tracker's scores.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from motip.data.formats.common import read_table, whole_numbers
+from motip.data.formats.common import integer_column, read_table
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
 from motip.storage.atomic import atomic_write
@@ -29,11 +29,11 @@ def read_mot(path: Path | str, *, default_class: int | None = None) -> TrackRows
     """Read MOTChallenge rows of 6 to 10 columns.
 
     Args:
-        default_class: 0-based class for rows that name none: fewer than 8 columns, 10 columns (MOT15: the last three
-            are a position), or class -1. None: such rows are an error.
+        default_class: 0-based class of rows without one: fewer than 8 columns, 10 columns (MOT15: the last three are
+            a position), or class -1. None: such rows are an error.
 
     Raises:
-        MotipError: frames, ids or classes that count from 0, and anything that is no such table.
+        MotipError: frames, ids or classes below 1, or another table.
     """
     path = Path(path)
     table = _table(path, range(6, 11))
@@ -45,17 +45,17 @@ def read_mot(path: Path | str, *, default_class: int | None = None) -> TrackRows
                 "rows without a class",
                 where=path,
                 expected="9 columns: frame,id,x,y,w,h,score,class,-1",
-                fix="write the class (1-based), or say which class such rows are",
+                fix="write the class (1-based), or give the class of such rows",
             )
         named = np.where(named == -1, default_class + 1, named)
-    return _rows(path, table, np.where(scores == -1, 1.0, scores), whole_numbers(named, "class", path, at_least=1) - 1)
+    return _rows(path, table, np.where(scores == -1, 1.0, scores), integer_column(named, "class", path, at_least=1) - 1)
 
 
 def write_visdrone(path: Path | str, rows: TrackRows, categories: SequenceOf[int]) -> None:
-    """Write VisDrone's 10 columns, truncation and occlusion -1 as its result format asks.
+    """Write VisDrone's 10 columns, with truncation and occlusion -1 as in its result format.
 
     Args:
-        categories: VisDrone's category number (1..10) of each of our classes.
+        categories: VisDrone's category number (1..10) of each class.
     """
     _check_categories(categories, path)
     numbers = np.asarray(categories, np.int64)[rows.class_ids] if len(rows) else rows.class_ids
@@ -66,18 +66,20 @@ def read_visdrone(path: Path | str, categories: SequenceOf[int]) -> TrackRows:
     """Read what :func:`write_visdrone` writes.
 
     Raises:
-        MotipError: another layout, counting from 0, or a category outside ``categories``.
+        MotipError: another layout, frames or ids below 1, or a category outside ``categories``.
     """
     path = Path(path)
     _check_categories(categories, path)
     table = _table(path, range(10, 11))
-    numbers = whole_numbers(table[:, 7], "category", path, at_least=1)
-    strangers = sorted(set(numbers.tolist()) - set(categories))
-    if strangers:
+    numbers = integer_column(table[:, 7], "category", path, at_least=1)
+    unknown = sorted(set(numbers.tolist()) - set(categories))
+    if unknown:
         raise MotipError(
-            f"category {strangers[0]} is none of the classes", where=path, expected=f"one of {list(categories)}",
-            fix="name the categories that the results hold",
-        )  # fmt: skip
+            f"category {unknown[0]} is not one of the classes",
+            where=path,
+            expected=f"one of {list(categories)}",
+            fix="list all categories of the results",
+        )
     class_of = {category: index for index, category in enumerate(categories)}
     classes = np.array([class_of[number] for number in numbers.tolist()], dtype=np.int64)
     return _rows(path, table, table[:, 6], classes)
@@ -93,7 +95,7 @@ def write_bdd100k(
 
     Args:
         videos: video name to tracks.
-        frame_numbers: all frames of each video, so that frames without tracks appear too, as the benchmark wants.
+        frame_numbers: all frames of each video; the benchmark requires frames without tracks as well.
     """
     frames = []
     for video in sorted(videos):
@@ -122,7 +124,7 @@ def read_bdd100k(path: Path | str, class_names: SequenceOf[str]) -> dict[str, Tr
     """Read what :func:`write_bdd100k` writes: tracks by video name.
 
     Raises:
-        MotipError: no such JSON, a category outside ``class_names``, ids that are no whole numbers from 1 on.
+        MotipError: another file, a category outside ``class_names``, or ids that are not integers >= 1.
     """
     try:
         frames = json.loads(Path(path).read_bytes())
@@ -137,7 +139,7 @@ def read_bdd100k(path: Path | str, class_names: SequenceOf[str]) -> dict[str, Tr
         raise MotipError("no such file", where=path) from error
     except (ValueError, KeyError, TypeError) as error:
         raise MotipError(
-            f"not a tracking result that can be read: {error}",
+            f"not a readable tracking result: {error}",
             where=path,
             expected=f"Scalabel frames with categories of {list(class_names)} and ids from 1 on",
             fix="write it with `motip results export`",
@@ -161,7 +163,7 @@ def _from_columns(rows: list[tuple[int, int, list[float], float, int]], path: ob
 
 
 def _check_rows(rows: TrackRows, path: object) -> None:
-    """Refuse what could not be read back: negative numbers, boxes or scores that are not finite."""
+    """Raise MotipError for rows that could not be read back: negative numbers, non-finite boxes or scores."""
     for what, values in (("frame", rows.frames), ("id", rows.track_ids), ("class", rows.class_ids)):
         if len(values) and values.min() < 0:
             raise MotipError(f"a {what} number is negative", where=path, found=values.min(), expected="0-based numbers")
@@ -196,8 +198,8 @@ def _table(path: Path, columns: range) -> np.ndarray:
 
 
 def _rows(path: Path, table: np.ndarray, scores: np.ndarray, classes: np.ndarray) -> TrackRows:
-    frames = whole_numbers(table[:, 0], "frame number", path, at_least=1) - 1
-    track_ids = whole_numbers(table[:, 1], "track id", path, at_least=1) - 1
+    frames = integer_column(table[:, 0], "frame number", path, at_least=1) - 1
+    track_ids = integer_column(table[:, 1], "track id", path, at_least=1) - 1
     boxes = table[:, 2:6].copy()
     boxes[:, 2:] += boxes[:, :2]
     order = np.argsort(frames, kind="stable")
@@ -216,7 +218,7 @@ def _check_categories(categories: SequenceOf[int], path: object) -> None:
     bad = [number for number in categories if not 1 <= number <= 10]
     if bad or len(set(categories)) != len(categories):
         raise MotipError(
-            "VisDrone results hold categories 1 to 10, each for one class",
+            "VisDrone results have categories 1 to 10, each for one class",
             where=path,
             found=list(categories),
             fix="0 (ignored regions) and 11 (others) are never predicted",

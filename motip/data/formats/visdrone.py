@@ -2,12 +2,12 @@
 
 Columns: frame, track id, left, top, width, height, score, category, truncation, occlusion
 (github.com/VisDrone/VisDrone2018-MOT-toolkit, README). Frames count from 1. Score 0 marks a box that evaluation
-leaves out; category 0 is an ignored region, 11 is "others".
+ignores; category 0 is an ignored region, 11 is "others".
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,14 +15,17 @@ from motip.data.formats.common import (
     RawSequence,
     Rows,
     files_with,
+    integer_column,
     read_table,
     require_folder,
     subfolders,
-    whole_numbers,
 )
 from motip.data.formats.motlike import assemble, zero_based_images
 from motip.data.sequence import UNTRACKED, ReadReport, Sequence
 from motip.errors import MotipError
+
+if TYPE_CHECKING:
+    from motip.storage.paths import Location
 
 DATASET = "visdrone"
 FPS = 30.0
@@ -45,14 +48,14 @@ CATEGORIES = (
 IGNORED_REGION, OTHERS = 0, 11
 
 
-def list_sequences(root: Any, split: str) -> list[RawSequence]:
-    """Sequences of ``VisDrone2019-MOT-<split>`` under ``root``, or of ``root`` itself if it holds ``sequences``.
+def list_sequences(root: Location, split: str) -> list[RawSequence]:
+    """Sequences of ``VisDrone2019-MOT-<split>`` under ``root``, or of ``root`` itself if it contains ``sequences``.
 
     Raises:
         MotipError: missing or empty folders, images without labels.
     """
     base = _split_folder(root, split)
-    require_folder(base / "annotations", "the folder of annotations", "unpack the whole VisDrone-MOT archive")
+    require_folder(base / "annotations", "the folder of annotations", "unpack the complete VisDrone-MOT archive")
     labels = {item.stem: item for item in files_with(base / "annotations", ".txt")}
     folders = {item.name: item for item in subfolders(base / "sequences")}
     if not folders:
@@ -68,12 +71,12 @@ def list_sequences(root: Any, split: str) -> list[RawSequence]:
             f"{len(unlabelled)} of {len(folders)} sequences have no annotations, such as {unlabelled[0]}",
             where=base / "annotations",
             expected=f"{unlabelled[0]}.txt",
-            fix="fetch the annotations of this split, or remove the folders of frames without them",
+            fix="download the annotations of this split, or remove the folders of frames without them",
         )
     return [RawSequence(name, split, labels[name], folders[name]) for name in folders]
 
 
-def _split_folder(root: Any, split: str) -> Any:
+def _split_folder(root: Location, split: str) -> Location:
     tried = [root / f"VisDrone2019-MOT-{split}", root / split, root]
     for folder in tried:
         if (folder / "sequences").is_dir():
@@ -82,7 +85,7 @@ def _split_folder(root: Any, split: str) -> Any:
         f"no VisDrone-MOT data for the split {split!r}",
         where=root,
         expected=f"VisDrone2019-MOT-{split}/sequences and …/annotations",
-        fix="set the source's root to the folder that holds VisDrone2019-MOT-train and -val, "
+        fix="set the source's root to the folder that contains VisDrone2019-MOT-train and -val, "
         "or unpack the archives there",
     )
 
@@ -91,14 +94,14 @@ def read_sequence(raw: RawSequence) -> tuple[Sequence, ReadReport]:
     """Read one sequence; without an image folder the frames have no images and the size is 0×0.
 
     Raises:
-        MotipError: a DET file (8 columns), another layout, frames that count from 0, labels of another video.
+        MotipError: a DET file (8 columns), another layout, frame numbers from 0, labels of another video.
     """
     report = ReadReport()
     det = MotipError(
         "this is a VisDrone-DET file (8 columns: single images, no frame and no track id), not a MOT file",
         where=raw.labels,
         expected="10 columns: frame, id, left, top, width, height, score, category, truncation, occlusion",
-        fix="fetch the VisDrone-MOT archives (VisDrone2019-MOT-train.zip, -val, -test-dev)",
+        fix="download the VisDrone-MOT archives (VisDrone2019-MOT-train.zip, -val, -test-dev)",
     )
     table = read_table(raw.labels, range(10, 11), {8: det})
     report.raw = len(table)
@@ -107,9 +110,9 @@ def read_sequence(raw: RawSequence) -> tuple[Sequence, ReadReport]:
 
 
 def _rows(table: np.ndarray, path: object) -> Rows:
-    frames = whole_numbers(table[:, 0], "frame number", path, at_least=1) - 1
-    track_ids = whole_numbers(table[:, 1], "track id", path, at_least=-1)
-    numbers = whole_numbers(table[:, 7], "category", path, at_least=0)
+    frames = integer_column(table[:, 0], "frame number", path, at_least=1) - 1
+    track_ids = integer_column(table[:, 1], "track id", path, at_least=-1)
+    numbers = integer_column(table[:, 7], "category", path, at_least=0)
     if numbers.size and numbers.max() >= len(CATEGORIES):
         raise MotipError(
             f"unknown VisDrone category {numbers.max()}",
@@ -123,7 +126,7 @@ def _rows(table: np.ndarray, path: object) -> Rows:
     return Rows(
         frames=frames,
         boxes_xyxy=boxes,
-        # Regions all carry id 0 (or -1): they are no track.
+        # All regions have id 0 (or -1) and no identity.
         track_ids=np.where(is_region | (track_ids < 0), UNTRACKED, track_ids),
         categories=np.array(CATEGORIES, dtype=object)[numbers],
         ignore=is_region | (numbers == OTHERS) | (table[:, 6] == 0),

@@ -1,4 +1,4 @@
-"""Write the demo world once: which sequences, from which seeds, into which raw folders."""
+"""Writer of the demo dataset: sequences and their seeds, raw folders, reuse of an earlier dataset."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from motip.errors import MotipError
 from motip.storage.atomic import digest, write_json_atomic
 
 DRAWING_VERSION = 2
-"""Raised whenever the same seed draws another world, so that old folders are written anew."""
+"""Version of the rendering; increase it when the same seed gives other images, so that old folders are replaced."""
 MARKER = "world.json"
 JPEG_QUALITY = 92
 SMALLEST_SIDE = 64
@@ -46,7 +46,7 @@ class Scene(Protocol):
     """A sequence that can be rendered frame by frame, in any order."""
 
     def render(self, frame: int) -> tuple[np.ndarray, list[Label], int]:
-        """(H, W, 3) uint8 BGR, the labels, and how many objects have no box because something hides them."""
+        """(H, W, 3) uint8 BGR, the labels, and the number of objects without a box because they are occluded."""
         ...
 
 
@@ -64,24 +64,24 @@ DOMAINS: Mapping[str, _Domain] = {
     "ground": _Domain(GroundScene, Bdd100kWriter, "bdd100k", "bdd100k", GROUND_FPS),
     "aerial": _Domain(AerialScene, VisDroneWriter, "visdrone", "visdrone", AERIAL_FPS),
 }
-"""The domains, each with the format it is written in and the folder under the world's root."""
+"""Scene class, writer, folder under the root, format and frame rate of each domain."""
 
-DEMO_WORLD: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+DEMO_DATASET: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     "dance": {"train": {"sequences": 20}, "val": {"sequences": 15}},
     "ground": {"train": {"sequences": 24}, "val": {"sequences": 15}},
     "aerial": {"train": {"sequences": 32, "crowd": 0.25}, "val": {"sequences": 16, "crowd": 0.25}},
 }
-"""The world of the demo: enough validation sequences that an interval over them means something."""
+"""Sequences of the demo: enough of them for validation that a confidence interval is meaningful."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitSettings:
-    """How much of a split to write.
+    """Size of a split.
 
     Attributes:
         sequences: number of sequences, at least 1.
-        frames: frames of each, at least 2.
-        crowd: share of the sequences that are crowded, 0..1, spread evenly over the split.
+        frames: frames per sequence, at least 2.
+        crowd: share of crowded sequences, 0..1, distributed evenly over the split.
     """
 
     sequences: int
@@ -89,14 +89,15 @@ class SplitSettings:
     crowd: float = 0.0
 
     def crowded(self, index: int) -> bool:
+        """Whether sequence ``index`` is crowded."""
         return math.floor((index + 1) * self.crowd + 1e-9) > math.floor(index * self.crowd + 1e-9)
 
 
 @dataclass(slots=True)
 class SplitReport:
-    """What was written of one split of one domain.
+    """Counts of one split of one domain.
 
-    ``gaps`` counts object-frames without a box because the object was hidden; ``names`` are the sequences.
+    ``gaps`` counts object-frames without a box because the object is occluded; ``names`` are the sequences.
     """
 
     sequences: int = 0
@@ -110,8 +111,8 @@ class SplitReport:
 
 
 @dataclass(slots=True)
-class WorldReport:
-    """What lies under ``root``; ``written`` is False where an earlier call with the same settings wrote it."""
+class DatasetReport:
+    """Contents of ``root``; ``written`` is False if an earlier call with the same settings wrote them."""
 
     root: Path
     digest: str
@@ -125,9 +126,9 @@ class WorldReport:
         return sum(split.frames for domain in self.splits.values() for split in domain.values())
 
     def source(self, domain: str) -> dict[str, Any]:
-        """Where a domain lies and how to read it: root, format and fps, as a curriculum's source needs them."""
-        made = DOMAINS[domain]
-        return {"root": str(self.root / made.folder), "format": made.format, "fps": made.fps, "domain": domain}
+        """Root, format, fps and domain of a domain's data, for the source of a curriculum."""
+        spec = DOMAINS[domain]
+        return {"root": str(self.root / spec.folder), "format": spec.format, "fps": spec.fps, "domain": domain}
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -142,37 +143,37 @@ class WorldReport:
         }
 
 
-def write_world(
+def write_demo_dataset(
     root: Path | str,
     *,
     seed: int = 0,
-    domains: Mapping[str, Mapping[str, int | Mapping[str, float]]] = DEMO_WORLD,
+    domains: Mapping[str, Mapping[str, int | Mapping[str, float]]] = DEMO_DATASET,
     frames: int = 60,
     size: tuple[int, int] = (128, 224),
     progress: Callable[[str, int, int], None] | None = None,
-) -> WorldReport:
-    """Write the world under ``root`` unless it is there already, drawn by the same program with the same settings.
+) -> DatasetReport:
+    """Write the dataset under ``root`` unless it exists there with the same settings and rendering version.
 
-    A sequence depends on nothing but (seed, domain, split, index, frames, size, crowd): more sequences leave those
-    that were there as they are. The folder is put in place whole, so a cut-off call leaves nothing half-written.
+    A sequence depends only on (seed, domain, split, index, frames, size, crowd), so adding sequences does not change
+    the others. The folder is replaced atomically.
 
     Args:
-        root: the world's own folder; ``dancetrack/``, ``bdd100k/`` and ``visdrone/`` come under it.
-        seed: of the whole world.
+        root: folder of the dataset; ``dancetrack/``, ``bdd100k/`` and ``visdrone/`` are created below it.
+        seed: seed of the dataset.
         domains: domain (dance, ground, aerial) to split name to a number of sequences or to
             ``{"sequences": n, "frames": n, "crowd": share}``.
-        frames: frames per sequence where a split says nothing else.
-        size: (height, width) of the frames in pixels; objects grow with it.
-        progress: called after every sequence with (its name, sequences done, sequences in all).
+        frames: default number of frames per sequence.
+        size: (height, width) of the frames in pixels; objects scale with it.
+        progress: called after every sequence with (its name, sequences done, number of sequences).
 
     Raises:
-        MotipError: settings that make no world, or a root that holds something else.
+        MotipError: invalid settings, or a root with other contents.
     """
     target = Path(root).resolve()
     plan = _plan(domains, frames)
     settings = _settings(seed, plan, size)
     key = digest(settings)
-    with _only_writer(target):
+    with _write_lock(target):
         found = _read_marker(target)
         if found is not None and found.digest == key and _is_complete(found):
             found.written = False
@@ -180,13 +181,13 @@ def write_world(
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             started = time.perf_counter()
-            splits = _draw(temporary, seed, plan, size, progress)
-            report = WorldReport(target, key, settings, splits, True, time.perf_counter() - started)
+            splits = _render(temporary, seed, plan, size, progress)
+            report = DatasetReport(target, key, settings, splits, True, time.perf_counter() - started)
             write_json_atomic(temporary / MARKER, report.to_dict())
             _replace(temporary, target)
         except OSError as error:
             raise MotipError(
-                f"cannot write the synthetic world: {error.strerror or error}",
+                f"cannot write the synthetic dataset: {error.strerror or error}",
                 where=target,
                 expected="a writable folder with free space",
                 fix="choose another data root, or free some space",
@@ -197,37 +198,38 @@ def write_world(
 
 
 def scene_rng(seed: int, domain: str, split: str, index: int) -> np.random.Generator:
-    """The generator that a sequence is drawn from."""
+    """Random generator of a sequence."""
     return np.random.default_rng(int(digest([seed, domain, split, index])[:16], 16))
 
 
-def _draw(
+def _render(
     root: Path,
     seed: int,
     plan: Mapping[str, Mapping[str, SplitSettings]],
     size: tuple[int, int],
     progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, dict[str, SplitReport]]:
+    """Render and write all sequences; returns the counts by domain and split."""
     total = sum(settings.sequences for splits in plan.values() for settings in splits.values())
     done = 0
     reports: dict[str, dict[str, SplitReport]] = {}
     for domain, splits in plan.items():
-        made = DOMAINS[domain]
+        spec = DOMAINS[domain]
         reports[domain] = {}
         for split, settings in splits.items():
             report = reports[domain][split] = SplitReport()
             for index in range(settings.sequences):
                 crowded = settings.crowded(index)
                 name = f"{domain}-{split}-{index:04d}" + ("-crowd" if crowded else "")
-                scene = made.scene(scene_rng(seed, domain, split, index), size, settings.frames, crowded)
-                writer = made.writer(root / made.folder, split, name, made.fps, JPEG_QUALITY)
+                scene = spec.scene(scene_rng(seed, domain, split, index), size, settings.frames, crowded)
+                writer = spec.writer(root / spec.folder, split, name, spec.fps, JPEG_QUALITY)
                 _write_sequence(scene, writer, settings.frames, report)
                 report.crowded += crowded
                 done += 1
                 if progress is not None:
                     progress(name, done, total)
-            if made.format == "motchallenge":
-                write_seqmap(root / made.folder, split, report.names)
+            if spec.format == "motchallenge":
+                write_seqmap(root / spec.folder, split, report.names)
     return reports
 
 
@@ -252,12 +254,12 @@ def _plan(
     domains: Mapping[str, Mapping[str, int | Mapping[str, float]]], frames: int
 ) -> dict[str, dict[str, SplitSettings]]:
     if not domains:
-        raise _bad("a synthetic world needs at least one domain", "domains", "none", ", ".join(DOMAINS))
+        raise _bad("a synthetic dataset needs at least one domain", "domains", "none", ", ".join(DOMAINS))
     plan: dict[str, dict[str, SplitSettings]] = {}
-    # Sorted, so that the order in which a file lists the domains does not change the digest.
+    # Sorted, so that the order of the domains in a file does not change the digest.
     for domain in sorted(domains):
         if domain not in DOMAINS:
-            raise _bad("the synthetic world has no such domain", "domains", domain, f"one of {', '.join(DOMAINS)}")
+            raise _bad("the synthetic dataset has no such domain", "domains", domain, f"one of {', '.join(DOMAINS)}")
         splits = domains[domain]
         if not isinstance(splits, Mapping) or not splits:
             raise _bad("a synthetic domain needs splits", domain, splits, "{train: 20, val: 15}")
@@ -265,7 +267,7 @@ def _plan(
         for split in sorted(splits):
             where = f"{domain}.{split}"
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(split)):
-                raise _bad("a split name is used as a folder", where, split, "letters, digits, - and _")
+                raise _bad("a split name is used as a folder name", where, split, "letters, digits, - and _")
             plan[domain][split] = _split_settings(splits[split], frames, where)
     return plan
 
@@ -274,11 +276,11 @@ def _split_settings(value: int | Mapping[str, float], frames: int, where: str) -
     raw = dict(value) if isinstance(value, Mapping) else {"sequences": value}
     unknown = sorted(set(raw) - {"sequences", "frames", "crowd"})
     if unknown or "sequences" not in raw:
-        raise _bad("settings of a synthetic split are not understood", where, value, "sequences, frames, crowd")
+        raise _bad("invalid settings of a synthetic split", where, value, "sequences, frames, crowd")
     raw.setdefault("frames", frames)
     for key, least in (("sequences", 1), ("frames", 2)):
         if isinstance(raw[key], bool) or not isinstance(raw[key], int) or raw[key] < least:
-            raise _bad(f"{key} of a synthetic split is out of range", where, raw[key], f"a whole number from {least}")
+            raise _bad(f"{key} of a synthetic split is out of range", where, raw[key], f"an integer >= {least}")
     crowd = raw.get("crowd", 0.0)
     if isinstance(crowd, bool) or not isinstance(crowd, (int, float)) or not 0 <= crowd <= 1:
         raise _bad("crowd of a synthetic split is out of range", where, crowd, "a share between 0 and 1")
@@ -287,7 +289,7 @@ def _split_settings(value: int | Mapping[str, float], frames: int, where: str) -
 
 def _settings(seed: int, plan: Mapping[str, Mapping[str, SplitSettings]], size: tuple[int, int]) -> dict[str, Any]:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise _bad("the seed of the synthetic world is out of range", "seed", seed, "a whole number from 0")
+        raise _bad("the seed of the synthetic dataset is out of range", "seed", seed, "an integer >= 0")
     if len(size) != 2 or any(not isinstance(side, int) or not SMALLEST_SIDE <= side <= 8192 for side in size):
         raise _bad(
             "the size of the synthetic frames is out of range",
@@ -307,34 +309,34 @@ def _settings(seed: int, plan: Mapping[str, Mapping[str, SplitSettings]], size: 
 
 def _bad(what: str, where: str, found: object, expected: str) -> MotipError:
     return MotipError(
-        what, where=f"synthetic world: {where}", found=found, expected=expected, fix="correct the synthetic settings"
+        what, where=f"synthetic dataset: {where}", found=found, expected=expected, fix="correct the synthetic settings"
     )
 
 
 @contextlib.contextmanager
-def _only_writer(target: Path) -> Iterator[None]:
-    """Hold the world's lock: of several processes that want the same world, one writes and the others find it."""
+def _write_lock(target: Path) -> Iterator[None]:
+    """Exclusive lock of the dataset: of several processes, one writes and the others reuse the result."""
     lock = target.with_name(f".{target.name}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stream = lock.open("w")
     except OSError as error:
         raise MotipError(
-            f"cannot write beside the synthetic world: {error.strerror or error}",
+            f"cannot write next to the synthetic dataset: {error.strerror or error}",
             where=target.parent,
             expected="a writable folder",
             fix="choose another data root",
         ) from error
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        # Nobody else can be writing now, so what lies here was left by a process that was killed.
+        # With the lock held, temporary folders here are leftovers of killed processes.
         for left in target.parent.glob(f".{target.name}.*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         yield
 
 
-def _read_marker(target: Path) -> WorldReport | None:
-    """The world that lies at ``target``, or None for an absent or empty folder."""
+def _read_marker(target: Path) -> DatasetReport | None:
+    """The dataset at ``target``, or None for an absent or empty folder; MotipError for other contents."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     marker = target / MARKER
@@ -344,25 +346,25 @@ def _read_marker(target: Path) -> WorldReport | None:
             domain: {split: SplitReport(**report) for split, report in reports.items()}
             for domain, reports in raw["splits"].items()
         }
-        return WorldReport(target, raw["digest"], raw["settings"], splits, False, raw["seconds"])
+        return DatasetReport(target, raw["digest"], raw["settings"], splits, False, raw["seconds"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MotipError(
-            "the folder for the synthetic world holds something else",
+            "the folder for the synthetic dataset has other contents",
             where=target,
             found=f"no readable {MARKER} ({type(error).__name__})",
-            expected="an absent or empty folder, or a synthetic world written earlier",
+            expected="an absent or empty folder, or a synthetic dataset written earlier",
             fix="choose another folder, or remove this one if it is not needed",
         ) from error
 
 
-def _is_complete(report: WorldReport) -> bool:
-    """Whether the sequences are still there with all their frames."""
+def _is_complete(report: DatasetReport) -> bool:
+    """Whether the sequences exist with all their frames."""
     for domain, splits in report.splits.items():
-        made = DOMAINS[domain]
+        spec = DOMAINS[domain]
         for split, written in splits.items():
             frames = 0
             for name in written.names:
-                images, annotations = made.writer(report.root / made.folder, split, name, made.fps, 1).paths()
+                images, annotations = spec.writer(report.root / spec.folder, split, name, spec.fps, 1).paths()
                 if not annotations.is_file() or not images.is_dir():
                     return False
                 frames += sum(entry.name.endswith(".jpg") for entry in os.scandir(images))
@@ -372,7 +374,7 @@ def _is_complete(report: WorldReport) -> bool:
 
 
 def _replace(temporary: Path, target: Path) -> None:
-    """Put the new world in the place of an earlier one (which ``_read_marker`` has recognised) or of nothing."""
+    """Move the new dataset to ``target``, replacing an earlier dataset (recognised by ``_read_marker``)."""
     if not target.exists():
         os.replace(temporary, target)
         return

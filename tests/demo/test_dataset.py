@@ -1,4 +1,4 @@
-"""The demo world: the formats on disk, determinism, gaps, crowds, and a folder that is whole or absent."""
+"""Demo dataset: raw formats on disk, determinism, gaps, crowds, atomic replacement of the folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from motip.data.formats.registry import reader
-from motip.demo import DEMO_WORLD, WorldReport, write_world
-from motip.demo.rendering import Picture, make_sprite
+from motip.demo import DEMO_DATASET, DatasetReport, write_demo_dataset
+from motip.demo.rendering import Canvas, make_sprite
 from motip.errors import MotipError
 from motip.storage.atomic import sha256_file
 
@@ -29,8 +29,8 @@ FRAMES = 24
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> WorldReport:
-    return write_world(tmp_path_factory.mktemp("data") / "world", seed=3, domains=SMALL, frames=FRAMES)
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetReport:
+    return write_demo_dataset(tmp_path_factory.mktemp("data") / "dataset", seed=3, domains=SMALL, frames=FRAMES)
 
 
 def rows(path: Path) -> np.ndarray:
@@ -38,13 +38,13 @@ def rows(path: Path) -> np.ndarray:
 
 
 def tree(root: Path) -> dict[str, str]:
-    """Every file but the marker, which holds the time it took, with its digest."""
+    """Digest of every file except the marker, which contains the elapsed time."""
     files = [path for path in root.rglob("*") if path.is_file() and path.name != "world.json"]
     return {str(path.relative_to(root)): sha256_file(path) for path in files}
 
 
-def test_dancetrack_folder(world: WorldReport) -> None:
-    root = world.root / "dancetrack"
+def test_dancetrack_folder(dataset: DatasetReport) -> None:
+    root = dataset.root / "dancetrack"
     assert (root / "train_seqmap.txt").read_text().split() == ["name", "dance-train-0000", "dance-train-0001"]
     sequence = root / "train" / "dance-train-0000"
     info = configparser.ConfigParser()
@@ -64,8 +64,8 @@ def test_dancetrack_folder(world: WorldReport) -> None:
     assert 4 <= len(np.unique(truth[:, 1])) <= 8
 
 
-def test_bdd100k_folder(world: WorldReport) -> None:
-    root = world.root / "bdd100k"
+def test_bdd100k_folder(dataset: DatasetReport) -> None:
+    root = dataset.root / "bdd100k"
     video = "ground-train-0001"
     frames = json.loads((root / "labels" / "box_track_20" / "train" / f"{video}.json").read_text())
     images = root / "images" / "track" / "train" / video
@@ -88,8 +88,8 @@ def test_bdd100k_folder(world: WorldReport) -> None:
             assert 0 <= box["y1"] < box["y2"] <= 128
 
 
-def test_visdrone_folder(world: WorldReport) -> None:
-    root = world.root / "visdrone" / "VisDrone2019-MOT-train"
+def test_visdrone_folder(dataset: DatasetReport) -> None:
+    root = dataset.root / "visdrone" / "VisDrone2019-MOT-train"
     plain, crowd = "aerial-train-0000", "aerial-train-0001-crowd"
     assert sorted(path.name for path in (root / "sequences").iterdir()) == [plain, crowd]
     assert len(list((root / "sequences" / plain).glob("00000??.jpg"))) == FRAMES
@@ -111,8 +111,8 @@ def test_visdrone_folder(world: WorldReport) -> None:
     assert in_crowd.max() <= 64
 
 
-def test_the_aerial_world_has_ignored_regions_and_others(tmp_path: Path) -> None:
-    report = write_world(tmp_path / "world", domains={"aerial": {"train": 8}}, frames=4)
+def test_aerial_domain_has_ignored_regions_and_others(tmp_path: Path) -> None:
+    report = write_demo_dataset(tmp_path / "dataset", domains={"aerial": {"train": 8}}, frames=4)
     tables = [rows(path) for path in (report.root / "visdrone").rglob("annotations/*.txt")]
     table = np.concatenate(tables)
     regions = table[table[:, 7] == 0]
@@ -122,7 +122,9 @@ def test_the_aerial_world_has_ignored_regions_and_others(tmp_path: Path) -> None
 
 
 def test_tracks_have_gaps_entries_and_exits(tmp_path: Path) -> None:
-    report = write_world(tmp_path / "world", domains={"dance": {"train": 4}, "ground": {"train": 3}}, frames=40)
+    report = write_demo_dataset(
+        tmp_path / "dataset", domains={"dance": {"train": 4}, "ground": {"train": 3}}, frames=40
+    )
     gaps = 0
     for path in (report.root / "dancetrack").rglob("gt.txt"):
         table = rows(path)
@@ -142,20 +144,20 @@ def test_tracks_have_gaps_entries_and_exits(tmp_path: Path) -> None:
     assert sum(end < 35 for end in ends) >= 3
 
 
-def test_boxes_lie_on_what_is_drawn() -> None:
-    """A bright square painted at a known place: its box, and what a cover of known size leaves of it."""
+def test_boxes_and_visibility_match_the_painted_pixels() -> None:
+    """A bright square at a known position: its box, and its visible share under occluders of known size."""
     square = make_sprite(np.full((60, 60, 3), 250, np.uint8), np.full((60, 60), 255, np.uint8), (30, 30), 3)
-    picture = Picture(np.zeros((64, 80, 3), np.float32))
-    picture.paint(square, 40, 30, track_id=7, category="car")
-    labels, hidden = picture.labels()
+    canvas = Canvas(np.zeros((64, 80, 3), np.float32))
+    canvas.paint(square, 40, 30, track_id=7, category="car")
+    labels, hidden = canvas.labels()
     assert (labels[0].box_xyxy, labels[0].visible, labels[0].inside, hidden) == ((30, 20, 50, 40), 1.0, 1.0, 0)
-    lit = np.argwhere(picture.image[..., 0] > 125)
+    lit = np.argwhere(canvas.image[..., 0] > 125)
     assert (lit.min(axis=0).tolist(), (lit.max(axis=0) + 1).tolist()) == ([20, 30], [40, 50])
 
-    picture.paint(square, 50, 30)
-    assert picture.labels()[0][0].visible == pytest.approx(0.5)
-    picture.paint(square, 42, 30)
-    labels, hidden = picture.labels()
+    canvas.paint(square, 50, 30)
+    assert canvas.labels()[0][0].visible == pytest.approx(0.5)
+    canvas.paint(square, 42, 30)
+    labels, hidden = canvas.labels()
     assert labels == []
     assert hidden == 1
 
@@ -163,55 +165,55 @@ def test_boxes_lie_on_what_is_drawn() -> None:
 @pytest.mark.parametrize("scale", [0.25, 0.5, 0.9, 1.7])
 def test_boxes_follow_scale_and_rotation(scale: float) -> None:
     square = make_sprite(np.full((120, 120, 3), 250, np.uint8), np.full((120, 120), 255, np.uint8), (60, 60), 3)
-    picture = Picture(np.zeros((200, 200, 3), np.float32))
-    picture.paint(square, 100, 90, scale=scale, angle=np.pi / 4, track_id=1, category="car")
-    x1, y1, x2, y2 = picture.labels()[0][0].box_xyxy
+    canvas = Canvas(np.zeros((200, 200, 3), np.float32))
+    canvas.paint(square, 100, 90, scale=scale, angle=np.pi / 4, track_id=1, category="car")
+    x1, y1, x2, y2 = canvas.labels()[0][0].box_xyxy
     half = 20 * scale * np.sqrt(2)
     assert np.allclose([x1, y1, x2, y2], [100 - half, 90 - half, 100 + half, 90 + half], atol=1.6)
 
 
-def test_an_object_that_leaves_the_frame_is_cut_then_gone() -> None:
+def test_object_leaving_the_frame_is_clipped_then_dropped() -> None:
     square = make_sprite(np.full((60, 60, 3), 250, np.uint8), np.full((60, 60), 255, np.uint8), (30, 30), 3)
-    picture = Picture(np.zeros((64, 80, 3), np.float32))
-    picture.paint(square, 80, 30, track_id=1, category="car")
-    label = picture.labels()[0][0]
+    canvas = Canvas(np.zeros((64, 80, 3), np.float32))
+    canvas.paint(square, 80, 30, track_id=1, category="car")
+    label = canvas.labels()[0][0]
     assert label.box_xyxy == (70, 20, 80, 40)
     assert label.inside == pytest.approx(0.5)
-    picture = Picture(np.zeros((64, 80, 3), np.float32))
-    picture.paint(square, 88, 30, track_id=1, category="car")
-    assert picture.labels() == ([], 0)
+    canvas = Canvas(np.zeros((64, 80, 3), np.float32))
+    canvas.paint(square, 88, 30, track_id=1, category="car")
+    assert canvas.labels() == ([], 0)
 
 
-def test_same_seed_same_bytes_other_seed_other_world(world: WorldReport, tmp_path: Path) -> None:
-    again = write_world(tmp_path / "again", seed=3, domains=SMALL, frames=FRAMES)
-    assert tree(again.root) == tree(world.root)
-    other = write_world(tmp_path / "other", seed=4, domains=SMALL, frames=FRAMES)
-    same = {name for name, key in tree(other.root).items() if tree(world.root).get(name) == key}
+def test_equal_seeds_give_equal_bytes_and_other_seeds_other_images(dataset: DatasetReport, tmp_path: Path) -> None:
+    again = write_demo_dataset(tmp_path / "again", seed=3, domains=SMALL, frames=FRAMES)
+    assert tree(again.root) == tree(dataset.root)
+    other = write_demo_dataset(tmp_path / "other", seed=4, domains=SMALL, frames=FRAMES)
+    same = {name for name, key in tree(other.root).items() if tree(dataset.root).get(name) == key}
     assert not {name for name in same if name.endswith((".jpg", "gt.txt", ".json"))}
 
 
-def test_more_sequences_leave_the_earlier_ones_as_they_are(world: WorldReport, tmp_path: Path) -> None:
-    more = write_world(tmp_path / "more", seed=3, domains={"dance": {"train": 3}}, frames=FRAMES)
-    earlier = tree(world.root / "dancetrack" / "train")
+def test_adding_sequences_does_not_change_existing_ones(dataset: DatasetReport, tmp_path: Path) -> None:
+    more = write_demo_dataset(tmp_path / "more", seed=3, domains={"dance": {"train": 3}}, frames=FRAMES)
+    earlier = tree(dataset.root / "dancetrack" / "train")
     later = tree(more.root / "dancetrack" / "train")
     assert earlier.items() <= later.items()
     assert len(later) > len(earlier)
 
 
-def test_splits_do_not_share_sequences(world: WorldReport) -> None:
-    train = set(tree(world.root / "dancetrack" / "train").values())
-    val = set(tree(world.root / "dancetrack" / "val").values())
+def test_splits_do_not_share_sequences(dataset: DatasetReport) -> None:
+    train = set(tree(dataset.root / "dancetrack" / "train").values())
+    val = set(tree(dataset.root / "dancetrack" / "val").values())
     assert not train & val
 
 
-def test_second_call_writes_nothing_and_damage_is_repaired(tmp_path: Path) -> None:
+def test_second_call_reuses_the_dataset_and_repairs_missing_files(tmp_path: Path) -> None:
     domains = {"dance": {"val": 1}}
-    first = write_world(tmp_path / "world", domains=domains, frames=3)
-    picture = first.root / "dancetrack" / "val" / "dance-val-0000" / "img1" / "00000002.jpg"
-    written = picture.stat().st_mtime_ns
-    second = write_world(tmp_path / "world", domains=domains, frames=3)
+    first = write_demo_dataset(tmp_path / "dataset", domains=domains, frames=3)
+    image = first.root / "dancetrack" / "val" / "dance-val-0000" / "img1" / "00000002.jpg"
+    written = image.stat().st_mtime_ns
+    second = write_demo_dataset(tmp_path / "dataset", domains=domains, frames=3)
     assert (first.written, second.written) == (True, False)
-    assert picture.stat().st_mtime_ns == written
+    assert image.stat().st_mtime_ns == written
     assert second.splits == first.splits
     assert second.source("dance") == {
         "root": str(first.root / "dancetrack"),
@@ -219,67 +221,69 @@ def test_second_call_writes_nothing_and_damage_is_repaired(tmp_path: Path) -> No
         "fps": 20.0,
         "domain": "dance",
     }
-    picture.unlink()
-    assert write_world(tmp_path / "world", domains=domains, frames=3).written
-    assert picture.is_file()
+    image.unlink()
+    assert write_demo_dataset(tmp_path / "dataset", domains=domains, frames=3).written
+    assert image.is_file()
 
 
-def test_other_settings_replace_the_world_as_a_whole(tmp_path: Path) -> None:
-    write_world(tmp_path / "world", domains={"dance": {"val": 2}}, frames=3)
-    write_world(tmp_path / "world", domains={"dance": {"val": 1}}, frames=3)
-    assert [path.name for path in (tmp_path / "world" / "dancetrack" / "val").iterdir()] == ["dance-val-0000"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".world.lock", "world"]
+def test_other_settings_replace_the_dataset(tmp_path: Path) -> None:
+    write_demo_dataset(tmp_path / "dataset", domains={"dance": {"val": 2}}, frames=3)
+    write_demo_dataset(tmp_path / "dataset", domains={"dance": {"val": 1}}, frames=3)
+    assert [path.name for path in (tmp_path / "dataset" / "dancetrack" / "val").iterdir()] == ["dance-val-0000"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".dataset.lock", "dataset"]
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "world").mkdir()
-    (tmp_path / "world" / "thesis.txt").write_text("precious")
-    with pytest.raises(MotipError, match="holds something else") as error:
-        write_world(tmp_path / "world", domains={"dance": {"val": 1}}, frames=2)
-    assert str(tmp_path / "world") in str(error.value)
-    assert [path.name for path in (tmp_path / "world").iterdir()] == ["thesis.txt"]
+def test_folder_with_other_contents_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "thesis.txt").write_text("precious")
+    with pytest.raises(MotipError, match="has other contents") as error:
+        write_demo_dataset(tmp_path / "dataset", domains={"dance": {"val": 1}}, frames=2)
+    assert str(tmp_path / "dataset") in str(error.value)
+    assert [path.name for path in (tmp_path / "dataset").iterdir()] == ["thesis.txt"]
 
 
-def test_a_failure_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_failure_leaves_no_partial_dataset(tmp_path: Path) -> None:
     def fail(name: str, done: int, total: int) -> None:
         if done == 2:
             raise RuntimeError("pulled the plug")
 
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        write_world(tmp_path / "world", domains={"dance": {"val": 3}}, frames=2, progress=fail)
-    assert [path.name for path in tmp_path.iterdir()] == [".world.lock"]
+        write_demo_dataset(tmp_path / "dataset", domains={"dance": {"val": 3}}, frames=2, progress=fail)
+    assert [path.name for path in tmp_path.iterdir()] == [".dataset.lock"]
 
 
 def _write_in_process(root: str) -> bool:
-    return write_world(root, domains={"dance": {"val": 2}}, frames=4).written
+    return write_demo_dataset(root, domains={"dance": {"val": 2}}, frames=4).written
 
 
-def test_processes_that_want_the_same_world_write_it_once(tmp_path: Path) -> None:
+def test_concurrent_processes_write_the_dataset_once(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(3) as pool:
-        written = pool.map(_write_in_process, [str(tmp_path / "world")] * 3)
+        written = pool.map(_write_in_process, [str(tmp_path / "dataset")] * 3)
     assert sorted(written) == [False, False, True]
 
 
-def test_progress_counts_every_sequence(tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
-    write_world(
-        tmp_path / "world",
+def test_progress_is_reported_for_every_sequence(tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    write_demo_dataset(
+        tmp_path / "dataset",
         domains={"dance": {"val": 2}, "ground": {"train": 1}},
         frames=2,
-        progress=lambda *state: seen.append(state),
+        progress=lambda *state: calls.append(state),
     )
-    assert seen == [("dance-val-0000", 1, 3), ("dance-val-0001", 2, 3), ("ground-train-0000", 3, 3)]
+    assert calls == [("dance-val-0000", 1, 3), ("dance-val-0001", 2, 3), ("ground-train-0000", 3, 3)]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (270, 480), (200, 100)])
-def test_any_size_scales_the_objects(tmp_path: Path, size: tuple[int, int]) -> None:
-    report = write_world(
-        tmp_path / "world", domains={name: {"val": 1} for name in ("dance", "ground", "aerial")}, frames=6, size=size
+def test_objects_scale_with_the_frame_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    report = write_demo_dataset(
+        tmp_path / "dataset", domains={name: {"val": 1} for name in ("dance", "ground", "aerial")}, frames=6, size=size
     )
     unit = min(size[0] / 128, size[1] / 224)
     table = rows(report.root / "dancetrack" / "val" / "dance-val-0000" / "gt" / "gt.txt")
     assert 30 * unit < np.median(table[:, 5]) < 70 * unit
-    for image in report.root.rglob("*0000003.jpg"):
+    images = list(report.root.rglob("*0000003.jpg"))
+    assert len(images) == 3
+    for image in images:
         assert cv2.imread(str(image)).shape == (*size, 3)
     assert all(report.splits[domain]["val"].boxes > 0 for domain in report.splits)
 
@@ -290,45 +294,45 @@ def test_any_size_scales_the_objects(tmp_path: Path, size: tuple[int, int]) -> N
         ({"domains": {}}, "at least one domain"),
         ({"domains": {"sea": {"train": 1}}}, "no such domain"),
         ({"domains": {"dance": {}}}, "needs splits"),
-        ({"domains": {"dance": {"../up": 1}}}, "used as a folder"),
+        ({"domains": {"dance": {"../up": 1}}}, "used as a folder name"),
         ({"domains": {"dance": {"val": 0}}}, "sequences of a synthetic split is out of range"),
         ({"domains": {"dance": {"val": {"sequences": 1, "frames": 1}}}}, "frames of a synthetic split is out of range"),
         ({"domains": {"dance": {"val": {"sequences": 1, "crowd": 2}}}}, "crowd of a synthetic split is out of range"),
-        ({"domains": {"dance": {"val": {"sequence": 1}}}}, "not understood"),
+        ({"domains": {"dance": {"val": {"sequence": 1}}}}, "invalid settings"),
         ({"size": (10, 10)}, "size of the synthetic frames"),
-        ({"seed": -1}, "seed of the synthetic world"),
+        ({"seed": -1}, "seed of the synthetic dataset"),
     ],
 )
-def test_settings_that_make_no_world_are_refused(tmp_path: Path, arguments: dict, message: str) -> None:
+def test_invalid_settings_are_errors(tmp_path: Path, arguments: dict, message: str) -> None:
     with pytest.raises(MotipError, match=message):
-        write_world(tmp_path / "world", **{"domains": {"dance": {"val": 1}}, **arguments})
-    assert not (tmp_path / "world").exists()
+        write_demo_dataset(tmp_path / "dataset", **{"domains": {"dance": {"val": 1}}, **arguments})
+    assert not (tmp_path / "dataset").exists()
 
 
-def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
+def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MotipError, match="cannot write beside the synthetic world"):
-        write_world(tmp_path / "file" / "world", domains={"dance": {"val": 1}}, frames=2)
+    with pytest.raises(MotipError, match="cannot write next to the synthetic dataset"):
+        write_demo_dataset(tmp_path / "file" / "dataset", domains={"dance": {"val": 1}}, frames=2)
 
 
-def test_the_demo_world_has_enough_validation_sequences() -> None:
-    assert all(splits["val"]["sequences"] >= 15 for splits in DEMO_WORLD.values())
+def test_demo_dataset_has_enough_validation_sequences() -> None:
+    assert all(splits["val"]["sequences"] >= 15 for splits in DEMO_DATASET.values())
 
 
-def test_drawing_keeps_up(tmp_path: Path) -> None:
-    """Half a minute for a world of 2000 frames is the promise; the best of three so that a busy machine passes."""
+def test_rendering_speed(tmp_path: Path) -> None:
+    """The target is 30 s for 2000 frames; the best of three attempts counts, so that a busy machine passes."""
     rates = []
     for attempt in range(3):
         started = time.process_time()
-        report = write_world(tmp_path / "world", seed=attempt, domains={"aerial": {"train": 1}}, frames=60)
+        report = write_demo_dataset(tmp_path / "dataset", seed=attempt, domains={"aerial": {"train": 1}}, frames=60)
         rates.append(report.frames / (time.process_time() - started))
         shutil.rmtree(report.root)
     assert max(rates) > 60
 
 
 @pytest.mark.parametrize(("domain", "split"), [("dance", "train"), ("ground", "train"), ("aerial", "train")])
-def test_the_true_readers_read_it_without_a_repair(world: WorldReport, domain: str, split: str) -> None:
-    source = world.source(domain)
+def test_dataset_readers_need_no_repair(dataset: DatasetReport, domain: str, split: str) -> None:
+    source = dataset.source(domain)
     formats = reader(source["format"])
     sequences = formats.list_sequences(Path(source["root"]), split)
     kept = 0
@@ -338,5 +342,5 @@ def test_the_true_readers_read_it_without_a_repair(world: WorldReport, domain: s
         assert not report.repaired
         assert (len(sequence.frames), sequence.width, sequence.height) == (FRAMES, 224, 128)
         kept += report.kept
-    written = world.splits[domain][split]
+    written = dataset.splits[domain][split]
     assert (len(sequences), kept) == (written.sequences, written.boxes + written.regions)
