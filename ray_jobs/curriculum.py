@@ -1,4 +1,4 @@
-"""The main job: convert, train every stage of a curriculum in order, record where every weight came from.
+"""Main job: convert the data, train every stage of a curriculum in order, record the lineage of all weights.
 
 Examples:
     python ray_jobs/curriculum.py --config configs/demo/curriculum.yaml
@@ -8,10 +8,10 @@ Examples:
         --data-root /data --storage /shared/motip --workers 4 --set EPOCHS=10 --set Vis-Specialist:LR=5e-6
     python ray_jobs/curriculum.py --config configs/demo/curriculum.yaml --tune --trials 8
 
-It starts Ray on this machine, or joins the cluster that RAY_ADDRESS names. Run again, it goes on where it was cut off;
-a stage that is finished and whose inputs have not changed is not run again. A file with `arms:` is an experiment: every
-arm is run with every seed, and what they found is written as tables with intervals. With --tune each stage that has a
-line `sweep: FILE` is tuned first and then trained with the values found.
+It starts Ray on this machine, or joins the cluster at RAY_ADDRESS. A repeated run resumes after an interruption; a
+finished stage with unchanged inputs is not trained again. A file with `arms:` is an experiment: every arm is run with
+every seed, and the results are written as tables with intervals. With --tune each stage with a line `sweep: FILE` is
+tuned first and then trained with the values found.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def arguments() -> argparse.Namespace:
         "--workers",
         default="1",
         metavar="N|MIN:MAX",
-        help="training workers; MIN:MAX follows the room on the cluster; 0 trains in this process (default: 1)",
+        help="training workers; MIN:MAX follows the resources of the cluster; 0 trains in this process (default: 1)",
     )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="[STAGE:]KEY=VALUE")
-    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
-    parser.add_argument("--arms", metavar="A,B", help="of an experiment file: only these arms (default: all)")
-    parser.add_argument("--seeds", metavar="1,2", help="of an experiment file: only these seeds (default: all)")
-    parser.add_argument("--tune", action="store_true", help="first tune each stage that names a sweep")
-    parser.add_argument("--trials", type=int, metavar="N", help="with --tune: settings tried")
+    parser.add_argument("--until", metavar="STAGE", help="last stage to run (default: all stages)")
+    parser.add_argument("--arms", metavar="A,B", help="experiment file: arms to run (default: all)")
+    parser.add_argument("--seeds", metavar="1,2", help="experiment file: seeds to run (default: all)")
+    parser.add_argument("--tune", action="store_true", help="tune each stage with a `sweep:` line before training it")
+    parser.add_argument("--trials", type=int, metavar="N", help="with --tune: number of trials (default: sweep file)")
     parser.add_argument("--workers-per-trial", type=int, default=1, metavar="N", help="with --tune (default: 1)")
-    parser.add_argument("--strict", action="store_true", help="an undecodable image ends the conversion")
+    parser.add_argument("--strict", action="store_true", help="stop the conversion at an undecodable image")
     return parser.parse_args()
 
 
@@ -72,7 +72,7 @@ def main() -> None:
             until=args.until,
             strict=args.strict,
             before_page=draw_sheets,
-            tune=Tuning(args.workers_per_trial, args.trials) if args.tune else None,
+            tune=Tuning(workers=args.workers_per_trial, trials=args.trials) if args.tune else None,
         )
 
 

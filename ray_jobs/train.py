@@ -1,4 +1,4 @@
-"""One stage on its own (the plan's train-start.sh): convert its data, train, validate, record.
+"""Train a single stage: convert its data, train, validate, record.
 
 Examples:
     python ray_jobs/train.py --config configs/bdd_stage2.yaml --data-root /data --videos 150 \\
@@ -9,8 +9,9 @@ Examples:
         --data-root /data --storage /shared/motip --workers 4 --videos 80 \\
         --set DETR_PRETRAIN=/shared/motip/checkpoint_best.pth
 
-DATASETS of the configuration names the data (BDD100K, VisDrone, DanceTrack), looked for in DATA_ROOT under the data
-root and in the data root itself. DETR_PRETRAIN names the weights; null trains from fresh ones. Run again, it goes on.
+DATASETS of the configuration names the datasets (BDD100K, VisDrone, DanceTrack), searched in DATA_ROOT under the data
+root and in the data root itself. DETR_PRETRAIN is the path of the weights; null trains from fresh ones. A repeated run
+resumes.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ def arguments() -> argparse.Namespace:
         "--workers",
         default="1",
         metavar="N|MIN:MAX",
-        help="training workers; MIN:MAX follows the room on the cluster; 0 trains in this process (default: 1)",
+        help="training workers; MIN:MAX follows the resources of the cluster; 0 trains in this process (default: 1)",
     )
-    parser.add_argument("--videos", type=int, help="training videos of each dataset (default: all)")
+    parser.add_argument("--videos", type=int, help="number of training videos of each dataset (default: all)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--strict", action="store_true", help="an undecodable image ends the conversion")
+    parser.add_argument("--strict", action="store_true", help="stop the conversion at an undecodable image")
     return parser.parse_args()
 
 

@@ -1,1 +1,1 @@
-"""The verbs of the `motip` command, one file a group; heavy packages are imported when a verb runs."""
+"""The `motip` command line: one module per verb or group; heavy packages are imported when a verb runs."""

@@ -1,4 +1,4 @@
-"""`python -m motip.cli`: the `motip` command where its console script is not on the PATH."""
+"""`python -m motip.cli`: the `motip` command without its console script."""
 
 from motip.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`motip compare`: is B better than A, or is it noise?"""
+"""`motip compare`: differences between two evaluations with paired bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 def compare(
     a: Annotated[
-        str, typer.Argument(metavar="A", help="Scores file, folder of an evaluation or stage, or MLflow id of a run.")
+        str,
+        typer.Argument(metavar="A", help="Scores file, folder of an evaluation or a stage, or MLflow run id."),
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="The same; its differences from A are shown.")],
-    split: Annotated[str, typer.Option(help="Which scores of an evaluation's folder: val or test.")] = "val",
+    b: Annotated[str, typer.Argument(metavar="B", help="The same; the differences are B - A.")],
+    split: Annotated[str, typer.Option(help="Split to compare in an evaluation's folder: val or test.")] = "val",
     sources: Annotated[
-        str | None, typer.Option(help="Only these, comma-separated (default: all that both have).")
+        str | None, typer.Option(help="Sources to compare, comma-separated (default: all that both have).")
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Only these in the table, comma-separated, e.g. HOTA,IDF1.")
+        str | None, typer.Option(help="Metrics in the table, comma-separated, e.g. HOTA,IDF1 (default: all).")
     ] = None,
-    draws: Annotated[int, typer.Option(help="Sets of sequences that the interval is drawn from.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the draws; equal seeds give equal intervals.")] = 0,
+    draws: Annotated[int, typer.Option(help="Number of bootstrap resamples for the interval.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the resampling; equal seeds give equal intervals.")] = 0,
     storage: Annotated[
-        str, typer.Option(help="Storage of the runs, where A or B is one (MLFLOW_TRACKING_URI goes before it).")
+        str, typer.Option(help="Storage of the runs, if A or B is a run id (MLFLOW_TRACKING_URI takes precedence).")
     ] = "~/motip",
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Show the differences between two evaluations of the same videos, each with its 95 % interval.
 
-    The interval comes from drawing whole sequences with replacement, the same for A and B. Where it spans 0 the
-    difference is within noise. Training again with another seed is a noise of its own, which it does not know.
+    The interval is a paired bootstrap over sequences: A and B are resampled together. If it contains 0, the difference
+    is within noise. It does not cover the variance between training seeds.
 
     Example: motip compare ~/motip/evaluations/3f2a91c0d5e7 ~/motip/evaluations/8b10c44e72fd
     """
@@ -46,40 +47,42 @@ def compare(
     from motip.evaluate.comparison import compare as compare_scores
 
     shown = METRICS if metrics is None else _metrics(metrics)
-    (place_a, scores_a), (place_b, scores_b) = (_load(place, split, storage) for place in (a, b))
+    (origin_a, scores_a), (origin_b, scores_b) = (_load(named, split, storage) for named in (a, b))
     chosen = _sources(sources, scores_a, scores_b)
     results = {name: compare_scores(scores_a[name], scores_b[name], draws, seed) for name in chosen}
     if json:
-        as_json({"a": place_a, "b": place_b, "sources": comparisons_json(results)})
+        as_json({"a": origin_a, "b": origin_b, "sources": comparisons_json(results)})
         return
-    console().print(f"A: {place_a}\nB: {place_b}", highlight=False)
+    # One table per source.
+    console().print(f"A: {origin_a}\nB: {origin_b}", highlight=False)
     for name, result in results.items():
         header, rows = result.table(shown)
         table(header, rows, title=name)
         caption = (
             f"protocol {result.identity['protocol']}, split {result.identity['split']}, "
             f"classes {result.identity['classes'].replace(',', ', ')}, {result.sequences} sequences "
-            f"({result.identity['sequences'][:12]}); {result.draws} draws, seed {result.seed}"
+            f"({result.identity['sequences'][:12]}); {result.resamples} resamples, seed {result.seed}"
         )
         console().print(caption, highlight=False)
         for text in result.notes:
             note(f"{name}: {text}")
+    # Sources without a counterpart, and the caveat.
     for side, own, other in (("A", scores_a, scores_b), ("B", scores_b, scores_a)):
         for name in sorted(set(own) - set(other)):
             note(f"source {name} is in {side} only: not compared")
-    note(f"of 20 such intervals about one leaves 0 out by chance alone ({COVERAGE:.0f} %)")
+    note(f"about 1 of 20 such intervals excludes 0 by chance alone ({COVERAGE:.0f} %)")
 
 
-def _load(place: str, split: str, storage: str) -> tuple[str, dict[str, Scores]]:
-    """Where scores were read from, and they themselves by source."""
+def _load(named: str, split: str, storage: str) -> tuple[str, dict[str, Scores]]:
+    """Origin of the scores, and the scores by source; ``named`` is a path or an MLflow run id."""
     from motip.evaluate.score_files import best_of, epoch_of, load_scores, read_scores
     from motip.storage.paths import location
 
-    if not _RUN_ID.fullmatch(place) or location(place).exists():
-        return load_scores(place, split)
-    from motip.cli.lineage import recorded
+    if not _RUN_ID.fullmatch(named) or location(named).exists():
+        return load_scores(named, split)
+    from motip.cli.lineage import open_lineage
 
-    found = recorded(storage).scores(place)
+    found = open_lineage(storage).scores(named)
     where = f"run {found.run_id}"
     epochs = {
         epoch: read_scores(stored, f"{where}, scores/{name}")
@@ -92,24 +95,24 @@ def _load(place: str, split: str, storage: str) -> tuple[str, dict[str, Scores]]
 
 def _sources(named: str | None, a: dict[str, Scores], b: dict[str, Scores]) -> list[str]:
     common = [name for name in a if name in b]
-    wanted = common if named is None else [name.strip() for name in named.split(",") if name.strip()]
-    missing = [name for name in wanted if name not in common]
-    if missing or not wanted:
+    selected = common if named is None else [name.strip() for name in named.split(",") if name.strip()]
+    missing = [name for name in selected if name not in common]
+    if missing or not selected:
         raise MotipError(
             f"A and B do not both have scores of {missing[0]!r}" if missing else "A and B have no source in common",
             where="A, B" if named is None else "--sources",
             found=f"A: {', '.join(a)}; B: {', '.join(b)}",
             fix="evaluate both on the same sources",
         )
-    return wanted
+    return selected
 
 
 def _metrics(named: str) -> tuple[str, ...]:
     from motip.evaluate.scores import COUNTS, PERCENTAGES
 
-    known = [name for name in (*PERCENTAGES, *COUNTS) if name not in ("GT", "TP")]
-    wanted = tuple(name.strip() for name in named.split(",") if name.strip())
-    for name in wanted:
-        if name not in known:
-            raise MotipError("unknown metric", where="--metrics", found=name, expected="some of " + ", ".join(known))
-    return wanted
+    valid = [name for name in (*PERCENTAGES, *COUNTS) if name not in ("GT", "TP")]
+    selected = tuple(name.strip() for name in named.split(",") if name.strip())
+    for name in selected:
+        if name not in valid:
+            raise MotipError("unknown metric", where="--metrics", found=name, expected="some of " + ", ".join(valid))
+    return selected

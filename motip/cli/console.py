@@ -1,4 +1,4 @@
-"""How verbs print: tables, notes and JSON."""
+"""Console output of the verbs: tables, notes and JSON."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def console(stderr: bool = False) -> Console:
-    """Standard output, or standard error; lines in a pipe or log file are never broken to a terminal's width.
+    """Console on standard output or standard error; 240 columns wide unless it is a terminal.
 
-    What stands in brackets or between colons is printed as it is: paths and other programs' errors have both.
+    Markup in brackets and emoji codes between colons are not interpreted: paths and error messages contain both.
     """
     from rich.console import Console
 
@@ -28,7 +28,7 @@ def note(text: str, stderr: bool = False) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print a table; the first column is names, the others are right-aligned where all their cells are numbers."""
+    """Print a table; columns of numbers, except the first, are right-aligned."""
     from rich.table import Table
 
     rows = [list(map(str, row)) for row in rows]
@@ -42,7 +42,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | Non
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> None:
-    """Print ``name  value`` lines; values that are None are left out."""
+    """Print ``name  value`` lines; entries with the value None are omitted."""
     kept = [(name, value) for name, value in pairs if value is not None]
     width = max((len(name) for name, _ in kept), default=0)
     for name, value in kept:

@@ -1,4 +1,4 @@
-"""`motip evaluate`: track and score a checkpoint, explain its errors, choose its thresholds."""
+"""`motip evaluate`: track and score a checkpoint, analyse its errors, choose its thresholds."""
 
 from __future__ import annotations
 
@@ -10,37 +10,44 @@ import typer
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint (.pth) or exported weights.")],
     config: Annotated[
-        str, typer.Option(help="Curriculum file; it says which raw categories are which class.")
+        str, typer.Option(help="Curriculum file with the class map and protocol of every source.")
     ] = "configs/curriculum.yaml",
     storage: Annotated[str, typer.Option(help="Folder or s3:// URI of the shards.")] = "~/motip",
     data_root: Annotated[
-        str | None, typer.Option(help="Raw datasets, to convert what the shards lack (default: shards only).")
+        str | None, typer.Option(help="Raw datasets, to convert missing shards first (default: existing shards only).")
     ] = None,
-    split: Annotated[str, typer.Option(help="val or test.")] = "val",
-    sources: Annotated[str | None, typer.Option(help="Only these, comma-separated (default: all).")] = None,
-    workers: Annotated[int, typer.Option(help="Ray actors; 0 tracks in this process.")] = 0,
+    split: Annotated[str, typer.Option(help="Split to evaluate: val or test.")] = "val",
+    sources: Annotated[
+        str | None, typer.Option(help="Sources to evaluate, comma-separated (default: all with this split).")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Number of Ray actors; 0 tracks in this process.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     errors: Annotated[
-        bool, typer.Option("--errors", help="Say which objects are lost: by size, occlusion, truncation, place, crowd.")
+        bool,
+        typer.Option("--errors", help="Count lost objects by size, occlusion, truncation, position and crowding."),
     ] = False,
     sweep_thresholds: Annotated[
-        bool, typer.Option("--sweep-thresholds", help="Find the DET_THRESH with the highest HOTA on val instead.")
+        bool,
+        typer.Option("--sweep-thresholds", help="Instead, search the DET_THRESH with the highest HOTA on val."),
     ] = False,
     thresholds: Annotated[
-        str | None, typer.Option(help="Of the sweep, comma-separated (default: 0.1 to 0.9 in steps of 0.05).")
+        str | None,
+        typer.Option(help="Thresholds of the search, comma-separated (default: 0.1 to 0.9 in steps of 0.05)."),
     ] = None,
-    json_path: Annotated[str | None, typer.Option("--json", metavar="OUT", help="Write the result here too.")] = None,
+    json_path: Annotated[
+        str | None, typer.Option("--json", metavar="OUT", help="Also write the result to this JSON file.")
+    ] = None,
 ) -> None:
     """Track and score the locked videos of every source.
 
     Writes tracks and scores_SPLIT.json (errors_SPLIT.json, thresholds_val.json and .png) to STORAGE/evaluations/SHA256.
-    On a cluster use python ray_jobs/evaluate.py, which takes the same options.
+    For a cluster: python ray_jobs/evaluate.py takes the same options.
 
     Example: motip evaluate checkpoint_best.pth --config configs/curriculum.yaml --storage ~/motip --errors
     """
-    from motip.cli.evaluation_job import Asked, evaluation
+    from motip.cli.evaluation_job import EvaluateOptions, run_evaluation
 
-    asked = Asked(
+    options = EvaluateOptions(
         checkpoint,
         config,
         storage=storage,
@@ -51,4 +58,4 @@ def evaluate(
         device=device,
         json_path=json_path,
     )
-    evaluation(asked, errors=errors, sweep_thresholds=sweep_thresholds, thresholds=thresholds)
+    run_evaluation(options, errors=errors, sweep_thresholds=sweep_thresholds, thresholds=thresholds)

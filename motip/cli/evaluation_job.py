@@ -1,47 +1,52 @@
-"""Evaluate a checkpoint on every domain of a shard set: from arguments to tables and files."""
+"""Evaluation driver: evaluate a checkpoint, or search its thresholds, on the shards; print tables and write files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from motip.cli.console import console, note
-from motip.cli.evaluation_tables import show_errors, show_scores, show_sweep
+from motip.cli.evaluation_tables import show_errors, show_scores, show_threshold_search
 from motip.cli.launch import checked_data_root, checked_storage
 from motip.cluster import Cluster, connect, disconnect
-from motip.config import Config, Curriculum, load_curriculum
-from motip.curriculum.stage_inputs import protocol_of
+from motip.config import Curriculum, load_curriculum
+from motip.curriculum.stage_inputs import protocol_for
 from motip.data.convert import convert, ray_map
 from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap
 from motip.data.shards import read_labels
 from motip.errors import MotipError
-from motip.evaluate.comparison import comparisons_json
-from motip.evaluate.evaluation import Evaluation, Subject, Work, evaluate
-from motip.evaluate.outcome_summary import Summary, summarise
+from motip.evaluate.comparison import Comparison, compare, comparisons_json
+from motip.evaluate.evaluation import EvalJob, Evaluation, ModelUnderTest, evaluate, evaluation_folder
+from motip.evaluate.outcome_summary import OutcomeSummary, summarise_outcomes
 from motip.evaluate.protocols import scored_sequence
-from motip.evaluate.threshold_search import Sweep, SweepSubject, candidates, check_sweep_split, sweep
-from motip.report.threshold_plot import sweep_figure
+from motip.evaluate.threshold_search import (
+    ThresholdSearchInput,
+    ThresholdSearchResult,
+    candidate_settings,
+    check_search_split,
+    search_thresholds,
+)
+from motip.report.threshold_plot import threshold_figure
 from motip.storage.atomic import write_json_atomic
-from motip.storage.paths import location, whole_file, write_json
-from motip.track.loading import Loaded, open_checkpoint, pick_device
+from motip.storage.paths import Location, atomic_output, write_json
+from motip.track.loading import LoadedModel, load, resolve_device
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be evaluated, as the command line says it.
+class EvaluateOptions:
+    """Options of `motip evaluate` and ray_jobs/evaluate.py.
 
     Attributes:
-        config: curriculum file; says which raw categories count as which class, and by which protocol to score.
-        data_root: convert what the shards lack from here first.
-        sources: only these.
-        workers: Ray actors; 0 tracks in this process, None takes every GPU where there are some, else every CPU.
+        config: curriculum file with the class map and protocol of every source.
+        data_root: raw datasets, to convert missing shards first; None: existing shards only.
+        sources: sources to evaluate; None: all with this split.
+        workers: number of Ray actors; 0 tracks in this process, None takes one per GPU or, without GPUs, per CPU.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, of this process or of the actors.
-        json_path: where the result is written too.
+        json_path: additional file for the result.
     """
 
     checkpoint: str
@@ -55,47 +60,65 @@ class Asked:
     json_path: str | None = None
 
 
-def evaluation(
-    asked: Asked,
+def run_evaluation(
+    options: EvaluateOptions,
     *,
     errors: bool = False,
     sweep_thresholds: bool = False,
     thresholds: str | None = None,
 ) -> None:
-    """Evaluate, or sweep the thresholds; the one way in for the verb and the job.
+    """Evaluate, or search the thresholds; entry point of the verb and the job.
 
     Raises:
-        MotipError: options that do not go together, or as the two.
+        MotipError: options that exclude each other, or as the two functions below.
     """
     if thresholds is not None and not sweep_thresholds:
-        raise MotipError("thresholds are those of a sweep", where="--thresholds", fix="add --sweep-thresholds")
+        raise MotipError("--thresholds needs --sweep-thresholds", where="--thresholds", fix="add --sweep-thresholds")
     if errors and sweep_thresholds:
         raise MotipError(
-            "a sweep has no errors of one setting",
+            "--errors and --sweep-thresholds exclude each other",
             where="--errors, --sweep-thresholds",
-            fix="sweep first, then evaluate with --errors",
+            fix="search the thresholds first, then evaluate with --errors",
         )
     if sweep_thresholds:
-        sweep_checkpoint(asked, thresholds)
+        sweep_checkpoint(options, thresholds)
     else:
-        evaluate_checkpoint(asked, errors)
+        _evaluate_and_print(options, errors)
 
 
-def evaluate_checkpoint(asked: Asked, errors: bool = False) -> Evaluation:
-    """Track and score the locked videos of every source, print a table each, and write tracks and scores.
+@dataclass(frozen=True)
+class CheckpointEvaluation:
+    """Result of `evaluate_checkpoint`.
+
+    Attributes:
+        outcomes: source -> outcomes of the labelled boxes; empty unless they were requested.
+        folder: where the tracks and ``scores_SPLIT.json`` are.
+    """
+
+    evaluation: Evaluation
+    outcomes: dict[str, OutcomeSummary]
+    class_names: dict[str, tuple[str, ...]]
+    folder: Location
+
+
+def evaluate_checkpoint(
+    options: EvaluateOptions, errors: bool = False, on_video: Callable[[VideoEntry, int, int], None] | None = None
+) -> CheckpointEvaluation:
+    """Track and score the locked videos of every source, and write tracks and scores.
 
     Args:
-        errors: also sort every box and show which objects are lost (``errors_SPLIT.json``).
+        errors: also compute and write the outcomes of the labelled boxes (``errors_SPLIT.json``).
+        on_video: called with each tracked video, the number tracked and the total.
 
     Raises:
-        MotipError: anything the user can put right.
+        MotipError: invalid options or data.
     """
-    with _prepared(asked) as job:
-        subject = Subject(job.loaded.model, job.sha256, job.loaded.settings)
-        done = evaluate(subject, job.work, job.class_maps, job.protocols)
-    split, folder = asked.split, job.work.folder
+    with _prepared(options, on_video) as job:
+        model = ModelUnderTest(job.loaded.model, job.sha256, job.loaded.settings)
+        done = evaluate(model, job.work, job.class_maps, job.protocols)
+    split, folder = options.split, job.work.folder
     stored: dict[str, Any] = {
-        "checkpoint": str(asked.checkpoint),
+        "checkpoint": str(options.checkpoint),
         "sha256": job.sha256,
         "split": split,
         "settings": asdict(job.loaded.settings),
@@ -110,46 +133,58 @@ def evaluate_checkpoint(asked: Asked, errors: bool = False) -> Evaluation:
         "notes": list(done.notes),
     }
     write_json(folder / f"scores_{split}.json", stored)
-    if asked.json_path is not None:
-        write_json_atomic(Path(asked.json_path).expanduser(), stored)
-    show_scores(done)
+    if options.json_path is not None:
+        write_json_atomic(Path(options.json_path).expanduser(), stored)
+    outcomes = _outcomes(done, job) if errors else {}
     if errors:
-        _explain(done, job, split)
+        write_json(folder / f"errors_{split}.json", {name: summary.to_json() for name, summary in outcomes.items()})
+    names = {name: class_map.names for name, class_map in job.class_maps.items()}
+    return CheckpointEvaluation(done, outcomes, names, folder)
+
+
+def _evaluate_and_print(options: EvaluateOptions, errors: bool) -> None:
+    found = evaluate_checkpoint(options, errors, _print_progress)
+    done, split = found.evaluation, options.split
+    show_scores(done)
+    for source, summary in found.outcomes.items():
+        show_errors(source, summary, found.class_names[source])
     again = f", {done.reused} tracked before" if done.reused else ""
     files = f"tracks, scores_{split}.json and errors_{split}.json" if errors else f"tracks and scores_{split}.json"
-    console().print(f"{done.videos} videos{again}; {files} are in {folder}", highlight=False)
-    return done
+    console().print(f"{done.videos} videos{again}; {files} are in {found.folder}", highlight=False)
 
 
-def sweep_checkpoint(asked: Asked, thresholds: str | None = None) -> Sweep:
-    """Track and score the val videos at many DET_THRESH, and show which is best and where the detector errs.
+def sweep_checkpoint(options: EvaluateOptions, thresholds: str | None = None) -> ThresholdSearchResult:
+    """Track and score the val videos at many DET_THRESH; print and write the best one and the confidence histogram.
 
     Args:
         thresholds: comma-separated; None: the default grid.
 
     Raises:
-        MotipError: anything the user can put right; also any split but val.
+        MotipError: invalid options or data, or a split other than val.
     """
-    check_sweep_split(asked.split)
-    with _prepared(asked) as job:
-        tried = candidates(job.loaded.settings, None if thresholds is None else _numbers(thresholds))
-        subject = SweepSubject(job.loaded.model, job.sha256, tuple(tried), job.class_maps, job.protocols)
-        done = sweep(subject, job.loaded.settings, job.work)
+    check_search_split(options.split)
+    with _prepared(options, _print_progress) as job:
+        tried = candidate_settings(job.loaded.settings, None if thresholds is None else _numbers(thresholds))
+        subject = ThresholdSearchInput(job.loaded.model, job.sha256, tuple(tried), job.class_maps, job.protocols)
+        done = search_thresholds(subject, job.loaded.settings, job.work)
+    # Compare the best setting with the configured one, and write the result.
     folder = job.work.folder
-    differences = show_sweep(done)
+    differences = compare_with_configured(done)
     stored = {
-        "checkpoint": str(asked.checkpoint),
+        "checkpoint": str(options.checkpoint),
         "sha256": job.sha256,
-        "split": asked.split,
+        "split": options.split,
         "averaged": job.work.averaged,
         **done.to_json(),
         "best_against_configured": comparisons_json(differences),
     }
     write_json(folder / "thresholds_val.json", stored)
-    with whole_file(folder / "thresholds_val.png") as path:
-        sweep_figure(done).savefig(path, dpi=110)
-    if asked.json_path is not None:
-        write_json_atomic(Path(asked.json_path).expanduser(), stored)
+    with atomic_output(folder / "thresholds_val.png") as path:
+        threshold_figure(done).savefig(path, dpi=110)
+    if options.json_path is not None:
+        write_json_atomic(Path(options.json_path).expanduser(), stored)
+    # Print the tables.
+    show_threshold_search(done, differences)
     again = f", {done.reused} tracked before" if done.reused else ""
     console().print(
         f"{done.videos} videos{again}; thresholds_val.json and thresholds_val.png are in {folder}", highlight=False
@@ -157,18 +192,26 @@ def sweep_checkpoint(asked: Asked, thresholds: str | None = None) -> Sweep:
     return done
 
 
+def compare_with_configured(done: ThresholdSearchResult) -> dict[str, Comparison]:
+    """Source -> the best setting (B) compared with the configured one (A); empty if they are the same."""
+    best, configured = done.candidates[done.best], done.candidates[done.configured]
+    if best is configured:
+        return {}
+    return {source: compare(configured.scores[source], best.scores[source]) for source in best.scores}
+
+
 def device_of_workers(named: str, cluster: Cluster | None) -> str:
-    """Where the model runs: this process's device, or that of actors, whatever the machine of this process has.
+    """Device of the model: of this process, or of the actors, which may differ from this machine's.
 
     Raises:
-        MotipError: no such device, or a GPU is asked for and the cluster has none.
+        MotipError: no such device, or ``cuda`` on a cluster without GPUs.
     """
     if cluster is None:
-        return str(pick_device(named))
+        return str(resolve_device(named))
     if named == "auto":
         return "cuda" if cluster.gpus >= 1 else "cpu"
     if not named.startswith("cuda"):
-        return str(pick_device(named))
+        return str(resolve_device(named))
     if cluster.gpus < 1:
         raise MotipError(
             "the Ray cluster has no GPU",
@@ -181,10 +224,10 @@ def device_of_workers(named: str, cluster: Cluster | None) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """What an evaluation runs on, checked."""
+    """Checked inputs of an evaluation; class maps and protocols are by source."""
 
-    loaded: Loaded
-    work: Work
+    loaded: LoadedModel
+    work: EvalJob
     class_maps: dict[str, ClassMap]
     protocols: dict[str, str]
 
@@ -194,39 +237,39 @@ class _Job:
 
 
 @contextmanager
-def _prepared(asked: Asked) -> Iterator[_Job]:
-    """Read and check everything, join or start the cluster, convert what is missing; leave the cluster at the end."""
-    if asked.workers is not None and asked.workers < 0:
+def _prepared(options: EvaluateOptions, on_video: Callable[[VideoEntry, int, int], None] | None) -> Iterator[_Job]:
+    """Read and check the inputs, connect to a cluster, convert missing shards; disconnect at the end."""
+    if options.workers is not None and options.workers < 0:
         raise MotipError(
-            "the number of workers is negative", where="--workers", found=asked.workers, expected="0 or more"
+            "the number of workers is negative", where="--workers", found=options.workers, expected="0 or more"
         )
-    curriculum = load_curriculum(asked.config)
-    loaded = open_checkpoint(asked.checkpoint)
+    curriculum = load_curriculum(options.config)
+    loaded = load(options.checkpoint)
     averaged = ((loaded.meta["config"] or {}).get("val_config") or {}).get("CLASSES_TO_EVAL")
-    storage = checked_storage(asked.storage)
-    cluster = None if asked.workers == 0 else connect()
+    # Cluster, shards and videos.
+    storage = checked_storage(options.storage)
+    cluster = None if options.workers == 0 else connect()
     try:
-        device = device_of_workers(asked.device, cluster)
-        if asked.data_root is not None:
-            _convert(curriculum, asked.data_root, storage, cluster)
-        videos = _videos(curriculum, Manifest.load(storage), asked.split, asked.sources)
+        device = device_of_workers(options.device, cluster)
+        if options.data_root is not None:
+            _convert(curriculum, options.data_root, storage, cluster)
+        videos = _videos(curriculum, Manifest.load(storage), options.split, options.sources)
         named = {video.source for video in videos}
-        rules = cast(Config, SimpleNamespace(class_names=loaded.classes))
         yield _Job(
             loaded=loaded,
-            work=Work(
+            work=EvalJob(
                 videos=videos,
                 storage=storage,
-                folder=location(storage) / "evaluations" / loaded.meta["sha256"][:12],
-                split=asked.split,
+                folder=evaluation_folder(storage, loaded.sha256),
+                split=options.split,
                 averaged=averaged,
                 cluster=cluster,
-                workers=asked.workers,
+                workers=options.workers,
                 device=device,
-                on_video=_say,
+                on_video=on_video,
             ),
-            class_maps={name: ClassMap.among(loaded.classes, curriculum.sources[name].classes) for name in named},
-            protocols={name: protocol_of(curriculum.sources[name], rules) for name in named},
+            class_maps={name: ClassMap.among(loaded.class_names, curriculum.sources[name].classes) for name in named},
+            protocols={name: protocol_for(curriculum.sources[name], loaded.class_names) for name in named},
         )
     finally:
         if cluster is not None:
@@ -241,20 +284,21 @@ def _convert(curriculum: Curriculum, data_root: str, storage: str, cluster: Clus
 
 
 def _videos(curriculum: Curriculum, manifest: Manifest, split: str, sources: Sequence[str] | None) -> list[VideoEntry]:
-    there = sorted({video.source for video in manifest.videos if video.split == split})
-    wanted = list(sources) if sources is not None else there
-    for name in wanted:
-        if name not in there:
+    """The videos to evaluate; raises MotipError for a source without shards or not in the curriculum file."""
+    available = sorted({video.source for video in manifest.videos if video.split == split})
+    selected = list(sources) if sources is not None else available
+    for name in selected:
+        if name not in available:
             raise MotipError(
                 f"the shards have no {split} videos of source {name!r}",
                 where="--sources, --split",
-                expected="some of " + (", ".join(there) or "nothing: no source has this split"),
+                expected="some of " + (", ".join(available) or "nothing: no source has this split"),
                 fix="pass --data-root to convert them, or name another split",
             )
-    if not wanted:
+    if not selected:
         raise MotipError(f"the shards have no {split} videos", where="--split", fix="pass --data-root to convert them")
-    unknown = [name for name in wanted if name not in curriculum.sources]
-    if unknown and (sources is not None or unknown == wanted):
+    unknown = [name for name in selected if name not in curriculum.sources]
+    if unknown and (sources is not None or unknown == selected):
         raise MotipError(
             f"the curriculum file does not describe the source {unknown[0]!r}",
             where="--config",
@@ -262,29 +306,27 @@ def _videos(curriculum: Curriculum, manifest: Manifest, split: str, sources: Seq
             fix="pass the curriculum file that the shards were made with",
         )
     for name in unknown:
-        note(f"source {name} is left out: the curriculum file does not say which of its categories are which class")
-    return [video for name in wanted if name not in unknown for video in manifest.of(name, split)]
+        note(f"source {name} is skipped: the curriculum file does not describe it")
+    return [video for name in selected if name not in unknown for video in manifest.of(name, split)]
 
 
-def _say(video: VideoEntry, done: int, total: int) -> None:
+def _print_progress(video: VideoEntry, done: int, total: int) -> None:
     console().print(f"tracked {done} of {total}: {video.source}/{video.split}/{video.video}", highlight=False)
 
 
-def _explain(done: Evaluation, job: _Job, split: str) -> None:
-    """Print and write which objects are lost, per source."""
-    stored = {}
+def _outcomes(done: Evaluation, job: _Job) -> dict[str, OutcomeSummary]:
+    """Source -> outcomes of the labelled boxes."""
+    found = {}
     for source, tracks in done.tracks.items():
         class_map, protocol = job.class_maps[source], job.protocols[source]
-        summary = Summary()
+        summary = found[source] = OutcomeSummary()
         for video in sorted(
             (each for each in job.work.videos if each.source == source), key=lambda each: each.identity
         ):
             labels = read_labels(entry_path(job.work.storage, video))
             scored = scored_sequence(labels, class_map, tracks[video.video], protocol)
-            summary.add(summarise(labels, scored, class_map, protocol))
-        stored[source] = summary.to_json()
-        show_errors(source, summary, class_map.names)
-    write_json(job.work.folder / f"errors_{split}.json", stored)
+            summary.add(summarise_outcomes(labels, scored, class_map, protocol))
+    return found
 
 
 def _numbers(text: str) -> list[float]:

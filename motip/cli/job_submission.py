@@ -1,4 +1,4 @@
-"""Send a job to a running cluster: what is uploaded, what the job is told, and its log."""
+"""Ray job submission: upload package, entrypoint and environment of a job, and its log."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 MB = 1_000_000
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-"""Where `ray dashboard cluster.yaml` ends on this machine."""
+"""Local end of the tunnel that `ray dashboard cluster.yaml` opens."""
 
 ABSOLUTE_FLAGS = ("--storage", "--data-root")
+"""Options whose local paths must be absolute in a submitted job."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """What a job is sent with.
+    """The files uploaded with a job.
 
     Attributes:
-        folder: the working directory of the job.
+        folder: becomes the working directory of the job.
         files: (bytes, path in the folder), largest first. Ray packs them uncompressed, so their sum is the upload.
     """
 
@@ -49,55 +50,57 @@ class Package:
         return "\n".join(lines + [f"  {size / MB:8.2f} MB  {path}" for size, path in self.files[:largest]])
 
 
-def package(folder: Path) -> Package:
-    """List what Ray would upload of a folder: everything that its .rayignore and .gitignore files do not name.
+def list_package(folder: Path) -> Package:
+    """List the files of a folder that Ray would upload: all but those in its .rayignore and .gitignore files.
 
-    Ray's own walk is used, so what is measured is what is sent.
+    Ray's own directory walk is used, so that the listed files are those uploaded.
 
     Raises:
-        MotipError: it is no folder.
+        MotipError: not a folder.
     """
     folder = folder.expanduser().resolve()
     if not folder.is_dir():
-        raise MotipError("there is no such folder to send", where="--working-dir", found=folder)
-    _before_ray_is_imported()
+        raise MotipError("the folder to upload does not exist", where="--working-dir", found=folder)
+    _set_ray_environment()
     from ray._private.runtime_env.packaging import _dir_travel
 
     files: list[tuple[int, str]] = []
 
-    def note(path: Path) -> None:
+    def add(path: Path) -> None:
         if path.is_file():
             files.append((path.stat().st_size, str(path.relative_to(folder))))
 
     use_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
-    _dir_travel(folder, [], note, include_gitignore=use_gitignore, logger=_Silent())  # type: ignore[arg-type]
+    _dir_travel(folder, [], add, include_gitignore=use_gitignore, logger=_SilentLogger())  # type: ignore[arg-type]
     return Package(folder, tuple(sorted(files, key=lambda file: (-file[0], file[1]))))
 
 
-def check_size(sent: Package, max_mb: float) -> None:
-    """Raises MotipError where the package is larger than `max_mb` (10^6 bytes): nothing has been sent then."""
-    if sent.size <= max_mb * MB:
+def check_size(package: Package, max_mb: float) -> None:
+    """Raise MotipError if the package is larger than `max_mb` (10^6 bytes)."""
+    if package.size <= max_mb * MB:
         return
-    largest = ", ".join(f"{path} ({size / MB:.1f} MB)" for size, path in sent.files[:3])
+    largest = ", ".join(f"{path} ({size / MB:.1f} MB)" for size, path in package.files[:3])
     raise MotipError(
-        "the package is too large to send; nothing was sent",
-        where=sent.folder,
-        found=f"{sent.size / MB:.1f} MB; the largest: {largest}",
+        "the package is too large; nothing was uploaded",
+        where=package.folder,
+        found=f"{package.size / MB:.1f} MB; the largest: {largest}",
         expected=f"at most {max_mb:g} MB (--max-mb)",
-        fix="name what the job does not need in .rayignore; data and weights belong into the storage or S3",
+        fix="list files that the job does not need in .rayignore; put data and weights into the storage or S3",
     )
 
 
-def job_environment(wanted: Sequence[str]) -> dict[str, str]:
-    """Variables for the job from `NAME=VALUE`, or `NAME` for the value it has here; the commit of this checkout, and
-    time to save when it is stopped.
+def job_environment(variables: Sequence[str]) -> dict[str, str]:
+    """Environment of the job: the given variables, the commit of this checkout, and Ray's stop timeout.
+
+    Args:
+        variables: `NAME=VALUE`, or `NAME` for its value in this process.
 
     Raises:
-        MotipError: a variable that is not set here, or one that holds a secret. Ray keeps a job's environment in its
-            job list and writes it to logs on every node.
+        MotipError: a variable without a value in this process, or a secret: Ray lists a job's environment and writes
+            it to logs on every node.
     """
-    variables: dict[str, str] = {}
-    for text in wanted:
+    environment: dict[str, str] = {}
+    for text in variables:
         name, equals, value = text.partition("=")
         if not equals:
             if name not in os.environ:
@@ -107,24 +110,24 @@ def job_environment(wanted: Sequence[str]) -> dict[str, str]:
             value = os.environ[name]
         if redact(value, name) != value:
             raise MotipError(
-                "a secret may not travel with a job: Ray shows a job's environment and writes it to its logs",
+                "a job's environment may not contain a secret: Ray shows it and writes it to its logs",
                 where=f"--env {name}",
                 fix="give the nodes an IAM instance profile, or set it in the environment of `ray start` on the nodes",
             )
-        variables[name] = value
-    # Between SIGTERM and SIGKILL of `ray job stop`: training saves its position in that time (Ray's default is 3 s).
-    variables.setdefault("RAY_JOB_STOP_WAIT_TIME_S", "90")
+        environment[name] = value
+    # Seconds between SIGTERM and SIGKILL of `ray job stop`, for training to save a checkpoint (Ray's default is 3).
+    environment.setdefault("RAY_JOB_STOP_WAIT_TIME_S", "90")
     code = provenance()["git"]
     if code["commit"]:
-        variables.setdefault(COMMIT_VARIABLE, code["commit"] + ("-dirty" if code["dirty"] else ""))
-    return variables
+        environment.setdefault(COMMIT_VARIABLE, code["commit"] + ("-dirty" if code["dirty"] else ""))
+    return environment
 
 
-def entrypoint(command: Sequence[str], storage: str | None = None) -> str:
-    """The job's command line, with `--storage` added where it is given and the command has none.
+def build_entrypoint(command: Sequence[str], storage: str | None = None) -> str:
+    """The job's command line, with `--storage` added if it is given and the command has none.
 
     Raises:
-        MotipError: no command, another storage in it, a path that would end in the job's throw-away copy, or a secret.
+        MotipError: no command, a different `--storage` in it, a relative path, or a secret.
     """
     words = list(command)
     if not words:
@@ -133,12 +136,12 @@ def entrypoint(command: Sequence[str], storage: str | None = None) -> str:
     if storage is not None and own is None:
         words += ["--storage", storage]
     elif storage is not None and own != storage:
-        raise MotipError("the storage is named twice", where="--storage", found=f"{storage} and {own}")
+        raise MotipError("the storage is given twice", where="--storage", found=f"{storage} and {own}")
     for flag in ABSOLUTE_FLAGS:
         value = _value_of(words, flag)
         if value is not None and "://" not in value and not value.startswith(("/", "~")):
             raise MotipError(
-                "a submitted job needs absolute paths: it runs in a copy of the folder that is thrown away",
+                "a submitted job needs absolute paths: it runs in a temporary copy of the folder",
                 where=flag,
                 found=value,
                 expected="an absolute path, the same on every node, or an s3:// URI",
@@ -147,7 +150,7 @@ def entrypoint(command: Sequence[str], storage: str | None = None) -> str:
         name, equals, value = word.partition("=")
         if redact(value, name.lstrip("-")) != value if equals else redact(word, before.lstrip("-")) != word:
             raise MotipError(
-                "a secret may not stand in a job's command: Ray shows it to everyone who can see the dashboard",
+                "a job's command may not contain a secret: Ray shows it on the dashboard",
                 where=name if equals else before or "the command",
                 fix="set it in the environment of `ray start` on the nodes",
             )
@@ -155,26 +158,26 @@ def entrypoint(command: Sequence[str], storage: str | None = None) -> str:
 
 
 def connect_to_jobs(address: str | None) -> JobSubmissionClient:
-    """A client of the head's job server, with the token of this machine.
+    """A client of the head's job server, authenticated with the token of this machine.
 
     Args:
-        address: of the dashboard; None takes RAY_API_SERVER_ADDRESS, else the end of the SSH tunnel here.
+        address: of the dashboard; None: RAY_API_SERVER_ADDRESS, else DEFAULT_ADDRESS.
 
     Raises:
-        MotipError: nobody answers, or the token is missing or wrong.
+        MotipError: no connection, or the token is missing or wrong.
     """
     url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     url = url if "://" in url else f"http://{url}"
-    _check_answers(url)
-    _before_ray_is_imported()
-    # Ray prefers this variable to its own argument.
+    _check_reachable(url)
+    _set_ray_environment()
+    # This variable takes precedence over the client's argument.
     os.environ["RAY_API_SERVER_ADDRESS"] = url
     import logging
 
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    # They name every ignore file on the way and repeat what is said here.
+    # These loggers list every ignore file and repeat this module's messages.
     for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     try:
@@ -182,52 +185,58 @@ def connect_to_jobs(address: str | None) -> JobSubmissionClient:
     except AuthenticationError as error:
         raise MotipError(
             "the cluster does not accept the token of this machine",
-            where=shown(url),
+            where=redact_url(url),
             expected="the same token as on the head",
             fix="export RAY_AUTH_MODE=token, and copy ~/.ray/auth_token from the head or set RAY_AUTH_TOKEN_PATH",
         ) from error
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise MotipError(
-            f"this is no Ray job server: {str(redact(str(error)))[:300]}",
-            where=shown(url),
+            f"not a Ray job server: {str(redact(str(error)))[:300]}",
+            where=redact_url(url),
             expected=f"the dashboard of a head, such as {DEFAULT_ADDRESS}",
             fix="give its address with --address, or open the tunnel with `ray dashboard cluster.yaml`",
         ) from error
 
 
-def send(client: JobSubmissionClient, command: str, sent: Package, environment: dict[str, str]) -> str:
+def submit_package(client: JobSubmissionClient, command: str, package: Package, environment: dict[str, str]) -> str:
     """Upload the package, start the job, and return its id.
 
     Raises:
-        MotipError: the head refuses it.
+        MotipError: the head rejects the job.
     """
     try:
         return str(
             client.submit_job(
-                entrypoint=command, runtime_env={"working_dir": str(sent.folder), "env_vars": environment}
+                entrypoint=command, runtime_env={"working_dir": str(package.folder), "env_vars": environment}
             )
         )
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise MotipError(
-            f"the head refuses the job: {str(redact(str(error)))[:500]}",
-            where=shown(client.get_address()),
-            fix="look at `ray job list`: the job may have been started before the answer was lost",
+            f"the head rejected the job: {str(redact(str(error)))[:500]}",
+            where=redact_url(client.get_address()),
+            fix="check `ray job list`: the job may have started although the response was lost",
         ) from error
 
 
-def follow(
-    client: JobSubmissionClient, job: str, say: Callable[[str], Any], *, patience: float = 120.0, pause: float = 2.0
+def follow_log(
+    client: JobSubmissionClient,
+    job: str,
+    write: Callable[[str], Any],
+    *,
+    timeout: float = 120.0,
+    retry_interval: float = 2.0,
 ) -> JobStatus:
-    """Print the job's log until it ends; a connection that breaks is taken up again where it was.
+    """Write the job's log until the job ends, and return its status; after a broken connection it resumes.
 
     Args:
-        say: called with each piece of the log.
-        patience: seconds without any answer after which it is given up; the job goes on.
+        write: called with each new part of the log.
+        timeout: seconds without a response after which following stops; the job keeps running.
+        retry_interval: seconds between connections.
 
     Raises:
-        MotipError: the head was away for longer than that.
+        MotipError: no response for longer than ``timeout``.
     """
-    log = _Log(say)
+    log = _LogCopier(write)
     last = time.monotonic()
     while True:
         before = log.printed
@@ -237,24 +246,24 @@ def follow(
             if status.is_terminal():
                 return status
             last = time.monotonic()
-        except Exception as error:  # aiohttp, requests and Ray each have their own for a lost connection
+        except Exception as error:  # aiohttp, requests and Ray raise different types for a lost connection
             if log.printed > before:
                 last = time.monotonic()
-            if time.monotonic() - last > patience:
+            if time.monotonic() - last > timeout:
                 raise MotipError(
-                    "the connection to the head is lost; the job goes on without this command",
-                    where=shown(client.get_address()),
-                    found=f"{type(error).__name__}, for {patience:g} s",
+                    "the connection to the head is lost; the job keeps running",
+                    where=redact_url(client.get_address()),
+                    found=f"{type(error).__name__}, for {timeout:g} s",
                     fix=f"open the tunnel again and follow with `ray job logs --follow {job}`",
                 ) from error
-        time.sleep(pause)
+        time.sleep(retry_interval)
 
 
-class _Log:
-    """Prints each character of a log once, though the head sends it from its beginning on every connection."""
+class _LogCopier:
+    """Writes each character of a log once, although the head sends the log from its start on every connection."""
 
-    def __init__(self, say: Callable[[str], Any]) -> None:
-        self._say = say
+    def __init__(self, write: Callable[[str], Any]) -> None:
+        self._write = write
         self.printed = 0
 
     async def copy(self, client: JobSubmissionClient, job: str) -> None:
@@ -263,12 +272,12 @@ class _Log:
             fresh = piece[max(0, self.printed - received) :]
             received += len(piece)
             if fresh:
-                self._say(fresh)
+                self._write(fresh)
                 self.printed = received
 
 
-class _Silent:
-    """Ray names the ignore files of every folder on its logger; the table of the largest files says enough."""
+class _SilentLogger:
+    """Discards Ray's messages about the ignore files of every folder."""
 
     def info(self, *_: object) -> None:
         return
@@ -276,41 +285,42 @@ class _Silent:
     debug = warning = error = info
 
 
-def shown(url: str) -> str:
-    """An address without user name and password."""
+def redact_url(url: str) -> str:
+    """The address without user name and password."""
     return str(redact(url))
 
 
-def in_clear_text(url: str) -> bool:
+def is_unencrypted(url: str) -> bool:
     """Whether the token would cross a network unencrypted."""
     parts = urlsplit(url)
     return parts.scheme == "http" and parts.hostname not in LOOPBACK
 
 
-def _before_ray_is_imported() -> None:
-    """Ray looks at these once, when it is imported."""
+def _set_ray_environment() -> None:
+    """Set variables that Ray reads when it is imported."""
     token = Path("~/.ray/auth_token").expanduser()
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or token.is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-def _check_answers(url: str) -> None:
-    """Fail in seconds where nobody listens."""
+def _check_reachable(url: str) -> None:
+    """Raise MotipError within 10 s if the address does not accept connections."""
     parts = urlsplit(url)
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname or "", port), timeout=10).close()
     except (OSError, ValueError) as error:
         raise MotipError(
-            f"no Ray head answers: {getattr(error, 'strerror', None) or error}",
-            where=shown(url),
+            f"the Ray head is not reachable: {getattr(error, 'strerror', None) or error}",
+            where=redact_url(url),
             expected="the dashboard's address, or its end of the SSH tunnel",
             fix="run `ray dashboard cluster.yaml` in another terminal and leave it open, or give --address",
         ) from error
 
 
 def _value_of(words: Sequence[str], flag: str) -> str | None:
+    """The value of an option in a command line, None if it is not given."""
     for index, word in enumerate(words):
         if word == flag and index + 1 < len(words):
             return words[index + 1]

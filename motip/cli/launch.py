@@ -1,4 +1,4 @@
-"""From a command line's arguments to a running curriculum and its closing lines."""
+"""Launcher: run a curriculum or an experiment from command-line arguments, and print tables and report paths."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from motip.report.domain_table import domain_table
 from motip.report.heatmap import png_of
 from motip.report.page import write_page
 from motip.report.progress import DriverUi, stage_table
-from motip.report.stage_tracks import Means
+from motip.report.stage_tracks import TrackingOptions
 from motip.storage.paths import Location, location, write_bytes, write_json
-from motip.train.ray_train import pick_device
+from motip.train.ray_train import device_from_config
 from motip.tune import StageTuner, Tuning
 
 logger = logging.getLogger(__name__)
@@ -65,21 +65,21 @@ def launch_experiment(
     seeds: str | None = None,
     strict: bool = False,
 ) -> Location:
-    """Run the arms of an experiment file that are not finished, and write what all of them found.
+    """Run the unfinished arms of an experiment file, and write the results of all arms.
 
     Args:
-        overrides: for every arm, on top of its own changes to all stages.
-        arms, seeds: the only ones to run now, with commas between them; None = all.
+        overrides: ``KEY=VALUE`` for every arm, applied after the arm's own overrides.
+        arms, seeds: comma-separated selection to run now; None: all.
 
     Returns:
         the folder with ``results.md``, ``results.json`` and ``curves.png``.
 
     Raises:
-        MotipError: anything the user can put right.
+        MotipError: invalid arguments, configuration or data.
     """
     experiment = load_experiment(config, overrides)
-    wanted_arms = _chosen("--arms", arms, [arm.name for arm in experiment.arms])
-    wanted_seeds = [int(each) for each in _chosen("--seeds", seeds, [str(seed) for seed in experiment.seeds])]
+    selected_arms = _select("--arms", arms, [arm.name for arm in experiment.arms])
+    selected_seeds = [int(each) for each in _select("--seeds", seeds, [str(seed) for seed in experiment.seeds])]
     options = _options(data_root, storage, workers, strict, config)
     ui = DriverUi()
     cluster = connect() if options.workers > 0 else None
@@ -90,13 +90,14 @@ def launch_experiment(
             options,
             lambda curriculum: run_curriculum(curriculum, options, cluster, lineage, ui),
             ui.note,
-            wanted_arms,
-            wanted_seeds,
+            selected_arms,
+            selected_seeds,
         )
     finally:
         ui.close()
         if cluster is not None:
             disconnect()
+    # Write the results of all finished runs.
     folder = experiment_folder(experiment, options)
     findings = Findings(experiment, outcomes)
     text = experiment_markdown(findings)
@@ -108,16 +109,17 @@ def launch_experiment(
     return folder
 
 
-def _chosen(flag: str, text: str | None, known: Sequence[str]) -> Sequence[str]:
+def _select(flag: str, text: str | None, valid: Sequence[str]) -> Sequence[str]:
+    """The comma-separated names in ``text``, all of ``valid`` for None; raises MotipError for an unknown name."""
     if text is None:
-        return known
-    named = [part.strip() for part in text.split(",") if part.strip()]
-    for each in named:
-        if each not in known:
+        return valid
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    for each in names:
+        if each not in valid:
             raise MotipError(
-                "the experiment has no such entry", where=flag, found=each, expected="some of " + ", ".join(known)
+                "the experiment has no such entry", where=flag, found=each, expected="some of " + ", ".join(valid)
             )
-    return named
+    return names
 
 
 def launch(
@@ -136,17 +138,18 @@ def launch(
 
     Args:
         workers: training workers, a number or `MIN:MAX`; 0 trains in this process.
-        before_page: given the curriculum's folder before its report page is made, to add to it; called only where the
-            domains were scored, which leaves tracks of val videos.
+        until: name of the last stage to run; None: all.
+        before_page: called with the curriculum's folder before the report page is written, if the domains were scored
+            (which stores tracks of val videos).
 
     Raises:
-        MotipError: anything the user can put right.
+        MotipError: invalid arguments, configuration or data.
     """
     options = _options(data_root, storage, workers, strict, config_path, until)
     if until is not None and until not in [stage.name for stage in curriculum.stages]:
         names = ", ".join(stage.name for stage in curriculum.stages)
         raise MotipError("there is no such stage", where="--until", found=until, expected=f"one of {names}")
-    check_given_weights(curriculum, options)  # said here it costs no start of Ray
+    check_given_weights(curriculum, options)  # fail here, before Ray starts
     ui = DriverUi()
     cluster = connect() if options.workers > 0 else None
     if cluster is not None and cluster.gpus < 1:
@@ -161,11 +164,12 @@ def launch(
         ui.close()
         if cluster is not None:
             disconnect()
+    # Stage table, domain table, and the paths of the results.
     class_names = list(dict.fromkeys(name for stage in curriculum.stages for name in stage.config.class_names))
     ui.console.print(stage_table(result.records, class_names))
     if result.domains is not None:
-        domains, wanted = result.domains, curriculum.domains
-        ui.console.print(domain_table(domains.matrix, domains.transfer, wanted.allowed_loss, wanted.each_class))
+        domains, limits = result.domains, curriculum.domains
+        ui.console.print(domain_table(domains.matrix, domains.transfer, limits.allowed_loss, limits.each_class))
         ui.note(f"domains as CSV and heat map: {domains.folder}/domains.csv, domains.png")
     last = result.records[-1]
     ui.note(f"final checkpoint: {last.checkpoint}")
@@ -184,7 +188,7 @@ def _options(
         data_root=checked_data_root(data_root),
         storage=checked_storage(storage),
         workers=most,
-        least_workers=least,
+        min_workers=least,
         strict=strict,
         config_path=str(config_path),
         until=until,
@@ -199,36 +203,36 @@ def _report_page(
     ui: DriverUi,
     before_page: Callable[[Location], None] | None = None,
 ) -> Location | None:
-    """The page's place; None where it could not be made, which is said and ends nothing: the stages are trained."""
+    """Write the report page and return its path; None, with a warning, if it could not be written."""
     folder = curriculum_folder(curriculum, options)
     config = curriculum.stages[-1].config
     try:
         on_gpu = cluster is not None and cluster.gpus >= 1 and config.DEVICE != "cpu"
-        device = str(pick_device(config)) if cluster is None else "cuda" if on_gpu else "cpu"
-        means = Means(cluster=cluster, device=device)
+        device = str(device_from_config(config)) if cluster is None else "cuda" if on_gpu else "cpu"
+        tracking = TrackingOptions(cluster=cluster, device=device)
         if before_page is not None and curriculum.domains.score != "none":
             before_page(folder)
-        page = write_page(folder, means=means, lineage=result.lineage, run_id=result.run_id, say=ui.note)
+        page = write_page(folder, tracking=tracking, lineage=result.lineage, run_id=result.run_id, log=ui.note)
     except Exception as error:
-        logger.exception("the report page of %s was not made", curriculum.name)
-        ui.note(f"warning: the report page was not made: {error}\n  try again: motip report page {folder}")
+        logger.exception("the report page of %s was not written", curriculum.name)
+        ui.note(f"warning: the report page was not written: {error}\n  try again: motip report page {folder}")
         return None
     for text in page.missing:
-        ui.note(f"report page, not on it: {text}")
+        ui.note(f"not on the report page: {text}")
     return page.path
 
 
 def workers_range(text: str | int) -> tuple[int | None, int]:
-    """`4` is (None, 4): always four workers. `2:4` is (2, 4): as many as the cluster has room for.
+    """Parse `4` to (None, 4), always four workers, and `2:4` to (2, 4), as many as the cluster has resources for.
 
     Raises:
-        MotipError: it is neither.
+        MotipError: neither a number nor a range.
     """
     least, colon, most = str(text).rpartition(":")
     numbers = [least, most] if colon else [most]
     if not all(number.isdecimal() for number in numbers) or (colon and not 1 <= int(least) <= int(most)):
         raise MotipError(
-            "this is no number of workers",
+            "invalid number of workers",
             where="--workers",
             found=text,
             expected="a number such as 4, or MIN:MAX such as 2:4 with MIN at least 1",
@@ -238,56 +242,56 @@ def workers_range(text: str | int) -> tuple[int | None, int]:
 
 
 def checked_data_root(named: str) -> str:
-    """Raises MotipError where a local data root is no folder."""
-    place = location(named)
-    if isinstance(place, Path):
-        _refuse_relative_in_a_job("--data-root", place)
-        if not place.is_dir():
+    """The absolute data root; raises MotipError if a local one is not a folder."""
+    path = location(named)
+    if isinstance(path, Path):
+        _check_absolute_in_a_job("--data-root", path)
+        if not path.is_dir():
             raise MotipError(
-                "the data root is not there",
+                "the data root does not exist",
                 where="--data-root",
                 found=named,
                 expected="a folder with the raw datasets (see sources: in the curriculum file)",
                 fix="create it or name another folder",
             )
-        return str(place.resolve())
+        return str(path.resolve())
     return named
 
 
-def _refuse_relative_in_a_job(flag: str, place: Path) -> None:
-    """A submitted job runs in a copy of the working directory that Ray throws away."""
-    if not place.is_absolute() and "working_dir_files" in Path.cwd().parts:
+def _check_absolute_in_a_job(flag: str, path: Path) -> None:
+    """Raise MotipError for a relative path in a submitted job: Ray deletes the job's copy of the working directory."""
+    if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
         raise MotipError(
-            "a submitted job needs absolute paths: it runs in a copy of the folder that is thrown away",
+            "a submitted job needs absolute paths: it runs in a temporary copy of the folder",
             where=flag,
-            found=place,
+            found=path,
             expected="an absolute path, the same on every node, or an s3:// URI",
             fix=f"give {flag} an absolute path",
         )
 
 
 def checked_storage(named: str) -> str:
-    """Absolute storage that can be written: a submitted job's working directory is thrown away.
+    """The absolute storage, created if needed and checked to be writable.
 
     Raises:
-        MotipError: the folder cannot be made or written.
+        MotipError: the folder cannot be created or written, or is relative in a submitted job.
     """
-    place = location(named)
-    if not isinstance(place, Path):
+    path = location(named)
+    if not isinstance(path, Path):
         return named
-    _refuse_relative_in_a_job("--storage", place)
-    place = place.resolve()
+    _check_absolute_in_a_job("--storage", path)
+    path = path.resolve()
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        probe = place / ".writable"
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise MotipError(
             f"the storage cannot be written: {error.strerror}",
             where="--storage",
-            found=place,
+            found=path,
             expected="a folder this user can write to",
             fix="name another folder",
         ) from error
-    return str(place)
+    return str(path)

@@ -1,4 +1,4 @@
-"""`motip lineage`: the chain of weights behind a run, and whether its files are still what they were."""
+"""`motip lineage`: the chain of weights behind a run, and verification of its files by digest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _ShowByDefault(typer.core.TyperGroup):
-    """`motip lineage RUN` is `motip lineage show RUN`."""
+    """Makes `motip lineage RUN` short for `motip lineage show RUN`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None:
@@ -26,20 +26,20 @@ class _ShowByDefault(typer.core.TyperGroup):
 app = typer.Typer(
     no_args_is_help=True,
     cls=_ShowByDefault,
-    help="Where a run's weights came from. `motip lineage RUN --storage DIR` is short for "
+    help="Show and verify the chain of weights behind a run. `motip lineage RUN --storage DIR` is short for "
     "`motip lineage show RUN --storage DIR`.",
 )
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="MLflow id of a stage's or a curriculum's run.")]
-StorageOption = Annotated[str, typer.Option(help="Storage of the runs (MLFLOW_TRACKING_URI goes before it).")]
+StorageOption = Annotated[str, typer.Option(help="Storage of the runs (MLFLOW_TRACKING_URI takes precedence).")]
 
 
 @app.command("show")
 def show(
     run: RunArgument,
     storage: StorageOption = "~/motip",
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Whole digests, names of the videos too.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print the names of the videos.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the chain as JSON.")] = False,
 ) -> None:
     """Print the chain of steps that led to a run, oldest first, from base weights to the run.
 
@@ -50,7 +50,7 @@ def show(
     from motip.cli.console import as_json, table
     from motip.cli.lineage_text import details, environments, overview
 
-    steps = recorded(storage).walk(run)
+    steps = open_lineage(storage).chain(run)
     if json:
         as_json([asdict(step) for step in steps])
         return
@@ -65,15 +65,15 @@ def show(
 def verify(
     run: RunArgument,
     storage: StorageOption = "~/motip",
-    data: Annotated[bool, typer.Option(help="Read the shards too, which takes as long as reading all data.")] = True,
+    data: Annotated[bool, typer.Option(help="Also verify the shards, which reads all data.")] = True,
 ) -> None:
-    """Compute the digests of all weights and data of the chain anew; fail if a file has changed or is gone.
+    """Recompute the digests of all weights and data of the chain; fail if a file has changed or is missing.
 
     Example: motip lineage verify 4f6c0d2a9b7e4e0f8a51c1d0e2b3a495
     """
     from motip.cli.console import table
 
-    checks = recorded(storage).verify(run, data=data)
+    checks = open_lineage(storage).verify(run, data=data)
     rows = [
         [check.stage, check.what, check.state, check.expected[:12], check.found[:12] or "-", check.path]
         for check in checks
@@ -82,7 +82,7 @@ def verify(
     wrong = [check for check in checks if check.state != "same"]
     if wrong:
         raise MotipError(
-            f"{len(wrong)} of {len(checks)} files and data sets are not what the runs recorded",
+            f"{len(wrong)} of {len(checks)} files and data sets differ from what the runs recorded",
             where=wrong[0].path,
             found=wrong[0].state + (f", sha256 {wrong[0].found}" if wrong[0].found else ""),
             expected=f"sha256 {wrong[0].expected}",
@@ -92,8 +92,8 @@ def verify(
     print(f"{counts['weights']} weights files and {counts['data']} data sets, all as recorded")
 
 
-def recorded(storage: str) -> Lineage:
-    """Raises MotipError where nothing was ever recorded: asking must not create an empty database."""
+def open_lineage(storage: str) -> Lineage:
+    """The lineage of existing runs; raises MotipError without a database, so that reading does not create one."""
     from motip.lineage import Lineage
     from motip.lineage.store import local_storage
 

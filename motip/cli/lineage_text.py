@@ -1,4 +1,4 @@
-"""A chain of weights as text: an overview, what is to be said of each step, and what they were run with."""
+"""Text of a chain of weights: overview table, details of each step, environments."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 HEADER = ["step", "what", "data", "weights from", "weights", "HOTA by domain", "seed", "code"]
 KINDS = {
-    "initialised": "drawn from the seed",
+    "initialised": "initialised from the seed",
     "export": "exported",
-    "checkpoint": "trained, run not known",
+    "checkpoint": "trained, unknown run",
     "weights": "given, no record",
 }
 
@@ -24,13 +24,17 @@ def overview(steps: Sequence[LineageStep]) -> tuple[list[str], list[list[str]]]:
 
 
 def details(steps: Sequence[LineageStep], *, verbose: bool) -> list[str]:
-    """Lines on each step: its run, its files with whole digests, and what is different from the step before."""
+    """Lines on each step: its run, its files with full digests, and the changes from the step before.
+
+    Args:
+        verbose: also the names of the videos.
+    """
     lines = []
     for step in steps:
         where = f"run {step.run_id}" if step.run_id else KINDS.get(step.kind, step.kind)
-        told = f", told by {step.record}" if step.record else ""
-        lines += ["", f"{step.stage}: {where}, started {_time(step.started)}{told}" if step.run_id
-                  else f"{step.stage}: {where}{told}"]  # fmt: skip
+        started = f", started {_time(step.started)}" if step.run_id else ""
+        source = f", from the record {step.record}" if step.record else ""
+        lines += ["", f"{step.stage}: {where}{started}{source}"]
         if step.came_from:
             lines.append(f"  from     {step.came_from.path} sha256 {step.came_from.sha256}")
         if step.checkpoint:
@@ -48,15 +52,15 @@ def details(steps: Sequence[LineageStep], *, verbose: bool) -> list[str]:
 
 
 def environments(steps: Sequence[LineageStep]) -> list[str]:
-    """What the steps were run with; steps that share it stand together."""
+    """Code, packages and hardware of the steps; steps with the same environment are grouped."""
     shared: dict[str, list[str]] = {}
     for step in steps:
         if step.python or step.versions or step.hardware:
             shared.setdefault(_environment(step), []).append(step.stage)
     lines = [""]
     for text, names in shared.items():
-        who = "all steps" if len(shared) == 1 and len(names) == len(steps) else ", ".join(names)
-        lines.append(f"run with ({who}):\n{text}")
+        scope = "all steps" if len(shared) == 1 and len(names) == len(steps) else ", ".join(names)
+        lines.append(f"run with ({scope}):\n{text}")
     return lines
 
 
@@ -90,7 +94,7 @@ def _row(step: LineageStep) -> list[str]:
 
 
 def _hota(step: LineageStep) -> str:
-    """The stage's own best HOTA, then that of each domain it was scored in."""
+    """Best HOTA on the stage's own val videos, then HOTA of each domain that the stage was scored in."""
     own = [f"own val {step.scores['HOTA']:.1f}"] if "HOTA" in step.scores else []
     return "\n".join([*own, *(f"{domain} {value:.1f}" for domain, value in step.domains.items())]) or "-"
 
@@ -107,4 +111,4 @@ def _time(milliseconds: int) -> str:
 
 
 def _value(value: Any) -> str:
-    return "not there" if value is None else str(value)
+    return "not set" if value is None else str(value)

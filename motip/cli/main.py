@@ -1,23 +1,23 @@
-"""The `motip` command: verbs that need no cluster. Jobs on a cluster are in ray_jobs/."""
+"""The `motip` command: verbs that run on one machine. Cluster jobs are in ray_jobs/."""
 
 from __future__ import annotations
 
 import typer
 
-from motip import __version__
 from motip.cli import compare, evaluate, job, lineage, report, results, shards, track, train, weights
 from motip.errors import exit_on_error
+from motip.version import __version__
 
 app = typer.Typer(
     name="motip",
-    help="MOTIP Curriculum: track videos, look into weights and shards, follow where a checkpoint came from.\n\n"
-    "Training is a Ray job: python ray_jobs/curriculum.py --help",
+    help="MOTIP Curriculum: track videos, evaluate and compare checkpoints, inspect weights and shards, show the "
+    "lineage of a checkpoint.\n\nTraining is a Ray job: python ray_jobs/curriculum.py --help",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        # The plan spells its flags with underscores, most of today's tools with hyphens: both work, for every verb.
+        # The published MOTIP spells flags with underscores, most tools with hyphens: both work for every verb.
         "token_normalize_func": lambda token: token.replace("-", "_"),
     },
 )
@@ -34,8 +34,8 @@ app.add_typer(lineage.app, name="lineage")
 app.add_typer(report.app, name="report")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         print(f"motip {__version__}")
         raise typer.Exit
 

@@ -1,4 +1,4 @@
-"""`motip results`: tracks in the layouts that the benchmarks' servers take."""
+"""`motip results`: export of tracks in the result formats of the benchmark servers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from motip.errors import MotipError
 if TYPE_CHECKING:
     from motip.data.sequence import TrackRows
 
-app = typer.Typer(no_args_is_help=True, help="Tracks for the benchmarks' servers.")
+app = typer.Typer(no_args_is_help=True, help="Export tracks for the benchmark servers.")
 
 FORMATS = ("bdd100k", "visdrone", "motchallenge")
 
 
 @app.command("export")
 def export(
-    source: Annotated[str, typer.Argument(metavar="IN", help="Folder of MOT rows (one .txt a video), or one file.")],
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Folder of MOT rows (one .txt per video), or one such file.")
+    ],
     target: Annotated[
         str, typer.Argument(metavar="OUT", help="bdd100k: a .json file. Others: a folder, or a .zip for the server.")
     ],
-    format: Annotated[str, typer.Option(help="bdd100k, visdrone or motchallenge.")],
-    classes: Annotated[str, typer.Option(help="Class names of the ids in IN, in order.")] = "pedestrian,car",
+    format: Annotated[str, typer.Option(help="Result format: bdd100k, visdrone or motchallenge.")],
+    classes: Annotated[
+        str, typer.Option(help="Names of the class ids in IN, comma-separated, in order.")
+    ] = "pedestrian,car",
     storage: Annotated[
-        str | None, typer.Option(help="bdd100k: shards that say which frames there are, so that empty ones appear.")
+        str | None, typer.Option(help="bdd100k: storage with the shards, to also list frames without tracks.")
     ] = None,
 ) -> None:
-    """Write tracks in a benchmark's own result format.
+    """Write tracks in the result format of a benchmark.
 
     Example: motip results export --format visdrone evaluations/3f2a/tracks/visdrone/val visdrone_val.zip
     """
@@ -57,7 +61,7 @@ def _read(source: Path, names: Sequence[str]) -> dict[str, TrackRows]:
         raise MotipError(
             "there are no tracks",
             where=source,
-            expected="a folder of MOT rows, one .txt file a video, or one such file",
+            expected="a folder of MOT rows, one .txt file per video, or one such file",
             fix="motip track and ray_jobs/evaluate.py write them",
         )
     videos = {file.stem: read_mot(file) for file in files}
@@ -94,10 +98,10 @@ def _frame_numbers(storage: str, videos: Mapping[str, TrackRows]) -> dict[str, l
     missing = sorted(set(videos) - set(entries))
     if missing:
         raise MotipError(
-            f"the shards do not hold {len(missing)} of the videos, such as {missing[0]}",
+            f"{len(missing)} of the videos are not in the shards, such as {missing[0]}",
             where="--storage",
             found=storage,
-            fix="name the storage the tracks were made from",
+            fix="pass the storage of the videos that were tracked",
         )
     return {name: [frame.number for frame in read_labels(entry_path(place, entries[name])).frames] for name in videos}
 
@@ -107,10 +111,10 @@ def _visdrone_writer(names: Sequence[str]) -> Callable[[Path, TrackRows], None]:
     from motip.data.formats.visdrone import CATEGORIES
 
     predicted = CATEGORIES[1:-1]
-    strangers = [name for name in names if name not in predicted]
-    if strangers:
+    unknown = [name for name in names if name not in predicted]
+    if unknown:
         raise MotipError(
-            f"VisDrone has no category {strangers[0]!r}", where="--classes", expected="some of " + ", ".join(predicted)
+            f"VisDrone has no category {unknown[0]!r}", where="--classes", expected="some of " + ", ".join(predicted)
         )
     numbers = [CATEGORIES.index(name) for name in names]
     return lambda path, rows: write_visdrone(path, rows, numbers)
@@ -123,7 +127,7 @@ def _mot_writer(path: Path, rows: TrackRows) -> None:
 
 
 def _write_files(output: Path, videos: Mapping[str, TrackRows], writer: Callable[[Path, TrackRows], None]) -> None:
-    """One .txt file a video, in a folder or at the top of a .zip."""
+    """Write one .txt file per video, into a folder or a .zip."""
     import tempfile
 
     from motip.storage.atomic import atomic_write

@@ -1,4 +1,4 @@
-"""`motip convert` and `motip shards`: make shards on this machine, and look into any."""
+"""`motip convert` and `motip shards`: convert raw datasets to shards on this machine; inspect shards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from motip.config import Curriculum
     from motip.data.manifest import Manifest
 
-app = typer.Typer(no_args_is_help=True, help="Look into converted data.")
+app = typer.Typer(no_args_is_help=True, help="Inspect converted data.")
 
 
 def convert(
@@ -20,37 +20,38 @@ def convert(
     data_root: Annotated[str, typer.Option(help="Folder or s3:// URI with the raw datasets.")] = ".",
     storage: Annotated[str, typer.Option(help="Folder or s3:// URI for the shards.")] = "~/motip",
     strict: Annotated[
-        bool, typer.Option("--strict", help="Broken images and look-alikes of val in train are errors.")
+        bool,
+        typer.Option("--strict", help="Fail on undecodable images and on near-duplicates of val videos in train."),
     ] = False,
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Order in which videos are picked, here and in the stages that follow "
-            "(default: that of the conversion before, else 0)."
+            help="Seed of the order in which videos are selected, here and in all stages "
+            "(default: that of the previous conversion, else 0)."
         ),
     ] = None,
     allow_fewer: Annotated[
-        bool, typer.Option("--allow-fewer", help="Take what there is where a stage asks for more.")
+        bool, typer.Option("--allow-fewer", help="Use the available videos if a stage requests more.")
     ] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes on this machine.")] = 1,
     to: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="dancetrack DIR", help="Write the shards as a DanceTrack-style folder too."),
+        typer.Option(metavar="dancetrack DIR", help="Also write the shards as a DanceTrack-style folder."),
     ] = None,
 ) -> None:
-    """Convert raw datasets to shards in this process; ray_jobs/convert.py does the same on a cluster.
+    """Convert raw datasets to shards on this machine; ray_jobs/convert.py does the same on a cluster.
 
     Example: motip convert --config configs/samples/curriculum.yaml --data-root SAMPLES --storage outputs
     """
     from motip.config import load_curriculum
-    from motip.curriculum.synthetic_sources import with_worlds
+    from motip.curriculum.synthetic_sources import with_synthetic_sources
     from motip.data.convert import convert as convert_all
     from motip.data.convert import process_map
     from motip.data.convert_report import ConversionUi
 
     if to is not None and to[0] != "dancetrack":
         raise MotipError("unknown layout", where="--to", found=to[0], expected="dancetrack")
-    curriculum = with_worlds(load_curriculum(config), storage, print)
+    curriculum = with_synthetic_sources(load_curriculum(config), storage, print)
     with ConversionUi() as ui:
         report = convert_all(
             curriculum,
@@ -86,7 +87,7 @@ def inspect(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
-    """Report what a shard set holds: videos, frames, boxes by category, objects per frame, rows dropped.
+    """Report the content of shards: videos, frames, boxes by category, objects per frame, dropped label rows.
 
     Example: motip shards inspect ~/motip
     """

@@ -1,4 +1,4 @@
-"""Train one stage on its own, the way a curriculum would."""
+"""Training of a single stage, as a curriculum of one stage."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def train_stage(
     """Train a stage configuration as a curriculum of one stage, and print its row of the stage table.
 
     Args:
-        data_root: default is ``root_path`` of the configuration.
+        data_root: None: ``root_path`` of the configuration.
+        videos: number of training videos of each dataset; None: all.
 
     Raises:
-        MotipError: anything the user can put right.
+        MotipError: invalid arguments, configuration or data.
     """
     config = load_config(config_path, overrides)
     root = checked_data_root(data_root or config.root_path)

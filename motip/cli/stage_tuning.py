@@ -1,4 +1,4 @@
-"""Search the values of one stage: of a configuration that stands alone, or of a stage in a curriculum file."""
+"""Sweep of a single stage, given by its own configuration or as a stage of a curriculum file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from motip.tune import SweepResult, Tuning, run_sweep
 
 
 @dataclass(frozen=True)
-class AskedSweep:
-    """What the command line says.
+class TuneOptions:
+    """Options of ray_jobs/tune.py.
 
     Attributes:
         config: a stage's configuration, or a curriculum file.
-        sweep: sweep file; None takes that of the stage in the curriculum file.
-        stage: of the curriculum file; None where it has one stage, or config is a stage's.
-        data_root: None takes root_path of a stage's configuration, the working directory for a curriculum file.
+        sweep: sweep file; None: the one that the stage in the curriculum file names.
+        stage: stage of the curriculum file; None for a file with one stage, or a stage's configuration.
+        data_root: None: root_path of a stage's configuration, or the working directory for a curriculum file.
+        videos: number of training videos of each dataset, for a stage's configuration.
     """
 
     config: str
@@ -42,28 +43,30 @@ class AskedSweep:
     strict: bool = False
 
 
-def sweep_stage(asked: AskedSweep, tuning: Tuning) -> SweepResult:
-    """Run or go on with a sweep, and say what was found.
+def sweep_stage(options: TuneOptions, tuning: Tuning) -> SweepResult:
+    """Run or resume a sweep, and print its result.
 
     Raises:
-        MotipError: anything the user can put right; what does not fit is said before anything is trained.
+        MotipError: invalid arguments, configuration or data; options are checked before any training.
     """
     _check_numbers(tuning)
-    sweep = None if asked.sweep is None else load_sweep(asked.sweep)
-    curriculum, root = _curriculum(asked, sweep)
-    stage = _stage(curriculum, asked, sweep)
+    sweep = None if options.sweep is None else load_sweep(options.sweep)
+    curriculum, root = _curriculum(options, sweep)
+    stage = _stage(curriculum, options, sweep)
     curriculum = curriculum.model_copy(
         update={"stages": tuple(stage if each.name == stage.name else each for each in curriculum.stages)}
     )
-    storage = checked_storage(asked.storage)
+    storage = checked_storage(options.storage)
     workers = tuning.workers
-    options = Options(root, storage, workers=workers, strict=asked.strict, config_path=asked.config, until=stage.name)
-    check_given_weights(curriculum, options)
+    run_options = Options(
+        root, storage, workers=workers, strict=options.strict, config_path=options.config, until=stage.name
+    )
+    check_given_weights(curriculum, run_options)
     ui = DriverUi()
     cluster = connect()
     try:
         lineage = Lineage(storage=storage)
-        result = run_sweep(curriculum, stage, options, cluster, lineage, ui, tuning)
+        result = run_sweep(curriculum, stage, run_options, cluster, lineage, ui, tuning)
     finally:
         ui.close()
         disconnect()
@@ -73,36 +76,38 @@ def sweep_stage(asked: AskedSweep, tuning: Tuning) -> SweepResult:
     return result
 
 
-def _curriculum(asked: AskedSweep, sweep: SweepFile | None) -> tuple[Curriculum, str]:
+def _curriculum(options: TuneOptions, sweep: SweepFile | None) -> tuple[Curriculum, str]:
     """The stage in its curriculum, and the data root."""
-    if "stages" in read_yaml(Path(asked.config).expanduser()).values:
-        if asked.videos is not None:
+    if "stages" in read_yaml(Path(options.config).expanduser()).values:
+        if options.videos is not None:
             raise MotipError(
-                "the curriculum file says how many videos a stage trains on", where="--videos", fix="leave it out"
+                "--videos does not apply to a curriculum file, which sets the videos of its stages",
+                where="--videos",
+                fix="omit it",
             )
-        root = checked_data_root(asked.data_root or ".")
-        return load_curriculum(asked.config, asked.overrides, tune=asked.stage or True), root
+        root = checked_data_root(options.data_root or ".")
+        return load_curriculum(options.config, options.overrides, tune=options.stage or True), root
     if sweep is None:
         raise MotipError(
-            "which values are searched stands in a sweep file",
+            "a sweep file with the search space is required",
             where="--sweep",
             expected="e.g. --sweep configs/sweeps/lr_and_intervals.yaml",
         )
-    config = load_config(asked.config, asked.overrides)
-    check_sweep(sweep, config, str(asked.sweep))
-    root = checked_data_root(asked.data_root or config.root_path)
-    return single_stage(config, root, CATEGORIES, videos=asked.videos), root
+    config = load_config(options.config, options.overrides)
+    check_sweep(sweep, config, str(options.sweep))
+    root = checked_data_root(options.data_root or config.root_path)
+    return single_stage(config, root, CATEGORIES, videos=options.videos), root
 
 
-def _stage(curriculum: Curriculum, asked: AskedSweep, sweep: SweepFile | None) -> Stage:
+def _stage(curriculum: Curriculum, options: TuneOptions, sweep: SweepFile | None) -> Stage:
     names = [stage.name for stage in curriculum.stages]
-    if asked.stage is None and len(names) > 1:
-        raise MotipError("which stage is tuned?", where="--stage", expected="one of " + ", ".join(names))
-    if asked.stage is not None and asked.stage not in names:
+    if options.stage is None and len(names) > 1:
+        raise MotipError("the stage to tune is required", where="--stage", expected="one of " + ", ".join(names))
+    if options.stage is not None and options.stage not in names:
         raise MotipError(
-            "there is no such stage", where="--stage", found=asked.stage, expected="one of " + ", ".join(names)
+            "there is no such stage", where="--stage", found=options.stage, expected="one of " + ", ".join(names)
         )
-    stage = curriculum.stage(asked.stage or names[0])
+    stage = curriculum.stage(options.stage or names[0])
     sweep = sweep or stage.sweep
     if sweep is None:
         raise MotipError(
@@ -110,15 +115,15 @@ def _stage(curriculum: Curriculum, asked: AskedSweep, sweep: SweepFile | None) -
             where="--sweep",
             fix="pass one, e.g. --sweep configs/sweeps/lr_and_intervals.yaml, or give the stage a line `sweep:`",
         )
-    check_sweep(sweep, stage.config, asked.sweep or f"sweep of stage {stage.name}")
+    check_sweep(sweep, stage.config, options.sweep or f"sweep of stage {stage.name}")
     return stage.model_copy(update={"sweep": sweep})
 
 
 def _check_numbers(tuning: Tuning) -> None:
-    for flag, value, least in (
+    for flag, value, minimum in (
         ("--workers-per-trial", tuning.workers, 1),
         ("--trials", tuning.trials, 2),
-        ("--at-once", tuning.at_once, 1),
+        ("--at-once", tuning.max_concurrent_trials, 1),
     ):
-        if value is not None and value < least:
-            raise MotipError("the number is too small", where=flag, found=value, expected=f"{least} or more")
+        if value is not None and value < minimum:
+            raise MotipError("the number is too small", where=flag, found=value, expected=f"{minimum} or more")

@@ -1,4 +1,4 @@
-"""`motip weights`: what is in a file, what would become of it in a model, and a form to hand on."""
+"""`motip weights`: inspect a weights file, report its transfer into a model, export it as safetensors."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Look into weights, move them between models, hand them on.")
+app = typer.Typer(no_args_is_help=True, help="Inspect, transfer and export weights.")
 
 
 @app.command("inspect")
 def inspect_weights(
     path: Annotated[str, typer.Argument(help="A .pth or .safetensors file, or an export folder.")],
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the description as JSON.")] = False,
 ) -> None:
-    """Say what a weights file is: kind, classes, architecture, training, parent.
+    """Describe a weights file: kind, classes, architecture, training, parent.
 
     Example: motip weights inspect pretrains/motip_dancetrack.pth
     """
     from motip.cli.console import as_json, facts, note
-    from motip.weights.export import inspect
+    from motip.weights import inspection
 
-    found = inspect(path)
+    found = inspection.inspect_weights(path)
     if json:
         as_json(found)
         return
@@ -39,7 +39,7 @@ def inspect_weights(
             ("trained", ", ".join(f"{key} {value}" for key, value in training.items()) or None),
             ("parent", ", ".join(f"{key} {value}" for key, value in parent.items() if value) or None),
             ("tensors", f"{found['tensors']} names, {found['distinct_tensors']} tensors, {', '.join(found['dtypes'])}"),
-            ("also holds", ", ".join(name for name in found["holds"] if name != "model") or None),
+            ("also contains", ", ".join(name for name in found["holds"] if name != "model") or None),
         ]
     )
     for text in found["notes"]:
@@ -50,22 +50,24 @@ def inspect_weights(
 @app.command("transfer")
 def transfer(
     path: Annotated[str, typer.Argument(help="Weights to start from.")],
-    config: Annotated[str, typer.Option(help="Configuration of the model that takes them.")],
+    config: Annotated[str, typer.Option(help="Configuration of the model that starts from them.")],
     classes: Annotated[
-        str | None, typer.Option(help="Class names of the file's rows, comma-separated, where it does not say.")
+        str | None, typer.Option(help="Class names of the file, comma-separated, if the file does not name them.")
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(help="Key or pattern of a tensor that may differ."),
+        typer.Option(help="Name or pattern of tensors that may differ; repeatable."),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")
+    ] = None,
     output: Annotated[
         str | None, typer.Option(help="Write the transferred weights as a checkpoint of the configuration.")
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name every tensor.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the complete report as JSON.")] = False,
 ) -> None:
-    """Report what would become of every tensor when a model of CONFIG starts from these weights.
+    """Report the status of every tensor when a model of CONFIG starts from these weights.
 
     Example: motip weights transfer pretrains/motip_dancetrack.pth --config
     configs/pretrain_r50_deformable_detr_bdd_mini.yaml
@@ -73,12 +75,13 @@ def transfer(
     from motip.cli.console import as_json
     from motip.config import load_config
     from motip.model import ModelSpec
-    from motip.weights.pretrained import apply_transfer, plan_transfer, read_weights, save_checkpoint
+    from motip.weights import apply_transfer, plan_transfer, read_weights, save_checkpoint
 
     settings = load_config(config, overrides or [])
     named = None if classes is None else tuple(name.strip() for name in classes.split(","))
     weights = read_weights(path, classes=named or settings.PRETRAIN_CLASSES)
     names = settings.class_names
+    # Plan the transfer.
     plan = plan_transfer(
         weights,
         ModelSpec.from_config(settings),
@@ -88,6 +91,7 @@ def transfer(
         skip=settings.PRETRAIN_SKIP,
     )
     report = plan.report
+    # Apply it to a fresh model and write that.
     if output is not None:
         from motip.train.setup import fresh_model
 
@@ -95,15 +99,16 @@ def transfer(
         apply_transfer(model, plan)
         parent = {"path": path, "sha256": weights.sha256, "run_id": None}
         save_checkpoint(output, model=model, classes=names, config=settings.to_dict(), epoch=-1, step=0, parent=parent)
+    # Print the report.
     if json:
         as_json(report.to_dict())
         return
     print(report.table())
     if verbose:
-        for side, fates in (("file", report.file_fates), ("model", report.model_fates)):
+        for side, statuses in (("file", report.file_status), ("model", report.model_status)):
             print(f"\nevery tensor of the {side}")
-            for key, fate in fates.items():
-                print(f"  {fate.category:<26}{key}  {list(fate.shape)}{_detail(fate)}")
+            for key, status in statuses.items():
+                print(f"  {status.category:<26}{key}  {list(status.shape)}{_detail(status)}")
     print(f"\n{report.summary_line()}")
     if output is not None:
         print(f"written to {output}")
@@ -116,15 +121,18 @@ def export(
         str, typer.Argument(metavar="OUT", help="Folder for model.safetensors and config.json, or NAME.safetensors.")
     ],
     config: Annotated[
-        str | None, typer.Option(help="Needed for published checkpoints of another than the default architecture.")
+        str | None,
+        typer.Option(help="Configuration; required for published checkpoints with a non-default architecture."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Store floats as float16 or bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the stored floats: float16 or bfloat16 (default: unchanged).")
+    ] = None,
     storage: Annotated[
         str | None,
-        typer.Option(help="Storage with the run of the checkpoint (default: the one the checkpoint lies in)."),
+        typer.Option(help="Storage with the run of the checkpoint (default: the one that contains the checkpoint)."),
     ] = None,
 ) -> None:
-    """Write weights as safetensors with everything that tracking needs, and the record of where they came from.
+    """Write weights as safetensors with everything needed for tracking, and their lineage record.
 
     Example: motip weights export checkpoint_best.pth exported/
     """
@@ -142,12 +150,12 @@ def export(
     settings = None if config is None else load_config(config)
     written = export_safetensors(path, out_dir, config=settings, dtype=types[dtype] if dtype else None)
     record, steps = write_export_record(path, written, storage, dtype)
-    print(f"lineage: {record.name} beside it, {len(steps)} steps: {' -> '.join(step.stage for step in steps)}")
+    print(f"lineage: {record.name} in the same folder, {len(steps)} steps: {' -> '.join(step.stage for step in steps)}")
     for step in steps:
         if step.note:
             note(f"{step.stage}: {step.note}")
-    beside = "" if written.parent != Path(out_dir) else " and config.json beside it"
-    print(f"written: {written} ({written.stat().st_size / 1e6:.1f} MB){beside}")
+    config_json = "" if written.parent != Path(out_dir) else " and config.json in the same folder"
+    print(f"written: {written} ({written.stat().st_size / 1e6:.1f} MB){config_json}")
 
 
 def _short(architecture: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Where exported weights came from: the steps that their record tells, found in MLflow or in what the file carries."""
+"""Lineage record of exported weights, from MLflow or from the description in the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any
 from motip.errors import MotipError
 from motip.lineage import Lineage, LineageStep
 from motip.lineage.record_file import read_record, record_export
-from motip.lineage.steps import CheckpointPlace
+from motip.lineage.steps import CheckpointLocation
 from motip.lineage.tags import split_params
 
 
 def write_export_record(
     checkpoint: Path | str, written: Path, storage: str | None = None, dtype: str | None = None
 ) -> tuple[Path, list[LineageStep]]:
-    """Write the record beside exported weights.
+    """Write the lineage record of exported weights into their folder.
 
-    The steps come from the record beside the checkpoint, else from the run that trained it, else from the checkpoint.
+    The steps come from the checkpoint's own record, else from the run that trained it, else from the checkpoint.
 
     Args:
-        checkpoint: what was exported; a file or an export folder.
+        checkpoint: the exported checkpoint, a file or an export folder.
         written: the exported file.
-        storage: holds the run's MLflow database; None looks in the folders above the checkpoint.
-        dtype: that the floats were narrowed to, if they were.
+        storage: storage with the run's MLflow database; None: a parent folder of the checkpoint that has one.
+        dtype: type that the floats were converted to, if any.
 
     Returns:
-        Place and steps of the record.
+        Path and steps of the record.
 
     Raises:
-        MotipError: a record lies beside the checkpoint and is of another file, or the record cannot be written.
+        MotipError: the checkpoint's own record is of another file, or the record cannot be written.
     """
     facts = _facts(written)
     source = facts["source"]
-    place = CheckpointPlace(str(source["name"]), "", str(source["sha256"]))
+    place = CheckpointLocation(str(source["name"]), "", str(source["sha256"]))
     file = Path(checkpoint)
     before = read_record(file / place.path if file.is_dir() else file, place.sha256)
     before = before or _from_run(file, place, facts, storage)
@@ -53,17 +53,17 @@ def _facts(written: Path) -> dict[str, Any]:
         return dict(json.loads(opened.metadata()[HEADER_KEY]))
 
 
-def _from_run(file: Path, place: CheckpointPlace, facts: dict[str, Any], storage: str | None) -> list[LineageStep]:
-    """The chain of the run that trained the checkpoint, else one step with what the checkpoint says of itself."""
+def _from_run(file: Path, place: CheckpointLocation, facts: dict[str, Any], storage: str | None) -> list[LineageStep]:
+    """The chain of the run that trained the checkpoint, else one step from the checkpoint's own description."""
     run_id = str((facts.get("training") or {}).get("run_id") or "")
     found = storage or _storage_above(file)
-    reason = "no run trained it" if not run_id else f"its run {run_id} is not known here: no MLflow database was found"
+    reason = "no run trained it" if not run_id else f"its run {run_id} was not found: no MLflow database"
     if run_id and (found or os.environ.get("MLFLOW_TRACKING_URI")):
         try:
-            return _exported_epoch(Lineage(storage=found or "~/motip").walk(run_id), place, facts)
+            return _exported_epoch(Lineage(storage=found or "~/motip").chain(run_id), place, facts)
         except MotipError as error:
             reason = f"its run {run_id} cannot be read: {error.what}"
-    return [_by_itself(file, place, facts, run_id, reason)]
+    return [_single_step(file, place, facts, run_id, reason)]
 
 
 def _storage_above(file: Path) -> str | None:
@@ -71,7 +71,7 @@ def _storage_above(file: Path) -> str | None:
     return next((str(folder) for folder in above), None)
 
 
-def _exported_epoch(steps: list[LineageStep], place: CheckpointPlace, facts: dict[str, Any]) -> list[LineageStep]:
+def _exported_epoch(steps: list[LineageStep], place: CheckpointLocation, facts: dict[str, Any]) -> list[LineageStep]:
     last = steps[-1]
     if last.checkpoint is not None and last.checkpoint.sha256 == place.sha256:
         return steps
@@ -80,14 +80,14 @@ def _exported_epoch(steps: list[LineageStep], place: CheckpointPlace, facts: dic
     return [*steps[:-1], replace(last, checkpoint=place, scores={}, domains={}, note=note)]
 
 
-def _by_itself(file: Path, place: CheckpointPlace, facts: dict[str, Any], run_id: str, reason: str) -> LineageStep:
+def _single_step(file: Path, place: CheckpointLocation, facts: dict[str, Any], run_id: str, reason: str) -> LineageStep:
     parent, config = facts.get("parent") or {}, facts.get("config") or {}
     named = {key: value for key, value in config.items() if not key.startswith("_")}
     return LineageStep(
         "checkpoint" if run_id else "weights",
         file.stem if not file.is_dir() else file.name,
         run_id=run_id,
-        came_from=CheckpointPlace(str(parent["path"]), "", str(parent["sha256"])) if parent.get("sha256") else None,
+        came_from=CheckpointLocation(str(parent["path"]), "", str(parent["sha256"])) if parent.get("sha256") else None,
         checkpoint=place,
         config=split_params(named) if named else {},
         seed=str(config.get("SEED", "")),

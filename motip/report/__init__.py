@@ -1,1 +1,1 @@
-"""Pictures and pages people judge a tracker by."""
+"""Reports: dashboards, failure pictures, annotated videos and the HTML page of a curriculum."""

@@ -1,4 +1,4 @@
-"""One picture that says how a stage's training goes: twelve panels over its epochs, renewed after each of them."""
+"""Training dashboard: one PNG per stage with twelve panels over the epochs, redrawn after every epoch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from motip.errors import MotipError
 from motip.report.stage_history import History
-from motip.storage.paths import Location, whole_file
+from motip.storage.paths import Location, atomic_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILE = "dashboard.png"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
-"""Okabe and Ito's colours, which all kinds of colour vision tell apart; lines also differ in their markers."""
+"""The Okabe-Ito palette, safe for colour-blind readers; lines also differ in their markers."""
 MARKERS = "osD^vPX*"
 FAILED = "#D9D9D9"
 LOWEST = -50.0
-"""MOTA has no lower end; below this many percent it is drawn as an arrow with its value."""
+"""MOTA is unbounded below; a value under this many percent is drawn as an arrow with its number."""
 
 _STYLE: dict[Any, Any] = {
     "font.size": 13,
@@ -46,10 +46,10 @@ _GROUPS = {"backbone": "backbone", "linear_proj": "sampling points", "dictionary
 
 
 def dashboard(history: History) -> Figure:
-    """Losses, scores, recall against precision, association against detection, gradients, rates, speed, memory.
+    """Figure of 1500 x 1560 pixels: losses, scores, gradient norms, learning rates, throughput, memory, skipped clips.
 
     Epochs count from 1. An epoch without a record or without a finite loss is a grey hatched gap that no line crosses;
-    an epoch that was trained and not scored merely has no point in the panels of scores.
+    an epoch that was trained but not scored has no point in the score panels.
     """
     with rc_context(_STYLE):
         # 1500 pixels across; shown at 60 % in a README the text is still about 11 pixels high.
@@ -67,10 +67,10 @@ def dashboard(history: History) -> Figure:
 
 
 def draw_dashboard(folder: Location, target: Location) -> History:
-    """Draw what a stage's folder tells into ``target`` (a .png), whole or not at all.
+    """Draw the dashboard of a stage's folder into ``target`` (.png), written atomically; returns the history read.
 
     Raises:
-        MotipError: no stage, no finished epoch, or the picture cannot be written.
+        MotipError: not a stage's folder, no finished epoch, or the picture cannot be written.
     """
     history = History.load(folder)
     if not history.epochs:
@@ -85,8 +85,8 @@ def draw_dashboard(folder: Location, target: Location) -> History:
 
 
 def write_dashboard(history: History, target: Location) -> None:
-    """Raises MotipError where the picture cannot be written."""
-    with whole_file(target) as path:
+    """Write the dashboard of a history to ``target`` atomically; raises MotipError if it cannot be written."""
+    with atomic_output(target) as path:
         dashboard(history).savefig(path, format="png")
 
 
@@ -109,17 +109,17 @@ def _footer(history: History) -> str:
     failed = history.failed()
     parts = ["dotted: best epoch", "scores: mean of the classes on the locked validation videos"]
     if failed:
-        told = ", ".join(str(epoch + 1) for epoch in failed)
-        parts.insert(1, f"grey: without a finished record or finite loss ({_shortened(told)})")
+        numbers = ", ".join(str(epoch + 1) for epoch in failed)
+        parts.insert(1, f"grey: without a finished record or finite loss ({_shortened(numbers)})")
     return "   ·   ".join(parts)
 
 
-def _shortened(text: str, most: int = 40) -> str:
-    return text if len(text) <= most else text[:most].rsplit(",", 1)[0] + ", …"
+def _shortened(text: str, limit: int = 40) -> str:
+    return text if len(text) <= limit else text[:limit].rsplit(",", 1)[0] + ", …"
 
 
 def _points(history: History, name: str) -> Iterator[tuple[float, float]]:
-    """(epoch counted from 1, value): NaN where an epoch failed, nothing where it was not scored."""
+    """(epoch from 1, value) pairs of a metric: NaN for a failed epoch; an epoch without the metric is omitted."""
     failed = set(history.failed())
     for epoch in range(history.last + 1):
         if epoch in failed:
@@ -128,52 +128,52 @@ def _points(history: History, name: str) -> Iterator[tuple[float, float]]:
             yield epoch + 1, history.epochs[epoch][name]
 
 
-def _line(axes: Axes, history: History, name: str, label: str, place: int, scale: float = 1.0) -> bool:
-    """Draw one metric over the epochs; False where no epoch has it."""
+def _line(axes: Axes, history: History, name: str, label: str, index: int, scale: float = 1.0) -> bool:
+    """Draw one metric over the epochs in the ``index``-th colour; False if no epoch has a finite value."""
     points = list(_points(history, name))
     values = [scale * value for _, value in points]
     if not any(math.isfinite(value) for value in values):
         return False
-    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-    # Markers thin out on long runs; single points between gaps stay visible by theirs.
+    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    # Thin the markers on long runs; with gaps, keep all, or an isolated point would be invisible.
     every = max(1, len(points) // 25) if not history.failed() else 1
     axes.plot([x for x, _ in points], values, color=colour, marker=marker, markevery=every, label=label, zorder=3)
     return True
 
 
 def _steps(
-    axes: Axes, history: History, name: str, place: int, *, label: str | None = None, faint: bool = True
+    axes: Axes, history: History, name: str, index: int, *, label: str | None = None, faint: bool = True
 ) -> bool:
-    """Draw one metric of the logged steps; the line breaks where an epoch is missing."""
-    xs, ys, before = [], [], None
+    """Draw one metric of the logged steps; the line breaks at a missing epoch. False if there is no finite value."""
+    xs, ys, previous = [], [], None
     for epoch, done, values in history.steps:
         value = values.get(name, math.nan)
-        if before is not None and epoch > before + 1:
-            xs.append(float(before + 1))
+        if previous is not None and epoch > previous + 1:
+            xs.append(float(previous + 1))
             ys.append(math.nan)
         xs.append(epoch + done)
         ys.append(value)
-        before = epoch
+        previous = epoch
     if not any(math.isfinite(value) for value in ys):
         return False
-    look: dict[str, Any] = {"alpha": 0.35, "lw": 1.0} if faint else {"lw": 2.0}
-    axes.plot(xs, ys, color=COLOURS[place % len(COLOURS)], label=label, zorder=2, **look)
+    style: dict[str, Any] = {"alpha": 0.35, "lw": 1.0} if faint else {"lw": 2.0}
+    axes.plot(xs, ys, color=COLOURS[index % len(COLOURS)], label=label, zorder=2, **style)
     return True
 
 
 def _losses(axes: Axes, history: History) -> None:
     axes.set(title="Losses", ylabel="loss (no unit)")
     _steps(axes, history, "loss", 0)
-    for place, (name, label) in enumerate((("loss", "total"), ("detr_loss", "detection"), ("id_loss", "ID"))):
-        _line(axes, history, f"train/{name}", label, place)
-    _from_zero(axes, history, "train/loss", room=1.7)  # the legend of three lines stands above them
+    for index, (name, label) in enumerate((("loss", "total"), ("detr_loss", "detection"), ("id_loss", "ID"))):
+        _line(axes, history, f"train/{name}", label, index)
+    _from_zero(axes, history, "train/loss", headroom=1.7)  # for the legend above the three lines
 
 
 def _scores(title: str, *names: str) -> Callable[[Axes, History], None]:
     def draw(axes: Axes, history: History) -> None:
         axes.set(title=title, ylabel="percent")
-        for place, name in enumerate(names):
-            _line(axes, history, name, name, place)
+        for index, name in enumerate(names):
+            _line(axes, history, name, name, index)
         _percent(axes, history, names)
 
     return draw
@@ -183,16 +183,16 @@ def _per_class(metric: str, title: str) -> Callable[[Axes, History], None]:
     def draw(axes: Axes, history: History) -> None:
         axes.set(title=title, ylabel="percent")
         names = history.classes()
-        for place, name in enumerate(names):
-            _line(axes, history, f"{metric}/{name}", name, place)
+        for index, name in enumerate(names):
+            _line(axes, history, f"{metric}/{name}", name, index)
         _percent(axes, history, [f"{metric}/{name}" for name in names])
 
     return draw
 
 
 def _percent(axes: Axes, history: History, names: tuple[str, ...] | list[str]) -> None:
-    """From 0 to 10, 25, 50 or 100; lower where MOTA is, down to a floor with arrows for what lies below it."""
-    points = [(x, value, place) for place, name in enumerate(names) for x, value in _points(history, name)]
+    """Set the y range: 0 to 10, 25, 50 or 100 percent; lower for a negative MOTA, with arrows below LOWEST."""
+    points = [(x, value, index) for index, name in enumerate(names) for x, value in _points(history, name)]
     lowest = min((value for _, value, _ in points if math.isfinite(value)), default=0.0)
     highest = max((value for _, value, _ in points if math.isfinite(value)), default=100.0)
     top = next(each for each in (10.0, 25.0, 50.0, 100.0) if highest <= 0.8 * each or each == 100)
@@ -200,9 +200,9 @@ def _percent(axes: Axes, history: History, names: tuple[str, ...] | list[str]) -
     axes.set_ylim(*_padded(bottom, top))
     if lowest < 0:
         axes.axhline(0, color="0.5", lw=1)
-    below = [(x, value, place) for x, value, place in points if value < LOWEST]
-    for x, value, place in below:
-        axes.plot([x], [LOWEST + 4], marker="v", ms=9, color=COLOURS[place % len(COLOURS)], clip_on=False, zorder=4)
+    below = [(x, value, index) for x, value, index in points if value < LOWEST]
+    for x, value, index in below:
+        axes.plot([x], [LOWEST + 4], marker="v", ms=9, color=COLOURS[index % len(COLOURS)], clip_on=False, zorder=4)
         if len(below) <= 6:
             axes.annotate(f"{value:.0f}", (x, LOWEST + 9), ha="center", fontsize=10)
 
@@ -210,11 +210,11 @@ def _percent(axes: Axes, history: History, names: tuple[str, ...] | list[str]) -
 def _gradients(axes: Axes, history: History) -> None:
     axes.set(title="Gradient norm before clipping", ylabel="L2 norm (log)", yscale="log")
     _plain_powers(axes)
-    for place, (name, label) in enumerate((("detr_grad_norm", "detector"), ("other_grad_norm", "all others"))):
-        _steps(axes, history, name, place)
-        _line(axes, history, f"train/{name}", label, place)
+    for index, (name, label) in enumerate((("detr_grad_norm", "detector"), ("other_grad_norm", "all others"))):
+        _steps(axes, history, name, index)
+        _line(axes, history, f"train/{name}", label, index)
     low, high = axes.get_ylim()
-    axes.set_ylim(low, 5 * high)  # the legend stands above the lines
+    axes.set_ylim(low, 5 * high)  # for the legend above the lines
 
 
 def _rates(axes: Axes, history: History) -> None:
@@ -227,11 +227,12 @@ def _rates(axes: Axes, history: History) -> None:
             continue
         if any(value == 0 for value in values):
             axes.plot([], [], color="0.6", label=f"{label}: 0")
-    for place, names in enumerate(same.values()):
+    # One line per group of parameters that share a schedule.
+    for index, names in enumerate(same.values()):
         label = ", ".join(_GROUPS[name] for name in names) if len(names) < len(_GROUPS) else "all parameters"
-        _steps(axes, history, f"lr/{names[0]}", place, label=label, faint=False)
+        _steps(axes, history, f"lr/{names[0]}", index, label=label, faint=False)
     if len(same) > 1 or len(next(iter(same.values()), ())) < len(_GROUPS):
-        # Rates differ by powers of ten: room for the legend above the highest.
+        # Rates differ by powers of ten: leave space for the legend above the highest.
         low, high = axes.get_ylim()
         axes.set_ylim(low / 1.5, 40 * high)
 
@@ -250,7 +251,7 @@ def _waiting(axes: Axes, history: History) -> None:
 
 def _memory(axes: Axes, history: History) -> None:
     axes.set(title="Memory, most in an epoch", ylabel="GiB")
-    # Metrics of an epoch without a step record hold 0, which no process needs.
+    # An epoch without a step record has 0 here, which is not a measurement.
     if any(value > 0 for _, value in _points(history, "device/memory_gib")):
         _line(axes, history, "device/memory_gib", "memory", 2)
         _from_zero(axes, history, "device/memory_gib")
@@ -258,13 +259,13 @@ def _memory(axes: Axes, history: History) -> None:
 
 def _skipped(axes: Axes, history: History) -> None:
     axes.set(title="Clips skipped", ylabel="clips in the epoch")
-    counts, before = [], 0.0
+    counts, previous = [], 0.0
     for epoch in range(history.last + 1):
         metrics = history.epochs.get(epoch, {})
         if "clips_skipped" in metrics:
-            # The count goes on over the whole stage.
-            counts.append((epoch + 1, max(0.0, metrics["clips_skipped"] - before)))
-            before = metrics["clips_skipped"]
+            # The stored count is cumulative over the stage.
+            counts.append((epoch + 1, max(0.0, metrics["clips_skipped"] - previous)))
+            previous = metrics["clips_skipped"]
     if counts:
         axes.bar(
             [x for x, _ in counts],
@@ -281,26 +282,26 @@ def _skipped(axes: Axes, history: History) -> None:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    """Room for the markers of points at the ends."""
+    """The range with a margin of 3 % for the markers at its ends."""
     return low - 0.03 * (high - low), high + 0.03 * (high - low)
 
 
 def _plain_powers(axes: Axes) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5, written out."""
+    """Label a logarithmic axis at 1, 2 and 5 times powers of ten, as plain numbers."""
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _from_zero(axes: Axes, history: History, name: str, room: float = 1.25) -> None:
-    """From 0 to a little above the largest epoch: one wild step must not flatten the curve."""
+def _from_zero(axes: Axes, history: History, name: str, headroom: float = 1.25) -> None:
+    """Set the y range to 0 .. headroom x the largest epoch mean; an outlier step must not flatten the curve."""
     highest = max((value for _, value in _points(history, name) if math.isfinite(value)), default=0.0)
     if highest > 0:
-        axes.set_ylim(-0.03 * highest, room * highest)
+        axes.set_ylim(-0.03 * highest, headroom * highest)
 
 
 def _frame(axes: Axes, history: History) -> None:
-    """What all panels share: the epochs' axis, failed epochs, the best one, the legend."""
+    """Draw what all panels share: the epoch axis, failed epochs, the best epoch, the legend."""
     axes.set_xlabel("epoch")
     axes.set_xlim(0, max(history.planned, history.last + 1) + 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))

@@ -1,4 +1,4 @@
-"""The matrix R[stage][domain] as a table for the terminal: what each stage can do, and what it lost."""
+"""Terminal table of the matrix R[stage][domain], with losses against the best earlier stage."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from motip.evaluate.domain_matrix import Column, DomainMatrix
 def domain_table(
     matrix: DomainMatrix, transfer: Mapping[str, float | None], allowed: float = 5.0, each_class: bool = True
 ) -> Table:
-    """One row per stage, one column per domain and, where it has several, per class.
+    """One row per stage; one column per domain and, for a domain with several classes, per class.
 
-    A value more than ``allowed`` points below the best earlier stage is red with the loss in brackets; a domain that
-    the model has not seen is marked with an asterisk.
+    A value more than ``allowed`` points below the best earlier stage is red with the loss in brackets; a zero-shot
+    value (the model was not trained on the domain) has an asterisk.
 
     Args:
-        transfer: stage to backward transfer; None where there is none.
-        each_class: losses of single classes are marked too, not only those of a domain's mean.
+        transfer: stage -> backward transfer in points, None if undefined.
+        each_class: mark losses of single classes too, not only those of a domain's mean.
     """
     table = Table(
         title=f"Domains: {matrix.metric} in percent on the locked val videos, after each stage",
@@ -53,11 +53,11 @@ def _cell(matrix: DomainMatrix, stage: str, column: Column, loss: float | None) 
         return Text("-", style="dim")
     if loss is not None:
         return Text(f"{value:.1f} (-{loss:.1f})", style="bold red")
-    return Text(f"{value:.1f}" if matrix.is_known(stage, column[0]) else f"{value:.1f}*")
+    return Text(f"{value:.1f}" if matrix.is_trained_on(stage, column[0]) else f"{value:.1f}*")
 
 
 def _caption(matrix: DomainMatrix, allowed: float) -> str:
     parts = [f"in brackets: points lost since the best earlier stage, if over {allowed:g}"]
-    if any(not matrix.is_known(stage, domain) for stage, cells in matrix.values.items() for domain in cells):
+    if any(not matrix.is_trained_on(stage, domain) for stage, cells in matrix.values.items() for domain in cells):
         parts.insert(0, "* zero-shot: the model has not seen the domain")
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Tracks drawn on frames: box, id, class, score and trail in a colour that is the track's own."""
+"""Drawing of tracks on frames: box, id, class, score and trail in one colour per track id."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Colour = tuple[int, int, int]
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _GOLDEN_RATIO = 0.618033988749895
 _SHADES = ((0.85, 1.0), (0.55, 1.0), (0.9, 0.78))
-"""(saturation, value) in turn, so that hues that come close again still differ."""
+"""(saturation, value), cycled by track id, so that ids with similar hues still differ."""
 _DARK: Colour = (0, 0, 0)
 _LIGHT: Colour = (255, 255, 255)
 
 
 @lru_cache(maxsize=4096)
 def track_colour(track_id: int) -> Colour:
-    """RGB of a track id: always the same, and far from those of the ids around it."""
+    """RGB of a track id: deterministic, and far from the colours of neighbouring ids."""
     hue = (track_id * _GOLDEN_RATIO + 0.55) % 1.0
     saturation, value = _SHADES[track_id % len(_SHADES)]
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
@@ -51,11 +51,11 @@ class DrawnTracks:
 
 @dataclass
 class Painter:
-    """Draws frame after frame of one video; it remembers where each track was, for the trails.
+    """Draws the frames of one video in order; keeps the last positions of each track for the trails.
 
     Attributes:
         class_names: names by class id.
-        trail: frames a trail reaches back; 0 draws none.
+        trail: length of a trail in frames; 0 disables trails.
     """
 
     class_names: Sequence[str]
@@ -68,19 +68,20 @@ class Painter:
         picture = image.copy()
         height, width = picture.shape[:2]
         weight = max(1, round(min(height, width) / 400))
-        # H.264 halves the colours: a line of one pixel keeps hardly any, so it is left to the smallest pictures.
+        # H.264 (yuv420p) halves the chroma resolution, so lines of one pixel lose their colour: smallest images only.
         line = weight if min(height, width) < 200 else max(2, weight)
         boxes = np.round(np.clip(tracks.boxes_xyxy, -width, [2 * width, 2 * height] * 2)).astype(int).tolist()
         ids = tracks.ids.tolist()
         self._extend_trails(ids, boxes)
         for track_id in ids:
             self._draw_trail(picture, track_id, line)
-        # Strong detections last, so that they lie on top.
+        # Boxes: highest score last, so that it is on top.
         for index in np.argsort(tracks.scores, kind="stable").tolist():
             x0, y0, x1, y1 = boxes[index]
-            # The dark rim keeps a bright box visible on a bright ground.
+            # The dark outline keeps a bright box visible on a bright background.
             cv2.rectangle(picture, (x0, y0), (x1, y1), _DARK, line + 2)
             cv2.rectangle(picture, (x0, y0), (x1, y1), track_colour(ids[index]), line)
+        # Labels above the boxes, below the bar.
         ceiling = _draw_bar(picture, bar) if bar else 0
         for index in np.argsort(tracks.scores, kind="stable").tolist():
             number, name = ids[index] + 1, self.class_names[int(tracks.class_ids[index])]
@@ -109,7 +110,7 @@ class Painter:
 
 
 def dashed_box(picture: np.ndarray, box: Sequence[int], colour: Colour, line: int) -> None:
-    """A rectangle (x0, y0, x1, y1) of dashes; each side has at least two, each corner is drawn, gaps show the picture.
+    """Draw a dashed rectangle (x0, y0, x1, y1): at least two dashes per side, a dash at every corner.
 
     Args:
         line: thickness in pixels.
@@ -122,19 +123,26 @@ def dashed_box(picture: np.ndarray, box: Sequence[int], colour: Colour, line: in
         ((x1, y0), (x1, y1)),
     ):
         length = max(abs(xb - xa), abs(yb - ya))
-        # An odd number of equal parts, dash and gap in turn, so that a side begins and ends with a dash.
+        # An odd number of equal parts, dash and gap alternating, so that a side begins and ends with a dash.
         parts = max(3, round(length / max(6, 4 * line)) // 2 * 2 + 1)
         for colour_of_dash, width in ((_DARK, line + 2), (colour, line)):
             for part in range(0, parts, 2):
-                ends = [(round(xa + (xb - xa) * at / parts), round(ya + (yb - ya) * at / parts))
-                        for at in (part, part + 1)]  # fmt: skip
+                ends = [
+                    (round(xa + (xb - xa) * at / parts), round(ya + (yb - ya) * at / parts)) for at in (part, part + 1)
+                ]
                 cv2.line(picture, ends[0], ends[1], colour_of_dash, width)
 
 
 def draw_label(
     picture: np.ndarray, box: list[int], texts: list[str], colour: Colour, weight: int, ceiling: int
 ) -> None:
-    """The first of ``texts`` that the box is wide enough for (in a crowd the last, the id) on a chip above the box."""
+    """Draw a label above the box: the first of ``texts`` that fits the box's width, else the last one.
+
+    Args:
+        texts: from long to short.
+        weight: thickness of the letters in pixels.
+        ceiling: y in pixels above which no label is drawn.
+    """
     height, width = picture.shape[:2]
     x0, y0, x1, _ = box
     scale = max(0.35, min(height, width) / 1800)
@@ -147,12 +155,12 @@ def draw_label(
     left = min(max(x0, 0), max(width - text_width - 2 * pad, 0))
     top = y0 - chip_height if y0 - chip_height >= ceiling else max(y0, ceiling)
     cv2.rectangle(picture, (left, top), (left + text_width + 2 * pad, top + chip_height), colour, -1)
-    place = (left + pad, top + pad + text_height)
-    cv2.putText(picture, text, place, _FONT, scale, text_colour(colour), weight, cv2.LINE_AA)
+    corner = (left + pad, top + pad + text_height)
+    cv2.putText(picture, text, corner, _FONT, scale, text_colour(colour), weight, cv2.LINE_AA)
 
 
 def _draw_bar(picture: np.ndarray, text: str) -> int:
-    """One line of text on a darkened strip along the top; returns the strip's height in pixels."""
+    """Draw one line of text on a darkened strip along the top; returns the strip's height in pixels."""
     height, width = picture.shape[:2]
     scale = max(0.35, min(height, width) / 1400)
     thickness = max(1, round(scale * 1.5))

@@ -1,4 +1,4 @@
-"""Judged boxes drawn on a frame, for the videos and the contact sheet of a tracker's failures."""
+"""Drawing of matched boxes on frames, for the failure videos and the contact sheet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from motip.report.drawing import Colour, dashed_box, draw_label
-from motip.report.failure_segments import FALSE, IGNORED, KINDS, MISSED, SWITCH, TRACKED, Mark
+from motip.report.failure_segments import FALSE, IGNORED, KINDS, MISSED, SWITCH, TRACKED, BoxAnnotation
 
 COLOURS: dict[str, Colour] = {
     TRACKED: (0, 190, 90),
@@ -24,18 +24,18 @@ LEGEND_HEIGHT = 34
 
 _WORTH_A_ZOOM = 1.2
 _LABEL_FROM = {SWITCH: 0, FALSE: 14, TRACKED: 14, MISSED: 45, IGNORED: 45}
-"""Width from which a box has a label, in thicknesses of its line."""
+"""Smallest width of a box that gets a label, in multiples of the line width."""
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _DARK: Colour = (0, 0, 0)
 _WHITE: Colour = (255, 255, 255)
 _READABLE_PX = 22.0
-"""A tile zooms in until the boxes that are wrong are about this large, if it can."""
+"""Target side of the wrong boxes in a zoomed tile, in pixels."""
 
 
 @dataclass(frozen=True)
 class View:
-    """The part of an image that is shown, (x, y, width, height) in its pixels, and the size it is shown at."""
+    """Crop of an image, (x, y, width, height) in its pixels, and the size in pixels it is resized to."""
 
     x: int
     y: int
@@ -45,14 +45,14 @@ class View:
     shown_height: int
 
     def boxes(self, boxes_xyxy: np.ndarray) -> np.ndarray:
-        """(N, 4) boxes of the image in pixels of what is shown."""
+        """(N, 4) xyxy boxes from image pixels to view pixels."""
         scale = np.array([self.shown_width / self.width, self.shown_height / self.height] * 2)
-        moved: np.ndarray = (np.asarray(boxes_xyxy, np.float64) - [self.x, self.y] * 2) * scale
-        return moved
+        scaled: np.ndarray = (np.asarray(boxes_xyxy, np.float64) - [self.x, self.y] * 2) * scale
+        return scaled
 
 
-def whole_view(width: int, height: int) -> View:
-    """The whole image, small ones enlarged and large ones reduced, so that boxes and text have a fitting size."""
+def full_view(width: int, height: int) -> View:
+    """View of the full image: small images are enlarged to about 960 pixels, large ones reduced to 1920."""
     if width < 960:
         scale = float(max(1, round(960 / width)))
     else:
@@ -60,22 +60,25 @@ def whole_view(width: int, height: int) -> View:
     return View(0, 0, width, height, 2 * round(width * scale / 2), 2 * round(height * scale / 2))
 
 
-def zoomed_view(width: int, height: int, shown: tuple[int, int], marks: Sequence[Mark]) -> View:
-    """The part of an image that shows most of what is wrong in it, at ``shown`` (width, height).
+def zoomed_view(width: int, height: int, shown: tuple[int, int], annotations: Sequence[BoxAnnotation]) -> View:
+    """Crop of an image with the most wrong boxes in it, resized to fit ``shown`` (width, height).
 
-    Small boxes are enlarged up to four times; the shape of the image is kept within the shape that is shown.
+    Small boxes are enlarged up to four times; the aspect ratio is kept.
     """
     fit = min(shown[0] / width, shown[1] / height)
-    wrong = np.array([mark.box for mark in marks if mark.kind in (MISSED, FALSE, SWITCH)], np.float64).reshape(-1, 4)
+    # Zoom by the median side of the wrong boxes.
+    boxes = [each.box for each in annotations if each.kind in (MISSED, FALSE, SWITCH)]
+    wrong = np.array(boxes, np.float64).reshape(-1, 4)
     zoom = 1.0
     if len(wrong):
         sides = np.sqrt(np.maximum((wrong[:, 2:] - wrong[:, :2]).prod(axis=1), 1.0))
         zoom = float(np.clip(_READABLE_PX / (np.median(sides) * fit), 1.0, 4.0))
         zoom = 1.0 if zoom < _WORTH_A_ZOOM else zoom
-    # At zoom 1 the image fits as a whole; the view may be larger than it on one side, and is then filled up.
+    # At zoom 1 the full image fits; the tile may be larger than it on one side and is then padded.
     view_width, view_height = min(shown[0] / (fit * zoom), width), min(shown[1] / (fit * zoom), height)
     x, y = 0.0, 0.0
     if len(wrong):
+        # Of the crops centred on a wrong box, the one with the most wrong boxes.
         corners = (wrong[:, :2] + wrong[:, 2:]) / 2 - [view_width / 2, view_height / 2]
         corners = np.clip(corners, 0, [width - view_width, height - view_height])
         centres, far = (wrong[:, :2] + wrong[:, 2:]) / 2, corners + np.array([view_width, view_height])
@@ -83,37 +86,43 @@ def zoomed_view(width: int, height: int, shown: tuple[int, int], marks: Sequence
         x, y = corners[int(inside.all(axis=2).sum(axis=1).argmax())]
     scale = fit * zoom
     columns, lines = max(1, round(view_width)), max(1, round(view_height))
-    part = (min(int(x), width - columns), min(int(y), height - lines), columns, lines)
-    return View(*part, max(1, round(columns * scale)), max(1, round(lines * scale)))
+    return View(
+        x=min(int(x), width - columns),
+        y=min(int(y), height - lines),
+        width=columns,
+        height=lines,
+        shown_width=max(1, round(columns * scale)),
+        shown_height=max(1, round(lines * scale)),
+    )
 
 
-def paint(image: np.ndarray, marks: Sequence[Mark], view: View) -> np.ndarray:
-    """The view of ``image`` ((H, W, 3) uint8 RGB) with its marks."""
+def draw_annotations(image: np.ndarray, annotations: Sequence[BoxAnnotation], view: View) -> np.ndarray:
+    """(h, w, 3) uint8 RGB: the view of ``image`` ((H, W, 3) uint8 RGB) with the annotated boxes."""
     part = image[view.y : view.y + view.height, view.x : view.x + view.width]
     method = cv2.INTER_AREA if view.shown_width < view.width else cv2.INTER_CUBIC
     picture = cv2.resize(part, (view.shown_width, view.shown_height), interpolation=method)
     line = max(2, round(min(picture.shape[:2]) / 360))
-    boxes = [_pixels(view.boxes(mark.box[None])[0], picture) for mark in marks]
-    placed = [(mark, box) for mark, box in zip(marks, boxes, strict=True) if _touches(box, picture)]
-    for mark, box in placed:
-        colour = COLOURS[mark.kind]
-        if mark.kind == MISSED:
+    boxes = [_pixels(view.boxes(each.box[None])[0], picture) for each in annotations]
+    visible = [(each, box) for each, box in zip(annotations, boxes, strict=True) if _overlaps(box, picture)]
+    for each, box in visible:
+        colour = COLOURS[each.kind]
+        if each.kind == MISSED:
             dashed_box(picture, box, colour, line)
             continue
-        if mark.truth is not None and min(box[2] - box[0], box[3] - box[1]) >= 10 * line:
-            x0, y0, x1, y1 = _pixels(view.boxes(mark.truth[None])[0], picture)
+        if each.truth is not None and min(box[2] - box[0], box[3] - box[1]) >= 10 * line:
+            x0, y0, x1, y1 = _pixels(view.boxes(each.truth[None])[0], picture)
             cv2.rectangle(picture, (x0, y0), (x1, y1), _paler(colour), 1)
         cv2.rectangle(picture, (box[0], box[1]), (box[2], box[3]), _DARK, line + 2)
         cv2.rectangle(picture, (box[0], box[1]), (box[2], box[3]), colour, line)
-    for mark, box in placed:
-        # In a crowd labels would hide the picture: small boxes have one only where an id changed.
-        if mark.text and box[2] - box[0] >= _LABEL_FROM[mark.kind] * line:
-            draw_label(picture, box, [mark.text], COLOURS[mark.kind], max(1, line // 2), 0)
+    for each, box in visible:
+        # Labels would hide the image in a crowd: small boxes get one only at an identity switch.
+        if each.text and box[2] - box[0] >= _LABEL_FROM[each.kind] * line:
+            draw_label(picture, box, [each.text], COLOURS[each.kind], max(1, line // 2), 0)
     return picture
 
 
 def legend(width: int, height: int = LEGEND_HEIGHT) -> np.ndarray:
-    """(height, width, 3): a box of each kind with its name."""
+    """(height, width, 3) uint8 RGB: a sample box and the name of each kind."""
     strip = np.full((height, width, 3), GROUND, np.uint8)
     texts = {kind: LEGEND.get(kind, kind) for kind in KINDS}
     box, gap, scale = round(height * 0.9), 26, height / 62
@@ -135,7 +144,7 @@ def legend(width: int, height: int = LEGEND_HEIGHT) -> np.ndarray:
 
 
 def headline(text: str, width: int, height: int, scale: float, colour: Colour = _WHITE) -> np.ndarray:
-    """(height, width, 3): a line of text on the ground colour, made smaller where it is too long."""
+    """(height, width, 3) uint8 RGB: a line of text on the background colour, in smaller type if it is too long."""
     strip = np.full((height, width, 3), GROUND, np.uint8)
     thick = 2 if scale > 0.7 else 1
     (needed, tall), _ = cv2.getTextSize(text, _FONT, scale, thick)
@@ -145,8 +154,8 @@ def headline(text: str, width: int, height: int, scale: float, colour: Colour = 
     return strip
 
 
-def framed(picture: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The picture in the middle of a tile of that size."""
+def centred(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+    """(height, width, 3) uint8 RGB: the picture centred on the background colour."""
     tile = np.full((height, width, 3), GROUND, np.uint8)
     picture = picture[:height, :width]
     y, x = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
@@ -155,13 +164,13 @@ def framed(picture: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _pixels(box: np.ndarray, picture: np.ndarray) -> list[int]:
-    """Whole pixels; boxes that reach far out of the picture are cut, since OpenCV overflows on them."""
+    """Integer pixels, clipped to three times the picture's size, since OpenCV overflows on larger values."""
     height, width = picture.shape[:2]
     cut = np.clip(box, [-width, -height] * 2, [2 * width, 2 * height] * 2)
     return [int(value) for value in np.round(cut)]
 
 
-def _touches(box: list[int], picture: np.ndarray) -> bool:
+def _overlaps(box: list[int], picture: np.ndarray) -> bool:
     return box[0] < picture.shape[1] and box[1] < picture.shape[0] and box[2] > 0 and box[3] > 0
 
 

@@ -1,4 +1,4 @@
-"""The matrix R[stage][domain] as a picture: rows are stages, columns domains and their classes, losses are framed."""
+"""Heat map of the matrix R[stage][domain]: rows are stages, columns are domains and their classes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ DARK = 60.0
 
 
 def heat_map(matrix: DomainMatrix, allowed: float = 5.0, each_class: bool = True) -> Figure:
-    """A figure with one cell per stage and column, 0..100 in colour and as a number.
+    """A figure with one cell per stage and column, percent (0..100) as colour and number.
 
-    Cells that were not scored are grey. A zero-shot value is marked with an asterisk. A cell that lies more than
-    ``allowed`` points below the best earlier stage has a red frame and says how much it lost.
+    Cells that were not scored are grey. A zero-shot value has an asterisk. A cell more than ``allowed`` points below
+    the best earlier stage has a red frame and the loss below its value.
 
     Args:
-        each_class: losses of single classes are framed too, not only those of a domain's mean.
+        each_class: frame losses of single classes too, not only those of a domain's mean.
     """
     columns = matrix.columns(classes=True)
     width, height = 2.4 + CELL_INCHES[0] * len(columns), 1.5 + CELL_INCHES[1] * len(matrix.stages)
-    # No pyplot: it would keep every figure, and choose a backend by the screen of the machine.
+    # No pyplot: it keeps every figure in memory and chooses a backend by the display.
     figure = Figure(figsize=(max(width, 5.0), height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -40,7 +40,7 @@ def heat_map(matrix: DomainMatrix, allowed: float = 5.0, each_class: bool = True
             value = values[row][number]
             if value is None:
                 continue
-            text = f"{value:.1f}" + ("" if matrix.is_known(stage, column[0]) else "*")
+            text = f"{value:.1f}" + ("" if matrix.is_trained_on(stage, column[0]) else "*")
             if column in losses:
                 text += f"\n-{losses[column]:.1f}"
                 axes.add_patch(Rectangle((number - 0.47, row - 0.45), 0.94, 0.9, fill=False, ec="red", lw=2.5))
@@ -57,13 +57,13 @@ def heat_map(matrix: DomainMatrix, allowed: float = 5.0, each_class: bool = True
 
 
 def _labels(columns: list[Column]) -> list[str]:
-    """A domain's mean is called so where its classes stand beside it."""
+    """Column labels; a domain's mean is labelled only if the domain also has class columns."""
     several = {domain for domain, name in columns if name}
     return [f"{domain}\n{name or ('mean' if domain in several else '')}".rstrip() for domain, name in columns]
 
 
 def png_of(figure: Figure) -> bytes:
-    """The figure as PNG."""
+    """The figure encoded as PNG."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()

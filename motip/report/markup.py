@@ -1,4 +1,4 @@
-"""HTML written by a program: text is always escaped, markup is a type of its own."""
+"""HTML builder: ``Markup`` is escaped HTML, any other text is escaped when it is inserted."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterable
 
 _UNSHOWN = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\u202a-\\u202e\\u2066-\\u2069]")
-"""Characters that no HTML may hold, halves of surrogate pairs, and those that make text read backwards."""
+"""Control characters not allowed in HTML, lone surrogates, and bidirectional overrides."""
 VOID = {"img", "meta", "link", "br", "source"}
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is already escaped HTML."""
 
     __slots__ = ()
 
@@ -21,7 +21,7 @@ Part = Markup | str | float | None | Iterable["Part"]
 
 
 def markup(part: Part) -> Markup:
-    """What HTML shows as ``part``: Markup as it is, a list one after the other, None as nothing, other text escaped."""
+    """HTML of ``part``: Markup unchanged, items of an iterable concatenated, None as "", other text escaped."""
     if part is None:
         return Markup()
     if isinstance(part, Markup):
@@ -37,8 +37,8 @@ def tag(name: str, /, *children: Part, **attributes: str | float | bool | None) 
     """``<name attributes>children</name>``.
 
     Args:
-        attributes: an underscore at the end is left out (``class_``), others become hyphens; True is the bare name,
-            None and False leave the attribute out.
+        attributes: a trailing underscore is removed (``class_``), others become hyphens; True writes the bare name,
+            None and False omit the attribute.
     """
     texts = []
     for key, value in attributes.items():

@@ -1,4 +1,4 @@
-"""The report page of a curriculum: ``report.html``, one file that needs nothing but the videos beside it."""
+"""HTML report of a curriculum: ``report.html``, self-contained except for the videos in ``report_files/``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from motip.errors import MotipError
 from motip.report import page_media as media
 from motip.report import page_parts as parts
 from motip.report.markup import Markup, tag
-from motip.report.page_facts import PageFacts, gaps, read_page_facts
-from motip.report.page_media import Clip
+from motip.report.page_facts import PageFacts, missing_parts, read_page_facts
+from motip.report.page_media import PageVideo
 from motip.report.side_by_side import Tile, write_side_by_side
 from motip.report.stage_list import read_stage_list
-from motip.report.stage_tracks import Means, choose_video, domains_shown, tracks_of
-from motip.storage.paths import Location, RemotePath, files_under, put, write_bytes
+from motip.report.stage_tracks import TrackingOptions, choose_video, scored_domains, tracks_of
+from motip.storage.paths import Location, RemotePath, files_under, upload, write_bytes
 
 PAGE = "report.html"
 FILES = "report_files"
@@ -39,11 +39,11 @@ SECTIONS = {
 }
 
 _POLICY = "default-src 'none'; img-src data:; media-src 'self' file: blob:; style-src 'unsafe-inline'"
-"""What the page may load: its own pictures and videos. A name that smuggles in a script still could not run it."""
+"""Content Security Policy: embedded images and local videos only, so that an injected script would not run."""
 
 
 class Attachments(Protocol):
-    """The part of ``motip.lineage.Lineage`` that takes files."""
+    """The part of ``motip.lineage.Lineage`` that logs artifacts."""
 
     def log_artifact(self, run_id: str, path: Path | str, folder: str = "") -> None: ...
 
@@ -54,8 +54,8 @@ class Page:
 
     Attributes:
         path: of ``report.html``.
-        videos: file names in ``report_files/`` beside it.
-        missing: what it could not show, one line each; the page says so too.
+        videos: file names in ``report_files/``.
+        missing: parts that could not be shown, one line each; the page lists them too.
     """
 
     path: Location
@@ -67,37 +67,38 @@ def write_page(
     folder: Location,
     out: Location | None = None,
     *,
-    means: Means | None = None,
+    tracking: TrackingOptions | None = None,
     lineage: Attachments | None = None,
     run_id: str = "",
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Page:
-    """Make the page of a curriculum from what its folders hold.
+    """Write the report page of a curriculum from the files in its folder.
 
     Args:
         folder: of the curriculum, ``curricula/NAME`` in the storage.
-        out: where ``report.html`` and ``report_files/`` go; None: into ``folder``.
-        means: how sequences are tracked that a stage has no stored tracks of; None: in this process, on the CPU.
-        lineage: keeps page and videos as artifacts of the curriculum's run.
-        run_id: that run; by default the one noted in the folder.
-        say: told what takes long.
+        out: folder for ``report.html`` and ``report_files/``; None: ``folder``.
+        tracking: how to track sequences without stored tracks; None: in this process, on the CPU.
+        lineage: logs page and videos as artifacts of the curriculum's run.
+        run_id: id of that run; default: the one in ``stages.json``.
+        log: called with a progress line before each video.
 
     Raises:
-        MotipError: no curriculum's folder, or files that cannot be written. Parts that are missing are no error.
+        MotipError: not a curriculum's folder, or files that cannot be written. Missing parts are listed on the page.
     """
     facts = read_page_facts(folder, read_stage_list(folder))
     facts = replace(facts, run_id=run_id or facts.run_id)
     target = folder if out is None else out
     with tempfile.TemporaryDirectory(prefix="motip-") as temporary:
-        # Finished elsewhere first: MLflow takes local files, the storage may be remote, and a page half done is none.
+        # Complete in a temporary folder first: MLflow logs local files, the storage may be remote.
         work = Path(temporary)
-        clips, videos, trouble = _clips(facts, means or Means(), work / FILES, say)
-        missing = (*gaps(facts), *trouble)
-        (work / PAGE).write_text(str(page_html(facts, clips, missing)), encoding="utf-8")
+        shown, videos, failed = _videos(facts, tracking or TrackingOptions(), work / FILES, log)
+        missing = (*missing_parts(facts), *failed)
+        (work / PAGE).write_text(str(page_html(facts, shown, missing)), encoding="utf-8")
+        # Videos before the page that refers to them.
         for name in videos:
-            put(work / FILES / name, target / FILES / name)
+            upload(work / FILES / name, target / FILES / name)
         write_bytes(target / PAGE, (work / PAGE).read_bytes())
-        _drop_old_videos(target / FILES, videos)
+        _remove_old_videos(target / FILES, videos)
         if lineage is not None and facts.run_id:
             lineage.log_artifact(facts.run_id, work / PAGE, "report")
             for name in videos:
@@ -105,8 +106,8 @@ def write_page(
     return Page(target / PAGE, tuple(videos), missing)
 
 
-def page_html(facts: PageFacts, clips: list[Clip], missing: tuple[str, ...]) -> Markup:
-    """The whole document."""
+def page_html(facts: PageFacts, videos: list[PageVideo], missing: tuple[str, ...]) -> Markup:
+    """The complete HTML document."""
     style = resources.files("motip.report").joinpath("page.css").read_text(encoding="utf-8")
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     head = tag(
@@ -123,6 +124,7 @@ def page_html(facts: PageFacts, clips: list[Clip], missing: tuple[str, ...]) -> 
     origin = [f"Made {now} from ", tag("code", str(facts.folder))]
     if facts.run_id:
         origin += [", MLflow run ", tag("code", facts.run_id)]
+    # Navigation, sections, footer.
     body = tag(
         "body",
         tag("a", "Skip to the stages", href="#stages", class_="skip"),
@@ -139,7 +141,7 @@ def page_html(facts: PageFacts, clips: list[Clip], missing: tuple[str, ...]) -> 
             parts.domains_section(facts.matrix),
             parts.chain_section(facts),
             media.dashboards_section(facts.stages),
-            media.videos_section(clips),
+            media.videos_section(videos),
             media.failures_section(facts.stages),
         ),
         tag("footer", tag("p", origin, class_="quiet")),
@@ -148,58 +150,60 @@ def page_html(facts: PageFacts, clips: list[Clip], missing: tuple[str, ...]) -> 
 
 
 def open_in_browser(path: Location) -> bool:
-    """Open the page where somebody can see it: only with a display, and never from an object store."""
+    """Open the page in a browser if there is a display and the page is a local file; returns whether it was opened."""
     display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if isinstance(path, RemotePath) or not display:
         return False
     return webbrowser.open(path.resolve().as_uri())
 
 
-def _clips(
-    facts: PageFacts, means: Means, folder: Path, say: Callable[[str], None]
-) -> tuple[list[Clip], list[str], list[str]]:
-    """A video for each domain: clips, file names, and what went wrong."""
-    shown = domains_shown(facts)
-    clips: list[Clip] = []
-    videos: list[str] = []
-    trouble: list[str] = []
-    if not shown:
-        return clips, videos, ["the videos: no stage has scores, so no sequence is known to show"]
+def _videos(
+    facts: PageFacts, tracking: TrackingOptions, folder: Path, log: Callable[[str], None]
+) -> tuple[list[PageVideo], list[str], list[str]]:
+    """Write one video per domain: what to show, file names, and one line for each that failed."""
+    domains = scored_domains(facts)
+    shown: list[PageVideo] = []
+    names: list[str] = []
+    failed: list[str] = []
+    if not domains:
+        return shown, names, ["the videos: no stage has scores, so there is no sequence to show"]
     storage = facts.folder.parent.parent
     try:
         manifest = Manifest.load(storage)
     except MotipError as error:
-        return clips, videos, [f"the videos: {error.what} ({error.where})"]
-    for domain, sources in shown.items():
+        return shown, names, [f"the videos: {error.what} ({error.where})"]
+    for domain, sources in domains.items():
         name = f"side_by_side_{re.sub(r'[^A-Za-z0-9_-]', '_', domain)}.mp4"
         try:
-            clips.append(_clip(facts, manifest, domain, sources, means, folder / name, say))
+            shown.append(_video(facts, manifest, domain, sources, tracking, folder / name, log))
         except MotipError as error:
-            clips.append(Clip(domain, "", f"No video: {error.what}"))
-            trouble.append(f"the video of {domain}: {error.what}" + (f" ({error.where})" if error.where else ""))
+            shown.append(PageVideo(domain, "", f"No video: {error.what}"))
+            failed.append(f"the video of {domain}: {error.what}" + (f" ({error.where})" if error.where else ""))
             continue
-        videos.append(name)
-    return clips, videos, trouble
+        names.append(name)
+    return shown, names, failed
 
 
-def _clip(
+def _video(
     facts: PageFacts,
     manifest: Manifest,
     domain: str,
     sources: list[str],
-    means: Means,
+    tracking: TrackingOptions,
     path: Path,
-    say: Callable[[str], None],
-) -> Clip:
+    log: Callable[[str], None],
+) -> PageVideo:
+    """Write the side-by-side video of a domain; raises MotipError without a video or tracks."""
     storage = facts.folder.parent.parent
     video = choose_video(facts, manifest, sources, storage)
-    say(f"report page: {domain}, {video.source}/{video.video} by each stage")
-    found = [(stage, tracks_of(stage, video, storage, means)) for stage in facts.stages if stage.finished]
+    log(f"report page: {domain}, {video.source}/{video.video} by each stage")
+    found = [(stage, tracks_of(stage, video, storage, tracking)) for stage in facts.stages if stage.finished]
     tracks = [each for _, each in found if each is not None]
     if not tracks:
         raise MotipError("no stage has stored tracks of its sequences", where=f"{video.source}/{video.video}")
     tiles = [Tile(each.stage.name, each.rows, each.class_names) for each in tracks]
     written = write_side_by_side(read_video_frames(video, str(storage)), tiles, path, video.fps)
+    # Caption: which stages are shown, which are not, which are zero-shot.
     text = f"{video.source}/{video.video}, {written.frames} frames, by {', '.join(tile.caption for tile in tiles)}"
     without = [stage.name for stage, each in found if each is None]
     if without:
@@ -207,19 +211,19 @@ def _clip(
     unseen = [each.stage.name for each in tracks if domain not in _trained_on(facts, each.stage.name)]
     if unseen and facts.matrix is not None:
         text += f"; zero-shot for {', '.join(unseen)}"
-    return Clip(domain, f"{FILES}/{path.name}", text, media.poster_of(written.poster))
+    return PageVideo(domain, f"{FILES}/{path.name}", text, media.poster_jpeg(written.poster))
 
 
 def _trained_on(facts: PageFacts, stage: str) -> set[str]:
-    """Domains that the stage's model has been trained on."""
+    """Domains that the stage's model was trained on."""
     if facts.matrix is None:
         return set()
-    known = facts.matrix.values.known or {}
-    return set(known.get(stage, ()))
+    trained_on = facts.matrix.values.trained_on or {}
+    return set(trained_on.get(stage, ()))
 
 
-def _drop_old_videos(folder: Location, kept: list[str]) -> None:
-    """Videos of an earlier page that this one does not show."""
+def _remove_old_videos(folder: Location, kept: list[str]) -> None:
+    """Remove videos of an earlier page that this one does not show."""
     for path in files_under(folder):
         if path.name.startswith("side_by_side_") and path.name not in kept:
             path.unlink()

@@ -1,4 +1,4 @@
-"""What a curriculum's folders hold for its report page; whatever is not there is named instead."""
+"""Data of the report page, read from the folders of a curriculum and its stages; missing parts are listed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from motip.report.stage_list import StageList
 from motip.storage.paths import Location, RemotePath, files_under, location, read_json, sha256
 from motip.track.settings import TrackerSettings
 
-MOST_SHEETS = 12
+MAX_SHEETS = 12
 """Failure sheets of one stage on the page; the others stay in the stage's folder."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """An image file: its name and bytes."""
 
     name: str
@@ -32,16 +32,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class StageFacts:
-    """A stage as far as its folder tells it.
+    """A stage as read from its folder.
 
     Attributes:
-        folder: None for a stage that is not trained yet; then nothing else is there.
-        record: ``stage.json``.
+        folder: None for a stage that is not trained yet; all else is empty then.
+        record: ``stage.json``; empty for an unfinished stage.
         scores: of the best epoch on the stage's own validation videos, by source.
-        row: scores in every domain it was scored in, by source; how it tracked, and with which classes.
-        domains: source -> domain, of the row.
-        state: of the checkpoint's file against its digest: same, changed, missing or not read.
-        missing: what is not there, each a sentence.
+        row: scores in every domain that the stage was scored in, by source.
+        domains: source -> domain, of ``row``.
+        classes, settings: class names and tracker settings that ``row`` was tracked with.
+        state: checkpoint file compared with its recorded digest: same, changed, missing or not read.
+        sheets, more_sheets: the first MAX_SHEETS failure sheets, and the number of others.
+        missing: parts that could not be read, one line each.
     """
 
     name: str
@@ -53,8 +55,8 @@ class StageFacts:
     classes: tuple[str, ...] = ()
     settings: TrackerSettings | None = None
     state: str = ""
-    dashboard: Picture | None = None
-    sheets: tuple[Picture, ...] = ()
+    dashboard: ImageFile | None = None
+    sheets: tuple[ImageFile, ...] = ()
     more_sheets: int = 0
     missing: tuple[str, ...] = ()
 
@@ -65,7 +67,13 @@ class StageFacts:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The stage-by-domain matrix with what counts as forgotten in it."""
+    """The stage-by-domain matrix R[stage][domain].
+
+    Attributes:
+        allowed: loss in points above which a cell counts as forgotten.
+        each_class: whether single classes count too.
+        transfer: stage -> backward transfer in points, None if undefined.
+    """
 
     values: DomainMatrix
     allowed: float
@@ -75,12 +83,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Change:
-    """A stage against the one its weights come from, on the videos of one source.
+    """A stage compared with the one its weights come from, on the videos of one source.
 
     Attributes:
-        before: that stage; empty for the first.
-        comparison: None where the two cannot be compared.
-        why: then the reason.
+        before: the earlier stage; empty for the first.
+        comparison: None if the two cannot be compared.
+        why: the reason if there is no comparison.
     """
 
     before: str
@@ -90,10 +98,11 @@ class Change:
 
 @dataclass(frozen=True)
 class PageFacts:
-    """All that the page shows beside its videos.
+    """All data of the page except its videos.
 
     Attributes:
-        given: sha256 of weights that no stage made -> their scores by domain.
+        missing: parts of the curriculum that could not be read, one line each.
+        given: sha256 of weights that no stage of the curriculum trained -> their scores by domain.
     """
 
     name: str
@@ -105,42 +114,42 @@ class PageFacts:
     given: Mapping[str, StageFacts] = field(default_factory=dict)
 
     def domain_of(self, source: str) -> str:
-        """The domain of a source; its own name where no stage was scored by domain."""
+        """The domain of a source; the source's name if no stage was scored by domain."""
         return next((stage.domains[source] for stage in self.stages if source in stage.domains), source)
 
     def before(self, stage: StageFacts) -> StageFacts | None:
-        """The stage whose checkpoint ``stage`` started from, None where it started from other weights."""
-        wanted = stage.record.get("parent_sha256")
-        return next((each for each in self.stages if wanted and each.record.get("sha256") == wanted), None)
+        """The stage whose checkpoint ``stage`` started from, None if it started from other weights."""
+        parent = stage.record.get("parent_sha256")
+        return next((each for each in self.stages if parent and each.record.get("sha256") == parent), None)
 
     def compared_with(self, stage: StageFacts) -> StageFacts | None:
-        """The stage before, or for a first stage the given weights, where they were scored."""
+        """The stage before; for a first stage the given weights, if they were scored."""
         return self.before(stage) or self.given.get(str(stage.record.get("parent_sha256")))
 
 
 def read_page_facts(folder: Location, stages: StageList) -> PageFacts:
-    """Everything in the curriculum's folder and those of its stages."""
+    """Read the folders of the curriculum and its stages; what cannot be read goes into ``missing``."""
     missing: list[str] = []
     matrix = None
     try:
         matrix = _matrix(folder / "domains.json")
     except MotipError as error:
         missing.append(f"the domains: {_sentence(error)}")
-    facts = tuple(_stage(name, place) for name, place in stages.folders.items())
+    facts = tuple(_stage(name, own) for name, own in stages.folders.items())
     given = {}
     for stage in facts:
         parent = str(stage.record.get("parent_sha256") or "")
-        place = folder / BASE / parent[:12]
-        if parent and (place / "domains.json").is_file():
+        scored = folder / BASE / parent[:12]
+        if parent and (scored / "domains.json").is_file():
             try:
-                given[parent] = StageFacts(BASE, place, row=stored_row(place)[0])
+                given[parent] = StageFacts(BASE, scored, row=stored_row(scored)[0])
             except MotipError as error:
                 missing.append(f"scores of the given weights: {_sentence(error)}")
     return PageFacts(stages.name, stages.run_id, folder, facts, matrix, tuple(missing), given)
 
 
 def changes(page: PageFacts, stage: StageFacts) -> dict[str, Change]:
-    """Each source of the stage's own validation against the stage before, where both have scores of the same videos."""
+    """Source of the stage's own validation -> its change against the stage before."""
     before = page.compared_with(stage)
     found = {}
     for source, own in stage.scores.items():
@@ -153,9 +162,9 @@ def changes(page: PageFacts, stage: StageFacts) -> dict[str, Change]:
 
 def _change(before: StageFacts, stage: StageFacts, source: str, own: Scores) -> Change:
     pairs = [(before.scores.get(source), own), (before.row.get(source), stage.row.get(source))]
-    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    scored = [(a, b) for a, b in pairs if a is not None and b is not None]
     why = f"other data: {before.name} has no scores on {source}"
-    for a, b in known:
+    for a, b in scored:
         try:
             return Change(before.name, compare(a, b))
         except MotipError as error:
@@ -195,11 +204,13 @@ def _stage(name: str, folder: Location | None) -> StageFacts:
         record = _record(folder / "stage.json")
     except MotipError as error:
         return StageFacts(name, folder, missing=(_sentence(error),))
+    # Scores on the stage's own val videos.
     scores: dict[str, Scores] = {}
     try:
         scores = load_scores(str(folder))[1]
     except MotipError as error:
         missing.append(f"scores: {_sentence(error)}")
+    # Scores by domain.
     row: dict[str, Scores] = {}
     domains: dict[str, str] = {}
     classes: tuple[str, ...] = ()
@@ -208,6 +219,7 @@ def _stage(name: str, folder: Location | None) -> StageFacts:
         row, domains, classes, settings = stored_row(folder)
     except MotipError as error:
         missing.append(f"scores by domain: {_sentence(error)}")
+    # Images.
     dashboard = folder / "dashboard.png"
     sheets = sheets_in(folder)
     return StageFacts(
@@ -220,15 +232,15 @@ def _stage(name: str, folder: Location | None) -> StageFacts:
         classes=classes,
         settings=settings,
         state=_state(record),
-        dashboard=Picture(dashboard.name, dashboard.read_bytes()) if dashboard.is_file() else None,
-        sheets=tuple(Picture(path.name, path.read_bytes()) for path in sheets[:MOST_SHEETS]),
-        more_sheets=len(sheets[MOST_SHEETS:]),
+        dashboard=ImageFile(dashboard.name, dashboard.read_bytes()) if dashboard.is_file() else None,
+        sheets=tuple(ImageFile(path.name, path.read_bytes()) for path in sheets[:MAX_SHEETS]),
+        more_sheets=len(sheets[MAX_SHEETS:]),
         missing=tuple(missing),
     )
 
 
 def sheets_in(folder: Location) -> list[Location]:
-    """Pictures in ``failures/`` or, by split, ``failures_val/`` and the like."""
+    """Images in the ``failures*/`` folders (one per split) of a stage's folder."""
     folders = sorted((each for each in folder.iterdir() if each.is_dir() and each.name.startswith("failures")), key=str)
     return [path for each in folders for path in sorted(files_under(each), key=str) if path.suffix in (".png", ".jpg")]
 
@@ -237,18 +249,22 @@ def _record(path: Location) -> Mapping[str, Any]:
     record = read_json(path)
     if not isinstance(record, dict) or record.get("status") != "finished":
         raise MotipError("the stage is not finished")
-    lacking = [
+    absent = [
         key
         for key in ("sha256", "checkpoint", "videos", "frames", "seconds", "best_epoch", "epochs", "metrics")
         if key not in record
     ]
-    if lacking:
-        raise MotipError(f"stage.json has no {', '.join(lacking)}")
+    if absent:
+        raise MotipError(f"stage.json has no {', '.join(absent)}")
     return record
 
 
 def stored_row(folder: Location) -> tuple[dict[str, Scores], dict[str, str], tuple[str, ...], TrackerSettings]:
-    """Scores by source, domains by source, the model's classes and how it tracked."""
+    """Scores by source, domains by source, class names and tracker settings of a stage's row of the matrix.
+
+    Raises:
+        MotipError: ``domains.json`` or, without it, ``config.json`` cannot be read.
+    """
     path = folder / "domains.json"
     if not path.is_file():
         config = Config.from_dict(read_json(folder / "config.json"))
@@ -263,19 +279,19 @@ def stored_row(folder: Location) -> tuple[dict[str, Scores], dict[str, str], tup
 
 
 def _state(record: Mapping[str, Any]) -> str:
-    """A checkpoint in an object store is not read again for a page: that would be gigabytes."""
-    place = location(str(record["checkpoint"]))
-    if isinstance(place, RemotePath):
+    """Compare the checkpoint with its digest, except in an object store: that would download gigabytes."""
+    path = location(str(record["checkpoint"]))
+    if isinstance(path, RemotePath):
         return "not read"
-    if not Path(place).is_file():
+    if not Path(path).is_file():
         return "missing"
-    return "same" if sha256(place) == record["sha256"] else "changed"
+    return "same" if sha256(path) == record["sha256"] else "changed"
 
 
 def _sentence(error: MotipError) -> str:
     return error.what if error.where is None else f"{error.what} ({error.where})"
 
 
-def gaps(page: PageFacts) -> Sequence[str]:
-    """What is not there, one line each."""
+def missing_parts(page: PageFacts) -> Sequence[str]:
+    """Parts of the curriculum and its stages that could not be read, one line each."""
     return [*page.missing, *(f"{stage.name}: {text}" for stage in page.stages for text in stage.missing)]

@@ -1,4 +1,4 @@
-"""The sections of the report page that hold pictures and videos."""
+"""Sections of the report page with images and videos: dashboards, side-by-side videos, failure sheets."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import cv2
 import numpy as np
 
 from motip.report.markup import Markup, tag
-from motip.report.page_facts import Picture, StageFacts
+from motip.report.page_facts import ImageFile, StageFacts
 from motip.report.page_parts import section
 
 INLINE_BYTES = 400_000
-"""A larger picture goes into the page as JPEG: sheets of photographs are several times smaller so."""
+"""Larger images are embedded as JPEG, which makes sheets of photographs several times smaller."""
 INLINE_WIDTH = 1800
-"""Pixels; wider pictures are reduced to it."""
+"""Largest width in pixels of an image embedded as JPEG; wider ones are reduced."""
 POSTER_WIDTH = 960
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A video beside the page.
+class PageVideo:
+    """A side-by-side video of the page.
 
     Attributes:
         title: the domain.
-        file: relative to the page; empty where there is none.
-        text: which sequence, by which stages; or why there is no video.
-        poster: JPEG that stands there until the video plays, and on paper.
+        file: path relative to the page; empty if there is no video.
+        text: caption: sequence and stages, or the reason why there is no video.
+        poster: JPEG shown until the video plays, and in print.
     """
 
     title: str
@@ -49,32 +49,32 @@ def dashboards_section(stages: Iterable[StageFacts]) -> Markup:
     return section("dashboards", "Dashboards", parts)
 
 
-def videos_section(clips: Sequence[Clip]) -> Markup:
-    """The side-by-side videos."""
+def videos_section(videos: Sequence[PageVideo]) -> Markup:
+    """The side-by-side videos, one per domain."""
     parts: list[Markup] = []
-    for clip in clips:
-        parts.append(tag("h3", clip.title))
-        if not clip.file:
-            parts.append(tag("p", clip.text, class_="quiet"))
+    for each in videos:
+        parts.append(tag("h3", each.title))
+        if not each.file:
+            parts.append(tag("p", each.text, class_="quiet"))
             continue
-        link = tag("a", "open the file", href=clip.file)
+        link = tag("a", "open the file", href=each.file)
         video = tag(
             "video",
-            src=clip.file,
-            poster=_data("jpeg", clip.poster) if clip.poster else None,
+            src=each.file,
+            poster=_data("jpeg", each.poster) if each.poster else None,
             controls=True,
             preload="metadata",
             playsinline=True,
-            aria_label=f"{clip.title}: {clip.text}",
+            aria_label=f"{each.title}: {each.text}",
         )
-        parts.append(tag("figure", video, tag("figcaption", clip.text, " · ", link)))
-    if not clips:
+        parts.append(tag("figure", video, tag("figcaption", each.text, " · ", link)))
+    if not videos:
         parts.append(tag("p", "No sequence could be shown.", class_="quiet"))
     return section("videos", "The same sequence by each stage", parts)
 
 
 def failures_section(stages: Iterable[StageFacts]) -> Markup:
-    """Failure sheets of each stage that has some."""
+    """The failure sheets of each stage."""
     parts = []
     for stage in stages:
         if not stage.sheets:
@@ -98,14 +98,14 @@ def failures_section(stages: Iterable[StageFacts]) -> Markup:
     return section("failures", "Failure sheets", parts)
 
 
-def _image(picture: Picture, alt: str) -> Markup:
-    """The picture inside the page."""
-    pixels = cv2.imdecode(np.frombuffer(picture.content, np.uint8), cv2.IMREAD_COLOR)
+def _image(file: ImageFile, alt: str) -> Markup:
+    """The image embedded as a data URI."""
+    pixels = cv2.imdecode(np.frombuffer(file.content, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:
-        return tag("p", f"{picture.name} is no picture that can be read", class_="quiet")
+        return tag("p", f"{file.name} cannot be decoded", class_="quiet")
     height, width = pixels.shape[:2]
-    address = _data("png", picture.content)
-    if len(picture.content) > INLINE_BYTES:
+    address = _data("png", file.content)
+    if len(file.content) > INLINE_BYTES:
         if width > INLINE_WIDTH:
             height, width = round(height * INLINE_WIDTH / width), INLINE_WIDTH
             pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
@@ -113,7 +113,7 @@ def _image(picture: Picture, alt: str) -> Markup:
     return tag("img", src=address, alt=alt, width=width, height=height)
 
 
-def poster_of(pixels: np.ndarray) -> bytes:
+def poster_jpeg(pixels: np.ndarray) -> bytes:
     """JPEG of an (H, W, 3) uint8 RGB image, reduced to POSTER_WIDTH."""
     height, width = pixels.shape[:2]
     if width > POSTER_WIDTH:
@@ -123,7 +123,7 @@ def poster_of(pixels: np.ndarray) -> bytes:
 
 
 def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
-    """JPEG of a BGR image."""
+    """JPEG of an (H, W, 3) uint8 BGR image; quality 0..100."""
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 

@@ -1,4 +1,4 @@
-"""The sections of the report page, each from facts to HTML. Nothing here reads a file."""
+"""Sections of the report page with text and tables: HTML from ``PageFacts``, without reading files."""
 
 from __future__ import annotations
 
@@ -19,19 +19,13 @@ MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def stages_section(page: PageFacts) -> Markup:
-    """The stages with their data, time and scores, and the change against the stage before."""
+    """Table of the stages: data, training time, scores, and the change against the stage before."""
     heads = ["Stage", "Videos", "Training", "Best epoch", "Validated on", "Class", *METRICS]
     texts = {"Stage", "Validated on", "Class"}
-    header = tag(
-        "thead",
-        tag(
-            "tr",
-            [tag("th", name, scope="col", role="columnheader", class_="text" if name in texts else None)
-             for name in heads],
-            role="row",
-        ),
-        role="rowgroup",
-    )  # fmt: skip
+    cells = [
+        tag("th", name, scope="col", role="columnheader", class_="text" if name in texts else None) for name in heads
+    ]
+    header = tag("thead", tag("tr", cells, role="row"), role="rowgroup")
     bodies = [
         tag("tbody", _stage_rows(page, stage, len(heads)), class_="stage", role="rowgroup") for stage in page.stages
     ]
@@ -40,13 +34,19 @@ def stages_section(page: PageFacts) -> Markup:
         f"against the stage that the weights come from, on the same videos, with the {COVERAGE:.0f} % interval of a "
         "paired bootstrap over the sequences. "
     )
-    marks = [
-        tag("span", "▲ better", class_="better"), ", ", tag("span", "▼ worse", class_="worse"),
-        ", ≈ within noise. The interval says nothing of another training seed.",
-    ]  # fmt: skip
-    table = tag("table", tag("caption", legend, marks), header, bodies, class_="stack", role="table")
-    return section("stages", "Stages", tag("div", table, class_="scroll", tabindex=0, role="region",
-                                            aria_label="Table of the stages"))  # fmt: skip
+    symbols = [
+        tag("span", "▲ better", class_="better"),
+        ", ",
+        tag("span", "▼ worse", class_="worse"),
+        ", ≈ within noise. The interval does not cover the variance between training seeds.",
+    ]
+    table = tag("table", tag("caption", legend, symbols), header, bodies, class_="stack", role="table")
+    return section("stages", "Stages", _scrolling(table, "Table of the stages"))
+
+
+def _scrolling(table: Markup, label: str) -> Markup:
+    """A table that scrolls inside its own box on narrow screens."""
+    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=label)
 
 
 def _stage_rows(page: PageFacts, stage: StageFacts, width: int) -> list[Markup]:
@@ -70,7 +70,7 @@ def _stage_rows(page: PageFacts, stage: StageFacts, width: int) -> list[Markup]:
 
 
 def _score_lines(page: PageFacts, stage: StageFacts) -> list[list[Markup]]:
-    """Cells of each source and class: classes first, then their mean."""
+    """One list of cells per source and class: the classes first, then their mean."""
     lines = []
     for source, change in changes(page, stage).items():
         scores = stage.scores[source]
@@ -79,9 +79,9 @@ def _score_lines(page: PageFacts, stage: StageFacts) -> list[list[Markup]]:
             values = scores.class_averaged if row == MEAN else scores.per_class[row]
             cells = [tag("th", "mean" if row == MEAN else row, scope="row", role="rowheader")]
             if number == 0:
-                place = f"{source}: {_count(len(scores.sequences), 'sequence')}"
-                why = _why(change, len(scores.sequences))
-                cells.insert(0, _cell("Validated on", place, why, "note", rowspan=len(named), class_="text on"))
+                data = f"{source}: {_count(len(scores.sequences), 'sequence')}"
+                why = _reference(change, len(scores.sequences))
+                cells.insert(0, _cell("Validated on", data, why, "note", rowspan=len(named), class_="text on"))
             for metric in METRICS:
                 value = values.get(metric)
                 difference = change.comparison.of(row, metric) if change.comparison is not None else None
@@ -91,8 +91,8 @@ def _score_lines(page: PageFacts, stage: StageFacts) -> list[list[Markup]]:
     return lines
 
 
-def _why(change: Change, sequences: int) -> str:
-    """What the changes are against; they may be of fewer sequences than the scores above them."""
+def _reference(change: Change, sequences: int) -> str:
+    """What the changes refer to: the earlier stage, and the shared sequences if they are fewer than the scored ones."""
     if change.comparison is None:
         return f"no change shown: {change.why}"
     notes = "; ".join(change.comparison.notes)
@@ -114,15 +114,20 @@ def _difference(each: Difference | None) -> Markup | str:
 
 
 def signed(value: float) -> str:
-    """`+1.5`, `-0.4` (with a minus sign); a change that rounds to nothing is `0.0`."""
+    """`+1.5` or `−0.4` (U+2212); a change that rounds to zero is `0.0`."""
     text = f"{abs(value):.1f}"
     return text if text == "0.0" else f"{MINUS if value < 0 else '+'}{text}"
 
 
 def _cell(
-    label: str, value: str, small: Part = "", small_class: str = "change", *, rowspan: int | None = None,
+    label: str,
+    value: str,
+    small: Part = "",
+    small_class: str = "change",
+    *,
+    rowspan: int | None = None,
     class_: str | None = None,
-) -> Markup:  # fmt: skip
+) -> Markup:
     body = [value, tag("span", small, class_=small_class) if small else None]
     return tag("td", tag("span", body, class_="body"), data_label=label, rowspan=rowspan, role="cell", class_=class_)
 
@@ -136,7 +141,7 @@ def _hours(seconds: float) -> str:
 
 
 def domains_section(matrix: Matrix | None) -> Markup:
-    """The heat map as a table: colour, number, and a frame with the loss where something was forgotten."""
+    """The heat map as a table: colour and number; a forgotten cell has a frame and its loss."""
     if matrix is None:
         return section("domains", "Stage by domain", tag("p", "No stage was scored by domain.", class_="quiet"))
     values, allowed = matrix.values, matrix.allowed
@@ -146,6 +151,7 @@ def domains_section(matrix: Matrix | None) -> Markup:
     for domain, name in columns:
         header.append(tag("th", domain, tag("br"), name or ("mean" if domain in several else None), scope="col"))
     header.append(tag("th", "Backward transfer", scope="col"))
+    # Rows, one per stage.
     rows = []
     for stage in values.stages:
         losses = {
@@ -161,6 +167,7 @@ def domains_section(matrix: Matrix | None) -> Markup:
         "that the model has not been trained on. Backward transfer: the mean change of the domains learned before."
     )
     table = tag("table", tag("caption", caption), tag("thead", tag("tr", header)), tag("tbody", rows), class_="heat")
+    # The same in words.
     forgotten = [
         f"{stage}: {each.describe(values.metric)}"
         for stage in values.stages
@@ -169,8 +176,7 @@ def domains_section(matrix: Matrix | None) -> Markup:
     words: Markup = tag("p", "Nothing was forgotten.")
     if forgotten:
         words = tag("div", tag("strong", "Forgotten"), _list(forgotten), class_="notice")
-    shown = tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Stage by domain")
-    return section("domains", "Stage by domain", words, shown)
+    return section("domains", "Stage by domain", words, _scrolling(table, "Stage by domain"))
 
 
 def _heat_cell(matrix: Matrix, stage: str, column: Column, loss: float | None) -> Markup:
@@ -178,9 +184,9 @@ def _heat_cell(matrix: Matrix, stage: str, column: Column, loss: float | None) -
     if value is None:
         return tag("td", DASH, tag("span", "not scored", class_="hidden"), class_="none")
     ground = _colour(value)
-    # The same in light and dark, so the text's colour is chosen for it.
+    # The same in the light and dark schemes, so the text colour is set with it.
     style = f"background:rgb{ground};color:rgb{text_colour(ground)}"
-    text = f"{value:.1f}" + ("" if matrix.values.is_known(stage, column[0]) else "*")
+    text = f"{value:.1f}" + ("" if matrix.values.is_trained_on(stage, column[0]) else "*")
     if loss is None:
         return tag("td", text, style=style)
     lost = tag("span", f"▼ {MINUS}{loss:.1f}", tag("span", " forgotten", class_="hidden"), class_="loss")
@@ -188,7 +194,7 @@ def _heat_cell(matrix: Matrix, stage: str, column: Column, loss: float | None) -
 
 
 def _colour(value: float) -> tuple[int, int, int]:
-    """RGB of 0..100, of the map that ``domains.png`` uses."""
+    """RGB of a value 0..100, in the colour map of ``domains.png``."""
     from matplotlib import colormaps
 
     red, green, blue, _ = colormaps["viridis"](min(max(value, 0.0), 100.0) / 100)
@@ -198,13 +204,14 @@ def _colour(value: float) -> tuple[int, int, int]:
 _STATES = {
     "same": "the file is still the one recorded",
     "changed": "the file is NOT the one recorded",
-    "missing": "the file is not there any more",
+    "missing": "the file is missing",
     "not read": "in an object store, not read again for this page",
 }
 
 
 def chain_section(page: PageFacts) -> Markup:
-    """Every weights file from the first to the last, with its sha256 and where it came from."""
+    """Every weights file from the first to the last, with its sha256 and its origin."""
+    # One row per file.
     rows = []
     for stage in (each for each in page.stages if each.finished):
         before, record = page.before(stage), stage.record
@@ -221,13 +228,19 @@ def chain_section(page: PageFacts) -> Markup:
                 str(record["checkpoint"]),
                 f"from {start}",
                 tag("span", _STATES[stage.state], class_="worse" if bad else "quiet"),
-                [record.get("transfer", {}).get("summary", ""), tag("br"),
-                 "data ", tag("code", str(record.get("data_digest", ""))[:12]),
-                 ", run ", tag("code", record.get("run_id") or "none")],
+                [
+                    record.get("transfer", {}).get("summary", ""),
+                    tag("br"),
+                    "data ",
+                    tag("code", str(record.get("data_digest", ""))[:12]),
+                    ", run ",
+                    tag("code", record.get("run_id") or "none"),
+                ],
             )
-        )  # fmt: skip
+        )
     if not rows:
         return section("weights", "Chain of weights", tag("p", "No stage is finished yet.", class_="quiet"))
+    # Table and the command to verify it.
     heads = ["Weights", "sha256 of the file", "What it is made of"]
     header = tag(
         "thead",
@@ -235,49 +248,49 @@ def chain_section(page: PageFacts) -> Markup:
         role="rowgroup",
     )
     command = f"motip lineage verify {page.run_id} --storage {shlex.quote(str(page.folder.parent.parent))}"
-    check = ["Compute the digests anew: ", tag("code", command)] if page.run_id else None
+    check = ["To recompute the digests: ", tag("code", command)] if page.run_id else None
     table = tag("table", header, tag("tbody", rows, role="rowgroup"), class_="stack", role="table")
     return section(
         "weights",
         "Chain of weights",
-        tag("p", "Each stage starts from the file above it, whole, known by its digest. ", check),
-        tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Chain of weights"),
+        tag("p", "Each stage starts from the complete file above it, identified by its digest. ", check),
+        _scrolling(table, "Chain of weights"),
     )
 
 
 def _given_row(record: Mapping[str, object]) -> Markup | None:
-    """The weights a first stage starts from, which no stage made."""
+    """The weights that a first stage starts from, which no stage of the curriculum trained; None for fresh weights."""
     sha256, transfer = record.get("parent_sha256"), record.get("transfer")
     if sha256 is None:
         return None
     path = transfer.get("path", "") if isinstance(transfer, Mapping) else ""
-    return _chain_row("given weights", str(sha256), str(path), "made by no stage of this curriculum", None, None)
+    return _chain_row("given weights", str(sha256), str(path), "from outside this curriculum", None, None)
 
 
 def _chain_row(name: str, sha256: str, path: str, start: str, state: Part, more: Part) -> Markup:
+    details = [tag("br"), tag("span", more, class_="quiet")] if more else None
+    file = tag("span", tag("code", sha256), tag("br"), state, class_="body")
+    origin = tag("span", start, tag("br"), tag("code", path), details, class_="body")
     return tag(
         "tr",
         tag("th", name, scope="row", role="rowheader"),
-        tag("td", tag("span", tag("code", sha256), tag("br"), state, class_="body"), class_="text", role="cell",
-            data_label="sha256"),
-        tag("td", tag("span", start, tag("br"), tag("code", path), tag("br") if more else None,
-                      tag("span", more, class_="quiet") if more else None, class_="body"),
-            class_="text", role="cell", data_label="made of"),
+        tag("td", file, class_="text", role="cell", data_label="sha256"),
+        tag("td", origin, class_="text", role="cell", data_label="made of"),
         role="row",
-    )  # fmt: skip
+    )
 
 
 def missing_section(lines: Sequence[str]) -> Markup:
-    """What the page would show and could not find; nothing where all is there."""
+    """List of the parts that could not be read; empty markup if there are none."""
     if not lines:
         return Markup()
     return tag("div", tag("strong", "Not on this page"), _list(lines), class_="notice", role="note")
 
 
 def section(identity: str, title: str, *parts: Part) -> Markup:
-    """A part of the page with its heading, which the links at the top lead to."""
-    return tag("section", tag("h2", title, id=f"{identity}-title"), parts, id=identity,
-               aria_labelledby=f"{identity}-title")  # fmt: skip
+    """A section with its heading; ``identity`` is the target of the link in the navigation."""
+    heading = tag("h2", title, id=f"{identity}-title")
+    return tag("section", heading, parts, id=identity, aria_labelledby=f"{identity}-title")
 
 
 def _list(lines: Iterable[str]) -> Markup:
@@ -285,14 +298,14 @@ def _list(lines: Iterable[str]) -> Markup:
 
 
 def headline(page: PageFacts) -> Part:
-    """One sentence: what came out at the end."""
+    """The stages finished so far and the HOTA of the last one, in two sentences."""
     finished = [stage for stage in page.stages if stage.finished]
     if not finished:
         return "No stage is finished yet."
     last = finished[-1]
-    told = "; ".join(f"{_hota(scores)} on {source}" for source, scores in last.scores.items())
+    scored = "; ".join(f"{_hota(scores)} on {source}" for source, scores in last.scores.items())
     text = f"{len(finished)} of {len(page.stages)} stages finished. "
-    return [text, "The last, ", tag("strong", last.name), f", has {told}." if told else ", has no scores."]
+    return [text, "The last, ", tag("strong", last.name), f", has {scored}." if scored else ", has no scores."]
 
 
 def _hota(scores: Scores) -> str:

@@ -1,4 +1,4 @@
-"""What the driver shows: one live line per stage on a terminal, plain lines elsewhere, and the closing table."""
+"""Console output of the driver: a live progress line on a terminal, plain lines in a log, and the stage table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from motip.data.convert_report import PLAIN_EVERY_S, ConversionUi
 
 
 class ProgressLine:
-    """Epoch, step, loss, clips per second, waiting share, memory, skipped clips and time left of a stage."""
+    """Progress of a stage: epoch, step, loss, clips per second, waiting share, memory, skipped clips, time left."""
 
     def __init__(self, console: Console, stage: str, epochs: int) -> None:
         self._console = console
@@ -69,7 +69,7 @@ class ProgressLine:
 
     def _show(self, text: str) -> None:
         if self._console.is_terminal:
-            # Folded here: the console may count on more columns than the terminal has, and would not wipe all rows.
+            # Wrapped here: the console may be wider than the terminal and would not clear all of its rows.
             columns = min(self._console.width, shutil.get_terminal_size().columns)
             self._live.update(Text("\n".join(textwrap.wrap(text, max(columns, 20)))))
         elif time.monotonic() - self._printed >= PLAIN_EVERY_S:
@@ -78,9 +78,9 @@ class ProgressLine:
 
 
 class _TimeLeft:
-    """Seconds to the end of a stage, from the pace since this process first heard of it.
+    """Seconds to the end of a stage, from the rate since the first step that this process received.
 
-    Not from the stage's beginning: a stage that was cut off has epochs behind it that took this process no time.
+    Epochs from before an interruption are excluded: they took no time in this process.
     """
 
     def __init__(self) -> None:
@@ -90,17 +90,17 @@ class _TimeLeft:
     def __call__(self, done: float, epochs: int, epoch_s: float) -> float:
         """
         Args:
-            done: epochs that are done, with the part of the running one.
-            epochs: of the whole stage.
-            epoch_s: what an epoch takes by the pace of the last few steps; used until there is a longer view.
+            done: epochs completed, with the fraction of the running one.
+            epochs: total of the stage.
+            epoch_s: seconds per epoch estimated from the last few steps, used for the first estimate.
         """
         now = time.monotonic()
-        if self._first is None or done <= self._last:  # workers that were restarted repeat some steps
+        if self._first is None or done <= self._last:  # restarted workers repeat some steps
             self._first = now, done
         self._last = done
         since, begun = self._first
-        pace = (now - since) / (done - begun) if done > begun else epoch_s
-        return pace * (epochs - done)
+        seconds_per_epoch = (now - since) / (done - begun) if done > begun else epoch_s
+        return seconds_per_epoch * (epochs - done)
 
 
 def _skipped(clips: float) -> list[str]:
@@ -109,10 +109,10 @@ def _skipped(clips: float) -> list[str]:
 
 def duration(seconds: float) -> str:
     """`1 h 05 min`, `4 min 09 s` or `12 s`."""
-    whole = max(0, round(seconds))
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+    total = max(0, round(seconds))
+    if total >= 3600:
+        return f"{total // 3600} h {total % 3600 // 60:02d} min"
+    return f"{total // 60} min {total % 60:02d} s" if total >= 60 else f"{total} s"
 
 
 def stage_table(records: Iterable[Any], class_names: Iterable[str]) -> Table:
@@ -120,7 +120,7 @@ def stage_table(records: Iterable[Any], class_names: Iterable[str]) -> Table:
 
     Args:
         records: objects with the fields of ``motip.curriculum.StageRecord``.
-        class_names: classes that get a HOTA column of their own.
+        class_names: classes with their own HOTA column.
     """
     names = list(class_names)
     table = Table(
@@ -154,9 +154,9 @@ def _percent(value: float | None) -> str:
 
 
 def wide_console() -> Console:
-    """A console that never folds lines below 140 columns: a job's log is a file, and tables must stay readable.
+    """A console of at least 140 columns, so that tables stay readable in a job's log file.
 
-    What stands in brackets or between colons is printed as it is: paths and other programs' errors have both.
+    Markup in brackets and emoji codes between colons are not interpreted: paths and error messages contain both.
     """
     console = Console(soft_wrap=True, markup=False, emoji=False)
     if console.width < 140:
@@ -165,7 +165,7 @@ def wide_console() -> Console:
 
 
 class DriverUi:
-    """The driver's screen for a curriculum."""
+    """Console output of a curriculum run."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or wide_console()
@@ -177,7 +177,7 @@ class DriverUi:
         self.console.print(text, highlight=False, markup=False, emoji=False)
 
     def converting(self, phase: str, done: int, total: int) -> None:
-        """A bar on a terminal, a line every ten seconds elsewhere."""
+        """Show the conversion: a bar on a terminal, a line every ten seconds in a log."""
         if self._conversion is None:
             self._conversion = ConversionUi(self.console).__enter__()
         self._conversion.progress(phase, done, total)

@@ -1,4 +1,4 @@
-"""One video of the same sequence as each stage's tracker sees it, tiled, with a caption on every tile."""
+"""Side-by-side video: the tracks of one sequence by each stage, tiled, with a caption above every tile."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from motip.report.drawing import DrawnTracks, Painter
 from motip.report.video_writer import VideoWriter
 
 TILE_WIDTH = 640
-"""Pixels; two such tiles beside each other make a video that a browser plays without a pause."""
+"""Pixels; a video of two such tiles side by side plays smoothly in a browser."""
 TRAIL = 30
 STRIP = 30
-"""Pixels of the caption above each tile, so that it covers nothing."""
+"""Height in pixels of the caption above each tile."""
 CRF = 26
-"""Some quality for half the bytes: the page and its videos also go into MLflow, for every curriculum."""
+"""Half the bytes at slightly lower quality: the videos are also logged to MLflow."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Tile:
     """One stage's tracks of the sequence.
 
     Attributes:
-        caption: stands on the tile with the number of tracks.
+        caption: text above the tile, followed by the number of boxes and the frame.
         class_names: names of the class ids in ``rows``.
     """
 
@@ -41,14 +41,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A written video: how many frames it has, and the frame with most tracks, (H, W, 3) uint8 RGB."""
+    """A written video: its number of frames, and the frame with most boxes, (H, W, 3) uint8 RGB."""
 
     frames: int
     poster: np.ndarray
 
 
 def columns_of(tiles: int) -> int:
-    """Tiles in a row: one alone, two up to four, then as square as it goes."""
+    """Tiles per row: one for one tile, two for up to four, then the nearest to a square."""
     return min(tiles, 2) if tiles <= 4 else math.ceil(math.sqrt(tiles))
 
 
@@ -64,48 +64,49 @@ def write_side_by_side(
     Args:
         frames: (0-based frame number, (H, W, 3) uint8 RGB) in order, all of one size.
         fps: frames per second of the sequence.
-        tile_width: pixels; frames are brought to it before drawing, so that lines and labels have one size.
+        tile_width: pixels; frames are resized to it before drawing, so that lines and labels have one size.
 
     Raises:
-        MotipError: no tile, no frame, no H.264 encoder, or a folder that cannot be written. No file is left then.
+        MotipError: no tile, no frame, no H.264 encoder, or a folder that cannot be written. No file is left behind.
     """
     if not tiles:
         raise MotipError("there are no tracks to show side by side")
     painters = [Painter(tile.class_names, TRAIL) for tile in tiles]
     by_frame = [_by_frame(tile.rows) for tile in tiles]
     columns = columns_of(len(tiles))
-    most, poster = -1, np.zeros((1, 1, 3), np.uint8)
+    most_boxes, poster = -1, np.zeros((1, 1, 3), np.uint8)
     with VideoWriter(output, Fraction(fps).limit_denominator(1001), CRF) as writer:
         for number, image in frames:
             scale = tile_width / image.shape[1]
-            # Both even, which the encoder needs of the whole picture.
+            # Both even, as the encoder requires for the tiled picture.
             size = (tile_width - tile_width % 2, 2 * max(1, round(image.shape[0] * scale / 2)))
             resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
             zoom = np.tile(np.array(size) / (image.shape[1], image.shape[0]), 2)
-            pictures, shown = [], 0
+            # One picture per tile.
+            pictures, boxes = [], 0
             for tile, painter, rows in zip(tiles, painters, by_frame, strict=True):
                 drawn = _drawn(tile.rows, rows.get(number), zoom)
                 caption = f"{tile.caption}   {len(drawn.ids)} boxes   frame {number + 1}"
-                shown += len(drawn.ids)
+                boxes += len(drawn.ids)
                 pictures.append(np.vstack([_caption(size[0], caption), painter.draw(resized, drawn)]))
             picture = tiled(pictures, columns)
             writer.write(picture)
-            if shown > most:
-                most, poster = shown, picture
+            if boxes > most_boxes:
+                most_boxes, poster = boxes, picture
         if not writer.frames:
             raise MotipError("the sequence has no frames", where=output.name)
     return SideBySide(writer.frames, poster)
 
 
 def tiled(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures of one size in rows of ``columns``; places left over are black."""
+    """Pictures of one size in rows of ``columns``; unused tiles are black."""
     empty = np.zeros_like(pictures[0])
     padded = [*pictures, *[empty] * (-len(pictures) % columns)]
     return np.vstack([np.hstack(padded[start : start + columns]) for start in range(0, len(padded), columns)])
 
 
 def _caption(width: int, text: str) -> np.ndarray:
-    """(STRIP, width, 3): the text in white on dark, smaller where it is long."""
+    """(STRIP, width, 3) uint8: white text on a dark background, in smaller type if it is long."""
     strip = np.full((STRIP, width, 3), 24, np.uint8)
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.62
     (needed, _), _ = cv2.getTextSize(text, font, scale, 1)

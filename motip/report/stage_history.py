@@ -1,4 +1,4 @@
-"""What a stage's epochs and steps measured, kept in the stage's folder so that any process can draw it."""
+"""Metrics history of a stage: per epoch and per logged step, stored as ``history.json`` in the stage's folder."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 
 from motip.errors import MotipError
 from motip.storage.paths import Location, read_json, write_json
-from motip.train.retention import best_first, held
+from motip.train.retention import best_first, list_checkpoints
 
 FILE = "history.json"
 STEP_NAMES = ("loss", "detr_grad_norm", "other_grad_norm")
-"""Step metrics that are kept, beside the learning rates."""
+"""Step metrics that are stored, in addition to the learning rates."""
 STEPS_KEPT = 2000
-"""Step records at most; with more, every second one is left out."""
+"""Maximum number of step records; beyond it every second one is dropped."""
 
 Step = dict[str, float]
 
 
 @dataclass
 class History:
-    """The measurements of one stage.
+    """The metrics of one stage.
 
     Attributes:
         stage: its name.
-        planned: epochs it is to have.
-        best: the metric that chooses its best checkpoint.
-        finished: whether its record is written.
-        epochs: 0-based epoch -> metrics, of every epoch that was completed.
-        steps: `[epoch, share of it done in (0, 1], values]` of logged steps, in order.
+        planned: configured number of epochs.
+        best: metric that chooses the best checkpoint.
+        finished: whether the stage's record has the status "finished".
+        epochs: 0-based epoch -> metrics, of every completed epoch.
+        steps: `[epoch, fraction of it done in (0, 1], values]` of logged steps, in order.
     """
 
     stage: str
@@ -42,11 +42,11 @@ class History:
 
     @property
     def last(self) -> int:
-        """The last epoch with a record, -1 where there is none."""
+        """The last epoch with metrics, -1 if there is none."""
         return max(self.epochs, default=-1)
 
     def failed(self) -> list[int]:
-        """Epochs up to the last one that have no record, or no finite loss."""
+        """Epochs up to the last one without metrics or without a finite loss."""
         return [
             epoch
             for epoch in range(self.last + 1)
@@ -54,19 +54,19 @@ class History:
         ]
 
     def best_epoch(self) -> int | None:
-        """The scored epoch with the highest value of the stage's metric."""
+        """The scored epoch with the highest value of the metric ``best``; None if no epoch was scored."""
         return next(iter(best_first(self.epochs, self.best)), None)
 
     def classes(self) -> list[str]:
-        """Classes that were scored, in the order of their names."""
+        """Scored classes in alphabetical order."""
         found = {name.removeprefix("HOTA/") for metrics in self.epochs.values() for name in metrics if _of_class(name)}
         return sorted(found)
 
     def add_step(self, epoch: int, done: float, metrics: Mapping[str, float]) -> None:
-        """Take in a step record; what an attempt before this one measured beyond that point is dropped.
+        """Add a step record; records of an earlier, interrupted attempt from that position on are dropped.
 
         Args:
-            done: share of the epoch that is done, above 0 and at most 1.
+            done: fraction of the epoch that is done, above 0 and at most 1.
             metrics: with the prefix `step/`.
         """
         values = {name.removeprefix("step/"): float(value) for name, value in metrics.items()}
@@ -81,26 +81,26 @@ class History:
         self.epochs[epoch] = dict(metrics)
 
     def save(self, folder: Location) -> None:
-        """Raises MotipError where the folder cannot be written."""
+        """Write ``history.json``; raises MotipError if the folder cannot be written."""
         epochs = {str(epoch): metrics for epoch, metrics in self.epochs.items()}
         write_json(folder / FILE, {"epochs": epochs, "steps": self.steps})
 
     @classmethod
     def load(cls, folder: Location) -> History:
-        """What a stage's folder tells: its records, the metrics of its finished epochs, and the kept history.
+        """Read a stage's folder: its records, the metrics of its finished epochs, and ``history.json``.
 
         Raises:
-            MotipError: the folder is not that of a stage.
+            MotipError: not a stage's folder.
         """
         if not (folder / "stage.json").is_file():
             raise MotipError(
-                "this folder is not that of a stage",
+                "this is not a stage's folder",
                 where=folder,
                 expected="a folder with stage.json: curricula/<name>/<stage>/<inputs>/ under the storage",
             )
         record = read_json(folder / "stage.json")
         config, job, stored = (_read(folder / name) for name in ("config.json", "job.json", FILE))
-        finished = held(folder).epochs
+        finished = list_checkpoints(folder).epochs
         history = cls(
             stage=str(record.get("stage") or job.get("stage") or folder.parent.name),
             planned=int(config.get("EPOCHS") or record.get("epochs") or len(finished)),
@@ -113,13 +113,13 @@ class History:
         return history
 
 
-def epochs_told(folder: Location) -> set[int]:
-    """Epochs that the training told of: where it was killed, a finished epoch can be missing."""
+def epochs_synced(folder: Location) -> set[int]:
+    """Epochs in the stored history; after a kill a finished epoch can be missing."""
     return {int(epoch) for epoch in _read(folder / FILE).get("epochs", {})}
 
 
 def _read(path: Location) -> dict[str, Any]:
-    """A file's values; nothing where it is not there, as in the folders of older versions."""
+    """Content of a JSON file; empty if there is no such file, as in folders of older versions."""
     values: dict[str, Any] = read_json(path) if path.is_file() else {}
     return values
 

@@ -1,4 +1,4 @@
-"""``stages.json`` of a curriculum's folder: which stages there are, in order, and where each one lies."""
+"""Stage list (``stages.json``) of a curriculum's folder: its stages in order and the folder of each."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class StageList:
 
     Attributes:
         name: of the curriculum.
-        folders: stage -> its folder; None where it is not trained yet.
-        run_id: of the curriculum in MLflow, empty where it is not known.
+        folders: stage -> its folder; None if it is not trained yet.
+        run_id: of the curriculum in MLflow; empty if unknown.
     """
 
     name: str
@@ -29,20 +29,20 @@ class StageList:
 
 
 def write_stage_list(folder: Location, stages: StageList) -> None:
-    """Keep the list in the curriculum's folder. Places under the storage are kept relative, so that it can be moved."""
+    """Write ``stages.json``. Folders under the storage are stored as relative paths, so that the storage can move."""
     storage = f"{folder.parent.parent}/"
-    places = [
-        {"stage": name, "folder": None if place is None else str(place).removeprefix(storage)}
-        for name, place in stages.folders.items()
+    rows = [
+        {"stage": name, "folder": None if own is None else str(own).removeprefix(storage)}
+        for name, own in stages.folders.items()
     ]
-    write_json(folder / NAME, {"name": stages.name, "run_id": stages.run_id, "stages": places})
+    write_json(folder / NAME, {"name": stages.name, "run_id": stages.run_id, "stages": rows})
 
 
 def read_stage_list(folder: Location) -> StageList:
-    """The list of a curriculum's folder; without one, the newest finished stage there and those it descends from.
+    """Read ``stages.json``; without it, find the newest finished stage and its ancestors by digest.
 
     Raises:
-        MotipError: the folder is none of a curriculum, or the list is damaged.
+        MotipError: not a curriculum's folder, or the list is damaged.
     """
     if not folder.is_dir():
         raise MotipError(
@@ -55,25 +55,25 @@ def read_stage_list(folder: Location) -> StageList:
     stored = read_json(folder / NAME)
     try:
         storage = folder.parent.parent
-        folders = {str(each["stage"]): _place(each["folder"], storage) for each in stored["stages"]}
+        folders = {str(each["stage"]): _stage_folder(each["folder"], storage) for each in stored["stages"]}
         return StageList(str(stored["name"]), folders, str(stored["run_id"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise MotipError(
-            f"this is no list of stages: {error!r}",
+            f"not a valid list of stages: {error!r}",
             where=folder / NAME,
-            fix="run the curriculum again: it is written anew, and finished stages are not trained again",
+            fix="run the curriculum again: the list is rewritten, and finished stages are not trained again",
         ) from error
 
 
-def _place(stored: str | None, storage: Location) -> Location | None:
+def _stage_folder(stored: str | None, storage: Location) -> Location | None:
     if stored is None:
         return None
-    place = location(stored)
-    return storage / stored if isinstance(place, Path) and not place.is_absolute() else place
+    folder = location(stored)
+    return storage / stored if isinstance(folder, Path) and not folder.is_absolute() else folder
 
 
 def _by_digest(folder: Location) -> StageList:
-    """Back from the newest finished stage, each time to the one whose checkpoint the stage started from."""
+    """The newest finished stage and its ancestors: each parent is the stage whose checkpoint has the parent digest."""
     finished = []
     for path in files_under(folder):
         if path.name == "stage.json" and (stored := read_json(path)).get("status") == "finished":
@@ -90,12 +90,12 @@ def _by_digest(folder: Location) -> StageList:
     chain: list[tuple[str, Location]] = []
     sha256: Any = finished[-1][2]["sha256"]
     while sha256 in made:
-        place, record = made.pop(sha256)
-        chain.append((record["stage"], place))
+        own, record = made.pop(sha256)
+        chain.append((record["stage"], own))
         sha256 = record.get("parent_sha256")
     return StageList(folder.name, dict(reversed(chain)))
 
 
 def listed(name: str, order: Iterable[str], folders: Mapping[str, Location], run_id: str) -> StageList:
-    """All stages of a curriculum in order, those without a folder as not trained yet."""
+    """The list of all stages in order; a stage without a folder is not trained yet."""
     return StageList(name, {stage: folders.get(stage) for stage in order}, run_id)

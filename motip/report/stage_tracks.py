@@ -1,4 +1,4 @@
-"""The tracks of one sequence by each stage: those that were stored when it was scored, else tracked now and stored."""
+"""Tracks of one sequence by each stage, for the side-by-side videos: stored tracks, else tracked now and stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from motip.cluster import Cluster
 from motip.data.manifest import Manifest, VideoEntry
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
-from motip.evaluate.evaluation import Subject, Work, is_tracked, read_tracks, track, track_inputs
+from motip.evaluate.evaluation import (
+    EvalJob,
+    ModelUnderTest,
+    evaluation_folder,
+    is_tracked,
+    read_tracks,
+    track_missing,
+    tracks_digest,
+)
 from motip.report.page_facts import PageFacts, StageFacts
 from motip.storage.paths import Location, local_copy, location
 from motip.weights.export import load_for_tracking
@@ -25,12 +33,12 @@ class StageTracks:
 
 
 @dataclass(frozen=True)
-class Means:
-    """What sequences may be tracked with that were not tracked before.
+class TrackingOptions:
+    """How to track sequences that have no stored tracks.
 
     Attributes:
         track: False uses stored tracks only.
-        cluster: where Ray actors track; None tracks in this process.
+        cluster: Ray cluster whose actors track; None tracks in this process.
         device: ``cpu`` or ``cuda``, of this process or of the actors.
     """
 
@@ -39,8 +47,8 @@ class Means:
     device: str = "cpu"
 
 
-def domains_shown(page: PageFacts) -> dict[str, list[str]]:
-    """Domain -> sources, of all that any stage was scored on."""
+def scored_domains(page: PageFacts) -> dict[str, list[str]]:
+    """Domain -> sources that any stage was scored on."""
     found: dict[str, list[str]] = {}
     for stage in page.stages:
         for source in [*stage.scores, *stage.row]:
@@ -51,7 +59,7 @@ def domains_shown(page: PageFacts) -> dict[str, list[str]]:
 
 
 def choose_video(page: PageFacts, manifest: Manifest, sources: Sequence[str], storage: Location) -> VideoEntry:
-    """The val video that most stages have stored tracks of; of equals the one with most labelled objects.
+    """The val video with stored tracks of most stages; ties go to the one with most labelled objects.
 
     Raises:
         MotipError: the shards have no val video of the sources.
@@ -70,8 +78,8 @@ def choose_video(page: PageFacts, manifest: Manifest, sources: Sequence[str], st
     return min(videos, key=rank)
 
 
-def tracks_of(stage: StageFacts, video: VideoEntry, storage: Location, means: Means) -> StageTracks | None:
-    """The stage's tracks of the video; None where they are not stored and may not be tracked.
+def tracks_of(stage: StageFacts, video: VideoEntry, storage: Location, options: TrackingOptions) -> StageTracks | None:
+    """The stage's tracks of the video; None if they are not stored and tracking is disabled.
 
     Raises:
         MotipError: the checkpoint or the shard is missing or damaged.
@@ -79,22 +87,22 @@ def tracks_of(stage: StageFacts, video: VideoEntry, storage: Location, means: Me
     folder = _folder(stage, storage)
     if _is_stored(stage, video, storage):
         return StageTracks(stage, read_tracks(folder, video), stage.classes)
-    if not means.track or stage.settings is None:
+    if not options.track or stage.settings is None:
         return None
     model, classes, _ = load_for_tracking(local_copy(location(str(stage.record["checkpoint"]))))
-    subject = Subject(model, str(stage.record["sha256"]), stage.settings, classes)
-    track(subject, Work([video], str(storage), folder, cluster=means.cluster, device=means.device))
+    subject = ModelUnderTest(model, str(stage.record["sha256"]), stage.settings, classes)
+    track_missing(subject, EvalJob([video], str(storage), folder, cluster=options.cluster, device=options.device))
     return StageTracks(stage, read_tracks(folder, video), classes)
 
 
 def _folder(stage: StageFacts, storage: Location) -> Location:
-    """Where the evaluation of the stage's checkpoint keeps its tracks."""
-    return storage / "evaluations" / str(stage.record["sha256"])[:12]
+    """Folder with the tracks of the stage's checkpoint."""
+    return evaluation_folder(storage, str(stage.record["sha256"]))
 
 
 def _is_stored(stage: StageFacts, video: VideoEntry, storage: Location) -> bool:
-    """Whether the evaluation kept tracks of this checkpoint with the stage's own settings."""
+    """Whether tracks of this checkpoint with the stage's own settings are stored."""
     if stage.settings is None:
         return False
-    inputs = track_inputs(str(stage.record["sha256"]), stage.settings, video)
+    inputs = tracks_digest(str(stage.record["sha256"]), stage.settings, video)
     return is_tracked(_folder(stage, storage), video, inputs)

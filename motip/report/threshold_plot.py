@@ -1,4 +1,4 @@
-"""The picture of a threshold sweep: what each threshold scores, and how sure the detector is where it is wrong."""
+"""Plot of a threshold search: scores over DET_THRESH, and the confidence histogram of the detections."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from motip.evaluate.threshold_search import Sweep
+    from motip.evaluate.threshold_search import ThresholdSearchResult
 
 _COLOURS = {"HOTA": "#1f4e79", "DetA": "#c55a11", "AssA": "#548235"}
 
 
-def sweep_figure(sweep: Sweep) -> Figure:
-    """Left: HOTA, DetA and AssA over DET_THRESH. Right: detections by confidence, right and wrong ones stacked."""
+def threshold_figure(sweep: ThresholdSearchResult) -> Figure:
+    """Left: HOTA, DetA and AssA over DET_THRESH. Right: true and false positives by confidence, stacked."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     scores, confidence = figure.subplots(1, 2)
@@ -24,6 +24,7 @@ def sweep_figure(sweep: Sweep) -> Figure:
         scores.plot(
             thresholds, [each.metric(name) for each in sweep.candidates], marker="o", ms=3, c=colour, label=name
         )
+    # Histogram of the detections.
     pooled = sweep.pooled()
     bins = len(pooled["true"])
     lefts = [index / bins for index in range(bins)]
@@ -31,6 +32,7 @@ def sweep_figure(sweep: Sweep) -> Figure:
     confidence.bar(
         lefts, pooled["false"], 1 / bins, bottom=pooled["true"], align="edge", color="#c00000", label="false positives"
     )
+    # Best and configured threshold.
     for axes in (scores, confidence):
         axes.axvline(best.settings.det_thresh, color="black", lw=1, label=f"best, {best.settings.det_thresh:g}")
         if configured is not best:

@@ -1,4 +1,4 @@
-"""A video in, the same video with its tracks drawn on it and their MOT rows out."""
+"""Annotated video: track a video, draw the tracks, write an MP4 and the MOT rows."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from motip.data.formats.result_files import write_mot
 from motip.errors import MotipError
 from motip.report.drawing import DrawnTracks, Painter
 from motip.report.video_writer import VideoWriter, check_encoder
-from motip.track.api import Tracking, TrackResult
+from motip.track.api import TrackIterator, TrackResult
 from motip.track.detections import Detections
 
 
 @dataclass(frozen=True)
 class TrackedVideo:
-    """What was written.
+    """A written video.
 
     Attributes:
         result: the tracks.
-        video, rows: the two files.
-        frames: frames in the video.
-        tracks: different ids among them.
-        recalled: ids that the long-term memory gave back.
+        video, rows: paths of the MP4 and of the MOT rows.
+        frames: number of frames in the video.
+        tracks: number of distinct track ids.
+        recalled: number of re-identifications by the long-term memory.
     """
 
     result: TrackResult
@@ -38,7 +38,7 @@ class TrackedVideo:
 
 
 def checked_output(path: str) -> Path:
-    """The video's path, once it is sure that it can be written.
+    """The path of the video, checked to be writable.
 
     Raises:
         MotipError: another suffix than .mp4, a folder that cannot be written, or no H.264 encoder.
@@ -56,10 +56,13 @@ def checked_output(path: str) -> Path:
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Found out before the work: an hour of tracking must not end at a folder that cannot be written.
+    """Create the folder and check that it is writable before the tracking starts.
+
+    Args:
+        flag: option that names the folder, for the error.
 
     Raises:
-        MotipError: it cannot be made or written; ``flag`` named it.
+        MotipError: it cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,27 +79,28 @@ def check_folder(folder: Path, flag: str) -> None:
 
 
 def track_video(
-    tracking: Tracking,
+    tracking: TrackIterator,
     output: Path,
     *,
     trail: int = 30,
     on_frame: Callable[[Detections], None] | None = None,
     stopped: Callable[[], bool] | None = None,
 ) -> TrackedVideo:
-    """Track a video, draw, and write ``output`` (.mp4) and the MOT rows beside it (.txt).
+    """Track a video, draw, and write ``output`` (.mp4) and the MOT rows (same name, .txt).
 
     Args:
-        on_frame: called with each frame once it is in the video.
-        stopped: asked after each frame; True ends the video there, with both files as they should be.
+        trail: length of the trails in frames.
+        on_frame: called with each frame after it was written.
+        stopped: called after each frame; True ends the video there, with both files complete.
 
     Raises:
-        MotipError: no frame, frames that do not fit, files that cannot be written; no file is left then.
+        MotipError: no frame, frames of different sizes, or files that cannot be written; no file is left behind.
     """
     painter = Painter(tracking.class_names, trail)
     recalled = 0
     begin = time.perf_counter()
     with VideoWriter(output, tracking.source.fps) as writer, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the tracker's notes are in its result
+        warnings.simplefilter("ignore", UserWarning)  # the result lists the tracker's notes
         for found in tracking:
             recalled += int(found.recalled.sum())
             rate = (writer.frames + 1) / max(time.perf_counter() - begin, 1e-9)

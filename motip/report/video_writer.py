@@ -1,4 +1,4 @@
-"""Videos that play in a browser: H.264, written with PyAV."""
+"""H.264 video writer (PyAV); the files play in a browser."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import av
 
 _BT709 = 1
-"""Colour space, primaries and transfer of HD video; unsaid, players guess, and guess differently."""
+"""Colour space, primaries and transfer of HD video; without them, players guess differently."""
 
 
 def check_encoder() -> None:
-    """Raises MotipError where the installed FFmpeg writes no H.264."""
+    """Raise MotipError if the installed FFmpeg has no H.264 encoder."""
     import av
 
     try:
@@ -36,7 +36,7 @@ def check_encoder() -> None:
 
 
 class VideoWriter:
-    """Writes H.264 (yuv420p, index in front) at a constant rate; the file appears whole when the block ends.
+    """Writes H.264 (yuv420p, index in front) at a constant frame rate; the file appears when the block ends.
 
     Usage::
 
@@ -44,7 +44,7 @@ class VideoWriter:
             writer.write(rgb)
 
     An error inside the block leaves no file; so does a block without frames. A frame of odd width or height is
-    continued by one column or row, because yuv420p halves the colours.
+    padded by one column or row, because yuv420p halves the chroma resolution.
 
     Args:
         path: ends in ``.mp4``.
@@ -78,7 +78,7 @@ class VideoWriter:
             image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         if self._container is None:
             self._open(*image.shape[:2])
-        # The pixels are read where they lie, and the converter is kept: both are half of the conversion's time.
+        # Zero-copy frames and a persistent converter: together they save half of the conversion time.
         frame = av.VideoFrame.from_numpy_buffer(np.ascontiguousarray(image), format="rgb24")
         assert self._converter is not None
         frame = self._converter.reformat(frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")

@@ -1,4 +1,4 @@
-"""Wrong input to the main job, as a user meets it: one message, exit status 2, no traceback, nothing half-written."""
+"""Invalid input to the main job: one error message, exit status 2, no traceback, no partial files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def job(path: Path, storage: Path, *extra: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """The main job in a process of its own, without Ray unless ``extra`` asks for workers."""
+    """Run the main job in a separate process, without Ray unless ``extra`` sets workers."""
     command = [sys.executable, "ray_jobs/curriculum.py", "--config", str(path), "--storage", str(storage)]
     command += ["--data-root", str(path.parent), "--workers", "0", *extra]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | (env or {})
@@ -33,7 +33,7 @@ def replace(old: str, new: str) -> Callable[[Path], None]:
 
 
 def raw_sources(path: Path) -> None:
-    """Sources that are not drawn but expected on disk, in folders that are empty."""
+    """Replace the synthetic sources by sources on disk whose folders are empty."""
     (path.parent / "raw").mkdir()
     text = "\n".join(line for line in path.read_text().splitlines() if "synthetic" not in line)
     path.write_text(text.replace("root: .", "root: raw"))
@@ -57,11 +57,11 @@ CASES = {
     "unknown key": (unknown_key, (), ("unknown configuration key sampler_length", "two.yaml:", "sampler_lengths")),
     "binary file": (binary_file, (), ("curriculum.yaml",)),
     "empty folder": (raw_sources, (), ("raw",)),
-    "absent weights": (replace("initialise: base.yaml", "weights: no.pth"), (), ("no.pth", "not there")),
+    "absent weights": (replace("initialise: base.yaml", "weights: no.pth"), (), ("no.pth", "do not exist")),
     "no checkpoint": (no_checkpoint, (), ("weights.pth",)),
     "class without source": (replace(", car: [car, van]", ""), (), ("car", "Vis-Adaptation")),
     "class without label": (replace("car: [car]}", "car: [zebra]}"), (), ("car", "zebra")),
-    "no clip": (lambda path: None, ("--set", "sampler_lengths=[9]"), ("not a single clip",)),
+    "no clip": (lambda path: None, ("--set", "sampler_lengths=[9]"), ("no clip to train on",)),
     "too few videos": (replace("source: ground, videos: 2", "source: ground, videos: 56"), (), ("56", "fewer")),
     "wrong metric": (replace("videos: 1}], initialise", "videos: 1}], best: HOTAA, initialise"), (), ("HOTAA",)),
     "no such stage": (lambda path: None, ("--until", "Vis-Nothing"), ("Vis-Nothing", "Vis-Specialist")),
@@ -73,7 +73,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_message_and_nothing_half_written(name: str, tmp_path: Path) -> None:
+def test_invalid_input_is_one_message_and_leaves_no_partial_files(name: str, tmp_path: Path) -> None:
     edit, extra, parts = CASES[name]
     path = write_files(tmp_path)
     edit(path)
@@ -86,15 +86,15 @@ def test_one_message_and_nothing_half_written(name: str, tmp_path: Path) -> None
     assert not [each for each in left if ".tmp" in each or "checkpoint" in each], left
 
 
-def test_storage_that_is_a_file(tmp_path: Path) -> None:
+def test_storage_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     path = write_files(tmp_path)
     (tmp_path / "storage").write_text("")
     result = job(path, tmp_path / "storage")
     assert result.returncode == 2 and "--storage" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_missing_token_is_said(tmp_path: Path) -> None:
-    """Authentication on, no token: refused before the address is even asked."""
+def test_missing_token_is_an_error(tmp_path: Path) -> None:
+    """Token authentication without a token fails before a connection is attempted."""
     import socket
 
     path = write_files(tmp_path)
@@ -106,7 +106,7 @@ def test_a_missing_token_is_said(tmp_path: Path) -> None:
     assert "token" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_relative_paths_are_refused_inside_a_submitted_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_are_errors_in_a_submitted_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from motip.cli.launch import checked_data_root, checked_storage
     from motip.errors import MotipError
 

@@ -1,4 +1,4 @@
-"""`motip evaluate` and `motip compare` as a user types them."""
+"""`motip evaluate` and `motip compare` on the command line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from motip.evaluate.protocols import ScoredSequence
 from motip.evaluate.score_files import load_scores
 from motip.evaluate.scores import Scores
 from motip.evaluate.validation import StageScores
-from motip.lineage import Lineage, NullLineage
+from motip.lineage import Lineage
 from motip.storage.atomic import sha256_file
 from motip.storage.paths import location
-from tests.helpers.small_dataset import FRAMES, write_checkpoint, write_curriculum, write_dance_world
+from tests.helpers.null_lineage import NullLineage
+from tests.helpers.small_dataset import FRAMES, write_checkpoint, write_curriculum, write_dance_dataset
 from tests.helpers.track_rows import disturbed, random_rows
 
 CLASSES = ("pedestrian", "car")
@@ -44,7 +45,7 @@ def _write(path: Path, value: object) -> Path:
     return path
 
 
-def test_scores_are_found_wherever_a_command_has_written_them(tmp_path: Path, good: Scores, bad: Scores) -> None:
+def test_scores_are_found_in_every_layout_that_commands_write(tmp_path: Path, good: Scores, bad: Scores) -> None:
     evaluation = _write(tmp_path / "evaluations/abc/scores_val.json", {"sources": {"dance": good.to_json()}})
     stage = tmp_path / "curricula/small/Only/0a1b"
     _write(stage / "stage.json", {"best_epoch": 1})
@@ -63,7 +64,7 @@ def test_scores_are_found_wherever_a_command_has_written_them(tmp_path: Path, go
         assert load_scores(str(place)) == (str(location(str(file))), {"dance": good})
 
 
-def test_what_is_no_scores_file_is_named(tmp_path: Path, good: Scores) -> None:
+def test_path_without_scores_is_an_error(tmp_path: Path, good: Scores) -> None:
     stage = tmp_path / "stage"
     _write(stage / "stage.json", {"status": "running"})
     two = tmp_path / "two"
@@ -71,24 +72,24 @@ def test_what_is_no_scores_file_is_named(tmp_path: Path, good: Scores) -> None:
         _write(two / name, {"dance": good.to_json()})
     (tmp_path / "text.json").write_text("{")
     for place, message in (
-        (tmp_path / "nothing", "there are no scores"),
+        (tmp_path / "nothing", "no scores found"),
         (stage, "not finished"),
-        (two, "does not stand for one"),
+        (two, "does not contain exactly one"),
         (tmp_path / "text.json", "not a JSON file"),
-        (_write(tmp_path / "list.json", [1]), "does not hold scores"),
-        (_write(tmp_path / "other.json", {"a": {"b": 1}}), "does not hold scores"),
-        (_write(tmp_path / "empty.json", {"sources": {}}), "of no source"),
+        (_write(tmp_path / "list.json", [1]), "does not contain scores"),
+        (_write(tmp_path / "other.json", {"a": {"b": 1}}), "does not contain scores"),
+        (_write(tmp_path / "empty.json", {"sources": {}}), "contains no source"),
     ):
         with pytest.raises(MotipError, match=message):
             load_scores(str(place))
 
 
-def test_compare_shows_differences_and_says_which_are_noise(motip, tmp_path: Path, good: Scores, bad: Scores) -> None:  # type: ignore[no-untyped-def]
+def test_compare_shows_differences_and_their_verdicts(motip, tmp_path: Path, good: Scores, bad: Scores) -> None:  # type: ignore[no-untyped-def]
     a = _write(tmp_path / "a.json", {"sources": {"dance": bad.to_json(), "aerial": bad.to_json()}})
     b = _write(tmp_path / "b.json", {"sources": {"dance": good.to_json()}})
     status, out, err = motip("compare", a, b, "--draws", 300, "--metrics", "HOTA,IDF1")
     assert status == 0, err
-    assert "B is better" in out and "300 draws, seed 0" in out and "source aerial is in A only" in out
+    assert "B is better" in out and "300 resamples, seed 0" in out and "source aerial is in A only" in out
     assert "DetA" not in out and f"{good.hota:.1f}" in out
     status, out, _ = motip("compare", a, a, "--draws", 100)
     assert status == 0 and "within noise" in out and "B is" not in out
@@ -97,7 +98,7 @@ def test_compare_shows_differences_and_says_which_are_noise(motip, tmp_path: Pat
     assert found["seed"] == 3 and len(found["differences"]) == 5 * 19
 
 
-def test_compare_refuses_what_is_not_alike(motip, tmp_path: Path, good: Scores) -> None:  # type: ignore[no-untyped-def]
+def test_compare_rejects_incompatible_scores(motip, tmp_path: Path, good: Scores) -> None:  # type: ignore[no-untyped-def]
     a = _write(tmp_path / "a.json", {"dance": good.to_json()})
     for other, message in (
         ({"dance": _scores(2.0, 5).to_json()}, "different sequences"),
@@ -110,7 +111,7 @@ def test_compare_refuses_what_is_not_alike(motip, tmp_path: Path, good: Scores) 
     assert "no runs were recorded" in motip("compare", a, "0" * 32, "--storage", tmp_path)[2]
 
 
-def test_runs_are_compared_by_the_scores_of_their_best_epoch(  # type: ignore[no-untyped-def]
+def test_runs_are_compared_by_their_best_epoch(  # type: ignore[no-untyped-def]
     motip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: Scores, bad: Scores
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -135,22 +136,22 @@ def test_runs_are_compared_by_the_scores_of_their_best_epoch(  # type: ignore[no
         NullLineage().scores(run)
 
 
-def test_evaluate_explains_its_errors_and_sweeps(motip, tmp_path: Path, repo_root: Path) -> None:  # type: ignore[no-untyped-def]
-    write_dance_world(tmp_path / "raw")
+def test_evaluate_writes_errors_and_searches_thresholds(motip, tmp_path: Path, repo_root: Path) -> None:  # type: ignore[no-untyped-def]
+    write_dance_dataset(tmp_path / "raw")
     curriculum = write_curriculum(tmp_path / "curriculum.yaml", repo_root)
     checkpoint = write_checkpoint(tmp_path / "tiny.pth", tmp_path / "stage.yaml")
     common = [checkpoint, "--config", curriculum, "--storage", tmp_path / "storage", "--device", "cpu"]
     status, out, err = motip("evaluate", *common, "--data-root", tmp_path / "raw", "--errors")
     assert status == 0, err
-    assert "what became of the labelled boxes" in out and "unknown" in out
+    assert "outcomes of the labelled boxes" in out and "unknown" in out
     (file,) = (tmp_path / "storage/evaluations").rglob("errors_val.json")
     assert json.loads(file.read_text())["dance"]["totals"]["car"]["boxes"] == 2 * FRAMES
     scores = json.loads((file.parent / "scores_val.json").read_text())["sources"]["dance"]
     assert json.loads(file.read_text())["dance"]["totals"]["car"]["missed"] == scores["per_class"]["car"]["FN"]
     status, out, err = motip("compare", file.parent, file.parent, "--draws", 100)
     assert status == 0 and "only 2 sequences" in out, err
-    status, out, err = motip("evaluate", *common, "--sweep-thresholds", "--thresholds", "0.01,0.1", "--json",
-                             tmp_path / "sweep.json")  # fmt: skip
+    search = ["--sweep-thresholds", "--thresholds", "0.01,0.1", "--json", tmp_path / "sweep.json"]
+    status, out, err = motip("evaluate", *common, *search)
     assert status == 0, err
     assert "detections by confidence" in out and "best: DET_THRESH" in out
     found = json.loads((tmp_path / "sweep.json").read_text())
@@ -159,11 +160,14 @@ def test_evaluate_explains_its_errors_and_sweeps(motip, tmp_path: Path, repo_roo
     assert (file.parent / "thresholds_val.png").is_file()
 
 
-def test_options_that_do_not_go_together(motip, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    for options, message in (
-        (["--thresholds", "0.2"], "those of a sweep"),
-        (["--sweep-thresholds", "--errors"], "no errors of one setting"),
-        (["--sweep-thresholds", "--split", "test"], "not chosen on the test split"),
-    ):
-        status, _, err = motip("evaluate", tmp_path / "none.pth", *options)
-        assert status == 2 and message in err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--thresholds", "0.2"], "needs --sweep-thresholds"),
+        (["--sweep-thresholds", "--errors"], "exclude each other"),
+        (["--sweep-thresholds", "--split", "test"], "cannot be chosen on the test split"),
+    ],
+)
+def test_conflicting_options_are_errors(motip, tmp_path: Path, options: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+    status, _, err = motip("evaluate", tmp_path / "none.pth", *options)
+    assert status == 2 and message in err

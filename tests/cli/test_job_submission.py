@@ -1,4 +1,4 @@
-"""`motip job submit` against a stand-in for the head: what is measured, sent, refused, printed and followed."""
+"""`motip job submit` against a fake job server: package, authentication, secrets, log."""
 
 from __future__ import annotations
 
@@ -22,14 +22,22 @@ COMMAND = ("--", "python", "ray_jobs/curriculum.py", "--workers", "1:4")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small project with things that must stay behind."""
+    """A small project with files that must not be uploaded."""
     project = tmp_path / "project"
-    for name, size in {"ray_jobs/curriculum.py": 40, "motip/code.py": 3000, "outputs/big.bin": 90_000_000,
-                       ".git/pack": 80_000_000, "motip/built.db": 10, ".env": 12, "key.pem": 12}.items():  # fmt: skip
+    sizes = {
+        "ray_jobs/curriculum.py": 40,
+        "motip/code.py": 3000,
+        "outputs/big.bin": 90_000_000,
+        ".git/pack": 80_000_000,
+        "motip/built.db": 10,
+        ".env": 12,
+        "key.pem": 12,
+    }
+    for name, size in sizes.items():
         path = project / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:
-            stream.truncate(size)  # sparse: takes no room on the disk
+            stream.truncate(size)  # sparse file
     (project / ".rayignore").write_text((ROOT / ".rayignore").read_text())
     return project
 
@@ -37,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 def submit(
     folder: Path, server: JobServer | None, *arguments: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """As a user would type it, in a process of its own: Ray reads its token once."""
+    """Run the command in a separate process, since Ray reads its token once per process."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_", "MLFLOW_"))}
     kept |= {"HOME": str(folder.parent), "OMP_NUM_THREADS": "1", **environment}
     where = ("--address", server.address) if server else ()
@@ -55,14 +63,14 @@ def submit(
     return subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=120)
 
 
-def test_it_sends_code_with_the_token_and_follows_the_log(folder: Path) -> None:
+def test_submit_uploads_code_with_the_token_and_follows_the_log(folder: Path) -> None:
     token = secrets.token_hex(32)
     path = folder.parent / ".ray" / "auth_token"
     path.parent.mkdir()
     path.write_text(token)
     with job_server(token=token) as server:
-        ran = submit(folder, server, "--storage", "s3://bucket/motip", "--env", "AWS_REGION", "--env", "A=b c",
-                     *COMMAND, AWS_REGION="eu-west-1")  # fmt: skip
+        options = ("--storage", "s3://bucket/motip", "--env", "AWS_REGION", "--env", "A=b c")
+        ran = submit(folder, server, *options, *COMMAND, AWS_REGION="eu-west-1")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     (sent,) = server.uploaded
     names = zipfile.ZipFile(io.BytesIO(sent)).namelist()
@@ -78,13 +86,13 @@ def test_it_sends_code_with_the_token_and_follows_the_log(folder: Path) -> None:
     assert "INFO" not in ran.stderr
 
 
-def test_a_large_package_is_refused_before_anything_is_sent(folder: Path) -> None:
+def test_large_package_is_rejected_before_the_upload(folder: Path) -> None:
     with (folder / "motip" / "weights.bin").open("wb") as stream:
         stream.truncate(60_000_000)
     with job_server() as server:
         ran = submit(folder, server, *COMMAND)
         assert ran.returncode == 2 and server.paths == []
-        assert "too large to send; nothing was sent" in ran.stderr and "motip/weights.bin (60.0 MB)" in ran.stderr
+        assert "too large; nothing was uploaded" in ran.stderr and "motip/weights.bin (60.0 MB)" in ran.stderr
         assert "60.00 MB  motip/weights.bin" in ran.stdout
         assert "big.bin" not in ran.stdout + ran.stderr
         assert submit(folder, server, "--max-mb", "70", "--no-follow", *COMMAND).returncode == 0
@@ -93,13 +101,13 @@ def test_a_large_package_is_refused_before_anything_is_sent(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("status", ["FAILED", "STOPPED"])
-def test_a_job_that_failed_is_a_failure(folder: Path, status: str) -> None:
+def test_failed_job_is_exit_status_1(folder: Path, status: str) -> None:
     with job_server(status=status) as server:
         ran = submit(folder, server, *COMMAND)
     assert ran.returncode == 1 and f"job {JOB}: {status}" in ran.stdout
 
 
-def test_a_connection_that_breaks_prints_no_line_twice(folder: Path) -> None:
+def test_broken_connection_repeats_no_log_line(folder: Path) -> None:
     log = "".join(f"line {number}\n" for number in range(20))
     with job_server(log=log, cuts=[5, 0, 40]) as server:
         ran = submit(folder, server, *COMMAND)
@@ -108,14 +116,14 @@ def test_a_connection_that_breaks_prints_no_line_twice(folder: Path) -> None:
     assert sum("logs/tail" in path for path in server.paths) == 4
 
 
-def test_a_wrong_token_and_an_absent_head_are_one_message(folder: Path) -> None:
+def test_wrong_token_and_unreachable_head_are_one_message(folder: Path) -> None:
     wrong = secrets.token_hex(32)
     with job_server(token=secrets.token_hex(32)) as server:
         ran = submit(folder, server, *COMMAND, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=wrong)
     assert ran.returncode == 2 and "does not accept the token" in ran.stderr and "Traceback" not in ran.stderr
     assert wrong not in ran.stdout + ran.stderr and server.uploaded == []
     ran = submit(folder, None, "--address", "http://127.0.0.1:9", *COMMAND)
-    assert ran.returncode == 2 and "no Ray head answers" in ran.stderr and "ray dashboard" in ran.stderr
+    assert ran.returncode == 2 and "the Ray head is not reachable" in ran.stderr and "ray dashboard" in ran.stderr
 
 
 SECRET = "planted" + "0123456789abcdef"
@@ -133,46 +141,45 @@ SECRET = "planted" + "0123456789abcdef"
         ((*COMMAND, f"https://me:{SECRET}@host/data"), "1:4"),
     ],
 )
-def test_secrets_neither_travel_nor_are_printed(
+def test_secrets_are_rejected_and_not_printed(
     folder: Path, arguments: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     arguments = arguments if "--" in arguments else (*arguments, *COMMAND)
     options, command = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
-    with pytest.raises(MotipError, match="secret") as refused:
-        job_submission.entrypoint(command)
+    with pytest.raises(MotipError, match="secret") as rejected:
+        job_submission.build_entrypoint(command)
         job_submission.job_environment(options[1::2])
-    assert named in str(refused.value) and SECRET not in str(refused.value)
+    assert named in str(rejected.value) and SECRET not in str(rejected.value)
 
 
-def test_what_would_end_in_the_throw_away_copy_is_refused_here() -> None:
+def test_relative_paths_in_the_command_are_errors() -> None:
     for flag in ("--storage", "--data-root"):
         with pytest.raises(MotipError, match="absolute"):
-            job_submission.entrypoint(["python", "x.py", flag, "here"])
+            job_submission.build_entrypoint(["python", "x.py", flag, "here"])
     for place in ("/data", "~/motip", "s3://bucket/x"):
-        assert place in job_submission.entrypoint(["python", "x.py"], place)
+        assert place in job_submission.build_entrypoint(["python", "x.py"], place)
     with pytest.raises(MotipError, match="twice"):
-        job_submission.entrypoint(["python", "x.py", "--storage=/a"], "/b")
+        job_submission.build_entrypoint(["python", "x.py", "--storage=/a"], "/b")
     with pytest.raises(MotipError, match="not set here"):
         job_submission.job_environment(["MOTIP_NO_SUCH_VARIABLE"])
 
 
-def test_the_token_is_not_sent_in_clear_text_unnoticed() -> None:
-    assert job_submission.in_clear_text("http://10.0.0.1:8265")
-    assert not job_submission.in_clear_text("http://127.0.0.1:8265") and not job_submission.in_clear_text(
-        "https://head:8265"
-    )
+def test_unencrypted_addresses_are_detected() -> None:
+    assert job_submission.is_unencrypted("http://10.0.0.1:8265")
+    assert not job_submission.is_unencrypted("http://127.0.0.1:8265")
+    assert not job_submission.is_unencrypted("https://head:8265")
 
 
-def test_one_file_decides_what_is_uploaded() -> None:
-    """.rayignore alone leaves out all that .gitignore does, so a copy without .git sends the same."""
+def test_rayignore_contains_all_of_gitignore() -> None:
+    """.rayignore alone excludes all that .gitignore does, so that a copy without .git uploads the same files."""
     lines = set((ROOT / ".rayignore").read_text().split())
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line.strip()]
     assert [line for line in ignored if line not in lines and f"{line}/" not in lines] == []
 
 
-def test_ray_packs_what_was_measured_and_no_more(tmp_path: Path) -> None:
-    """Ray's own packing of this checkout: code and configurations only, decided by .rayignore and .gitignore."""
+def test_ray_packs_code_and_configurations_only(tmp_path: Path) -> None:
+    """Ray's own package of this checkout, filtered by .rayignore and .gitignore."""
     from ray._private.runtime_env.packaging import create_package
 
     packed = tmp_path / "package.zip"
@@ -183,9 +190,9 @@ def test_ray_packs_what_was_measured_and_no_more(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "docs/"))]
 
 
-def test_this_checkout_is_small_and_holds_what_jobs_need() -> None:
-    sent = job_submission.package(ROOT)
-    paths = {path for _, path in sent.files}
+def test_package_of_this_checkout_is_small_and_has_the_files_of_jobs() -> None:
+    package = job_submission.list_package(ROOT)
+    paths = {path for _, path in package.files}
     assert {"ray_jobs/curriculum.py", "motip/cli/job_submission.py", "configs/curriculum.yaml", ".rayignore"} <= paths
     assert not [path for path in paths if path.startswith(("tests/", "docs/", ".git/", ".venv/", "outputs/"))]
-    assert sent.size < 10 * job_submission.MB
+    assert package.size < 10 * job_submission.MB

@@ -1,4 +1,4 @@
-"""The `motip` command as a user types it; in this process, except where starting it is what is tested."""
+"""The verbs of the `motip` command; in this process, except for tests of its start and of signals."""
 
 from __future__ import annotations
 
@@ -14,27 +14,41 @@ import pytest
 
 from motip.data.formats.result_files import read_bdd100k, read_mot, read_visdrone, write_mot
 from motip.data.sequence import TrackRows
-from tests.helpers.small_dataset import FRAMES, write_checkpoint, write_curriculum, write_dance_world
+from tests.helpers.small_dataset import FRAMES, write_checkpoint, write_curriculum, write_dance_dataset
 from tests.helpers.videos import facts, write_video
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
+def inputs(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
     """A folder with raw data, a curriculum file, a stage file, a checkpoint and a video."""
     root = tmp_path_factory.mktemp("cli")
-    write_dance_world(root / "raw")
+    write_dance_dataset(root / "raw")
     write_curriculum(root / "curriculum.yaml", repo_root)
     write_checkpoint(root / "tiny.pth", root / "stage.yaml")
     write_video(root / "in.mp4")
     return root
 
 
-VERBS = ["track", "convert", "evaluate", "compare", "train preflight", "job submit", "weights inspect",
-         "weights transfer", "weights export", "shards inspect", "results export", "report errors",
-         "report dashboard", "lineage show", "lineage verify"]  # fmt: skip
+VERBS = [
+    "track",
+    "convert",
+    "evaluate",
+    "compare",
+    "train preflight",
+    "job submit",
+    "weights inspect",
+    "weights transfer",
+    "weights export",
+    "shards inspect",
+    "results export",
+    "report errors",
+    "report dashboard",
+    "lineage show",
+    "lineage verify",
+]
 
 
-def test_help_is_fast_and_loads_nothing_heavy() -> None:
+def test_help_is_fast_and_imports_no_heavy_package() -> None:
     heavy = ("torch", "cv2", "ray", "mlflow", "pyarrow", "av", "pydantic", "numpy")
     code = (
         "import sys; sys.argv = ['motip', '--help']\n"
@@ -44,7 +58,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
     )
     begin = time.perf_counter()
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - begin < 5  # under 1 s on an idle machine; what makes it slow is checked below
+    assert time.perf_counter() - begin < 5  # under 1 s on an idle machine; imports are checked below
     assert "loaded: []" in ended.stdout
     assert all(verb.split()[0] in ended.stdout for verb in VERBS)
 
@@ -56,10 +70,12 @@ def test_every_verb_has_help_with_an_example(motip, verb: str) -> None:  # type:
 
 
 @pytest.mark.parametrize("spelling", ["_", "-"])
-def test_track_takes_both_spellings_and_needs_no_config(motip, room: Path, tmp_path: Path, spelling: str) -> None:  # type: ignore[no-untyped-def]
+def test_track_accepts_hyphens_and_underscores_without_config(
+    motip, inputs: Path, tmp_path: Path, spelling: str
+) -> None:  # type: ignore[no-untyped-def]
     flags = {
-        "--checkpoint": room / "tiny.pth",
-        "--video_path": room / "in.mp4",
+        "--checkpoint": inputs / "tiny.pth",
+        "--video_path": inputs / "in.mp4",
         "--output_path": tmp_path / "out.mp4",
         "--score_thresh": 0.02,
         "--longterm_patience": 30,
@@ -81,23 +97,45 @@ def test_track_takes_both_spellings_and_needs_no_config(motip, room: Path, tmp_p
     assert set(rows.frames.tolist()) <= {1, 2, 3, 4} and len(rows) and rows.scores.min() > 0.02
 
 
-def test_track_reads_a_pattern_and_an_exported_model(motip, room: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    assert motip("weights", "export", room / "tiny.pth", tmp_path / "exported").status == 0
-    pattern = room / "raw/DanceTrack/val/v0/img1/%08d.png"
-    ran = motip("track", "--checkpoint", tmp_path / "exported", "--video_path", pattern,
-                "--output_path", tmp_path / "o.mp4", "--config-path", room / "stage.yaml")  # fmt: skip
+def test_track_reads_a_pattern_and_an_exported_model(motip, inputs: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert motip("weights", "export", inputs / "tiny.pth", tmp_path / "exported").status == 0
+    pattern = inputs / "raw/DanceTrack/val/v0/img1/%08d.png"
+    ran = motip(
+        "track",
+        "--checkpoint",
+        tmp_path / "exported",
+        "--video_path",
+        pattern,
+        "--output_path",
+        tmp_path / "o.mp4",
+        "--config-path",
+        inputs / "stage.yaml",
+    )
     assert ran.status == 0, ran.err
     assert (facts(tmp_path / "o.mp4").frames, facts(tmp_path / "o.mp4").fps) == (FRAMES, 10)
 
 
-def test_ctrl_c_leaves_a_file_that_plays(room: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_complete_files(inputs: Path, tmp_path: Path) -> None:
     long = write_video(tmp_path / "long.mp4", frames=2000)
-    command = [sys.executable, "-m", "motip.cli", "track", "--checkpoint", str(room / "tiny.pth"),
-               "--video_path", str(long), "--output_path", str(tmp_path / "out.mp4"), "--device", "cpu",
-               "--json", str(tmp_path / "out.jsonl")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "motip.cli",
+        "track",
+        "--checkpoint",
+        str(inputs / "tiny.pth"),
+        "--video_path",
+        str(long),
+        "--output_path",
+        str(tmp_path / "out.mp4"),
+        "--device",
+        "cpu",
+        "--json",
+        str(tmp_path / "out.jsonl"),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         begin = time.monotonic()
-        # The file under its temporary name means that frames are being written.
+        # The temporary file exists once frames are written.
         while not list(tmp_path.glob(".out.*.mp4")) and time.monotonic() - begin < 120:
             assert running.poll() is None, running.communicate()
             time.sleep(0.05)
@@ -121,60 +159,81 @@ def test_ctrl_c_leaves_a_file_that_plays(room: Path, tmp_path: Path) -> None:
         ({"--checkpoint": "in.mp4"}, ""),
         ({"--output_path": "/proc/none/out.mp4"}, "cannot be written"),
         ({"--output_path": "out.avi"}, "written as MP4"),
-        ({"--output_path": "in.mp4"}, "would replace the video"),
+        ({"--output_path": "in.mp4"}, "would replace the input video"),
         ({"--device": "cuda:99"}, "no such device"),
         ({"--score_thresh": "7"}, "DET_THRESH"),
-        ({"--start_frame": "0"}, "holds no frame"),
+        ({"--start_frame": "0"}, "frame range is empty"),
         ({"--config_path": "gone.yaml"}, "configuration file not found"),
     ],
 )
-def test_track_refuses_bad_input_with_one_message(motip, room: Path, tmp_path: Path, changed, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_track_input_is_one_message(motip, inputs: Path, tmp_path: Path, changed, message: str) -> None:  # type: ignore[no-untyped-def]
     flags = {
         "--checkpoint": "tiny.pth",
         "--video_path": "in.mp4",
         "--output_path": str(tmp_path / "out.mp4"),
         **changed,
     }
-    values = {flag: room / value if (room / value).exists() or value.startswith("gone") else value
-              for flag, value in flags.items()}  # fmt: skip
+    values = {
+        flag: inputs / value if (inputs / value).exists() or value.startswith("gone") else value
+        for flag, value in flags.items()
+    }
     ran = motip("track", *(part for pair in values.items() for part in pair))
     assert ran.status == 2
     assert ran.err.startswith("error: ") and message in ran.err and "Traceback" not in ran.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_of_other_classes_than_the_config_is_refused(motip, room: Path, repo_root: Path) -> None:  # type: ignore[no-untyped-def]
-    ran = motip("track", "--checkpoint", room / "tiny.pth", "--video_path", room / "in.mp4", "--output_path",
-                room / "x.mp4", "--config_path", repo_root / "configs/demo/motip_tiny.yaml")  # fmt: skip
+def test_checkpoint_with_other_classes_than_the_config_is_an_error(motip, inputs: Path, repo_root: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = motip(
+        "track",
+        "--checkpoint",
+        inputs / "tiny.pth",
+        "--video_path",
+        inputs / "in.mp4",
+        "--output_path",
+        inputs / "x.mp4",
+        "--config_path",
+        repo_root / "configs/demo/motip_tiny.yaml",
+    )
     assert ran.status == 2 and "classes of the checkpoint differ" in ran.err
 
 
-def test_weights_inspect(motip, room: Path) -> None:  # type: ignore[no-untyped-def]
-    ran = motip("weights", "inspect", room / "tiny.pth")
+def test_weights_inspect(motip, inputs: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = motip("weights", "inspect", inputs / "tiny.pth")
     assert ran.status == 0 and "pedestrian, car (file)" in ran.out and "parameters in" in ran.last_line
-    found = json.loads(motip("weights", "inspect", room / "tiny.pth", "--json").out)
+    found = json.loads(motip("weights", "inspect", inputs / "tiny.pth", "--json").out)
     assert found["classes"] == ["pedestrian", "car"] and found["kind"] == "ours" and found["training"]["step"] == 1
-    assert motip("weights", "inspect", room / "curriculum.yaml").status == 2
+    assert motip("weights", "inspect", inputs / "curriculum.yaml").status == 2
 
 
-def test_weights_transfer_reports_every_tensor_and_writes_what_it_says(motip, room: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    wanted = ("weights", "transfer", room / "tiny.pth", "--config", room / "stage.yaml", "--set", "NUM_CLASSES=3",
-              "--set", "CLASSES=[car, truck, pedestrian]")  # fmt: skip
-    ran = motip(*wanted, "--output", tmp_path / "three.pth")
+def test_weights_transfer_reports_every_tensor_and_writes_the_checkpoint(motip, inputs: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    overrides = ("--set", "NUM_CLASSES=3", "--set", "CLASSES=[car, truck, pedestrian]")
+    arguments = ("weights", "transfer", inputs / "tiny.pth", "--config", inputs / "stage.yaml", *overrides)
+    ran = motip(*arguments, "--output", tmp_path / "three.pth")
     assert ran.status == 0, ran.err
     assert "truck" in ran.out and "model tensors" in ran.out and "three.pth" in ran.last_line
-    report = json.loads(motip(*wanted, "--json").out)
+    report = json.loads(motip(*arguments, "--json").out)
     assert sum(report["counts"]["model"].values()) == len(report["model"])
-    verbose = motip(*wanted, "--verbose").out
+    verbose = motip(*arguments, "--verbose").out
     assert all(key in verbose for key in report["model"])
     again = json.loads(motip("weights", "inspect", tmp_path / "three.pth", "--json").out)
     assert again["classes"] == ["car", "truck", "pedestrian"]
     assert again["parent"]["sha256"] == report["sha256"]
 
 
-def test_shards_from_conversion_to_report(motip, room: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    ran = motip("convert", "--config", room / "curriculum.yaml", "--data-root", room / "raw", "--storage",
-                tmp_path / "s", "--to", "dancetrack", tmp_path / "dt")  # fmt: skip
+def test_shards_from_conversion_to_report(motip, inputs: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    ran = motip(
+        "convert",
+        "--config",
+        inputs / "curriculum.yaml",
+        "--data-root",
+        inputs / "raw",
+        "--storage",
+        tmp_path / "s",
+        "--to",
+        "dancetrack",
+        tmp_path / "dt",
+    )
     assert ran.status == 0, ran.err
     assert (tmp_path / "dt/val_seqmap.txt").read_text().split() == ["name", "v0", "v1"]
     assert f"2 videos, {2 * FRAMES} frames, {4 * FRAMES} objects" in ran.out
@@ -195,8 +254,13 @@ def rows(classes: list[int]) -> TrackRows:
 
     count = len(classes)
     boxes = np.tile(np.array([[10.5, 20, 40, 60]], np.float32), (count, 1))
-    return TrackRows(np.arange(count), np.zeros(count, np.int64), boxes, np.full(count, 0.75, np.float32),
-                     np.array(classes, np.int64))  # fmt: skip
+    return TrackRows(
+        np.arange(count),
+        np.zeros(count, np.int64),
+        boxes,
+        np.full(count, 0.75, np.float32),
+        np.array(classes, np.int64),
+    )
 
 
 def test_results_export_reads_back_in_each_format(motip, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -224,21 +288,21 @@ def test_results_export_reads_back_in_each_format(motip, tmp_path: Path) -> None
         (["--format", "motchallenge", "none", "out"], "there are no tracks"),
     ],
 )
-def test_results_export_refuses(motip, tmp_path: Path, arguments: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_results_export_is_an_error(motip, tmp_path: Path, arguments: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
     write_mot(tmp_path / "in/a.txt", rows([0, 1]))
     ran = motip("results", "export", *arguments[:-2], tmp_path / arguments[-2], tmp_path / arguments[-1])
     assert ran.status == 2 and message in ran.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
-def test_lineage_prints_the_chain_and_notices_a_changed_file(motip, room: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_lineage_prints_the_chain_and_detects_a_changed_file(motip, inputs: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     from motip.lineage import Lineage
     from motip.storage.atomic import sha256_file
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     checkpoint = tmp_path / "s" / "checkpoint_best.pth"
     checkpoint.parent.mkdir()
-    checkpoint.write_bytes((room / "tiny.pth").read_bytes())
+    checkpoint.write_bytes((inputs / "tiny.pth").read_bytes())
     lineage = Lineage(storage=tmp_path / "s")
     parent = lineage.start_curriculum("small", {"a": 1})
     run = lineage.start_stage(parent, "BDD-Foundation", {"LR": 1e-4}, "d" * 64, None)
@@ -253,7 +317,7 @@ def test_lineage_prints_the_chain_and_notices_a_changed_file(motip, room: Path, 
     assert "all as recorded" in motip("lineage", "verify", run, "--storage", tmp_path / "s").last_line
     checkpoint.write_bytes(b"other")
     ran = motip("lineage", "verify", run, "--storage", tmp_path / "s")
-    assert ran.status == 2 and "not what the runs recorded" in ran.err and "changed" in ran.out
+    assert ran.status == 2 and "differ from what the runs recorded" in ran.err and "changed" in ran.out
     ran = motip("lineage", run, "--storage", (tmp_path / "s").as_uri())
     assert ran.status == 0 and "BDD-Foundation" in ran.out
     ran = motip("lineage", run, "--storage", tmp_path / "elsewhere")
@@ -261,7 +325,7 @@ def test_lineage_prints_the_chain_and_notices_a_changed_file(motip, room: Path, 
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_the_lineage_of_a_remote_storage_is_read_where_it_is_kept(motip, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_lineage_of_a_remote_storage_is_read_from_its_local_database(motip, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     from motip.lineage import Lineage
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -1,4 +1,4 @@
-"""The jobs' own part: help, flags and bad input, as processes; what they do is tested where it is done."""
+"""The command lines of the jobs in ray_jobs/: help, flags and invalid input, in separate processes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def run(root: Path, job: str, *arguments: object) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_help_shows_how_to_submit_it_and_needs_no_engine(repo_root: Path, job: str) -> None:
-    # An engine that cannot be imported would show: the help must not even try.
+def test_help_shows_the_submission_and_imports_no_engine(repo_root: Path, job: str) -> None:
+    # Engines are blocked, so that importing one for the help would fail.
     blocked = "import sys; sys.modules.update(dict.fromkeys(('ray', 'torch', 'mlflow'))); "
     code = (
         f"{blocked}import runpy; sys.argv = ['x', '--help']; runpy.run_path('ray_jobs/{job}.py', run_name='__main__')"
@@ -31,7 +31,7 @@ def test_help_shows_how_to_submit_it_and_needs_no_engine(repo_root: Path, job: s
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_jobs_are_thin(repo_root: Path, job: str) -> None:
+def test_jobs_have_at_most_80_lines(repo_root: Path, job: str) -> None:
     assert len((repo_root / f"ray_jobs/{job}.py").read_text().splitlines()) <= 80
 
 
@@ -39,21 +39,21 @@ def test_jobs_are_thin(repo_root: Path, job: str) -> None:
     ("job", "arguments", "message"),
     [
         ("train", ["--config", "gone.yaml"], "configuration file not found"),
-        ("train", ["--config", "configs/bdd_stage2.yaml", "--data-root", "gone"], "data root is not there"),
-        ("train", ["--config", "configs/bdd_stage2.yaml", "--data-root", "configs"], "dataset BDD100K is not there"),
+        ("train", ["--config", "configs/bdd_stage2.yaml", "--data-root", "gone"], "data root does not exist"),
+        ("train", ["--config", "configs/bdd_stage2.yaml", "--data-root", "configs"], "dataset BDD100K was not found"),
         ("train", ["--config", "configs/bdd_stage2.yaml", "--set", "LERNRATE=1"], "unknown configuration key LERNRATE"),
         ("evaluate", ["--checkpoint", "gone.pth"], "weights file does not exist"),
         ("evaluate", ["--checkpoint", "README.md"], ""),
         ("evaluate", ["--checkpoint", "gone.pth", "--config", "gone.yaml"], "configuration file not found"),
         ("evaluate", ["--checkpoint", "gone.pth", "--workers", "-2"], "workers is negative"),
-        ("tune", ["--config", "configs/bdd_stage2.yaml"], "which values are searched stands in a sweep file"),
+        ("tune", ["--config", "configs/bdd_stage2.yaml"], "a sweep file with the search space is required"),
         ("tune", ["--config", "configs/bdd_stage2.yaml", "--sweep", "gone.yaml"], "configuration file not found"),
         ("tune", ["--config", "configs/demo/curriculum.yaml", "--trials", "1"], "the number is too small"),
-        ("tune", ["--config", "configs/demo/curriculum.yaml"], "which stage is tuned?"),
+        ("tune", ["--config", "configs/demo/curriculum.yaml"], "the stage to tune is required"),
         ("tune", ["--config", "configs/demo/curriculum.yaml", "--stage", "Base"], "there is no such stage"),
     ],
 )
-def test_bad_input_is_one_message(
+def test_invalid_input_is_one_message(
     repo_root: Path, tmp_path: Path, job: str, arguments: list[str], message: str
 ) -> None:
     ended = run(repo_root, job, *arguments, "--storage", tmp_path / "s")
@@ -62,16 +62,16 @@ def test_bad_input_is_one_message(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_weights_that_are_named_and_absent_stop_a_stage(repo_root: Path, tmp_path: Path) -> None:
-    from tests.helpers.small_dataset import write_dance_world
+def test_missing_weights_are_an_error(repo_root: Path, tmp_path: Path) -> None:
+    from tests.helpers.small_dataset import write_dance_dataset
 
-    write_dance_world(tmp_path / "datasets")
+    write_dance_dataset(tmp_path / "datasets")
     arguments = ["--config", "configs/samples/stage1.yaml", "--data-root", tmp_path, "--workers", 0]
     ended = run(repo_root, "train", *arguments, "--storage", tmp_path / "s", "--set", "DETR_PRETRAIN=gone.pth")
     assert ended.returncode == 2 and "gone.pth" in ended.stderr and "Traceback" not in ended.stderr
 
 
-def test_a_class_without_a_label_in_the_stages_own_videos_is_named(
+def test_class_without_labels_in_the_training_videos_is_an_error(
     repo_root: Path, samples_dir: Path, tmp_path: Path
 ) -> None:
     arguments = ["--config", "configs/samples/stage1.yaml", "--data-root", samples_dir, "--workers", 0]
@@ -81,11 +81,11 @@ def test_a_class_without_a_label_in_the_stages_own_videos_is_named(
     assert "car 143" in ended.stderr and "drop the class (CLASSES, NUM_CLASSES)" in ended.stderr
 
 
-def test_evaluate_without_shards_says_so(repo_root: Path, tmp_path: Path) -> None:
+def test_evaluate_without_shards_is_an_error(repo_root: Path, tmp_path: Path) -> None:
     from tests.helpers.small_dataset import write_checkpoint, write_curriculum
 
     curriculum = write_curriculum(tmp_path / "curriculum.yaml", repo_root)
     checkpoint = write_checkpoint(tmp_path / "tiny.pth", tmp_path / "stage.yaml")
-    ended = run(repo_root, "evaluate", "--checkpoint", checkpoint, "--config", curriculum, "--storage", tmp_path / "s",
-                "--workers", 0)  # fmt: skip
+    arguments = ["--checkpoint", checkpoint, "--config", curriculum, "--storage", tmp_path / "s", "--workers", 0]
+    ended = run(repo_root, "evaluate", *arguments)
     assert ended.returncode == 2 and "manifest.json" in ended.stderr

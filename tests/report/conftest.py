@@ -1,13 +1,13 @@
-"""The page's world is made once for all tests of the report."""
+"""Session fixture of the report tests: a curriculum with a report page."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.helpers.report_curriculum import World, make_world
+from tests.helpers.report_curriculum import ReportedCurriculum, make_reported_curriculum
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Read only: tests that change something copy the folder first."""
-    return make_world(tmp_path_factory.mktemp("page"))
+def reported(tmp_path_factory: pytest.TempPathFactory) -> ReportedCurriculum:
+    """Read-only: tests that change files copy the folder first."""
+    return make_reported_curriculum(tmp_path_factory.mktemp("page"))

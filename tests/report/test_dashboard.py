@@ -1,4 +1,4 @@
-"""The dashboard: every panel, gaps where epochs failed, renewed after each epoch, and never a reason to stop."""
+"""The dashboard: every panel, gaps at failed epochs, updates after each epoch, and errors that do not stop training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from motip.cli.main import main
 from motip.curriculum.stage_dashboard import StageDashboard
 from motip.errors import MotipError
-from motip.lineage import NullLineage
 from motip.report.dashboard import COLOURS, LOWEST, dashboard, draw_dashboard
 from motip.report.stage_history import STEPS_KEPT, History
+from tests.helpers.null_lineage import NullLineage
 
 PANELS = {
     "Losses": {"total", "detection", "ID"},
@@ -92,7 +92,7 @@ def finished_epoch(folder: Path, epoch: int) -> None:
     (folder / f"epoch_{epoch:03d}" / "metrics.json").write_text(json.dumps(stored))
 
 
-def test_all_panels_are_there_with_their_lines_and_units() -> None:
+def test_all_panels_have_their_lines_and_units() -> None:
     figure = dashboard(history(0, 1, 2))
     assert [axes.get_title(loc="left") for axes in figure.axes] == list(PANELS)
     for title, labels in PANELS.items():
@@ -107,13 +107,13 @@ def test_all_panels_are_there_with_their_lines_and_units() -> None:
     assert width >= 1400 and height >= 1000 and smallest / 72 * figure.dpi * 880 / width >= 10  # px in a README
 
 
-def test_points_stand_at_their_epochs_counted_from_one() -> None:
+def test_points_are_at_their_epochs_counted_from_one() -> None:
     points = line(dashboard(history(0, 1, 2)), "Losses", "total")
     assert points.tolist() == [[1, 4.0], [2, 2.0], [3, pytest.approx(4 / 3)]]
     assert line(dashboard(history(0, 1)), "Waiting for data", "waiting share")[:, 1].tolist() == [5.0, 5.0]
 
 
-def test_a_missing_epoch_is_a_gap_in_every_line_and_a_band() -> None:
+def test_missing_epoch_is_a_gap_in_every_line_and_a_band() -> None:
     figure = dashboard(history(0, 1, 3, 4))
     for title, label in (("Losses", "total"), ("HOTA, IDF1, MOTA", "HOTA"), ("HOTA by class", "car")):
         points = line(figure, title, label)
@@ -129,7 +129,7 @@ def test_a_missing_epoch_is_a_gap_in_every_line_and_a_band() -> None:
     assert any("(3)" in text.get_text() for text in figure.texts)
 
 
-def test_an_epoch_without_a_finite_loss_failed_and_one_that_was_not_scored_did_not() -> None:
+def test_epoch_without_finite_loss_is_failed_but_unscored_epoch_is_not() -> None:
     made = history(0, 1, 2, 3, unscored=(1,))
     made.epochs[2]["train/loss"] = math.nan
     assert made.failed() == [2]
@@ -139,13 +139,13 @@ def test_an_epoch_without_a_finite_loss_failed_and_one_that_was_not_scored_did_n
     assert np.isfinite(line(figure, "Losses", "ID")[:, 1]).tolist() == [True, True, False, True]
 
 
-def test_skipped_clips_are_those_of_each_epoch() -> None:
+def test_skipped_clips_are_counted_per_epoch() -> None:
     axes = panel(dashboard(history(0, 1, 2)), "Clips skipped")
     assert [(round(bar.get_center()[0], 6), bar.get_height()) for bar in axes.containers[0]] == [(1, 0), (2, 3), (3, 3)]
     assert any("6 in all" in text.get_text() for text in axes.texts)
 
 
-def test_a_mota_far_below_zero_is_an_arrow_with_its_value() -> None:
+def test_mota_below_the_axis_is_an_arrow_with_its_value() -> None:
     made = history(0, 1)
     made.epochs[0]["MOTA"] = -312.0
     axes = panel(dashboard(made), "HOTA, IDF1, MOTA")
@@ -153,7 +153,7 @@ def test_a_mota_far_below_zero_is_an_arrow_with_its_value() -> None:
     assert [text.get_text() for text in axes.texts] == ["-312"]
 
 
-def test_a_history_without_scores_or_steps_is_drawn_and_says_so() -> None:
+def test_history_without_scores_or_steps_is_drawn_with_empty_panels() -> None:
     made = History("only", 3)
     made.add_epoch(0, metrics(0, scored=False))
     figure = dashboard(made)
@@ -169,41 +169,41 @@ def test_a_history_without_scores_or_steps_is_drawn_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("lost", ["red", "green", "blue"])
-def test_neighbouring_colours_differ_for_all_kinds_of_colour_vision(lost: str) -> None:
-    """Viénot, Brettel and Mollon (1999) for red and green, and its like for blue, in linear RGB."""
+def test_first_colours_differ_under_colour_blindness(lost: str) -> None:
+    """Viénot, Brettel and Mollon (1999) for red and green, and the analogous matrix for blue, in linear RGB."""
     weights = {
         "red": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
         "green": [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
         "blue": [[1, 0.1461, -0.1461], [0, 0.8591, 0.1409], [0, 0.8591, 0.1409]],
     }[lost]
-    seen = [np.array(weights) @ np.array(to_rgb(colour)) ** 2.2 for colour in COLOURS[:3]]
-    apart = [np.abs(a - b).max() for index, a in enumerate(seen) for b in seen[index + 1 :]]
-    assert min(apart) > 0.08
+    perceived = [np.array(weights) @ np.array(to_rgb(colour)) ** 2.2 for colour in COLOURS[:3]]
+    distances = [np.abs(a - b).max() for index, a in enumerate(perceived) for b in perceived[index + 1 :]]
+    assert min(distances) > 0.08
 
 
-def test_the_picture_is_renewed_after_every_epoch_and_when_the_stage_ends(tmp_path: Path) -> None:
+def test_dashboard_is_written_after_every_epoch_and_at_the_end_of_the_stage(tmp_path: Path) -> None:
     folder = stage(tmp_path / "stage")
-    told: list[Path] = []
+    logged: list[Path] = []
 
-    class Listening(NullLineage):
+    class RecordingLineage(NullLineage):
         def log_artifact(self, run_id: str, path: Path | str, folder: str = "") -> None:
-            told.append(Path(path))
+            logged.append(Path(path))
             assert run_id == "r" and width_of(path) == 1500
 
     notes: list[str] = []
-    keeper = StageDashboard(Listening(), "r", folder, notes.append)  # type: ignore[arg-type]
+    recorder = StageDashboard(RecordingLineage(), "r", folder, notes.append)  # type: ignore[arg-type]
     pictures = []
     for epoch in range(2):
         for index in range(4):
-            keeper.step(step(epoch, index))
-        keeper.epoch({"epoch": epoch, "step": 4, "metrics": metrics(epoch)})
+            recorder.step(step(epoch, index))
+        recorder.epoch({"epoch": epoch, "step": 4, "metrics": metrics(epoch)})
         pictures.append((folder / "dashboard.png").read_bytes())
-    keeper.finish()
+    recorder.finish()
     pictures.append((folder / "dashboard.png").read_bytes())
     assert len(set(pictures)) == 3 and notes == []
-    assert [path.name for path in told] == ["dashboard.png"] * 3
+    assert [path.name for path in logged] == ["dashboard.png"] * 3
 
-    # After a restart the same curves go on; what the cut-off attempt did beyond its checkpoint is replaced.
+    # After a restart the curves continue; steps of the interrupted attempt beyond its checkpoint are replaced.
     again = StageDashboard(NullLineage(), "r", folder, notes.append)  # type: ignore[arg-type]
     again.step(step(1, 1, loss=7.0))
     again.epoch({"epoch": 1, "step": 8, "metrics": metrics(1)})
@@ -219,17 +219,17 @@ def test_the_picture_is_renewed_after_every_epoch_and_when_the_stage_ends(tmp_pa
     assert kept.steps[-1][2]["loss"] == 7.0 and sorted(kept.epochs) == [0, 1]
 
 
-def test_a_folder_that_cannot_be_written_is_said_once_and_ends_nothing(tmp_path: Path) -> None:
+def test_unwritable_folder_is_one_note_and_does_not_stop_training(tmp_path: Path) -> None:
     folder = stage(tmp_path / "stage")
     (folder / "history.json").mkdir()
     notes: list[str] = []
-    keeper = StageDashboard(NullLineage(), "r", folder, notes.append)  # type: ignore[arg-type]
-    keeper.epoch({"epoch": 0, "step": 4, "metrics": metrics(0)})
-    keeper.epoch({"epoch": 1, "step": 8, "metrics": metrics(1)})
+    recorder = StageDashboard(NullLineage(), "r", folder, notes.append)  # type: ignore[arg-type]
+    recorder.epoch({"epoch": 0, "step": 4, "metrics": metrics(0)})
+    recorder.epoch({"epoch": 1, "step": 8, "metrics": metrics(1)})
     assert len(notes) == 1 and "dashboard is not up to date" in notes[0]
 
 
-def test_a_stage_is_read_from_its_folder_alone(tmp_path: Path) -> None:
+def test_stage_is_read_from_its_folder(tmp_path: Path) -> None:
     folder = stage(tmp_path / "stage")
     for epoch in (0, 1, 3):
         finished_epoch(folder, epoch)
@@ -239,8 +239,8 @@ def test_a_stage_is_read_from_its_folder_alone(tmp_path: Path) -> None:
     assert width_of(tmp_path / "out.png") == 1500
 
 
-def test_no_stage_and_no_epoch_are_one_message_each(tmp_path: Path) -> None:
-    with pytest.raises(MotipError, match="not that of a stage"):
+def test_folder_without_a_stage_or_an_epoch_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MotipError, match="not a stage's folder"):
         draw_dashboard(tmp_path, tmp_path / "out.png")
     with pytest.raises(MotipError, match="no finished epoch"):
         draw_dashboard(stage(tmp_path / "stage"), tmp_path / "out.png")
@@ -255,7 +255,7 @@ def test_many_steps_are_thinned_evenly() -> None:
     assert {epoch for epoch, _, _ in made.steps} == set(range(6)) and set(made.steps[0][2]) == {"loss"}
 
 
-def test_the_command_draws_by_the_folder_above(
+def test_command_accepts_the_parent_folder_of_a_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = stage(tmp_path / "Vis-Adaptation" / "abcdef")

@@ -1,8 +1,11 @@
+"""Drawing of tracks: colours, labels, boxes, trails."""
+
 from __future__ import annotations
 
 import colorsys
 
 import numpy as np
+import pytest
 
 from motip.report.drawing import DrawnTracks, Painter, text_colour, track_colour
 
@@ -13,18 +16,17 @@ def tracks(boxes: list[list[float]], ids: list[int]) -> DrawnTracks:
     return DrawnTracks(np.array(ids), boxes_xyxy, np.zeros(count, np.int64), np.full(count, 0.87, np.float32))
 
 
-def test_colours_are_the_ids_own_and_neighbours_differ() -> None:
+def test_colours_are_deterministic_and_differ_between_neighbouring_ids() -> None:
     assert track_colour(7) == track_colour(7)
     for track_id in range(200):
         own = np.array(track_colour(track_id), float)
         for other in range(track_id + 1, track_id + 6):
             assert np.abs(own - track_colour(other)).max() > 60, (track_id, other)
-        assert (
-            colorsys.rgb_to_hsv(*(own / 255))[2] >= 0.75
-        )  # bright enough for a dark ground; the rim is for a light one
+        # Bright enough for a dark background; the outline is for a light one.
+        assert colorsys.rgb_to_hsv(*(own / 255))[2] >= 0.75
 
 
-def test_text_stands_out_from_its_chip() -> None:
+def test_label_text_has_aa_contrast() -> None:
     def luminance(colour: tuple[int, int, int]) -> float:
         parts = [c / 255 for c in colour]
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
@@ -36,17 +38,17 @@ def test_text_stands_out_from_its_chip() -> None:
         assert (light + 0.05) / (dark + 0.05) >= 4.5, chip  # WCAG AA
 
 
-def test_a_box_is_drawn_where_it_is_on_dark_and_on_light_ground() -> None:
-    for ground in (0, 255):
-        image = np.full((200, 300, 3), ground, np.uint8)
-        drawn = Painter(["car"]).draw(image, tracks([[60, 80, 160, 150]], [3]))
-        assert (image == ground).all()  # the frame itself is untouched
-        assert (drawn[115, 60] == track_colour(3)).all() and (drawn[150, 110] == track_colour(3)).all()
-        assert (drawn[115, 110] == ground).all()
-        assert (drawn[190, 290] == ground).all()
+@pytest.mark.parametrize("ground", [0, 255])
+def test_box_is_drawn_at_its_pixels_on_dark_and_light_backgrounds(ground: int) -> None:
+    image = np.full((200, 300, 3), ground, np.uint8)
+    drawn = Painter(["car"]).draw(image, tracks([[60, 80, 160, 150]], [3]))
+    assert (image == ground).all(), "the input frame is not modified"
+    assert (drawn[115, 60] == track_colour(3)).all() and (drawn[150, 110] == track_colour(3)).all()
+    assert (drawn[115, 110] == ground).all()
+    assert (drawn[190, 290] == ground).all()
 
 
-def test_a_wide_box_says_more_than_a_narrow_one() -> None:
+def test_label_of_a_wide_box_is_longer() -> None:
     def chip_width(width: int) -> int:
         drawn = Painter(["pedestrian"], trail=0).draw(
             np.zeros((300, 600, 3), np.uint8), tracks([[50, 100, 50 + width, 200]], [11])
@@ -58,7 +60,7 @@ def test_a_wide_box_says_more_than_a_narrow_one() -> None:
     assert widths[0] < widths[1] < widths[2]
 
 
-def test_trails_follow_a_track_and_end() -> None:
+def test_trail_covers_the_last_frames_only() -> None:
     painter = Painter(["car"], trail=3)
     empty = np.zeros((100, 400, 3), np.uint8)
     for step in range(6):
@@ -73,7 +75,7 @@ def test_trails_follow_a_track_and_end() -> None:
     assert not drawn.any()
 
 
-def test_boxes_beyond_the_border_and_the_bar_do_no_harm() -> None:
+def test_boxes_outside_the_image_are_drawn_without_error() -> None:
     image = np.full((64, 64, 3), 90, np.uint8)
     boxes = [[-500.0, -500, 5000, 5000], [60, 60, 70, 70], [1e9, 1e9, 2e9, 2e9], [10, 0, 30, 20]]
     drawn = Painter(["a class with a long name"]).draw(image, tracks(boxes, [0, 1, 2, 3]), bar="frame 1   4 tracks")

@@ -1,4 +1,4 @@
-"""The report page: right numbers, nothing smuggled in, and a page all the same where parts are missing."""
+"""The report page: correct numbers, escaped text, and a page that lists missing parts."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from motip.report.page_media import INLINE_BYTES
 from motip.report.page_parts import signed
 from motip.report.side_by_side import STRIP, Tile, columns_of, write_side_by_side
 from motip.report.stage_list import StageList, read_stage_list, write_stage_list
-from motip.report.stage_tracks import Means
+from motip.report.stage_tracks import TrackingOptions
 from motip.storage.paths import location
-from tests.helpers.report_curriculum import World, save_png
+from tests.helpers.report_curriculum import ReportedCurriculum, save_png
 from tests.helpers.track_rows import rows
 
-NASTY = "<script>alert('x')</script>\"&\x00\u202e"
+HOSTILE = "<script>alert('x')</script>\"&\x00\u202e"
 
 
 class Reader(HTMLParser):
-    """The text of every table cell, by section and row; images, links and videos; tags that are never closed."""
+    """Parsed page: text of every table cell by section and row, all tags with attributes, unclosed tags."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Reader(HTMLParser):
             self.rows[self._section][-1][-1] += data
 
     def row(self, section: str, start: str) -> list[str]:
-        """The first row with a cell that begins so."""
+        """The first row with a cell that starts with ``start``."""
         return next(row for row in self.rows[section] if any(cell.startswith(start) for cell in row))
 
     def named(self, name: str) -> Iterator[dict[str, str | None]]:
@@ -86,34 +86,34 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture
-def copied(world: World, tmp_path: Path) -> Path:
-    """The curriculum's folder in a storage of its own, which a test may damage."""
-    storage = world.folder.parent.parent
+def copied(reported: ReportedCurriculum, tmp_path: Path) -> Path:
+    """A copy of the curriculum's folder in a separate storage, which a test may damage."""
+    storage = reported.folder.parent.parent
     for name in ("curricula", "evaluations", "shards"):
         shutil.copytree(storage / name, tmp_path / name)
-    return tmp_path / "curricula" / world.folder.name
+    return tmp_path / "curricula" / reported.folder.name
 
 
 def stage_of(folder: Path, name: str) -> Path:
     return next(path.parent for path in (folder / name).glob("*/stage.json"))
 
 
-# ---- what stands on it --------------------------------------------------------------------------------------------
+# ---- content -------------------------------------------------------------------------------------------------------
 
 
-def test_every_tag_is_closed_and_nothing_comes_from_elsewhere(world: World) -> None:
-    reader = Reader(world.html)
+def test_every_tag_is_closed_and_nothing_external_is_loaded(reported: ReportedCurriculum) -> None:
+    reader = Reader(reported.html)
     assert reader.open == []
     addresses = [value for _, each in reader.tags for key, value in each.items() if key in ("src", "href", "poster")]
     files = {each for each in addresses if each and not each.startswith(("#", "data:"))}
-    assert files == {f"report_files/{name}" for name in world.page.videos}
+    assert files == {f"report_files/{name}" for name in reported.page.videos}
     assert not list(reader.named("script"))
 
 
-def test_scores_of_each_class_stand_in_the_table(world: World) -> None:
-    reader = Reader(world.html)
+def test_table_has_the_scores_of_each_class(reported: ReportedCurriculum) -> None:
+    reader = Reader(reported.html)
     for stage, source in (("BDD-Refinement", "ground"), ("Vis-Specialist", "aerial")):
-        scores = world.scores[stage][source]
+        scores = reported.scores[stage][source]
         first = reader.row("stages", stage)
         number = reader.rows["stages"].index(first)
         for line, name in enumerate([*scores.per_class, "mean"]):
@@ -122,104 +122,104 @@ def test_scores_of_each_class_stand_in_the_table(world: World) -> None:
             assert cells[0] == name
             for cell, metric in zip(cells[1:], ("HOTA", "IDF1", "DetRe", "DetPr"), strict=True):
                 assert cell.startswith(f"{values[metric]:.1f}"), (stage, name, metric)
-    record = json.loads((world.stage_folder("Vis-Specialist") / "stage.json").read_text())
+    record = json.loads((reported.stage_folder("Vis-Specialist") / "stage.json").read_text())
     assert first[1].startswith(f"{record['videos']}{record['frames']} frames")
 
 
-def test_the_change_is_that_of_motip_compare_with_its_interval(world: World) -> None:
-    before, after = (world.scores[stage]["ground"] for stage in ("BDD-Foundation", "BDD-Refinement"))
-    # A class that one of the drawn sequences lacks has an interval that begins at 0.
+def test_change_and_interval_are_those_of_motip_compare(reported: ReportedCurriculum) -> None:
+    before, after = (reported.scores[stage]["ground"] for stage in ("BDD-Foundation", "BDD-Refinement"))
+    # A class that is absent from a resample has an interval that begins at 0.
     found = [compare(before, after).of(name, "HOTA") for name in after.per_class]
     each = next(one for one in found if one.low is not None and one.low > 0)
     assert each.low is not None and each.high is not None and each.difference is not None
-    reader = Reader(world.html)
+    reader = Reader(reported.html)
     number = reader.rows["stages"].index(reader.row("stages", "BDD-Refinement"))
     shown = next(row for row in reader.rows["stages"][number : number + 3] if row[-5] == each.row)
     expected = f"▲ {signed(each.difference)} {signed(each.low)} to {signed(each.high)}"
     assert shown[-4] == f"{after.per_class[each.row]['HOTA']:.1f}{expected}"
 
 
-def test_a_change_of_fewer_sequences_than_the_score_says_so(world: World) -> None:
-    before, after = (world.scores[stage]["ground"] for stage in ("BDD-Foundation", "BDD-Refinement"))
+def test_change_on_fewer_sequences_than_the_score_has_a_note(reported: ReportedCurriculum) -> None:
+    before, after = (reported.scores[stage]["ground"] for stage in ("BDD-Foundation", "BDD-Refinement"))
     change = Change("BDD-Foundation", compare(before, after))
-    assert page_parts._why(change, 3).split(";")[0] == "against BDD-Foundation"
-    told = page_parts._why(change, 15).split(";")[0]
-    assert told == "against BDD-Foundation on the 3 of them that both were scored on"
+    assert page_parts._reference(change, 3).split(";")[0] == "against BDD-Foundation"
+    text = page_parts._reference(change, 15).split(";")[0]
+    assert text == "against BDD-Foundation on the 3 of them that both were scored on"
 
 
-def test_other_data_are_not_compared(world: World) -> None:
-    row = Reader(world.html).row("stages", "Vis-Adaptation")
+def test_scores_on_other_data_are_not_compared(reported: ReportedCurriculum) -> None:
+    row = Reader(reported.html).row("stages", "Vis-Adaptation")
     assert "other data: BDD-Refinement has no scores on aerial" in row[4]
     assert "▲" not in "".join(row) and "▼" not in "".join(row)
 
 
-def test_the_heat_map_marks_what_was_forgotten(world: World) -> None:
-    best = world.scores["BDD-Refinement"]["ground"].hota
-    now = world.scores["Vis-Specialist"]["ground"].hota
-    reader = Reader(world.html)
+def test_heat_map_marks_forgotten_cells(reported: ReportedCurriculum) -> None:
+    best = reported.scores["BDD-Refinement"]["ground"].hota
+    now = reported.scores["Vis-Specialist"]["ground"].hota
+    reader = Reader(reported.html)
     row = next(row for row in reader.rows["domains"] if row[0] == "Vis-Specialist")
     assert row[1] == f"{now:.1f}▼ \N{MINUS SIGN}{best - now:.1f} forgotten"
-    assert row[4] == f"{world.scores['Vis-Specialist']['aerial'].hota:.1f}"
+    assert row[4] == f"{reported.scores['Vis-Specialist']['aerial'].hota:.1f}"
     first = next(row for row in reader.rows["domains"] if row[0] == "BDD-Foundation")
     assert first[4] == "\N{EN DASH}not scored"
     assert f"ground: HOTA {best:.1f} after BDD-Refinement, {now:.1f} now" in reader.text
     marked = [each for each in reader.named("td") if each.get("class") == "lost"]
-    assert len(marked) == 6  # two stages, the mean and two classes of the road
+    assert len(marked) == 6  # two stages; mean and two classes of the ground domain
 
 
-def test_the_chain_has_every_digest_in_order(world: World) -> None:
-    reader = Reader(world.html)
-    records = [json.loads((world.stage_folder(stage) / "stage.json").read_text()) for stage in world.scores]
+def test_weights_chain_has_every_digest_in_order(reported: ReportedCurriculum) -> None:
+    reader = Reader(reported.html)
+    records = [json.loads((reported.stage_folder(stage) / "stage.json").read_text()) for stage in reported.scores]
     digests = [row[1][:64] for row in reader.rows["weights"][1:]]
     assert digests == [records[0]["parent_sha256"], *(record["sha256"] for record in records)]
     assert "from BDD-Foundation" in reader.row("weights", "BDD-Refinement")[2]
     assert all("still the one recorded" in row[1] for row in reader.rows["weights"][2:])
 
 
-def test_pictures_are_inside_and_large_ones_are_made_smaller(world: World) -> None:
-    sheet = next(world.folder.rglob("contact_sheet.png"))
+def test_images_are_embedded_and_large_ones_are_reduced(reported: ReportedCurriculum) -> None:
+    sheet = next(reported.folder.rglob("contact_sheet.png"))
     assert sheet.stat().st_size > INLINE_BYTES
-    pictures = list(Reader(world.html).named("img"))
+    pictures = list(Reader(reported.html).named("img"))
     assert [each["alt"] for each in pictures if "dashboard" in str(each["alt"])] == [
-        f"{stage}: dashboard with the curves of its training" for stage in world.scores
+        f"{stage}: dashboard with the curves of its training" for stage in reported.scores
     ]
     shown = next(each for each in pictures if "failure sheet" in str(each["alt"]))
     assert str(shown["src"]).startswith("data:image/jpeg") and shown["width"] == "1800"
     assert all(str(each["src"]).startswith("data:image/") for each in pictures)
 
 
-def test_videos_show_every_stage(world: World) -> None:
-    reader = Reader(world.html)
+def test_videos_show_every_stage(reported: ReportedCurriculum) -> None:
+    reader = Reader(reported.html)
     assert "zero-shot for BDD-Foundation, BDD-Refinement" in reader.text
-    for name in world.page.videos:
-        source = open_source(str(world.folder / "report_files" / name))
+    for name in reported.page.videos:
+        source = open_source(str(reported.folder / "report_files" / name))
         frames = [image for _, image in source]
         assert len(frames) == 8 and frames[0].shape[1] == 2 * 640
         assert frames[0].shape[0] % 2 == 0
 
 
-def test_the_page_is_in_mlflow_with_its_videos(world: World) -> None:
-    client = world.lineage._store.client()
-    names = {each.path for folder in ("report", "report/report_files")
-             for each in client.list_artifacts(world.run_id, folder)}  # fmt: skip
-    assert {"report/report.html", *(f"report/report_files/{name}" for name in world.page.videos)} <= names
-    kept = Path(client.download_artifacts(world.run_id, "report/report.html")).read_text()
-    assert kept == world.html
+def test_page_and_videos_are_mlflow_artifacts(reported: ReportedCurriculum) -> None:
+    client = reported.lineage._store.client()
+    folders = ("report", "report/report_files")
+    names = {each.path for folder in folders for each in client.list_artifacts(reported.run_id, folder)}
+    assert {"report/report.html", *(f"report/report_files/{name}" for name in reported.page.videos)} <= names
+    kept = Path(client.download_artifacts(reported.run_id, "report/report.html")).read_text()
+    assert kept == reported.html
 
 
 # ---- hostile and missing parts ------------------------------------------------------------------------------------
 
 
-def test_hostile_names_stay_text(copied: Path) -> None:
+def test_hostile_names_are_escaped(copied: Path) -> None:
     stored = json.loads((copied / "stages.json").read_text())
-    stored["name"] = stored["stages"][0]["stage"] = NASTY
+    stored["name"] = stored["stages"][0]["stage"] = HOSTILE
     (copied / "stages.json").write_text(json.dumps(stored))
     folder = stage_of(copied, "BDD-Foundation")
     record = json.loads((folder / "stage.json").read_text())
-    record["transfer"]["summary"] = record["run_id"] = record["data_digest"] = NASTY
+    record["transfer"]["summary"] = record["run_id"] = record["data_digest"] = HOSTILE
     (folder / "stage.json").write_text(json.dumps(record))
     save_png(folder / "failures" / "'onerror='alert(1).png", np.zeros((4, 4, 3), np.uint8))
-    made = write_page(copied, means=Means(track=False))
+    made = write_page(copied, tracking=TrackingOptions(track=False))
     html = Path(str(made.path)).read_text(encoding="utf-8")
     reader = Reader(html)
     assert reader.open == [] and not list(reader.named("script"))
@@ -241,12 +241,12 @@ def test_hostile_names_stay_text(copied: Path) -> None:
         ("\ud800", "\N{REPLACEMENT CHARACTER}"),
     ],
 )
-def test_markup_escapes_all_but_markup(part: object, expected: str) -> None:
+def test_markup_escapes_all_other_text(part: object, expected: str) -> None:
     assert markup(part) == expected  # type: ignore[arg-type]
     assert tag("p", part, title='"', hidden=True, id=None) == f'<p title="&quot;" hidden>{expected}</p>'  # type: ignore[arg-type]
 
 
-def test_a_page_without_most_parts_says_what_is_missing(copied: Path) -> None:
+def test_page_lists_missing_parts(copied: Path) -> None:
     (copied / "domains.json").unlink()
     shutil.rmtree(copied.parent.parent / "shards")
     two, three, four = (stage_of(copied, name) for name in ("BDD-Refinement", "Vis-Adaptation", "Vis-Specialist"))
@@ -259,48 +259,48 @@ def test_a_page_without_most_parts_says_what_is_missing(copied: Path) -> None:
     html = Path(str(made.path)).read_text()
     reader = Reader(html)
     assert reader.open == [] and made.videos == ()
-    told = "\n".join(made.missing)
-    assert "the domains: no stage was scored by domain" in told
-    assert "BDD-Refinement: scores: the scores of the stage's best epoch are gone" in told
-    assert "Vis-Adaptation: scores by domain: not a JSON file" in told
-    assert "Vis-Specialist: the stage is not finished" in told
-    assert "the videos: " in told
+    missing = "\n".join(made.missing)
+    assert "the domains: no stage was scored by domain" in missing
+    assert "BDD-Refinement: scores: the scores of the stage's best epoch are missing" in missing
+    assert "Vis-Adaptation: scores by domain: not a JSON file" in missing
+    assert "Vis-Specialist: the stage is not finished" in missing
+    assert "the videos: " in missing
     assert all(line in reader.text for line in made.missing)
     assert reader.text.count("no dashboard.png in its folder") == 4
     assert "3 of 4 stages finished" in reader.text
 
 
-def test_changed_and_missing_weights_are_said(copied: Path) -> None:
+def test_changed_and_missing_weights_are_marked(copied: Path) -> None:
     one, two = (stage_of(copied, name) for name in ("BDD-Foundation", "BDD-Refinement"))
     for folder, name in ((one, "damaged.pth"), (two, "gone.pth")):
         record = json.loads((folder / "stage.json").read_text())
         record["checkpoint"] = str(folder / name)
         (folder / "stage.json").write_text(json.dumps(record))
     (one / "damaged.pth").write_bytes(b"other")
-    made = write_page(copied, means=Means(track=False))
+    made = write_page(copied, tracking=TrackingOptions(track=False))
     reader = Reader(Path(str(made.path)).read_text())
     assert "the file is NOT the one recorded" in reader.row("weights", "BDD-Foundation")[1]
-    assert "not there any more" in reader.row("weights", "BDD-Refinement")[1]
+    assert "the file is missing" in reader.row("weights", "BDD-Refinement")[1]
 
 
-def test_without_tracking_only_stored_tracks_are_shown(copied: Path) -> None:
+def test_without_stored_tracks_and_tracking_there_are_no_videos(copied: Path) -> None:
     shutil.rmtree(copied.parent.parent / "evaluations")
-    made = write_page(copied, means=Means(track=False))
+    made = write_page(copied, tracking=TrackingOptions(track=False))
     assert made.videos == ()
     assert "the video of ground: no stage has stored tracks of its sequences" in "\n".join(made.missing)
-    assert not list((copied / "report_files").glob("*.mp4")), "videos of the earlier page are taken away"
+    assert not list((copied / "report_files").glob("*.mp4")), "videos of the earlier page are removed"
 
 
-def test_tracks_made_with_other_settings_are_not_shown(copied: Path) -> None:
+def test_tracks_with_other_settings_are_not_used(copied: Path) -> None:
     for path in (copied.parent.parent / "evaluations").rglob("*.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "inputs": "other"}))
-    assert write_page(copied, means=Means(track=False)).videos == ()
+    assert write_page(copied, tracking=TrackingOptions(track=False)).videos == ()
 
 
-# ---- where the stages are -----------------------------------------------------------------------------------------
+# ---- list of stages ------------------------------------------------------------------------------------------------
 
 
-def test_without_a_list_the_chain_is_followed_by_digest(copied: Path) -> None:
+def test_without_a_stage_list_the_chain_is_found_by_digest(copied: Path) -> None:
     listed = read_stage_list(copied)
     (copied / "stages.json").unlink()
     found = read_stage_list(copied)
@@ -308,7 +308,7 @@ def test_without_a_list_the_chain_is_followed_by_digest(copied: Path) -> None:
     assert found.folders == listed.folders and found.name == listed.name
 
 
-def test_the_list_moves_with_the_storage_and_names_what_is_not_trained(tmp_path: Path) -> None:
+def test_stage_list_moves_with_the_storage_and_has_untrained_stages(tmp_path: Path) -> None:
     home = tmp_path / "a" / "curricula" / "c"
     elsewhere = tmp_path / "elsewhere"
     write_stage_list(home, StageList("c", {"one": home / "one" / "x", "two": elsewhere, "three": None}, "r"))
@@ -319,23 +319,23 @@ def test_the_list_moves_with_the_storage_and_names_what_is_not_trained(tmp_path:
     assert facts.stages[2].missing == ("not trained yet",)
 
 
-def test_a_folder_that_is_none_of_a_curriculum_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_curriculum_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MotipError, match="no finished stage"):
         read_stage_list(tmp_path)
     with pytest.raises(MotipError, match="no such folder"):
         read_stage_list(tmp_path / "nowhere")
     (tmp_path / "stages.json").write_text("[]")
-    with pytest.raises(MotipError, match="no list of stages"):
+    with pytest.raises(MotipError, match="not a valid list of stages"):
         read_stage_list(tmp_path)
 
 
-# ---- the verb and the end of a training ---------------------------------------------------------------------------
+# ---- the verb, and the page at the end of training -----------------------------------------------------------------
 
 
-def test_the_verb_takes_a_folder_or_a_run(world: World, tmp_path: Path) -> None:
-    storage = str(world.folder.parent.parent)
-    record = json.loads((world.stage_folder("BDD-Refinement") / "stage.json").read_text())
-    for named in (str(world.folder), world.run_id, record["run_id"]):
+def test_verb_accepts_a_folder_or_a_run_id(reported: ReportedCurriculum, tmp_path: Path) -> None:
+    storage = str(reported.folder.parent.parent)
+    record = json.loads((reported.stage_folder("BDD-Refinement") / "stage.json").read_text())
+    for named in (str(reported.folder), reported.run_id, record["run_id"]):
         out = tmp_path / named[-8:]
         arguments = ["report", "page", named, "--storage", storage, "--out", str(out), "--stored-only"]
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -356,28 +356,30 @@ def test_missing_failure_sheets_are_drawn_once(copied: Path, tmp_path: Path) -> 
     assert sum("failure sheet" in str(each["alt"]) for each in Reader(html).named("img")) == 4
 
 
-def test_open_says_the_path_and_opens_only_on_a_display(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_prints_the_path_and_opens_only_on_a_display(
+    reported: ReportedCurriculum, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[str] = []
     monkeypatch.setattr(report_page.webbrowser, "open", lambda address: opened.append(address) or True)
     monkeypatch.setattr(report_page.sys, "platform", "linux")
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    result = CliRunner().invoke(app, ["report", "open", str(world.folder)], catch_exceptions=False)
-    assert result.output.splitlines()[-1] == f"report page: {world.folder}/report.html"
+    result = CliRunner().invoke(app, ["report", "open", str(reported.folder)], catch_exceptions=False)
+    assert result.output.splitlines()[-1] == f"report page: {reported.folder}/report.html"
     assert opened == []
     monkeypatch.setenv("DISPLAY", ":0")
-    assert open_in_browser(world.folder / "report.html")
-    assert opened == [(world.folder / "report.html").as_uri()]
+    assert open_in_browser(reported.folder / "report.html")
+    assert opened == [(reported.folder / "report.html").as_uri()]
     assert not open_in_browser(location("s3://bucket/report.html"))
 
 
-def test_a_failing_page_does_not_fail_the_training(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_failing_page_does_not_fail_the_training(
+    reported: ReportedCurriculum, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    curriculum = load_curriculum(world.folder.parents[2] / "curriculum.yaml")
+    curriculum = load_curriculum(reported.folder.parents[2] / "curriculum.yaml")
     notes: list[str] = []
-    result = SimpleNamespace(lineage=world.lineage, run_id=world.run_id)
-    options = Options(data_root=".", storage=str(world.folder.parent.parent), workers=0)
+    result = SimpleNamespace(lineage=reported.lineage, run_id=reported.run_id)
+    options = Options(data_root=".", storage=str(reported.folder.parent.parent), workers=0)
 
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("disk full")
@@ -386,7 +388,9 @@ def test_a_failing_page_does_not_fail_the_training(
     with caplog.at_level(logging.ERROR):
         made = launch._report_page(curriculum, options, None, result, SimpleNamespace(note=notes.append))  # type: ignore[arg-type]
     assert made is None
-    assert "the report page was not made: disk full" in notes[0] and f"motip report page {world.folder}" in notes[0]
+    assert (
+        "the report page was not written: disk full" in notes[0] and f"motip report page {reported.folder}" in notes[0]
+    )
     assert "disk full" in caplog.text and "Traceback" in caplog.text
 
 
@@ -409,15 +413,17 @@ def test_each_tile_shows_its_own_tracks(tmp_path: Path) -> None:
     assert images[0].shape == (2 * height, 400, 3)
     left, right = images[1][STRIP:height, :200], images[1][STRIP:height, 200:]
     assert np.abs(left.astype(int) - 128).max() > 60, "the box of the first tile"
-    assert np.abs(right.astype(int) - 128).max() < 20, "nothing was found in the second"
-    assert np.abs(images[0][STRIP:height, :200].astype(int) - 128).max() < 20, "nor in another frame of the first"
-    # The box at twice the size: its left side lies at x = 40.
+    assert np.abs(right.astype(int) - 128).max() < 20, "the second tile has no tracks"
+    assert np.abs(images[0][STRIP:height, :200].astype(int) - 128).max() < 20, (
+        "the first tile has none in another frame"
+    )
+    # The box at twice the size: its left side is at x = 40.
     assert cv2.cvtColor(left, cv2.COLOR_RGB2GRAY)[60, 36:45].min() < 90
-    assert images[1][height:, 200:].max() < 40, "the place left over is dark"
+    assert images[1][height:, 200:].max() < 40, "the unused tile is dark"
     assert made.poster.shape == images[1].shape
 
 
-def test_nothing_to_show_leaves_no_file(tmp_path: Path) -> None:
+def test_without_tiles_or_frames_no_file_is_left(tmp_path: Path) -> None:
     with pytest.raises(MotipError, match="no tracks"):
         write_side_by_side([], [], tmp_path / "out.mp4", 5.0)
     with pytest.raises(MotipError, match="no frames"):

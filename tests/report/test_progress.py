@@ -1,4 +1,4 @@
-"""What the driver shows: a bar while data is converted and a line while a stage trains; in a log, a few lines."""
+"""Console output of the driver: conversion and training progress, on a terminal and in a log file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def shown(is_terminal: bool, phases: list[tuple[str, int, int]]) -> str:
     for phase in phases:
         ui.converting(*phase)
     ui.converted(SimpleNamespace(summary_line=lambda: "shards: 60 videos"))
-    ui.converting("converting", 0, 5)  # a second conversion starts afresh
+    ui.converting("converting", 0, 5)  # a second conversion starts a new bar
     ui.close()
     return stream.getvalue()
 
@@ -30,7 +30,7 @@ def shown(is_terminal: bool, phases: list[tuple[str, int, int]]) -> str:
 PHASES = [("reading labels of bdd", 0, 60), *(("converting", done, 60) for done in range(61))]
 
 
-def test_a_log_file_gets_one_line_per_phase_and_no_control_codes() -> None:
+def test_log_file_has_one_line_per_phase_and_no_control_codes() -> None:
     text = shown(False, PHASES)
     assert text.splitlines() == [
         "reading labels of bdd: 60 sequences",
@@ -40,7 +40,7 @@ def test_a_log_file_gets_one_line_per_phase_and_no_control_codes() -> None:
     ]
 
 
-def test_a_log_file_is_told_every_ten_seconds_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_file_has_progress_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 4))
     monkeypatch.setattr(convert_report.time, "monotonic", lambda: float(next(clock)))
     lines = shown(False, PHASES).splitlines()
@@ -48,14 +48,14 @@ def test_a_log_file_is_told_every_ten_seconds_how_far_it_is(monkeypatch: pytest.
     assert 15 < len(lines) < 40
 
 
-def test_a_terminal_gets_a_bar() -> None:
+def test_terminal_has_a_progress_bar() -> None:
     text = shown(True, PHASES)
     assert "\x1b[" in text and "60/60" in text
     assert "converting: 60 sequences" not in text
 
 
 @pytest.mark.parametrize("text", ["lost: [/usr/src/pair.cc:545] closed by peer", "[red]s3://a:car:b[/]"])
-def test_brackets_and_colons_are_printed_as_they_are(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_brackets_and_colons_are_printed_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     stream = io.StringIO()
     DriverUi(Console(file=stream)).note(text)
     wide_console().print(text)
@@ -96,7 +96,7 @@ def epoch(number: int, **more: float) -> dict[str, Any]:
 
 
 class Screen:
-    """A stage of ten epochs on a screen, with a clock that is set by hand."""
+    """Console output of a stage of ten epochs with a fake clock."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, is_terminal: bool = False, width: int = 140) -> None:
         self.now = 1000.0
@@ -108,14 +108,14 @@ class Screen:
         self.ui.stage_begins(stage, job, "there")
 
     def line(self, kind: str, values: dict[str, Any], after: float = 20.0) -> str:
-        """What a record adds, ``after`` seconds after the one before."""
+        """Output of a record that arrives ``after`` seconds after the previous one."""
         self.now += after
         before = len(self.stream.getvalue())
         self.ui.record(kind, values)
         return self.stream.getvalue()[before:]
 
 
-def test_a_step_is_one_plain_line_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_is_one_plain_line_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(monkeypatch)
     assert screen.line("step", step(0, 49)) == (
         "Vis: epoch 1/10 · step 50/100 · loss 12.346 · 3.2 clips/s · waiting 4 % · 1.2 GiB · 31 min 40 s left\n"
@@ -126,24 +126,24 @@ def test_a_step_is_one_plain_line_in_a_log(monkeypatch: pytest.MonkeyPatch) -> N
     assert "\x1b" not in screen.stream.getvalue()
 
 
-def test_the_time_left_is_that_of_the_whole_stage_by_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_is_extrapolated_from_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(monkeypatch)
-    # Starting the workers took long; the first line goes by what a step takes: 950 steps of 2 s.
+    # The start of the workers does not count; the first line uses the step time: 950 steps of 2 s.
     assert screen.line("step", step(0, 49), after=3000.0).endswith("31 min 40 s left\n")
-    # From then on by the clock, validation and checkpoints included: one epoch in 600 s, eight and a half to go.
+    # Then the clock, with validation and checkpoints: one epoch in 600 s, eight and a half left.
     assert screen.line("step", step(1, 49), after=600.0).endswith("1 h 25 min left\n")
 
 
-def test_a_stage_that_goes_on_does_not_count_the_epochs_it_had_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_stage_does_not_count_earlier_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(monkeypatch)
     assert screen.line("step", step(8, 49)).endswith("5 min 00 s left\n")
     assert screen.line("step", step(8, 99), after=300.0).endswith("10 min 00 s left\n")
-    # Workers that were restarted begin at an earlier step: the pace is measured anew.
+    # Restarted workers begin at an earlier step: the rate is measured again.
     assert screen.line("step", step(8, 49), after=50.0).endswith("5 min 00 s left\n")
     assert screen.line("step", step(8, 99), after=100.0).endswith("3 min 20 s left\n")
 
 
-def test_an_epoch_has_its_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epoch_has_a_summary_line(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(monkeypatch)
     assert screen.line("epoch", epoch(0)) == (
         "Vis: epoch 1/10 done in 1 min 05 s · loss 12.000 (detection 10.000, ID 2.000) · 3.2 clips/s · waiting 4 % · "
@@ -153,7 +153,7 @@ def test_an_epoch_has_its_summary(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line.endswith("1.2 GiB · 3 clips skipped · HOTA 51.3 · IDF1 60.0\n")
 
 
-def test_a_narrow_terminal_folds_the_line_instead_of_cutting_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrow_terminal_wraps_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "50")
     screen = Screen(monkeypatch, is_terminal=True, width=140)
     before = len(screen.stream.getvalue())

@@ -1,3 +1,5 @@
+"""Annotated videos: frames, MOT rows, early stops, and errors that leave no file."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,7 +13,7 @@ from motip.data.video_reader import open_source
 from motip.errors import MotipError
 from motip.model import MOTIP
 from motip.report.tracked_video import checked_output, track_video
-from motip.track.api import Tracking, track_sequence
+from motip.track.api import TrackIterator, track_sequence
 from motip.track.detections import Detections
 from motip.track.settings import TrackerSettings
 from motip.train.setup import fresh_model
@@ -27,15 +29,15 @@ def model(repo_root: Path) -> MOTIP:
     return fresh_model(load_config(repo_root / "configs/demo/motip_tiny.yaml"))
 
 
-def tracking(model: MOTIP, path: Path) -> Tracking:
-    return Tracking(model, open_source(str(path)), SETTINGS, ("pedestrian",))
+def tracking(model: MOTIP, path: Path) -> TrackIterator:
+    return TrackIterator(model, open_source(str(path)), SETTINGS, ("pedestrian",))
 
 
-def test_the_video_and_the_rows_say_the_same(tmp_path: Path, model: MOTIP) -> None:
-    asked = tracking(model, write_video(tmp_path / "in.mp4"))
-    source = asked.source
+def test_video_and_rows_have_the_same_tracks(tmp_path: Path, model: MOTIP) -> None:
+    running = tracking(model, write_video(tmp_path / "in.mp4"))
+    source = running.source
     shown: list[Detections] = []
-    done = track_video(asked, tmp_path / "out.mp4", on_frame=shown.append)
+    done = track_video(running, tmp_path / "out.mp4", on_frame=shown.append)
     found = facts(done.video)
     assert (found.codec, found.pixels, found.frames, found.fps) == ("h264", "yuv420p", 7, 12)
     assert [each.frame for each in shown] == list(range(7)) and done.frames == 7
@@ -43,7 +45,7 @@ def test_the_video_and_the_rows_say_the_same(tmp_path: Path, model: MOTIP) -> No
     rows = read_mot(done.rows)
     assert len(rows) == len(done.result.rows) > 0
     assert done.tracks == len(set(rows.track_ids.tolist()))
-    # The tracks are those of the tracker without any drawing.
+    # The tracks equal those of the tracker without drawing.
     plain = track_sequence(model, open_source(source.path), SETTINGS).rows
     order = np.lexsort((plain.track_ids, plain.frames))
     assert (plain.track_ids[order] == rows.track_ids).all()
@@ -54,17 +56,19 @@ def test_the_video_and_the_rows_say_the_same(tmp_path: Path, model: MOTIP) -> No
     assert found.images[0][:4, -30:].mean() < image[:4, -30:].mean() / 2
 
 
-def test_stopped_early_both_files_are_whole(tmp_path: Path, model: MOTIP) -> None:
+def test_early_stop_leaves_two_complete_files(tmp_path: Path, model: MOTIP) -> None:
     shown: list[Detections] = []
     done = track_video(
-        tracking(model, write_video(tmp_path / "in.mp4")), tmp_path / "out.mp4",
-        on_frame=shown.append, stopped=lambda: len(shown) >= 3,
-    )  # fmt: skip
+        tracking(model, write_video(tmp_path / "in.mp4")),
+        tmp_path / "out.mp4",
+        on_frame=shown.append,
+        stopped=lambda: len(shown) >= 3,
+    )
     assert done.frames == facts(done.video).frames == 3
     assert read_mot(done.rows).frames.max() == 2
 
 
-def test_frames_that_change_size_leave_nothing(tmp_path: Path, model: MOTIP) -> None:
+def test_frames_of_different_sizes_leave_no_file(tmp_path: Path, model: MOTIP) -> None:
     import cv2
 
     folder = tmp_path / "frames"
@@ -76,7 +80,7 @@ def test_frames_that_change_size_leave_nothing(tmp_path: Path, model: MOTIP) -> 
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_outputs_that_cannot_be_are_refused_before_the_work(tmp_path: Path) -> None:
+def test_invalid_outputs_are_errors_before_tracking(tmp_path: Path) -> None:
     assert checked_output(str(tmp_path / "new" / "a.mp4")) == tmp_path / "new" / "a.mp4"
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").write_text("")
@@ -89,12 +93,12 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(tmp_path: Path) -> N
         checked_output(str(tmp_path / "folder.mp4"))
 
 
-def test_a_missing_encoder_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_encoder_is_an_error_before_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import av
 
-    def none(name: str, mode: str) -> None:
+    def fail(name: str, mode: str) -> None:
         raise av.codec.codec.UnknownCodecError(name)
 
-    monkeypatch.setattr(av, "Codec", none)
+    monkeypatch.setattr(av, "Codec", fail)
     with pytest.raises(MotipError, match=r"no H\.264 encoder"):
         checked_output(str(tmp_path / "a.mp4"))

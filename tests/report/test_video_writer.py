@@ -1,3 +1,5 @@
+"""The H.264 writer: codec, frame rate, frame count, padding, and errors that leave no file."""
+
 from __future__ import annotations
 
 from fractions import Fraction
@@ -14,7 +16,7 @@ NTSC = Fraction(30000, 1001)
 
 
 @pytest.mark.parametrize("fps", [12, NTSC])
-def test_a_written_video_plays_in_a_browser_and_keeps_rate_count_and_picture(tmp_path: Path, fps: Fraction) -> None:
+def test_video_is_browser_h264_with_the_given_rate_and_frames(tmp_path: Path, fps: Fraction) -> None:
     path = tmp_path / "out.mp4"
     with VideoWriter(path, Fraction(fps)) as writer:
         for number in range(7):
@@ -27,14 +29,14 @@ def test_a_written_video_plays_in_a_browser_and_keeps_rate_count_and_picture(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 
-def test_odd_sizes_are_continued_by_a_pixel(tmp_path: Path) -> None:
+def test_odd_sizes_are_padded_by_a_pixel(tmp_path: Path) -> None:
     path = tmp_path / "odd.mp4"
     with VideoWriter(path, Fraction(10)) as writer:
         writer.write(picture(0, 97, 161))
     assert facts(path).size == (98, 162)
 
 
-def test_an_error_or_no_frame_leaves_no_file(tmp_path: Path) -> None:
+def test_error_or_no_frames_leave_no_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), VideoWriter(tmp_path / "a.mp4", Fraction(10)) as writer:
         writer.write(picture(0))
         raise RuntimeError
@@ -43,6 +45,6 @@ def test_an_error_or_no_frame_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_writer_says_where_it_cannot_write() -> None:
+def test_unwritable_path_is_an_error() -> None:
     with pytest.raises(MotipError, match="cannot write"), VideoWriter(Path("/proc/none/x.mp4"), Fraction(5)) as writer:
         writer.write(picture(0))
