@@ -1,4 +1,4 @@
-"""The MOTIP network. Requires torch, torchvision and numpy only."""
+"""The MOTIP network: detector, trajectory modelling, ID decoder. Requires torch, torchvision and numpy only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multi-head attention weights under the published key names, used through PyTorch's fused attention."""
+"""Multi-head attention projections under the published keys, for PyTorch's fused attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from motip.model.ops import Linear, linear
 
 
 class MultiHeadAttention(nn.Module):
-    """Holds ``in_proj_weight`` (3E,E), ``in_proj_bias``, ``out_proj.*``: the keys of ``torch.nn.MultiheadAttention``.
+    """Parameters ``in_proj_weight`` (3E,E), ``in_proj_bias``, ``out_proj.*``, keyed as ``torch.nn.MultiheadAttention``.
 
     The projections are separate methods because the ID decoder projects history and detections at different times.
     """

@@ -1,4 +1,4 @@
-"""Image backbones: the published ResNet-50 (`resnet`), and a small GroupNorm network for the demo world."""
+"""Image backbones: the published ResNet-50 (`resnet`), and a small GroupNorm network for the synthetic demo dataset."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class _GroupNormBlock(nn.Module):
 
 
 class TinyGroupNormBody(nn.Module):
-    """A 0.7 M-parameter residual network that two CPU cores can train from scratch; strides 8, 16, 32.
+    """Residual network of 0.7 M parameters, trainable from scratch on two CPU cores; strides 8, 16, 32.
 
-    GroupNorm instead of frozen batch norm, because there are no ImageNet statistics to freeze.
+    GroupNorm, because there are no ImageNet batch-norm statistics to freeze.
     """
 
     channels = (64, 96, 128)
@@ -65,7 +65,7 @@ class TinyGroupNormBody(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The chosen body; feature maps with the padding mask resized to each."""
+    """The configured body; returns its feature maps with the padding mask resized to each."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -85,5 +85,5 @@ class Backbone(nn.Module):
 
 
 def resize_mask(mask: Tensor, features: Tensor) -> Tensor:
-    """The (B,H,W) padding mask at the size of `features` (B,C,h,w), nearest pixel."""
+    """(B,H,W) padding mask -> (B,h,w) of `features` (B,C,h,w), nearest neighbour."""
     return F.interpolate(mask[:, None].float(), size=features.shape[-2:]).to(torch.bool)[:, 0]

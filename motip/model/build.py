@@ -1,4 +1,4 @@
-"""A MOTIP built from its specification."""
+"""Constructor of a MOTIP from its specification."""
 
 from __future__ import annotations
 

@@ -1,16 +1,13 @@
-"""Multi-scale deformable attention (Deformable DETR, section 4.1) behind one function.
+"""Multi-scale deformable attention (Deformable DETR, section 4.1), with the implementation selected at run time.
 
-``deformable_attention`` looks its implementation up at run time. The default needs no compiler:
-
-* ``grid_sample`` runs everywhere PyTorch runs and can be exported;
-* ``embedding_bag`` reads each sample's channels as one contiguous row, which a CPU does faster: see `bag_attention` and
+* ``grid_sample``: every device PyTorch supports; can be exported;
+* ``embedding_bag``: each sample's channels are one contiguous row, faster on a CPU, see `bag_attention` and
   benchmarks/bench_deformable_attention.py;
-* ``triton`` runs kernels of its own on CUDA, forward and backward, where triton and a C compiler are installed;
-* ``auto``, the default, is ``embedding_bag`` for tensors on a CPU. On CUDA it is ``triton`` where that runs, but
-  ``embedding_bag`` under ``torch.use_deterministic_algorithms``: its gradients have a fixed order, those of the other
-  two have not. It is ``grid_sample`` for all others.
+* ``triton``: Triton kernels on CUDA, forward and backward; needs triton and a C compiler;
+* ``auto``, the default: ``embedding_bag`` on a CPU; on CUDA ``triton`` where it runs, or ``embedding_bag`` under
+  ``torch.use_deterministic_algorithms``, the only one with deterministic gradients there; else ``grid_sample``.
 
-The environment variable ``MOTIP_DEFORMABLE_ATTENTION`` names another one than ``auto``, for every process that has it.
+The environment variable ``MOTIP_DEFORMABLE_ATTENTION`` selects another one than ``auto`` for a process.
 """
 
 from __future__ import annotations
@@ -36,10 +33,7 @@ _logger = logging.getLogger(__name__)
 _implementations: dict[str, Implementation] = {}
 _chosen: str = os.environ.get(VARIABLE) or "auto"
 _logged: set[str] = set()
-
-
-def _preferred(device: torch.device) -> str:
-    return "grid_sample"
+_preferred: Callable[[torch.device], str] = lambda device: "grid_sample"  # noqa: E731 - replaced at run time
 
 
 def register_implementation(name: str, implementation: Implementation) -> None:
@@ -48,15 +42,16 @@ def register_implementation(name: str, implementation: Implementation) -> None:
 
 
 def prefer_implementations(preferred: Callable[[torch.device], str]) -> None:
-    """Make ``auto`` take the implementation that `preferred` names for a device; without this call, ``grid_sample``."""
+    """Let `preferred` (device -> name) decide what ``auto`` uses; without this call it is ``grid_sample``."""
     global _preferred
     _preferred = preferred
 
 
 def use_implementation(name: str) -> None:
-    """Choose the implementation all deformable attention of this process uses from now on.
+    """Select the implementation for all models of this process; ``grid_sample`` for exporting a model.
 
-    Choose ``grid_sample`` before exporting a model.
+    Raises:
+        MotipError: unknown name.
     """
     global _chosen
     _named(name)
@@ -68,7 +63,7 @@ def log_implementation() -> str:
     """Log the chosen implementation once per process and return its name.
 
     Raises:
-        MotipError: MOTIP_DEFORMABLE_ATTENTION names none that there is.
+        MotipError: MOTIP_DEFORMABLE_ATTENTION is not a known name.
     """
     _named(_chosen, VARIABLE)
     if _chosen not in _logged:
@@ -94,8 +89,8 @@ def deformable_attention(
     """Weighted sum of bilinear samples of `value`.
 
     Args:
-        value: (B, S, heads, d), the levels' rows one after the other, S = sum of h*w.
-        spatial_shapes: (h, w) of each level, python integers.
+        value: (B, S, heads, d), rows of the levels concatenated, S = sum of h*w.
+        spatial_shapes: (h, w) of each level, Python integers.
         sampling_locations: (B, Q, heads, levels, points, 2), (x, y) in 0..1 of each level's padded map; pixel i covers
             [i/w, (i+1)/w]. Samples outside contribute zero.
         attention_weights: (B, Q, heads, levels, points).
@@ -111,7 +106,7 @@ def _grid_sample_attention(
 ) -> Tensor:
     batch, _, heads, channels = value.shape
     queries = sampling_locations.shape[1]
-    # Half precision has 1/256 of the image as its step near 1: locations stay in their own type, values follow them.
+    # bfloat16 resolves 1/256 of the image near 1: locations keep their type, values are cast to it.
     grids = (2.0 * sampling_locations - 1.0).transpose(1, 2).flatten(0, 1)  # (B*heads, Q, levels, points, 2)
     weights = attention_weights.transpose(1, 2).flatten(0, 1).to(grids.dtype)
     maps = value.to(grids.dtype).permute(0, 2, 3, 1).flatten(0, 1)  # (B*heads, d, S)
@@ -121,7 +116,7 @@ def _grid_sample_attention(
     for level, (height, width) in enumerate(spatial_shapes):
         level_map = maps[:, :, start : start + height * width].unflatten(2, (height, width))
         sampled = F.grid_sample(level_map, grids[:, :, level], "bilinear", "zeros", align_corners=False)
-        # Reduced level by level: holding all levels' samples at once would be the peak of the whole detector.
+        # Reduced level by level: the samples of all levels together would set the memory peak of the detector.
         total = total + torch.einsum("bdqp,bqp->bdq", sampled, weights[:, :, level])
         start += height * width
     return total.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
@@ -135,7 +130,7 @@ def _auto_attention(
 
 
 def best_implementation(device: torch.device) -> str:
-    """The implementation that ``auto`` takes for tensors on `device`."""
+    """Name of the implementation that ``auto`` uses for tensors on `device`."""
     return _preferred(device)
 
 
@@ -147,7 +142,8 @@ class DeformableAttention(nn.Module):
     """Projections around ``deformable_attention``, under the published keys.
 
     Args:
-        dim: width D. levels, heads, points: as in the paper; D is split head-major.
+        dim: width D.
+        levels, heads, points: as in the paper; D is split head-major.
     """
 
     def __init__(self, dim: int, levels: int, heads: int, points: int) -> None:
@@ -163,7 +159,7 @@ class DeformableAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start by looking in one direction per head, one step further per point, all points weighing the same."""
+        """Initial offsets in one direction per head, one pixel further per point; equal attention weights."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angles = torch.arange(self.heads, dtype=torch.float32) * (2.0 * math.pi / self.heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)
@@ -185,7 +181,7 @@ class DeformableAttention(nn.Module):
         spatial_shapes: SpatialShapes,
         padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend from `query` (B,Q,D) to `value_in` (B,S,D).
+        """Attend from `query` (B,Q,D) to `value_in` (B,S,D); returns (B,Q,D).
 
         Args:
             reference_points: (B, Q, levels, 2) points or (B, Q, levels, 4) boxes cxcywh, relative to each padded map.
@@ -203,7 +199,10 @@ class DeformableAttention(nn.Module):
 
 
 def sampling_locations(reference_points: Tensor, offsets: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
-    """Where to sample: offsets (B,Q,heads,levels,points,2) count pixels for points, half boxes / points for boxes."""
+    """Sampling locations (B,Q,heads,levels,points,2) in 0..1 from offsets of the same shape.
+
+    Offsets are in pixels for reference points and in half box sizes / points for reference boxes.
+    """
     if reference_points.shape[-1] == 2:
         sizes = offsets.new_tensor([[width, height] for height, width in spatial_shapes], dtype=reference_points.dtype)
         return reference_points[:, :, None, :, None, :] + offsets / sizes[:, None, :]

@@ -1,4 +1,4 @@
-"""Deformable DETR with box refinement, the detector half of MOTIP."""
+"""Deformable DETR with iterative box refinement (Deformable DETR, sections 4.1 and 4.2)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from motip.model.transformer import DeformableTransformer, FeatureLevel
 
 
 class DetectorOutput(NamedTuple):
-    """What the detector says about B images with Q queries.
+    """Predictions for B images with Q queries.
 
-    pred_logits (B,Q,C) before the sigmoid, no background class; pred_boxes (B,Q,4) cxcywh in 0..1 of the padded image;
-    outputs (B,Q,D) the last decoder layer's hidden state, which the ID half reads; aux, the (logits, boxes) of the
-    earlier decoder layers, first layer first, empty with DETR_AUX_LOSS False.
+    Attributes:
+        pred_logits: (B,Q,C) before the sigmoid, no background class.
+        pred_boxes: (B,Q,4) cxcywh in 0..1 of the padded image.
+        outputs: (B,Q,D) hidden state of the last decoder layer, input of the ID decoder.
+        aux: (logits, boxes) of the earlier decoder layers, first layer first; empty with DETR_AUX_LOSS False.
     """
 
     pred_logits: Tensor
@@ -28,6 +30,8 @@ class DetectorOutput(NamedTuple):
 
 
 class DeformableDetr(nn.Module):
+    """Backbone, input projections, deformable transformer and prediction heads under the published keys."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         dim = spec.hidden_dim
@@ -42,7 +46,7 @@ class DeformableDetr(nn.Module):
         self.backbone = nn.ModuleList([backbone, SinePositionEncoding(dim)])
 
     def forward(self, images: Tensor, mask: Tensor) -> DetectorOutput:
-        """images (B,3,H,W) normalised, mask (B,H,W) bool True on padding."""
+        """images (B,3,H,W) normalised, mask (B,H,W) bool, True on padding."""
         decoded = self.transformer(self._levels(images, mask), self.query_embed.weight)
         predictions = [
             (head(hidden), boxes)
@@ -52,6 +56,7 @@ class DeformableDetr(nn.Module):
         return DetectorOutput(logits, boxes, decoded.hidden[-1], predictions[:-1] if self.aux_loss else [])
 
     def _levels(self, images: Tensor, mask: Tensor) -> list[FeatureLevel]:
+        """Projected feature maps with mask and position encoding, finest first."""
         body, position = self.backbone
         maps = body(images, mask)
         levels = []
@@ -63,7 +68,7 @@ class DeformableDetr(nn.Module):
 
 
 def _projections(channels: tuple[int, ...], dim: int, levels: int) -> list[nn.Module]:
-    """1x1 per backbone map; a level beyond them is a 3x3 stride-2 convolution of the coarsest *raw* map."""
+    """1x1 convolution per backbone map; each further level is a 3x3 stride-2 convolution of the coarsest raw map."""
     projections: list[nn.Module] = []
     for level in range(levels):
         if level < len(channels):

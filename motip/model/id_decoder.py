@@ -1,15 +1,15 @@
-"""Identity prediction as classification over a vocabulary of ID labels (MOTIP, sections 3.2 and 3.3).
+"""Trajectory modelling and ID decoder: identity prediction as classification over ID labels (MOTIP, 3.2 and 3.3).
 
-A trajectory token is [object feature | embedding of its ID label]; the token of an object in question is
-[object feature | embedding of "newborn"]. The decoder lets the objects of a frame look at each other and at the past
-and reads the label off the ID half of the result.
+A trajectory token is [object feature | embedding of its ID label]; the token of an unknown object is
+[object feature | embedding of "newborn"]. Self-attention runs among the objects of a frame, cross-attention from them
+to earlier trajectory tokens; the ID half of the result is classified.
 
-Memory: the relative position bias depends on (query time, key time) alone, and an additive mask that needs a gradient
-would turn fused attention off. So queries are handled in blocks of a few frames; the bias (and the mask) of a block's
-i-th frame is channel i of the keys, switched on by a one in channel i of that frame's queries. Attention stays fused,
-frames that lie in the future of the whole block are never touched, and nothing of size (T*N)^2 exists. The inner
-activations of self-attention and feed-forward are made again in the backward pass: keeping them would add a third to
-the peak of a step. Attention to the past is kept: making it again saved 4 % of the peak and cost 13 % of the time.
+Memory: the relative position bias depends on (query time, key time) only, and an additive mask with a gradient would
+disable fused attention. Queries are therefore processed in blocks of a few frames. The bias and mask of a block's i-th
+frame are channel i of the keys, selected by a one in channel i of that frame's queries. Attention stays fused, frames
+later than the block are not read, and no tensor has size (T*N)^2. Self-attention and feed-forward are recomputed in the
+backward pass: their activations would add a third to the peak of a step. Cross-attention is not recomputed, which would
+save 4 % of the peak and cost 13 % of the time.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from motip.model.attention import MultiHeadAttention, with_zero_token
 from motip.model.ops import Linear
 from motip.model.spec import ModelSpec
 
-# Score of a hidden token. exp() of it is exactly 0 in every type, and it is finite in half precision: an infinity
-# would give NaN gradients through the product it is folded into.
+# Score of a masked token. Its exp() is exactly 0 in every type, and it is finite in half precision: an infinity would
+# give NaN gradients through the product it is folded into.
 HIDDEN = -3.0e4
 # Frames per block. Measured on 2 CPU cores (benchmarks/bench_id_decoder.py); 8 extra channels also keep the
-# head width a multiple of 8, which the CUDA kernels want.
+# head width a multiple of 8, which the CUDA kernels require.
 _BLOCK_FRAMES = 8
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """``function(*inputs)``, keeping only the inputs for the backward pass.
+    """``function(*inputs)``, recomputed in the backward pass from its inputs.
 
-    For steps whose intermediate tensors are large and whose arithmetic is a small share of a layer's.
+    For operations with large intermediate tensors and a small share of a layer's arithmetic.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
@@ -47,7 +47,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 class _Times(NamedTuple):
-    """When: of the T history frames, of the U frames in question, and how long before each the former were (T,U)."""
+    """Frame numbers of the T history frames and the U unknown frames, and the age (T,U) of the former at the latter."""
 
     past: list[int]
     now: list[int]
@@ -67,7 +67,7 @@ class FFN(nn.Module):
 
 
 class TrajectoryModeling(nn.Module):
-    """Adapts detector outputs that become history; applied to trajectory features only, token by token."""
+    """Adapter and feed-forward on the features of trajectory tokens, each by itself (MOTIP, section 3.2)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -84,6 +84,8 @@ class TrajectoryModeling(nn.Module):
 
 
 class IdDecoder(nn.Module):
+    """Transformer decoder that predicts ID labels (MOTIP, section 3.3), under the published keys."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         dim, heads, depth = spec.embed_dim, spec.embed_dim // spec.head_dim, spec.num_id_decoder_layers
@@ -121,21 +123,25 @@ class IdDecoder(nn.Module):
         label_mask: Tensor | None = None,
         all_layers: bool | None = None,
     ) -> Tensor:
-        """Logits of every unknown over the V labels and "newborn" (label V).
+        """Logits of every unknown object over the V ID labels and newborn (label V).
 
         Args:
-            trajectory_features: (B,G,T,N,D) after ``TrajectoryModeling``. trajectory_labels: (B,G,T,N) in 0..V, -1 =
-                padding. trajectory_masks: (B,G,T,N) bool, True = absent. trajectory_times: (T,) frame numbers within
-                the clip, 0..REL_PE_LENGTH-1; pass a list or a CPU tensor, a CUDA tensor costs a synchronisation.
-            unknown_features: (B,G,U,M,D) raw detector outputs. unknown_masks: (B,G,U,M). unknown_times: (U,).
-            label_mask: (V+1,) bool, True = label not in use; its logits become -inf.
-            all_layers: return every layer's logits; by default in training with USE_AUX_LOSS.
+            trajectory_features: (B,G,T,N,D) after ``TrajectoryModeling``; G augmentation groups.
+            trajectory_labels: (B,G,T,N) in 0..V, -1 on padding.
+            trajectory_masks: (B,G,T,N) bool, True = absent.
+            trajectory_times: (T,) frame numbers within the clip, 0..REL_PE_LENGTH-1; a CUDA tensor costs a
+                synchronisation.
+            unknown_features: (B,G,U,M,D) raw detector outputs.
+            unknown_masks: (B,G,U,M) bool, True = absent.
+            unknown_times: (U,) as trajectory_times.
+            label_mask: (V+1,) bool, True = unused label, whose logits become -inf.
+            all_layers: return every layer's logits; default: in training with USE_AUX_LOSS.
 
         Returns:
             (L', B, G, U, M, V+1); L' = number of layers if all_layers, else 1 (the last layer).
 
         Raises:
-            MotipError: if a time does not fit REL_PE_LENGTH.
+            MotipError: a time is outside 0..REL_PE_LENGTH-1.
         """
         times = self._times(trajectory_times, unknown_times, unknown_features.device)
         lead = unknown_features.shape[:2]
@@ -147,6 +153,7 @@ class IdDecoder(nn.Module):
         if all_layers is None:
             all_layers = self.training and self.spec.use_aux_loss
 
+        # Decoder layers, optionally checkpointed.
         logits = []
         for layer in range(len(self.cross_attn_layers)):
             inputs = (layer, tokens, hidden_now, features, labels, hidden_past, times)
@@ -159,9 +166,9 @@ class IdDecoder(nn.Module):
         return torch.stack(logits).unflatten(1, lead)
 
     def history_weights(self, layer: int) -> tuple[Tensor, Tensor]:
-        """From feature to key and value (2E,D), and what each label adds to them (V+1,2E).
+        """Projection of features to keys and values (2E,D), and the term that each label adds to them (V+1,2E).
 
-        The ID half of a token takes V+1 values, so its projection is a table that is looked up.
+        The ID half of a token takes V+1 values only, so its projection is a lookup table.
         """
         attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
         width, dim = self.spec.feature_dim, self.spec.embed_dim
@@ -180,12 +187,12 @@ class IdDecoder(nn.Module):
     ) -> Tensor:
         """One decoder layer on tokens (BG,U,M,E) with history (BG,T,N,.)."""
         if layer > 0:
-            tokens = self._look_around(layer, tokens.flatten(0, 1), hidden_now.flatten(0, 1)).view_as(tokens)
-        attended = self._look_back(layer, tokens, features, labels, hidden_past, times)
+            tokens = self._self_attention(layer, tokens.flatten(0, 1), hidden_now.flatten(0, 1)).view_as(tokens)
+        attended = self._cross_attention(layer, tokens, features, labels, hidden_past, times)
         return self._feed_forward(layer, self.cross_attn_norm_layers[layer](tokens + attended))
 
-    def _look_around(self, layer: int, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Self-attention among the unknowns of one frame: tokens (frames,M,E), hidden (frames,M)."""
+    def _self_attention(self, layer: int, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Self-attention among the unknown objects of one frame: tokens (frames,M,E), hidden (frames,M)."""
         attention: MultiHeadAttention = self.self_attn_layers[layer - 1]  # type: ignore[assignment]
 
         def attend(tokens: Tensor) -> Tensor:
@@ -200,7 +207,7 @@ class IdDecoder(nn.Module):
 
         return self.self_attn_norm_layers[layer - 1](tokens + recomputed(attend, tokens))
 
-    def _look_back(
+    def _cross_attention(
         self,
         layer: int,
         tokens: Tensor,
@@ -209,7 +216,7 @@ class IdDecoder(nn.Module):
         hidden: Tensor,
         times: _Times,
     ) -> Tensor:
-        """Cross-attention of tokens (BG,U,M,E) to the strictly earlier of the history tokens."""
+        """Cross-attention of tokens (BG,U,M,E) to strictly earlier history tokens."""
         attention: MultiHeadAttention = self.cross_attn_layers[layer]  # type: ignore[assignment]
         keys, values = self._project_history(layer, features.flatten(1, 2), labels.flatten(1))
         queries = attention.project_query(tokens)
@@ -228,7 +235,7 @@ class IdDecoder(nn.Module):
         """queries (BG,U,M,heads,d), keys and values (BG,T*N,heads,d), hidden (BG,T,N) -> (BG,U,M,heads,d)."""
         head_dim, objects, history_objects = self.spec.head_dim, queries.shape[2], hidden.shape[2]
         keys = with_zero_token(keys)
-        # Fused attention wants values as wide as keys; the added channels are cut off again.
+        # Fused attention needs values as wide as keys; the added channels are dropped again.
         values = F.pad(with_zero_token(values), (0, min(_BLOCK_FRAMES, len(times.now))))
         blocks = []
         for start in range(0, len(times.now), _BLOCK_FRAMES):
@@ -238,7 +245,7 @@ class IdDecoder(nn.Module):
             channels = self._bias_channels(layer, ages, hidden[:, :frames]).to(keys.dtype)
             visible = 1 + frames * history_objects
             key = torch.cat([keys[:, :visible], with_zero_token(channels.flatten(1, 2))], -1)
-            query = _switch_channels_on(queries[:, start : start + len(block)], head_dim)
+            query = _with_frame_channels(queries[:, start : start + len(block)], head_dim)
             attended = F.scaled_dot_product_attention(
                 query.flatten(1, 2).transpose(1, 2),
                 key.transpose(1, 2),
@@ -249,7 +256,7 @@ class IdDecoder(nn.Module):
         return torch.cat(blocks, 1)
 
     def _bias_channels(self, layer: int, ages: Tensor, hidden: Tensor) -> Tensor:
-        """ages (T,u), hidden (BG,T,N) -> (BG,T,N,heads,u): what to add to a token's score for each of u frames."""
+        """ages (T,u), hidden (BG,T,N) -> (BG,T,N,heads,u): additive score of a token for each of u query frames."""
         bias = self.rel_pos_embeds[layer][ages.clamp(min=0)].transpose(1, 2)  # (T,heads,block)
         bias = bias.masked_fill((ages <= 0)[:, None], HIDDEN)
         return torch.where(hidden[..., None, None], HIDDEN, bias[None, :, None])
@@ -290,8 +297,8 @@ class IdDecoder(nn.Module):
         return _Times(past, now, ages.to(device))
 
 
-def _switch_channels_on(queries: Tensor, head_dim: int) -> Tensor:
-    """(BG,u,M,heads,d) -> (BG,u,M,heads,d+u): frame i carries a one, before scaling, in extra channel i."""
+def _with_frame_channels(queries: Tensor, head_dim: int) -> Tensor:
+    """(BG,u,M,heads,d) -> (BG,u,M,heads,d+u): one in extra channel i of frame i, before scaling."""
     frames = queries.shape[1]
     switch = torch.eye(frames, dtype=queries.dtype, device=queries.device) * math.sqrt(head_dim)
     return torch.cat([queries, switch[None, :, None, None].expand(*queries.shape[:-1], frames)], -1)

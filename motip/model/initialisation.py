@@ -1,4 +1,4 @@
-"""Initial values for training from scratch, and two better starts for small worlds."""
+"""Parameter initialisation: the published one, and two variants for training small networks from scratch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from motip.model.backbone import Backbone
 from motip.model.deformable_attention import DeformableAttention
 from motip.model.motip import MOTIP
 
-# Share of positives a class head expects before it has seen any (RetinaNet, section 4.1).
+# Initial probability of a positive in the class heads (RetinaNet, section 4.1).
 PRIOR_PROBABILITY = 0.01
 
 
 @torch.no_grad()
 def init_parameters(model: MOTIP) -> None:
-    """Xavier for every matrix outside the backbone, then the published special cases."""
+    """Xavier initialisation of all matrices outside the backbone, then the published special cases."""
     in_backbone = {id(p) for m in model.modules() if isinstance(m, Backbone) for p in m.parameters()}
     special = {"rel_pos_embeds", "level_embed", "query_embed.weight"}
     for name, parameter in model.named_parameters():
@@ -40,25 +40,25 @@ def init_parameters(model: MOTIP) -> None:
     for name, parameter in model.detr.bbox_embed.named_parameters():
         if ".layers.2." in name:
             nn.init.zeros_(parameter)
-    # Only the first layer's reference has no size yet; sigmoid(-2) = 0.12 of the image.
+    # The first layer refines points without a size: start from boxes of sigmoid(-2) = 0.12 of the image.
     model.detr.bbox_embed.get_parameter("0.layers.2.bias")[2:] = -2.0
 
 
 @torch.no_grad()
 def init_grid_queries(model: MOTIP) -> None:
-    """Spread the queries' initial reference points over an even grid of the image.
+    """Place the initial reference points of the queries on a regular grid over the image.
 
-    Moves each query's position half by the least amount that puts sigmoid(reference_points(position)) on its grid
-    point; no parameter is added. From scratch this finds objects in about half the steps of random references.
+    Least-norm change of each query's position half such that sigmoid(reference_points(position)) is its grid point; no
+    parameter is added. From scratch, detection converges in about half the steps of random references.
     """
     projection = model.detr.transformer.reference_points
     position = model.detr.query_embed.weight[:, : projection.in_features]
-    wanted = torch.logit(grid_points(position.shape[0])).to(position)
-    position += (wanted - projection(position)) @ torch.linalg.pinv(projection.weight).T
+    target = torch.logit(grid_points(position.shape[0])).to(position)
+    position += (target - projection(position)) @ torch.linalg.pinv(projection.weight).T
 
 
 def grid_points(count: int) -> Tensor:
-    """`count` points (x, y) inside the unit square: as many rows as columns, the last row spread evenly."""
+    """(count, 2) points (x, y) in the unit square on a square grid, the last row spread evenly."""
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     points = []
@@ -70,13 +70,17 @@ def grid_points(count: int) -> Tensor:
 
 @torch.no_grad()
 def init_copy_id_decoder(model: MOTIP, noise: float = 0.2, sharpness: float = 0.6) -> None:
-    """Start the ID decoder as a soft copier: look for the most similar feature, carry its label over.
+    """Initialise the ID decoder to copy the label of the most similar trajectory feature.
 
     Queries and keys compare the feature halves, values carry the ID half, and the output head compares with the label
-    embeddings. Plain Xavier learns the same some hundred steps later (measured on the demo world).
+    embeddings. Xavier initialisation learns the same some hundred steps later (measured on the demo dataset).
 
     Args:
-        noise: share of Xavier noise added, so that heads differ. sharpness: scale of the output head.
+        noise: share of Xavier noise added, so that heads differ.
+        sharpness: scale of the output head.
+
+    Raises:
+        MotipError: the model has no ID decoder (ONLY_DETR).
     """
     decoder = model.id_decoder
     if decoder is None:
@@ -96,7 +100,7 @@ def _copy_attention(attention: MultiHeadAttention, feature_dim: int, noise: floa
     dim = attention.dim
     rows = torch.arange(dim)
     compare = torch.zeros(dim, dim)
-    compare[rows, rows % feature_dim] = 1.0  # every head sees features, also those in the ID half
+    compare[rows, rows % feature_dim] = 1.0  # all heads compare features, also those of the ID half
     carry = torch.zeros(dim, dim)
     carry[rows[feature_dim:], rows[feature_dim:]] = 1.0
     same = compare + noise * nn.init.xavier_uniform_(torch.empty(dim, dim))

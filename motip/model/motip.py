@@ -1,4 +1,4 @@
-"""The whole network: detector, trajectory modelling, ID decoder."""
+"""MOTIP module: detector, trajectory modelling, ID decoder (MOTIP, figure 2)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from motip.model.spec import ModelSpec
 
 
 class MOTIP(nn.Module):
-    """``detr``, ``trajectory_modeling`` and ``id_decoder`` under the published names (MOTIP, figure 2).
+    """Submodules ``detr``, ``trajectory_modeling`` and ``id_decoder`` under the published state-dict keys.
 
-    With ONLY_DETR the last two are None and their keys do not exist.
+    With ONLY_DETR the last two are None and have no keys in the state dict.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -26,5 +26,5 @@ class MOTIP(nn.Module):
             self.id_decoder = IdDecoder(spec)
 
     def forward(self, images: Tensor, mask: Tensor) -> DetectorOutput:
-        """The detector pass: images (B,3,H,W) normalised, mask (B,H,W) bool True on padding."""
+        """Detector forward pass: images (B,3,H,W) normalised, mask (B,H,W) bool, True on padding."""
         return self.detr(images, mask)

@@ -1,4 +1,4 @@
-"""Sine position encoding of a padded feature map (Attention Is All You Need, in two dimensions)."""
+"""Two-dimensional sine position encoding of a padded feature map (Attention Is All You Need, section 3.5)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class SinePositionEncoding(nn.Module):
-    """Encodes y then x, dim/2 channels each, measured over the unpadded part of the image so that it spans 0..2 pi."""
+    """Channels of y, then of x, dim/2 each; phases span 0..2 pi over the unpadded part of the image."""
 
     def __init__(self, dim: int, temperature: float = 10000.0) -> None:
         super().__init__()

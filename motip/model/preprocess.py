@@ -1,4 +1,4 @@
-"""From decoded pixels to what the backbone expects."""
+"""Image normalisation: uint8 pixels to the input of the backbone."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """ResNet-50 with frozen batch norm, the published backbone.
 
-Apart from the small one because torchvision takes as long to import as torch: it is loaded only where it is needed.
+A separate module, because torchvision takes as long to import as torch; it is imported only for this backbone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from motip.model.ops import pointwise_conv
 class FrozenBatchNorm(nn.Module):
     """Batch norm with four fixed buffers (weight, bias, running_mean, running_var) and no step counter.
 
-    With the one or two clips per step that fit a card, running statistics would only add noise.
+    Running statistics of the one or two clips that fit a GPU would be noise.
     """
 
     weight: Tensor
@@ -37,7 +37,7 @@ class FrozenBatchNorm(nn.Module):
         return x * scale.view(1, -1, 1, 1).to(x.dtype) + shift.view(1, -1, 1, 1).to(x.dtype)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """(C,) factor and summand, all that this layer does."""
+        """(C,) factor and summand of the affine map of this layer."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
@@ -45,9 +45,9 @@ class FrozenBatchNorm(nn.Module):
 class ResNet50Body(ResNet):
     """torchvision's ResNet-50 without its classifier; returns the maps of layer2, layer3 and layer4.
 
-    conv1 and layer1 are never trained (spec of the published code); layer2-4 only if `train`. Each frozen batch norm is
-    folded into the weights of its convolution, with the gradient going through: it would be two passes over a large map
-    forward and one backward. On a CPU maps are channels last, as its convolutions want them.
+    conv1 and layer1 are never trained, as in the published code; layer2-4 only if `train`. Each frozen batch norm is
+    folded into the weights of its convolution, differentiably, which saves two passes over a large map forward and one
+    backward. On a CPU maps are channels last, the layout of its convolutions.
     """
 
     channels = (512, 1024, 2048)
@@ -66,24 +66,24 @@ class ResNet50Body(ResNet):
     def forward(self, images: Tensor) -> list[Tensor]:
         if images.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(_normed(self.conv1, self.bn1, images, relu=True))
+        x = self.maxpool(_folded_conv(self.conv1, self.bn1, images, relu=True))
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = _through_block(block, x)
+                x = _bottleneck(block, x)
             maps.append(x)
         return maps[1:]
 
 
-def _through_block(block: Bottleneck, x: Tensor) -> Tensor:
-    inner = _normed(block.conv1, block.bn1, x, relu=True)
-    inner = _normed(block.conv2, block.bn2, inner, relu=True)
-    shortcut = x if block.downsample is None else _normed(block.downsample[0], block.downsample[1], x)
-    return (_normed(block.conv3, block.bn3, inner) + shortcut).relu_()
+def _bottleneck(block: Bottleneck, x: Tensor) -> Tensor:
+    inner = _folded_conv(block.conv1, block.bn1, x, relu=True)
+    inner = _folded_conv(block.conv2, block.bn2, inner, relu=True)
+    shortcut = x if block.downsample is None else _folded_conv(block.downsample[0], block.downsample[1], x)
+    return (_folded_conv(block.conv3, block.bn3, inner) + shortcut).relu_()
 
 
-def _normed(convolution: nn.Module, norm: nn.Module, x: Tensor, relu: bool = False) -> Tensor:
-    """A convolution without bias and the frozen batch norm behind it, in one; then ReLU if wanted."""
+def _folded_conv(convolution: nn.Module, norm: nn.Module, x: Tensor, relu: bool = False) -> Tensor:
+    """Convolution without bias, with the following frozen batch norm folded in; then ReLU if `relu`."""
     assert isinstance(convolution, nn.Conv2d) and isinstance(norm, FrozenBatchNorm)
     scale, shift = norm.scale_and_shift()
     weight = convolution.weight * scale.view(-1, 1, 1, 1)

@@ -1,7 +1,7 @@
-"""Every architecture fact of a MOTIP network in one frozen value.
+"""ModelSpec: the architecture of a MOTIP network.
 
-A checkpoint of the published code carries no architecture; ours stores ``ModelSpec.to_dict()`` so that a network can be
-rebuilt without a YAML file. ``ModelSpec.from_config`` reads the upper-case keys of a configuration by attribute.
+Our checkpoints store ``ModelSpec.to_dict()``, so that a network can be rebuilt without a configuration file; those of
+the published code store no architecture. ``ModelSpec.from_config`` reads the upper-case keys of a configuration.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from motip.errors import MotipError
 
 BACKBONES = ("resnet50", "tiny_gn")
 
-# Architecture switches of the published configuration that have one supported value, and why.
+# Architecture switches of the published configuration with one supported value, and the reason.
 _FIXED_KEYS: dict[str, tuple[Any, str]] = {
     "DETR_FRAMEWORK": ("deformable_detr", "the only detector MOTIP is published with"),
     "DETR_WITH_BOX_REFINE": (True, "every published MOTIP checkpoint refines boxes layer by layer"),
@@ -23,7 +23,7 @@ _FIXED_KEYS: dict[str, tuple[Any, str]] = {
     "DETR_POSITION_EMBEDDING": ("sine", "the published checkpoints have no learned position embedding"),
 }
 
-# field of ModelSpec -> configuration key it is read from
+# field of ModelSpec -> configuration key
 _CONFIG_KEYS = {
     "num_classes": "NUM_CLASSES",
     "backbone": "BACKBONE",
@@ -57,7 +57,8 @@ _CONFIG_KEYS = {
 class ModelSpec:
     """Sizes and switches of the network; the defaults are the published DanceTrack model.
 
-    Raises MotipError, naming the configuration key, if two sizes contradict each other.
+    Raises:
+        MotipError: a size is out of range or contradicts another; names the configuration key.
     """
 
     num_classes: int = 1
@@ -91,6 +92,7 @@ class ModelSpec:
     use_decoder_checkpoint: bool = False
 
     def __post_init__(self) -> None:
+        # Detector.
         _check_choice("BACKBONE", self.backbone, BACKBONES)
         for name in ("num_classes", "num_queries", "dec_layers", "hidden_dim", "num_heads", "dim_feedforward"):
             _check_at_least(_CONFIG_KEYS[name], getattr(self, name), 1)
@@ -105,6 +107,7 @@ class ModelSpec:
             raise MotipError(
                 f"BACKBONE {self.backbone} cannot be dilated", where="DILATION", found=True, fix="set DILATION: False"
             )
+        # Trajectory modelling and ID decoder.
         if not self.only_detr:
             self._check_identity_half()
 
@@ -124,12 +127,16 @@ class ModelSpec:
 
     @property
     def embed_dim(self) -> int:
-        """Width E = FEATURE_DIM + ID_DIM of an ID-decoder token."""
+        """Width E = FEATURE_DIM + ID_DIM of a token of the ID decoder."""
         return self.feature_dim + self.id_dim
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSpec:
-        """Read the architecture keys of `config` (any object with upper-case attributes)."""
+        """Read the architecture keys of `config` (any object with upper-case attributes).
+
+        Raises:
+            MotipError: a key is missing or has an unsupported value.
+        """
         for key, (supported, reason) in _FIXED_KEYS.items():
             found = _read(config, key)
             if found != supported:
@@ -145,17 +152,21 @@ class ModelSpec:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON and for a checkpoint read with ``weights_only=True``."""
+        """Plain values for JSON and for a checkpoint read with ``weights_only=True``."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
-        """Inverse of ``to_dict``; an unknown name is an error, a missing one keeps its default."""
+        """Inverse of ``to_dict``; a missing field keeps its default.
+
+        Raises:
+            MotipError: an unknown field.
+        """
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise MotipError(
-                "the stored architecture has fields this version does not know",
+                "the stored architecture has fields unknown to this version",
                 found=", ".join(unknown),
                 fix="use the version of motip that wrote the file, or export the weights again",
             )
@@ -173,9 +184,9 @@ def _read(config: Any, key: str) -> Any:
         ) from None
 
 
-def _check_at_least(key: str, found: int, least: int) -> None:
-    if found < least:
-        raise MotipError("an architecture size is too small", where=key, found=found, expected=f"at least {least}")
+def _check_at_least(key: str, found: int, minimum: int) -> None:
+    if found < minimum:
+        raise MotipError("an architecture size is too small", where=key, found=found, expected=f"at least {minimum}")
 
 
 def _check_choice(key: str, found: object, choices: tuple[object, ...]) -> None:

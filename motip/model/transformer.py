@@ -18,12 +18,13 @@ from motip.model.deformable_attention import DeformableAttention, SpatialShapes
 from motip.model.ops import Linear, linear_relu
 from motip.model.spec import ModelSpec
 
-_MANY = 1 << 22
-"""Pixels times channels of a batch: two frames of 480x854 have more, a frame of the demo world a hundredth."""
+_CHECKPOINT_MIN_ELEMENTS = 1 << 22
+"""Elements (B*S*D) from which the encoder recomputes its layers: two frames of 480x854 have more, a frame of the
+synthetic demo dataset a hundredth."""
 
 
 class FeatureLevel(NamedTuple):
-    """One scale of the encoder's input: features (B,D,h,w), mask (B,h,w) True on padding, position (B,D,h,w)."""
+    """One scale of the encoder input: features (B,D,h,w), mask (B,h,w) True on padding, position encoding (B,D,h,w)."""
 
     features: Tensor
     mask: Tensor
@@ -31,7 +32,7 @@ class FeatureLevel(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    """Per decoder layer: the hidden state (B,Q,D), and the boxes before (B,Q,2 or 4) and after it (B,Q,4), all 0..1."""
+    """Per decoder layer: hidden state (B,Q,D), reference before it (B,Q,2 or 4), box after it (B,Q,4), in 0..1."""
 
     hidden: list[Tensor]
     references_in: list[Tensor]
@@ -39,7 +40,7 @@ class DecoderOutput(NamedTuple):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
+    """`depth` linear layers with ReLU between them: (..., inputs) -> (..., outputs)."""
 
     def __init__(self, inputs: int, inner: int, outputs: int, depth: int) -> None:
         super().__init__()
@@ -48,6 +49,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
+            assert isinstance(layer, Linear)
             x = linear_relu(layer, x)
         return self.layers[-1](x)
 
@@ -59,7 +61,7 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention over the pixels of all levels, then a feed-forward; post-norm."""
+    """Deformable self-attention over the pixels of all levels, then feed-forward; post-norm."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -81,7 +83,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention of the queries, deformable attention to the pixels, feed-forward; norms numbered as published."""
+    """Self-attention of the queries, deformable cross-attention to the pixels, feed-forward; published norm names."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -104,13 +106,13 @@ class DecoderLayer(nn.Module):
         shapes: SpatialShapes,
         padding: Tensor,
     ) -> Tensor:
-        target = self.norm2(target + self.dropout(self._attend_to_queries(target, position)))
+        target = self.norm2(target + self.dropout(self._self_attention(target, position)))
         attended = self.cross_attn(target + position, reference_points, memory, shapes, padding)
         target = self.norm1(target + self.dropout(attended))
         inner = self.linear2(self.dropout(linear_relu(self.linear1, target)))
         return self.norm3(target + self.dropout(inner))
 
-    def _attend_to_queries(self, target: Tensor, position: Tensor) -> Tensor:
+    def _self_attention(self, target: Tensor, position: Tensor) -> Tensor:
         query, key = self.self_attn.project_query_key(target + position)
         value = self.self_attn.project_value(target)
         attended = F.scaled_dot_product_attention(
@@ -123,6 +125,8 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Stack of encoder layers; recomputes them in the backward pass for large inputs on a CPU."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(spec) for _ in range(spec.enc_layers))
@@ -132,15 +136,15 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """src, position (B,S,D), valid_ratios (B,levels,2), padding (B,S) -> memory (B,S,D)."""
         reference_points = encoder_reference_points(shapes, valid_ratios)
-        if _computed_again(src):
-            # One image at a time: what a layer needs while it is at work is then that much smaller too.
+        if _checkpoints_layers(src):
+            # One image at a time, which divides the peak memory of a layer by the batch size.
             images = zip(src.split(1), position.split(1), reference_points.split(1), padding.split(1), strict=True)
-            return torch.cat([self._recomputed(*image, shapes) for image in images])
+            return torch.cat([self._checkpointed(*image, shapes) for image in images])
         for layer in self.layers:
             src = layer(src, position, reference_points, shapes, padding)
         return src
 
-    def _recomputed(
+    def _checkpointed(
         self, src: Tensor, position: Tensor, reference_points: Tensor, padding: Tensor, shapes: SpatialShapes
     ) -> Tensor:
         for layer in self.layers:
@@ -150,42 +154,48 @@ class Encoder(nn.Module):
         return src
 
 
-class _Once(threading.local):
-    on = False
+class _OuterCheckpoint(threading.local):
+    """Whether this thread runs the detector inside a checkpoint.
+
+    Thread-local, because autograd may recompute the forward pass in a backward thread, which enters the context itself,
+    and because other threads may run other models.
+    """
+
+    active = False
 
 
-_once = _Once()
+_outer_checkpoint = _OuterCheckpoint()
 
 
 @contextmanager
-def computed_again_as_a_whole() -> Iterator[None]:
-    """Around a detector whose images are computed again anyway: its layers need not be so once more."""
-    before, _once.on = _once.on, True
+def no_nested_checkpointing() -> Iterator[None]:
+    """Context in which encoder layers are not checkpointed, for callers that checkpoint the detector as one unit."""
+    before, _outer_checkpoint.active = _outer_checkpoint.active, True
     try:
         yield
     finally:
-        _once.on = before
+        _outer_checkpoint.active = before
 
 
-def _computed_again(src: Tensor) -> bool:
-    """Whether an encoder layer keeps only its input for the backward pass.
+def _checkpoints_layers(src: Tensor) -> bool:
+    """Whether encoder layers keep only their input for the backward pass.
 
-    Otherwise the layers keep more than all else of a training step together. On a CPU it is an eighth of a step's time.
-    A card has other means: it computes whole images again, if it must.
+    On a CPU: without it their activations exceed all other memory of a training step; recomputing them takes an eighth
+    of its time. On a GPU the out-of-memory fallbacks of training recompute complete images instead.
     """
     return (
         src.device.type == "cpu"
-        and type(src) is Tensor  # the memory estimate speaks for a card with tensors that say they are on a CPU
-        and not _once.on
+        and type(src) is Tensor  # the memory estimate models a GPU with fake tensors on the CPU
+        and not _outer_checkpoint.active
         and src.requires_grad
         and torch.is_grad_enabled()
-        and src.numel() >= _MANY
+        and src.numel() >= _CHECKPOINT_MIN_ELEMENTS
         and not torch.compiler.is_compiling()
     )
 
 
 def encoder_reference_points(shapes: SpatialShapes, valid_ratios: Tensor) -> Tensor:
-    """Centre of every pixel of every level, in every level's padded coordinates: (B, S, levels, 2)."""
+    """Pixel centres of all levels in the padded coordinates of every level: (B, S, levels, 2), (x, y) in 0..1."""
     centres = []
     for level, (height, width) in enumerate(shapes):
         y = torch.arange(height, dtype=torch.float32, device=valid_ratios.device) + 0.5
@@ -198,7 +208,7 @@ def encoder_reference_points(shapes: SpatialShapes, valid_ratios: Tensor) -> Ten
 
 
 class Decoder(nn.Module):
-    """Refines a reference per query layer by layer. The box heads live here because refinement needs them."""
+    """Decoder layers that refine one reference per query. Holds the box heads, because refinement needs them."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -224,7 +234,7 @@ class Decoder(nn.Module):
             output.hidden.append(target)
             output.references_in.append(reference)
             output.references_out.append(refined)
-            # Detached: each layer learns to correct the box it is given, not to steer earlier layers.
+            # Detached: each layer learns to correct its input box, without a gradient to earlier layers.
             reference = refined.detach()
         return output
 
@@ -238,6 +248,8 @@ def refine(offsets: Tensor, reference: Tensor) -> Tensor:
 
 
 class DeformableTransformer(nn.Module):
+    """Encoder, decoder and initial reference points."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.level_embed = nn.Parameter(torch.randn(spec.num_feature_levels, spec.hidden_dim))
@@ -246,7 +258,7 @@ class DeformableTransformer(nn.Module):
         self.reference_points = Linear(spec.hidden_dim, 2)
 
     def forward(self, levels: list[FeatureLevel], query_embed: Tensor) -> DecoderOutput:
-        """levels finest first; query_embed (Q, 2D): position half, then content half."""
+        """levels: finest first; query_embed (Q, 2D): position half, then content half."""
         shapes = [(level.features.shape[2], level.features.shape[3]) for level in levels]
         src = torch.cat([level.features.flatten(2).transpose(1, 2) for level in levels], 1)
         padding = torch.cat([level.mask.flatten(1) for level in levels], 1)
@@ -262,7 +274,7 @@ class DeformableTransformer(nn.Module):
 
 
 def valid_ratio(mask: Tensor) -> Tensor:
-    """(B,h,w) padding mask -> (B,2): unpadded share of the width and of the height."""
+    """(B,h,w) padding mask -> (B,2): unpadded share of width and height, in 0..1."""
     width = (~mask[:, 0, :]).sum(1) / mask.shape[2]
     height = (~mask[:, :, 0]).sum(1) / mask.shape[1]
     return torch.stack([width, height], -1)

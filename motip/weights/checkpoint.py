@@ -1,7 +1,7 @@
-"""Our checkpoint file: the published container, plus what a stage needs to be tracked with, resumed and traced.
+"""Checkpoint file: the published container plus entries for tracking, resuming and lineage.
 
-``["model"]``, ``["optimizer"]``, ``["scheduler"]`` and ``["states"]`` are as the published code writes them; the rest
-is ours. Everything is tensors, numbers, text and plain containers, so that nothing in the file can run code.
+``["model"]``, ``["optimizer"]``, ``["scheduler"]`` and ``["states"]`` are as in the published code. All values are
+tensors, numbers, strings and plain containers, so that the file can be read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ def save_checkpoint(
     run_id: str | None = None,
     parent: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint; the file is whole or absent.
+    """Write a checkpoint atomically.
 
     Args:
         path: usually ``checkpoint_<epoch>.pth`` with the 0-based epoch, or ``checkpoint_best.pth``.
-        model: a MOTIP (also wrapped by DistributedDataParallel or ``torch.compile``), or its state dict.
+        model: a MOTIP, also wrapped by DistributedDataParallel or ``torch.compile``, or its state dict.
         classes: one name per class-head row.
         config: ``Config.to_dict()``.
-        epoch: 0-based epoch that was finished (or is in progress, then `position` says how far).
-        step: batches trained on so far.
-        spec: architecture; needed only where `model` is a state dict.
-        optimizer, scheduler, scaler: objects with ``state_dict()``, or such a dict, or None.
-        position, rng, counters: whatever the training loop needs to go on, in plain containers. NumPy arrays come
+        epoch: 0-based epoch that was finished, or is in progress at `position`.
+        step: number of batches trained on.
+        spec: architecture; required if `model` is a state dict.
+        optimizer, scheduler, scaler: objects with ``state_dict()``, state dicts, or None.
+        position, rng, counters: state of the training loop for resuming, in plain containers. NumPy arrays are read
             back as tensors.
-        run_id: MLflow run.
+        run_id: id of the MLflow run.
         parent: ``{"path", "sha256", "run_id"}`` of the weights this stage started from.
 
     Raises:
-        MotipError: the file cannot be written; a value is neither tensor, number, text nor plain container; the
+        MotipError: the file cannot be written; a value is not a tensor, number, string or plain container; the
             class list contradicts the head.
     """
     module = _unwrapped(model) if isinstance(model, nn.Module) else None
@@ -87,8 +87,8 @@ def save_checkpoint(
     }
     plain = _Plain().convert(content, "checkpoint")
     with atomic_write(path) as temporary:
-        # Through a handle, not a path: torch would write the temporary file's name into the archive, and equal
-        # checkpoints would have different digests.
+        # A handle instead of a path: torch would write the temporary name into the archive, and equal checkpoints
+        # would have different digests.
         with temporary.open("wb") as stream:
             torch.save(plain, stream)
         _flush(temporary)
@@ -96,7 +96,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
-    """Everything a checkpoint of ours, or of the published code, holds; tensors on the CPU.
+    """Content of a checkpoint, ours or of the published code, with tensors on the CPU.
 
     Raises:
         MotipError: missing, cut off, would run code, not a checkpoint, or from a later version of this program.
@@ -104,7 +104,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     content = read_container(path)
     if not isinstance(content.get("model"), Mapping):
         raise MotipError(
-            "the file is no checkpoint to resume from",
+            "the file is not a checkpoint to resume from",
             where=path,
             found=f"top-level keys {', '.join(map(str, list(content)[:8]))}",
             expected='{"model", "optimizer", "scheduler", ...}',
@@ -137,13 +137,13 @@ def _state(thing: Any) -> Any:
 
 
 def _flush(path: Path) -> None:
-    # A rename may reach the disk before the bytes do; after a power cut the new name would hold an empty file.
+    # Before the rename: otherwise a power failure could leave an empty file under the new name.
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 class _Plain:
-    """Turns values into tensors, numbers, text and plain containers; one tensor under two names stays one."""
+    """Converts values to tensors, numbers, strings and plain containers; aliased tensors stay aliased."""
 
     def __init__(self) -> None:
         self._moved: dict[tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = {}
@@ -160,7 +160,7 @@ class _Plain:
             return value.item()
         if isinstance(value, str | Path):
             return str(value)
-        if isinstance(value, Counter):  # MultiStepLR keeps its milestones in one and needs it back as one
+        if isinstance(value, Counter):  # MultiStepLR stores its milestones in a Counter and requires one on load
             return Counter(self._items(value, where))
         if isinstance(value, Mapping):
             return self._items(value, where)
@@ -168,17 +168,17 @@ class _Plain:
             items = [self.convert(item, f"{where}[{index}]") for index, item in enumerate(value)]
             return tuple(items) if isinstance(value, tuple) else items
         raise MotipError(
-            "a checkpoint holds tensors, numbers, text and plain containers only",
+            "a checkpoint value must be a tensor, number, string or plain container",
             where=where,
             found=type(value).__name__,
-            fix="turn it into one of these before saving",
+            fix="convert it before saving",
         )
 
     def _items(self, value: Mapping[Any, Any], where: str) -> dict[Any, Any]:
         converted = {}
         for key, item in value.items():
             if not isinstance(key, str | int | float | bool):
-                raise MotipError("a checkpoint key must be text or a number", where=where, found=repr(key))
+                raise MotipError("a checkpoint key must be a string or a number", where=where, found=repr(key))
             converted[key] = self.convert(item, f"{where}.{key}")
         return converted
 
@@ -189,8 +189,8 @@ class _Plain:
             return self._moved[identity]
         plain = tensor.cpu().contiguous()
         if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
-            plain = plain.clone()  # torch.save would write the whole storage a view looks into
+            plain = plain.clone()  # torch.save would write the complete storage of a view
         self._moved[identity] = plain
-        # The address stands for the tensor only while the tensor lives.
+        # Keep the tensor alive, so that its address is not reused.
         self._alive.append(tensor)
         return plain

@@ -1,7 +1,7 @@
-"""Which row of a class head belongs to which class: names, their aliases, and where a new class starts.
+"""Class names of class-head rows: aliases, matching of two heads, initialisation of new classes.
 
-Rows move by *name*, never by position: a head for (pedestrian, car) that becomes (car, pedestrian, van) keeps what it
-knows about both. The 91-row COCO head is numbered by COCO *category id* (person is row 1), so bird is row 16, not 15.
+Rows are matched by *name*, not by position: a head for (pedestrian, car) that becomes (car, pedestrian, van) keeps the
+weights of both. The 91-row COCO head is indexed by COCO *category id* (person is row 1), so bird is row 16, not 15.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ COCO_CATEGORY_IDS: dict[str, int] = {
 """The 80 COCO classes with their category ids (1..90; ten ids were never used), from the COCO annotation files."""
 
 UNUSED_ROW = ""
-"""Name of a head row that no class uses (row 0 and the ten unused ids of COCO)."""
+"""Name of an unused head row (row 0 and the ten unused ids of COCO)."""
 
 PRIOR = "prior"
 
-# Names that different datasets give to one kind of object -> the name the plan uses.
+# Dataset-specific name of a class -> canonical name.
 _ALIASES = {
     "person": "pedestrian",
     "people": "pedestrian",
@@ -48,14 +48,14 @@ _ALIASES = {
 
 @dataclass(frozen=True, slots=True)
 class ClassMove:
-    """Where one row of the new class head comes from.
+    """Origin of one row of the new class head.
 
     Attributes:
         name: class of the new head.
-        how: ``name`` (same name), ``alias`` (another name of the same kind), ``relative`` (a named class, by
-            CLASS_INIT), ``row`` (a row number, by CLASS_INIT) or ``prior``.
+        how: ``name`` (same name), ``alias`` (another name of the same class), ``relative`` (a class named in
+            CLASS_INIT), ``row`` (a row number in CLASS_INIT) or ``prior``.
         row: row of the file's head, None for ``prior``.
-        source: the file's name of that row, or why the prior was taken.
+        source: name of that row in the file, or the reason for the prior.
     """
 
     name: str
@@ -84,16 +84,16 @@ def normalise_name(name: str) -> str:
 
 
 def canonical_name(name: str) -> str:
-    """The one name that stands for all aliases of a class: ``person`` and ``people`` -> ``pedestrian``."""
+    """Canonical name of a class: ``person`` and ``people`` -> ``pedestrian``."""
     plain = normalise_name(name)
     return _ALIASES.get(plain, plain)
 
 
 def check_class_list(names: Sequence[str], rows: int, where: object) -> tuple[str, ...]:
-    """`names` as a tuple if they can name the `rows` rows of a head.
+    """`names` as a tuple, checked to name the `rows` rows of a head.
 
     Raises:
-        MotipError: not a list of names, a name given twice, or another number of names than rows.
+        MotipError: not a list of names, a duplicate name, or the number of names differs from `rows`.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise MotipError("a class list must be a list of names", where=where, found=repr(names)[:200])
@@ -119,14 +119,14 @@ def match_classes(
     *,
     coco: bool,
 ) -> tuple[ClassMove, ...]:
-    """For every class of the new head, the row of the file's head that it starts from.
+    """Origin of every row of the new head, in this order of precedence.
 
-    A class of the same name takes its row; else a class of another name of the same kind (person, pedestrian); else
-    what `class_init` says: a class name of the file, another new class, ``coco:NAME`` (only if the file has a COCO
-    head, the prior otherwise), ``row:N`` (a row number, which also overrules a name) or ``prior``; else the prior.
+    ``row:N`` in `class_init`; the row of the same name; the row of an alias (person, pedestrian); another entry of
+    `class_init`: a class of the file, another new class, ``coco:NAME`` (prior if the file has no COCO head) or
+    ``prior``; the prior.
 
     Raises:
-        MotipError: a relative that nobody has, relatives in a circle, an alias that two rows claim.
+        MotipError: an unknown relative, a cycle of relatives, an alias that matches two rows.
     """
     inits = {normalise_name(name): source for name, source in (class_init or {}).items()}
     resolver = _Resolver(tuple(file_classes), tuple(classes), inits, coco)
@@ -163,7 +163,7 @@ class _Resolver:
             raise MotipError(
                 f"class '{name}' has two candidates in the file's class head",
                 found=" and ".join(self.file_classes[row] for row in rows),
-                fix=f"say which one in CLASS_INIT, e.g. {{{name}: row:{rows[0]}}}",
+                fix=f"select one in CLASS_INIT, e.g. {{{name}: row:{rows[0]}}}",
             )
         return rows[0] if rows else None
 
@@ -177,38 +177,36 @@ class _Resolver:
             return ClassMove(name, "relative", row, self.file_classes[row])
         following = normalise_name(init)
         if following in path:
-            raise MotipError(
-                "CLASS_INIT goes round in a circle", where="CLASS_INIT", found=" <- ".join((*path, following))
-            )
+            raise MotipError("CLASS_INIT is cyclic", where="CLASS_INIT", found=" <- ".join((*path, following)))
         if following not in self.inits and following not in map(normalise_name, self.classes):
             raise MotipError(
-                f"CLASS_INIT starts '{name}' from '{init}', which is no class of the file and no new class",
+                f"CLASS_INIT starts '{name}' from '{init}', which is neither a class of the file nor a new class",
                 where="CLASS_INIT",
                 found=init,
                 expected=", ".join(own for own in self.file_classes if own != UNUSED_ROW),
-                fix=f"name a class of the file, or write {name}: prior",
+                fix=f"name a class of the file, or set {name}: prior",
             )
         return self._relative(name, self.inits.get(following, PRIOR), (*path, following))
 
     def _coco_relative(self, name: str, init: str) -> ClassMove:
-        wanted = init.removeprefix("coco:")
-        if normalise_name(wanted) not in COCO_CATEGORY_IDS:
+        coco_name = init.removeprefix("coco:")
+        if normalise_name(coco_name) not in COCO_CATEGORY_IDS:
             raise MotipError(
-                f"CLASS_INIT starts '{name}' from '{init}', and COCO has no such class",
+                f"CLASS_INIT starts '{name}' from '{init}', which is not a COCO class",
                 where="CLASS_INIT",
-                found=wanted,
+                found=coco_name,
                 expected="one of the 80 COCO names, such as person, car, truck",
             )
         if not self.coco:
             return ClassMove(name, "prior", None, f"{init} applies to COCO files only")
-        row = COCO_CATEGORY_IDS[normalise_name(wanted)]
+        row = COCO_CATEGORY_IDS[normalise_name(coco_name)]
         return ClassMove(name, "relative", row, self.file_classes[row])
 
     def _row_number(self, init: str, name: str) -> int:
         text = init.removeprefix("row:").strip()
         if not text.isdigit() or int(text) >= len(self.file_classes):
             raise MotipError(
-                f"CLASS_INIT starts '{name}' from a row that the file's class head does not have",
+                f"CLASS_INIT starts '{name}' from a row outside the file's class head",
                 where="CLASS_INIT",
                 found=init,
                 expected=f"row:0 .. row:{len(self.file_classes) - 1}",

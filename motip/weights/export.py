@@ -1,7 +1,7 @@
-"""Weights that can be handed on: safetensors with everything tracking needs, and a look into any weights file.
+"""Export of weights for tracking: safetensors with architecture, classes and thresholds.
 
-``export_safetensors`` writes ``model.safetensors`` and ``config.json``. The same description stands in the header of
-the safetensors file, so that the one file is enough; where both are there, ``config.json`` speaks (it can be edited).
+``export_safetensors`` writes ``model.safetensors`` and ``config.json``. The header of the safetensors file contains the
+same description, so that it can be used alone; ``config.json``, which can be edited, takes precedence.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from motip.model.spec import ModelSpec
 from motip.storage.atomic import atomic_write, sha256_file, write_json_atomic
 from motip.weights.class_names import canonical_name, check_class_list
 from motip.weights.files import HEADER_KEY, WeightFile
-from motip.weights.inspection import DESCRIPTION_NAME, WEIGHTS_NAME, inspect, read_described, training_position
+from motip.weights.inspection import DESCRIPTION_NAME, WEIGHTS_NAME, read_described, training_position
 from motip.weights.transfer import POSITIONS_KEY, WORDS_KEY, TransferPlan, apply_transfer, plan_transfer
 from motip.weights.transfer_report import COPIED
 
 if TYPE_CHECKING:
     from motip.config import Config
 
-__all__ = ["export_safetensors", "inspect", "load_exported", "load_for_tracking", "read_described"]
+__all__ = ["export_safetensors", "load_exported", "load_for_tracking"]
 
 FORMAT = 1
 
@@ -51,7 +51,7 @@ TRACKING_KEYS = (
     "INFERENCE_MAX_LONGER",
     "USE_FOCAL_LOSS",
 )
-"""Configuration keys that tracking depends on besides the architecture."""
+"""Configuration keys of tracking, besides the architecture."""
 
 
 def export_safetensors(
@@ -61,17 +61,17 @@ def export_safetensors(
     config: Config | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write ``model.safetensors`` and ``config.json`` into `out_dir`; no YAML is needed to track with them.
+    """Write ``model.safetensors`` and ``config.json`` into `out_dir`; tracking with them needs no configuration file.
 
-    Where `out_dir` ends in ``.safetensors``, that one file is written: its header holds the description too.
+    If `out_dir` ends in ``.safetensors``, only that file is written.
 
     Args:
-        checkpoint_path: any checkpoint ``load_for_tracking`` takes.
-        config: needed for files that carry no architecture (the published code's) and are not of the default one.
-        dtype: store floating tensors in this type, e.g. ``torch.float16``; by default as they are.
+        checkpoint_path: see ``load_for_tracking``.
+        config: required for files without architecture (published checkpoints) other than the default one.
+        dtype: type of the stored floating-point tensors, e.g. ``torch.float16``; default: unchanged.
 
     Returns:
-        Path of the safetensors file.
+        The path of the safetensors file.
 
     Raises:
         MotipError: the checkpoint cannot be read, does not fit its architecture, or the folder cannot be written.
@@ -79,10 +79,12 @@ def export_safetensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    # Check that the file fits its architecture.
     source = read_described(checkpoint_path)
     spec, classes, differences = _architecture(source, config)
     _exact_plan(source, spec, classes)
     tensors, aliases = _without_aliases(source.tensors, dtype)
+    # Description for header and config.json.
     description = {
         "format": FORMAT,
         "weights": WEIGHTS_NAME,
@@ -96,24 +98,25 @@ def export_safetensors(
     }
     if differences:
         description["config_differences"] = differences
+    # Write.
     target = Path(out_dir)
-    alone = target.suffix == ".safetensors"
-    if not alone:
+    single_file = target.suffix == ".safetensors"
+    if not single_file:
         target = target / WEIGHTS_NAME
     header = json.dumps({**description, "aliases": aliases}, sort_keys=True)
     with atomic_write(target) as temporary:
         try:
             save_file(tensors, str(temporary), metadata={"format": "pt", HEADER_KEY: header})
-        except SafetensorError as error:  # it wraps the operating system's errors in its own
+        except SafetensorError as error:  # wraps errors of the operating system
             raise OSError(str(error)) from error
-        temporary.chmod(0o644)  # the library's own files are for their writer alone
-    if not alone:
+        temporary.chmod(0o644)  # the library writes files with mode 600
+    if not single_file:
         write_json_atomic(target.with_name(DESCRIPTION_NAME), {**description, "weights_sha256": sha256_file(target)})
     return target
 
 
 def _named(parent: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The parent by name and digest: its folder is this machine's and nobody else's business."""
+    """The parent with its file name instead of its path, so that no local path is published."""
     return None if parent is None else {**parent, "path": Path(str(parent["path"])).name}
 
 
@@ -126,10 +129,10 @@ def load_exported(path: Path | str) -> tuple[MOTIP, dict[str, Any]]:
     weight_file = read_described(path)
     if "spec" not in weight_file.meta or weight_file.classes is None:
         raise MotipError(
-            "the weights carry no architecture",
+            "the weights contain no architecture",
             where=weight_file.path,
-            expected=f"{DESCRIPTION_NAME} beside them, or a file written by motip weights export",
-            fix="export the checkpoint again, or give its configuration with --config_path",
+            expected=f"{DESCRIPTION_NAME} in the same folder, or a file written by motip weights export",
+            fix="export the checkpoint again, or pass its configuration with --config_path",
         )
     spec = ModelSpec.from_dict(weight_file.meta["spec"])
     meta = {**weight_file.meta, "classes": list(weight_file.classes), "sha256": weight_file.sha256}
@@ -139,16 +142,16 @@ def load_exported(path: Path | str) -> tuple[MOTIP, dict[str, Any]]:
 def load_for_tracking(
     checkpoint_path: Path | str, config: Config | None = None
 ) -> tuple[MOTIP, tuple[str, ...], dict[str, Any]]:
-    """A model ready to track, its class names, and what is known about it.
+    """Load a model for tracking, with its class names and metadata.
 
     Args:
         checkpoint_path: our checkpoint, a published one, a safetensors file, or an export folder.
-        config: needed only for a published checkpoint of another than the default architecture. Its thresholds go
-            before stored ones.
+        config: required for a published checkpoint of another than the default architecture. Its thresholds take
+            precedence over stored ones.
 
     Returns:
         MOTIP in eval mode on the CPU; class names, one per row; ``{"thresholds", "config", "training", "parent",
-        "sha256", "config_differences"}``.
+        "sha256", "kind", "config_differences"}``.
 
     Raises:
         MotipError: as ``read_weights``; a detector-only file; classes that differ from the configuration's.
@@ -156,10 +159,10 @@ def load_for_tracking(
     weight_file = read_described(checkpoint_path)
     if not weight_file.has_identity:
         raise MotipError(
-            "the file holds a detector only, it cannot track",
+            "the file contains a detector only, which cannot track",
             where=weight_file.path,
             found="no trajectory_modeling.* and id_decoder.* tensors",
-            fix="train it first (DETR_PRETRAIN), or give a full MOTIP checkpoint",
+            fix="train a model from it (DETR_PRETRAIN), or use a full MOTIP checkpoint",
         )
     spec, classes, differences = _architecture(weight_file, config)
     meta = {
@@ -177,14 +180,14 @@ def load_for_tracking(
 def _architecture(
     weight_file: WeightFile, config: Config | None
 ) -> tuple[ModelSpec, tuple[str, ...], dict[str, list[Any]]]:
-    """Architecture and classes of a file, and where the configuration differs from what the file says itself."""
+    """Architecture and classes of a file, and its differences to the configuration (field -> [file, config])."""
     classes = weight_file.classes
     if classes is None or (config is not None and weight_file.classes_origin != "file"):
         if config is None:
             raise MotipError(
                 f"the file does not name its {weight_file.class_rows} classes",
                 where=weight_file.path,
-                fix="give the configuration it was trained with (--config_path)",
+                fix="pass the configuration it was trained with (--config_path)",
             )
         classes = check_class_list(config.class_names, weight_file.class_rows, f"classes for {weight_file.path}")
     if "spec" in weight_file.meta:
@@ -196,7 +199,7 @@ def _architecture(
 
 
 def _published_spec(weight_file: WeightFile, classes: Sequence[str]) -> ModelSpec:
-    """The published architecture with the file's own classes, vocabulary and positions, if the file is of it."""
+    """The published architecture with classes, vocabulary and positions of the file; raises if it does not fit."""
     words, positions = weight_file.tensors.get(WORDS_KEY), weight_file.tensors.get(POSITIONS_KEY)
     sizes: dict[str, Any] = {"num_classes": weight_file.class_rows, "only_detr": not weight_file.has_identity}
     if words is not None and positions is not None:
@@ -206,10 +209,10 @@ def _published_spec(weight_file: WeightFile, classes: Sequence[str]) -> ModelSpe
         plan_transfer(weight_file, spec, classes)
     except MotipError as error:
         raise MotipError(
-            "the file carries no architecture and is not of the published default one",
+            "the file contains no architecture and does not fit the published default",
             where=weight_file.path,
             found=str(error.found),
-            fix="give the configuration it was trained with (--config_path)",
+            fix="pass the configuration it was trained with (--config_path)",
         ) from error
     return spec
 
@@ -219,35 +222,35 @@ def _check_against_config(
 ) -> dict[str, list[Any]]:
     if config is None:
         return {}
-    wanted = tuple(config.class_names)
-    if [canonical_name(name) for name in wanted] != [canonical_name(name) for name in classes]:
+    expected = tuple(config.class_names)
+    if [canonical_name(name) for name in expected] != [canonical_name(name) for name in classes]:
         raise MotipError(
             "the classes of the checkpoint differ from the configuration's",
             where=path,
             found=", ".join(classes),
-            expected=", ".join(wanted),
-            fix="leave the configuration away (the checkpoint carries its own), or transfer the weights first "
+            expected=", ".join(expected),
+            fix="omit the configuration (the checkpoint contains its own), or transfer the weights first "
             "(motip weights transfer)",
         )
-    asked = ModelSpec.from_config(config)
+    configured = ModelSpec.from_config(config)
     names = [field.name for field in fields(ModelSpec)]
     return {
-        name: [getattr(spec, name), getattr(asked, name)]
+        name: [getattr(spec, name), getattr(configured, name)]
         for name in names
-        if getattr(spec, name) != getattr(asked, name)
+        if getattr(spec, name) != getattr(configured, name)
     }
 
 
 def _exact_plan(weight_file: WeightFile, spec: ModelSpec, classes: Sequence[str]) -> TransferPlan:
-    """A transfer in which nothing changes: every tensor of the model is in the file as it is."""
+    """A transfer that copies every tensor of the model unchanged from the file; raises otherwise."""
     plan = plan_transfer(replace(weight_file, classes=tuple(classes)), spec, classes)
-    for key, fate in plan.report.model_fates.items():
-        if fate.category != COPIED:
+    for key, status in plan.report.model_status.items():
+        if status.category != COPIED:
             raise MotipError(
-                "the weights are not of the architecture they should have",
+                "the weights do not fit the expected architecture",
                 where=f"{weight_file.path}, key {key}",
-                found=f"{fate.category}: {fate.detail or 'not in the file'}",
-                expected="every tensor as in the file",
+                found=f"{status.category}: {status.detail or 'not in the file'}",
+                expected="every tensor unchanged from the file",
                 fix="use the configuration the weights were trained with, or motip weights transfer",
             )
     return plan
@@ -279,7 +282,7 @@ def _config_dict(weight_file: WeightFile, config: Config | None) -> dict[str, An
 def _without_aliases(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each distinct tensor once, contiguous and on its own storage; second name -> first name of the others."""
+    """Distinct tensors, contiguous with own storage, and alias -> key of the others."""
     firsts: dict[tuple[int, tuple[int, ...]], str] = {}
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

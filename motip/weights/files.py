@@ -1,7 +1,7 @@
-"""Reading weights somebody else wrote: what kind of file it is, and whether it can be trusted.
+"""Reader of weights files: detects the kind of file and validates its content.
 
-Nothing in a file is ever executed: PyTorch files go through ``torch.load(weights_only=True)``. A file is either read
-whole and checked (container, keys, finite values, class list) or refused with the first offending key.
+No code of a file is executed: PyTorch files are read with ``torch.load(weights_only=True)``. Container, keys, finite
+values and class list are checked; the error names the first invalid key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from motip.weights.class_names import COCO_ROWS, check_class_list, coco_row_name
 DETECTOR_PREFIX = "detr."
 IDENTITY_PREFIXES = ("trajectory_modeling.", "id_decoder.")
 HEADER_KEY = "motip"
-"""Name of the JSON text in the header of a safetensors file that ``motip.weights.export`` wrote."""
+"""Key of the JSON description in the header of an exported safetensors file."""
 
 _DETECTOR_KEY = re.compile(
     r"(transformer\.(level_embed$|reference_points\.|(encoder|decoder)\.layers\.\d+\.|decoder\.bbox_embed\.\d+\.)"
@@ -37,20 +37,20 @@ _CLASS_WEIGHT = re.compile(r"detr\.class_embed\.\d+\.weight$")
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One weights file, read and checked.
+    """A validated weights file.
 
     Attributes:
         path: where it was read.
         tensors: full MOTIP key (``detr.``, ``trajectory_modeling.``, ``id_decoder.``) -> tensor on the CPU, as stored.
         kind: ``motip`` (published full checkpoint), ``detector`` (detector only), ``coco`` (91-row head numbered by
             category id), ``ours`` (our checkpoint) or ``safetensors``.
-        classes: name of every class-head row, None if the file does not say and it cannot be told.
-        classes_origin: where `classes` comes from: ``file``, ``argument``, ``COCO category ids``,
+        classes: name of every class-head row; None if unknown.
+        classes_origin: source of `classes`: ``file``, ``argument``, ``COCO category ids``,
             ``assumed from one row`` or ``unknown``.
-        meta: everything else that is worth keeping: ``epoch``, ``step``, ``config``, ``spec``, ``parent``, ...;
-            ``holds`` lists the top level of the container.
+        meta: other entries of the file, such as ``epoch``, ``step``, ``config``, ``spec``, ``parent``; ``holds`` lists
+            the top-level keys of the container.
         sha256: hex digest of the file.
-        notes: what was unusual about the file, one sentence each.
+        notes: unusual properties of the file, one sentence each.
     """
 
     path: Path
@@ -69,20 +69,20 @@ class WeightFile:
 
     @property
     def has_identity(self) -> bool:
-        """Whether the file holds any tensor of trajectory modelling or of the ID decoder."""
+        """Whether the file has any tensor of trajectory modelling or of the ID decoder."""
         return any(key.startswith(IDENTITY_PREFIXES) for key in self.tensors)
 
 
 def read_weights(path: Path | str, *, classes: Sequence[str] | None = None) -> WeightFile:
-    """Read any weights file MOTIP can start from.
+    """Read and validate any weights file MOTIP can start from.
 
     Args:
         path: ``.pth`` (any name) or ``.safetensors``.
-        classes: names of the class-head rows where the file has none (configuration key ``PRETRAIN_CLASSES``).
+        classes: names of the class-head rows, for files without names (configuration key ``PRETRAIN_CLASSES``).
 
     Raises:
-        MotipError: no such file, cut off, a pickle that would run code, another container, another model's
-            state dict, NaN or infinity in a tensor, a class list that contradicts the head.
+        MotipError: missing or truncated file, a pickle that would run code, another container, the state dict of
+            another model, NaN or infinity in a tensor, a class list that contradicts the head.
     """
     path = Path(path)
     container = read_container(path)
@@ -93,6 +93,7 @@ def read_weights(path: Path | str, *, classes: Sequence[str] | None = None) -> W
     if container is not raw:
         meta = {key: value for key, value in container.items() if key in _META_KEYS and value is not None}
         meta["holds"] = sorted(str(key) for key, value in container.items() if value is not None)
+    # Kind of file and class names.
     kind = _kind(path, container, tensors)
     rows = _class_rows(tensors, path)
     names, origin = _class_names(container, rows, classes, path)
@@ -118,12 +119,12 @@ _META_KEYS = (
 
 
 def read_container(path: Path | str) -> dict[str, Any]:
-    """What a weights file holds at its top level: a dict with ``model``, or a bare state dict.
+    """Top level of a weights file: a dict with ``model``, or a bare state dict.
 
-    A safetensors file gives ``{"model": tensors, **what its header says}``.
+    For a safetensors file: ``{"model": tensors, **description in its header}``.
 
     Raises:
-        MotipError: as ``read_weights``, as far as it concerns the file itself.
+        MotipError: missing or truncated file, a pickle that would run code, another container.
     """
     path = Path(path)
     if not path.is_file():
@@ -134,7 +135,7 @@ def read_container(path: Path | str) -> dict[str, Any]:
             fix="check the path (DETR_PRETRAIN, or the --checkpoint flag)",
         )
     if path.stat().st_size == 0:
-        raise _cut_off(path, "the file is empty")
+        raise _truncated(path, "the file is empty")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = _torch_load(path)
@@ -145,7 +146,7 @@ def read_container(path: Path | str) -> dict[str, Any]:
 
 def _torch_load(path: Path) -> Any:
     try:
-        # The official COCO checkpoints carry their command line as an argparse.Namespace, a plain bag of attributes.
+        # The official COCO checkpoints contain their command line as an argparse.Namespace, which runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -158,14 +159,14 @@ def _torch_load(path: Path) -> Any:
                 where=path,
                 found=f"a call of {blocked}",
                 expected="tensors and plain containers only",
-                fix="get the weights from a source you trust, and let it save ['model'] alone",
+                fix="use a file from a trusted source that contains the entry 'model' only",
             ) from None
-        # Not PyTorch's own words: they advise to load the file without the protection.
-        raise _cut_off(path, _start_of(path)) from None
+        # Not PyTorch's message, which advises weights_only=False.
+        raise _truncated(path, _start_of(path)) from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise _cut_off(path, str(error).splitlines()[0] if str(error) else _start_of(path)) from None
-    except (ValueError, KeyError, IndexError, AttributeError):  # opcodes that are none
-        raise _cut_off(path, _start_of(path)) from None
+        raise _truncated(path, str(error).splitlines()[0] if str(error) else _start_of(path)) from None
+    except (ValueError, KeyError, IndexError, AttributeError):  # invalid opcodes
+        raise _truncated(path, _start_of(path)) from None
 
 
 def _start_of(path: Path) -> str:
@@ -174,7 +175,7 @@ def _start_of(path: Path) -> str:
 
 
 def _first_foreign_global(path: Path) -> str | None:
-    """The first class or function that a pickle names besides PyTorch's own; reads the opcodes and runs nothing."""
+    """First class or function named in a pickle that is not PyTorch's own; reads opcodes, executes nothing."""
     strings: list[str] = []
     try:
         for opcode, argument, _ in pickletools.genops(path.read_bytes()):
@@ -196,7 +197,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             header = stream.metadata() or {}
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
-        raise _cut_off(path, str(error)) from None
+        raise _truncated(path, str(error)) from None
     described: Any = {}
     if HEADER_KEY in header:
         try:
@@ -208,14 +209,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     aliases = described.pop("aliases", {})
     for alias, key in aliases.items():
         if key not in tensors:
-            raise MotipError("the header names a tensor that the file does not hold", where=path, found=key)
+            raise MotipError("the header names a tensor that is not in the file", where=path, found=key)
         tensors[alias] = tensors[key]
     return {**described, "model": tensors}
 
 
-def _cut_off(path: Path, reason: str) -> MotipError:
+def _truncated(path: Path, reason: str) -> MotipError:
     return MotipError(
-        "the weights file cannot be read: it is cut off, damaged, or no weights file",
+        "the weights file cannot be read: it is truncated, damaged, or not a weights file",
         where=path,
         found=reason,
         expected="a file written by torch.save, or safetensors",
@@ -225,7 +226,7 @@ def _cut_off(path: Path, reason: str) -> MotipError:
 
 def _wrong_container(path: Path, found: str) -> MotipError:
     return MotipError(
-        "the file holds no model weights",
+        "the file contains no model weights",
         where=path,
         found=found,
         expected='{"model": state dict, ...} or a state dict',
@@ -239,14 +240,14 @@ def _state_dict_of(container: dict[str, Any], path: Path) -> dict[str, Tensor]:
         raise _wrong_container(path, f"'model' is a {type(state).__name__}" if state else "an empty dict")
     for key, value in state.items():
         if not isinstance(key, str):
-            raise _wrong_container(path, f"a key that is no text: {key!r}")
+            raise _wrong_container(path, f"a key that is not a string: {key!r}")
         if not isinstance(value, Tensor):
             where = f"{path}, key {key}"
             found = (
                 f"top-level keys {', '.join(map(str, list(state)[:8]))}" if state is container else type(value).__name__
             )
             raise MotipError(
-                "the file holds something that is not a tensor where weights should be",
+                "the file contains a value that is not a tensor among the weights",
                 where=where,
                 found=found,
                 expected='{"model": state dict, ...} or a state dict of tensors',
@@ -255,7 +256,7 @@ def _state_dict_of(container: dict[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _full_keys(raw: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under full MOTIP keys; refuses a state dict that is no MOTIP and no Deformable DETR."""
+    """Tensors under full MOTIP keys, and notes; raises for the state dict of another model."""
     notes: list[str] = []
     tensors = dict(raw)
     for wrapper in ("module.", "_orig_mod."):
@@ -266,11 +267,11 @@ def _full_keys(raw: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
         tensors = {DETECTOR_PREFIX + key: tensor for key, tensor in tensors.items()}
     if not any(_CLASS_WEIGHT.match(key) for key in tensors):
         raise MotipError(
-            "these are the weights of another model",
+            "the weights are those of another model",
             where=path,
-            found=f"first key that does not belong: {_first_foreign(tensors, raw)}",
+            found=f"first unknown key: {_first_foreign(tensors, raw)}",
             expected="a MOTIP or Deformable-DETR state dict: class_embed.0.weight, transformer.*, backbone.0.body.*",
-            fix="give a MOTIP checkpoint, a detector-only file, or the official Deformable-DETR COCO file",
+            fix="use a MOTIP checkpoint, a detector-only file, or the official Deformable-DETR COCO file",
         )
     return tensors, notes
 
@@ -288,7 +289,7 @@ def _check_values(tensors: Mapping[str, Tensor], path: Path) -> None:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             form = "without values (meta)" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}"
             raise MotipError(
-                "a tensor is stored in a form that no weight of this model has",
+                "a tensor is stored in an unsupported form",
                 where=f"{path}, key {key}",
                 found=form.replace("torch.", ""),
                 expected="a dense tensor of floating-point numbers",
@@ -297,11 +298,11 @@ def _check_values(tensors: Mapping[str, Tensor], path: Path) -> None:
         if not bool(finite.all()):
             bad = int((~finite).sum())
             raise MotipError(
-                "a tensor holds NaN or infinity",
+                "a tensor contains NaN or infinity",
                 where=f"{path}, key {key}",
                 found=f"{bad} of {tensor.numel()} values are not finite",
                 expected="finite numbers",
-                fix="the training that wrote it had diverged: take an earlier checkpoint",
+                fix="the training had diverged: use an earlier checkpoint",
             )
 
 
@@ -310,7 +311,7 @@ def _class_rows(tensors: Mapping[str, Tensor], path: Path) -> int:
     weights = ((key, tensor.shape) for key, tensor in heads.items() if _CLASS_WEIGHT.match(key))
     first, rows = next((key, shape[0] if shape else 0) for key, shape in weights)
     for key, tensor in heads.items():
-        if tensor.ndim == 0 or tensor.shape[0] != rows:  # a weight without rows counts as one of 0 rows
+        if tensor.ndim == 0 or tensor.shape[0] != rows:  # a 0-dimensional weight counts as 0 rows
             raise MotipError(
                 "the class heads of the decoder layers have different numbers of rows",
                 where=f"{path}, key {key}",

@@ -1,4 +1,4 @@
-"""A look into any weights file: what it is, where it comes from, how far it was trained."""
+"""Inspection of weights files: kind, classes, architecture, training position, parent."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ WEIGHTS_NAME = "model.safetensors"
 DESCRIPTION_NAME = "config.json"
 
 
-def inspect(path: Path | str) -> dict[str, Any]:
-    """What a weights file (or export folder) is: plain JSON-able facts for ``motip weights inspect``.
+def inspect_weights(path: Path | str) -> dict[str, Any]:
+    """Properties of a weights file or export folder as JSON values, for ``motip weights inspect``.
 
-    ``architecture`` is the stored ModelSpec, or what the shapes tell (then ``architecture_from`` is ``shapes``).
+    ``architecture`` is the stored ModelSpec, or sizes derived from shapes (then ``architecture_from`` is ``shapes``).
 
     Raises:
         MotipError: as ``read_weights``.
@@ -56,7 +56,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
 
 
 def training_position(weight_file: WeightFile) -> dict[str, Any]:
-    """``{"epoch", "step", "run_id"}`` as far as the file says; the epoch is 0-based and finished."""
+    """``{"epoch", "step", "run_id"}``, as far as stored; the epoch is the last finished one, 0-based."""
     meta = weight_file.meta
     if "training" in meta:
         return dict(meta["training"])
@@ -70,34 +70,34 @@ def training_position(weight_file: WeightFile) -> dict[str, Any]:
 
 
 def read_described(path: Path | str) -> WeightFile:
-    """``read_weights`` of a file or of an export folder; a ``config.json`` of that file overrules its header.
+    """``read_weights`` of a file or an export folder; a ``config.json`` of that file overrides its header.
 
     Raises:
-        MotipError: as ``read_weights``; no export in the folder; a description of other weights.
+        MotipError: as ``read_weights``; the folder has no export; the description is that of other weights.
     """
     path = Path(path)
-    beside = (path if path.is_dir() else path.parent) / DESCRIPTION_NAME
+    description_path = (path if path.is_dir() else path.parent) / DESCRIPTION_NAME
     if path.is_dir():
-        if not beside.is_file():
+        if not description_path.is_file():
             raise MotipError(
-                "the folder holds no exported weights", where=path, expected=f"{WEIGHTS_NAME} and {DESCRIPTION_NAME}"
+                "the folder contains no exported weights", where=path, expected=f"{WEIGHTS_NAME} and {DESCRIPTION_NAME}"
             )
-        path = path / str(_read_description(beside).get("weights", WEIGHTS_NAME))
+        path = path / str(_read_description(description_path).get("weights", WEIGHTS_NAME))
     weight_file = read_weights(path)
-    if path.suffix != ".safetensors" or not beside.is_file():
+    if path.suffix != ".safetensors" or not description_path.is_file():
         return weight_file
-    description = _read_description(beside)
-    if description.get("weights") != path.name:  # another program's config.json, or of another file in this folder
+    description = _read_description(description_path)
+    if description.get("weights") != path.name:  # config.json of another program or another file
         return weight_file
     if description.get("weights_sha256", weight_file.sha256) != weight_file.sha256:
         raise MotipError(
-            f"{DESCRIPTION_NAME} describes other weights than the file beside it",
+            f"{DESCRIPTION_NAME} describes other weights than the file next to it",
             where=path,
             found=f"sha256 {weight_file.sha256}",
             expected=f"sha256 {description['weights_sha256']}",
             fix="copy both files of one export",
         )
-    classes = check_class_list(description.get("classes", ()), weight_file.class_rows, beside)
+    classes = check_class_list(description.get("classes", ()), weight_file.class_rows, description_path)
     meta = {**weight_file.meta, **description}
     return replace(weight_file, classes=classes, classes_origin="file", meta=meta)
 
@@ -109,13 +109,13 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise MotipError("the description of the export cannot be read", where=path, found=str(error)) from None
     if not isinstance(description, dict):
         raise MotipError(
-            "the description of the export is no JSON object", where=path, found=type(description).__name__
+            "the description of the export is not a JSON object", where=path, found=type(description).__name__
         )
     return description
 
 
 def _sizes_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes alone tell of an architecture, under the names of ModelSpec."""
+    """Architecture sizes derived from tensor shapes, under the names of ModelSpec."""
 
     def count(pattern: str) -> int:
         return len({key[len(pattern) :].split(".")[0] for key in tensors if key.startswith(pattern)})

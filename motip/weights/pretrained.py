@@ -1,4 +1,4 @@
-"""The front door of the weights: read a file, plan what goes where, apply it, report every tensor."""
+"""Load pretrained weights into a model: read, plan and apply in one call."""
 
 from __future__ import annotations
 
@@ -6,23 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from motip.model.motip import MOTIP
-from motip.weights.checkpoint import load_checkpoint, save_checkpoint
-from motip.weights.files import WeightFile, read_weights
-from motip.weights.transfer import TransferPlan, apply_transfer, plan_transfer
-from motip.weights.transfer_report import CATEGORIES, TransferReport
-
-__all__ = [
-    "CATEGORIES",
-    "TransferPlan",
-    "TransferReport",
-    "WeightFile",
-    "apply_transfer",
-    "load_checkpoint",
-    "load_pretrained",
-    "plan_transfer",
-    "read_weights",
-    "save_checkpoint",
-]
+from motip.weights.files import read_weights
+from motip.weights.transfer import apply_transfer, plan_transfer
+from motip.weights.transfer_report import TransferReport
 
 
 def load_pretrained(
@@ -37,11 +23,15 @@ def load_pretrained(
     """Fill `model` from a weights file: ``read_weights``, ``plan_transfer``, ``apply_transfer`` in one call.
 
     Args:
-        class_names: the model's classes. file_classes: the file's, where it does not say (PRETRAIN_CLASSES).
-        new_class_from: CLASS_INIT. allow: patterns of keys that may be missing, unknown, or of another shape.
+        model: any device; filled in place.
+        path: see ``read_weights``.
+        class_names: classes of the model, one per row of its class head.
+        file_classes: classes of the file, if it does not name them (PRETRAIN_CLASSES).
+        new_class_from: initial rows of new classes (CLASS_INIT), see ``match_classes``.
+        allow: ``fnmatch`` patterns of keys that may be missing, unknown, or of another shape (PRETRAIN_ALLOW).
 
     Raises:
-        MotipError: from any of the three; the model is then untouched.
+        MotipError: from any of the three functions; the model is then unchanged.
     """
     weight_file = read_weights(path, classes=file_classes)
     plan = plan_transfer(weight_file, model.spec, class_names, new_class_from=new_class_from, allow=allow)

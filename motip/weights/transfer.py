@@ -1,10 +1,10 @@
-"""Moving weights from a file into a model, with an account of every tensor.
+"""Transfer of weights from a file into a model, with a status for every tensor.
 
-``plan_transfer`` decides and checks everything without touching the model; ``apply_transfer`` then copies. So a file
-that does not fit leaves the model as it was.
+``plan_transfer`` checks and decides without changing the model; ``apply_transfer`` then copies. A file that does not
+fit leaves the model unchanged.
 
-What may change between file and model: the classes (rows move by name), the ID vocabulary and REL_PE_LENGTH (they
-grow), and the whole identity half, if the file holds a detector only. Everything else must agree, tensor by tensor.
+Allowed differences between file and model: the classes (rows move by name), the ID vocabulary and REL_PE_LENGTH (they
+grow), and the identity half if the file contains a detector only. All other tensors must agree in name and shape.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from motip.model.build import build_model
 from motip.model.spec import ModelSpec
 from motip.weights.class_names import UNUSED_ROW, ClassMove, check_class_list, match_classes
 from motip.weights.files import IDENTITY_PREFIXES, WeightFile
-from motip.weights.transfer_report import COPIED, DROPPED, GROWN, INITIALISED, ROWS_MOVED, Fate, TransferReport
+from motip.weights.transfer_report import COPIED, DROPPED, GROWN, INITIALISED, ROWS_MOVED, TensorStatus, TransferReport
 from motip.weights.vocabulary import resize_positions, resize_words
 
 PRIOR_BIAS = -math.log(99.0)
-"""Bias at which an undecided class head says 0.01 (RetinaNet, section 4.1)."""
+"""Bias of a class head with score 0.01 (RetinaNet, section 4.1)."""
 
 WORDS_KEY = "id_decoder.word_to_embed.weight"
 POSITIONS_KEY = "id_decoder.rel_pos_embeds"
-LEFT_OUT = "left out on purpose (PRETRAIN_SKIP)"
+SKIPPED = "skipped by PRETRAIN_SKIP"
 _CLASS_HEAD = re.compile(r"detr\.class_embed\.\d+\.(weight|bias)$")
 _LABEL_HEAD = re.compile(r"id_decoder\.embed_to_word_layers\.\d+\.weight$")
 _BATCH_COUNTER = ".num_batches_tracked"
 
-# First pattern that fits names the configuration keys a user should compare when a shape differs.
+# Pattern of a tensor name -> configuration keys that determine its shape; the first match counts.
 _SIZE_KEYS = (
     (r"query_embed", "DETR_NUM_QUERIES, DETR_HIDDEN_DIM"),
     (r"level_embed|input_proj", "DETR_NUM_FEATURE_LEVELS, DETR_HIDDEN_DIM, BACKBONE"),
@@ -54,7 +54,7 @@ _SIZE_KEYS = (
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """A checked transfer: ``values`` (first name of each model tensor -> its new value) and the report to be."""
+    """A checked transfer: ``values`` (first name of each model tensor -> new value) and its report."""
 
     spec: ModelSpec
     values: Mapping[str, Tensor]
@@ -70,19 +70,19 @@ def plan_transfer(
     allow: Collection[str] = (),
     skip: Collection[str] = (),
 ) -> TransferPlan:
-    """Decide where every tensor of the file goes and where every tensor of the model comes from.
+    """Decide the status of every tensor of the file and of the model.
 
     Args:
         weight_file: from ``read_weights``.
         spec: architecture of the model to fill.
         class_names: its classes, one per row of its class head.
-        new_class_from: where classes start that the file does not know (CLASS_INIT), see ``match_classes``.
-        allow: patterns (``fnmatch``) of full keys that may be missing in the file, unknown to the model, of another
-            shape, or may lose rows. Without them each of these is an error.
-        skip: patterns of full keys that are left out although they may fit: the model's own initialisation stays.
+        new_class_from: initial rows of new classes (CLASS_INIT), see ``match_classes``.
+        allow: ``fnmatch`` patterns of full keys that may be missing in the file, unknown to the model, of another
+            shape, or shrink. For other keys each of these is an error.
+        skip: ``fnmatch`` patterns of full keys that are not transferred; the model keeps its initialisation.
 
     Raises:
-        MotipError: naming the first offending key; the file's classes are unknown; the file does not fit.
+        MotipError: the classes of the file are unknown; the file does not fit (names the first invalid key).
     """
     check_class_list(class_names, spec.num_classes, "the model's classes")
     if weight_file.classes is None:
@@ -96,28 +96,28 @@ def plan_transfer(
         weight_file.classes, class_names, new_class_from, coco=weight_file.classes_origin == "COCO category ids"
     )
     planner = _Planner(weight_file, spec, moves, tuple(allow))
-    planner.leave_out(tuple(skip))
+    planner.skip(tuple(skip))
     planner.fill_model()
-    planner.account_for_rest_of_file()
+    planner.drop_rest_of_file()
     planner.raise_problems()
     return TransferPlan(spec, planner.values, planner.report(tuple(class_names)))
 
 
 @torch.no_grad()
 def apply_transfer(model: nn.Module, plan: TransferPlan) -> TransferReport:
-    """Copy the planned values into `model`, in place, on whatever device it is.
+    """Copy the planned values into `model` in place, on any device.
 
     Raises:
-        MotipError: the model is not of the plan's architecture; it is then untouched.
+        MotipError: the architecture of `model` differs from the plan; `model` is then unchanged.
     """
     state = model.state_dict()
-    planned = plan.report.model_fates
+    planned = plan.report.model_status
     for key in [*planned, *state]:
         found = tuple(state[key].shape) if key in state else None
         expected = planned[key].shape if key in planned else None
         if found != expected:
             raise MotipError(
-                "the model is not of the architecture the transfer was planned for",
+                "the model does not have the architecture the transfer was planned for",
                 where=key,
                 found=found or "no such tensor in the model",
                 expected=expected or "no such tensor",
@@ -129,35 +129,38 @@ def apply_transfer(model: nn.Module, plan: TransferPlan) -> TransferReport:
 
 @dataclass
 class _Planner:
+    """Collects values, statuses, notes and problems of one transfer."""
+
     file: WeightFile
     spec: ModelSpec
     moves: tuple[ClassMove, ...]
     allow: tuple[str, ...]
     values: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(init=False)
-    """Of the file, without those that are left out on purpose."""
-    file_fates: dict[str, Fate] = field(default_factory=dict)
-    model_fates: dict[str, Fate] = field(default_factory=dict)
+    """Tensors of the file that are not skipped."""
+    file_status: dict[str, TensorStatus] = field(default_factory=dict)
+    model_status: dict[str, TensorStatus] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[tuple[str, str, str]] = field(default_factory=list)
-    """(key, what is wrong, what to compare or change)"""
+    """(key, problem, advice)"""
     used_patterns: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.tensors = dict(self.file.tensors)
 
-    def leave_out(self, patterns: tuple[str, ...]) -> None:
+    def skip(self, patterns: tuple[str, ...]) -> None:
         for pattern in patterns:
             hits = [key for key in self.file.tensors if fnmatchcase(key, pattern)]
             for key in hits:
                 self.tensors.pop(key, None)
-                self.file_fates[key] = Fate(DROPPED, tuple(self.file.tensors[key].shape), LEFT_OUT)
+                self.file_status[key] = TensorStatus(DROPPED, tuple(self.file.tensors[key].shape), SKIPPED)
             if hits:
-                self.notes.append(f"{len(hits)} tensors are {LEFT_OUT}: {pattern}")
+                self.notes.append(f"{len(hits)} tensors are {SKIPPED}: {pattern}")
             else:
-                self.notes.append(f"PRETRAIN_SKIP has no effect: the file holds nothing named {pattern}")
+                self.notes.append(f"PRETRAIN_SKIP has no effect: no tensor of the file matches {pattern}")
 
     def fill_model(self) -> None:
+        """Value and status of every model tensor, and status of the file tensors used."""
         slots, groups = _model_tensors(self.spec)
         words = self._resized_words(slots, groups)
         for first, names in groups.items():
@@ -165,23 +168,23 @@ class _Planner:
             if not sources:
                 self._leave_initialised(slots, names)
                 continue
-            # Loading a state dict in its order leaves the last of several values of one tensor in place.
+            # As in load_state_dict, the last of several values of one tensor is used.
             source = sources[-1]
             moved = self._move(source, slots[first], words) if self._agree(sources) else None
             if moved is None:
-                self._set_aside(names, sources, slots[first])
+                self._keep_initialised(names, sources, slots[first])
                 continue
             value, category, detail = moved
             self.values[first] = value.to(slots[first].dtype)
             for name in names:
-                second = f"filled through its other name {source}" if name not in self.tensors else detail
-                self.model_fates[name] = Fate(
-                    category, tuple(slots[name].shape), second, None if name == first else first
+                alias_detail = f"filled through its other name {source}" if name not in self.tensors else detail
+                self.model_status[name] = TensorStatus(
+                    category, tuple(slots[name].shape), alias_detail, None if name == first else first
                 )
             self._account_for_sources(sources, category, detail)
 
     def _agree(self, sources: list[str]) -> bool:
-        """Whether all names of one model tensor have one shape in the file, or those that differ are allowed."""
+        """Whether all names of one model tensor have the same shape in the file, or differences are allowed."""
         shape = self.tensors[sources[-1]].shape
         other = [key for key in sources if self.tensors[key].shape != shape]
         if not other or self._allowed(*other):
@@ -191,13 +194,14 @@ class _Planner:
         return False
 
     def _move(self, key: str, slot: Tensor, words: Mapping[str, Tensor]) -> tuple[Tensor, str, str] | None:
-        """The value for a model tensor from the file's tensor `key`, its category and detail; None if it cannot be."""
+        """Value, category and detail of a model tensor from the file tensor `key`; None if it does not fit."""
         tensor = self.tensors[key]
         if not tensor.is_floating_point():
             if not self._allowed(key):
                 kind = str(tensor.dtype).removeprefix("torch.")
                 self._problem(key, f"{kind} numbers where the model has floating-point ones", "the file is damaged")
             return None
+        # Class rows, unchanged shapes, resized vocabulary, resized positions.
         if _CLASS_HEAD.match(key) and tensor.shape[1:] == slot.shape[1:]:
             if self._classes_unchanged():
                 return tensor, COPIED, ""
@@ -218,21 +222,23 @@ class _Planner:
                 return resize_positions(tensor, new), GROWN, detail
             self._problem(key, f"REL_PE_LENGTH would shrink from {old} to {new}", f"set REL_PE_LENGTH: {old}")
             return None
-        already_said = _is_word_tensor(key) and any(_is_word_tensor(bad) for bad, _, _ in self.problems)
-        if not already_said and not self._allowed(key):
+        # Another shape.
+        reported = _is_word_tensor(key) and any(_is_word_tensor(bad) for bad, _, _ in self.problems)
+        if not reported and not self._allowed(key):
             shapes = f"shape {tuple(tensor.shape)} in the file, {tuple(slot.shape)} in the model"
             self._problem(key, shapes, f"compare {_size_keys(key)} with the run that wrote the file")
         return None
 
     def _resized_words(self, slots: Mapping[str, Tensor], groups: Mapping[str, list[str]]) -> dict[str, Tensor]:
-        """New values of label embedding and label heads, where the ID vocabulary of the file has another size."""
+        """Resized label embedding and label heads, if the ID vocabulary of the file has another size; else empty."""
         embedding = self.tensors.get(WORDS_KEY)
         if embedding is None or WORDS_KEY not in slots or embedding.ndim != 2:
             return {}
         old, new = embedding.shape[1] - 1, slots[WORDS_KEY].shape[1] - 1
-        wanted = (slots[WORDS_KEY].shape[0], old + 1)
-        if old == new or tuple(embedding.shape) != wanted:
+        expected = (slots[WORDS_KEY].shape[0], old + 1)
+        if old == new or tuple(embedding.shape) != expected:
             return {}
+        # Label heads of the file.
         winners = [
             [name for name in names if name in self.tensors]
             for first, names in groups.items()
@@ -240,13 +246,14 @@ class _Planner:
         ]
         heads = {names[-1]: self.tensors[names[-1]] for names in winners if names}
         for key, head in heads.items():
-            if tuple(head.shape) != (wanted[1], wanted[0]):
+            if tuple(head.shape) != (expected[1], expected[0]):
                 self._problem(
                     key,
                     f"shape {tuple(head.shape)}, but {WORDS_KEY} is {tuple(embedding.shape)}",
                     "the file is damaged",
                 )
                 return {}
+        # Resize.
         if new < old and not self._allowed(WORDS_KEY):
             self._problem(
                 WORDS_KEY,
@@ -263,29 +270,31 @@ class _Planner:
         return {WORDS_KEY: resized, **dict(zip(heads, resized_heads, strict=True))}
 
     def _leave_initialised(self, slots: Mapping[str, Tensor], names: list[str]) -> None:
-        left_out = any(name in self.file.tensors for name in names)
-        expected = left_out or (names[0].startswith(IDENTITY_PREFIXES) and not self.file.has_identity)
+        skipped = any(name in self.file.tensors for name in names)
+        expected = skipped or (names[0].startswith(IDENTITY_PREFIXES) and not self.file.has_identity)
         if not expected and not self._allowed(*names):
             self._problem(
-                names[0], "the file does not hold it", "compare the layer counts and BACKBONE with the file's"
+                names[0], "the file does not contain it", "compare the layer counts and BACKBONE with the file's"
             )
-        detail = LEFT_OUT if left_out else "" if expected else "missing in the file, allowed"
+        detail = SKIPPED if skipped else "" if expected else "missing in the file, allowed"
         for name in names:
-            self.model_fates[name] = Fate(
+            self.model_status[name] = TensorStatus(
                 INITIALISED, tuple(slots[name].shape), detail, None if name == names[0] else names[0]
             )
 
-    def _set_aside(self, names: list[str], sources: list[str], slot: Tensor) -> None:
-        """A shape that does not fit, but was allowed: the model keeps its own value, the file's is dropped."""
+    def _keep_initialised(self, names: list[str], sources: list[str], slot: Tensor) -> None:
+        """Status of an allowed difference in shape: the model keeps its value, that of the file is dropped."""
         for name in names:
-            self.model_fates[name] = Fate(
+            self.model_status[name] = TensorStatus(
                 INITIALISED,
                 tuple(slot.shape),
                 "other shape in the file, allowed",
                 None if name == names[0] else names[0],
             )
         for key in sources:
-            self.file_fates[key] = Fate(DROPPED, tuple(self.tensors[key].shape), "other shape in the model, allowed")
+            self.file_status[key] = TensorStatus(
+                DROPPED, tuple(self.tensors[key].shape), "other shape in the model, allowed"
+            )
 
     def _account_for_sources(self, sources: list[str], category: str, detail: str) -> None:
         winner = self.tensors[sources[-1]]
@@ -293,18 +302,21 @@ class _Planner:
         for key in sources:
             shape = tuple(self.tensors[key].shape)
             if key in same:
-                self.file_fates[key] = Fate(category, shape, detail, None if key == same[0] else same[0])
+                self.file_status[key] = TensorStatus(category, shape, detail, None if key == same[0] else same[0])
             else:
-                self.file_fates[key] = Fate(DROPPED, shape, f"the model shares this tensor; it takes {sources[-1]}")
+                self.file_status[key] = TensorStatus(
+                    DROPPED, shape, f"the model shares this tensor; it uses {sources[-1]}"
+                )
         if len(same) < len(sources):
             self.notes.append(
-                f"{len(sources) - len(same)} of {len(sources)} names of one shared tensor hold other values in the "
+                f"{len(sources) - len(same)} of {len(sources)} names of one shared tensor have other values in the "
                 f"file; the last, {sources[-1]}, wins"
             )
 
-    def account_for_rest_of_file(self) -> None:
+    def drop_rest_of_file(self) -> None:
+        """Status of file tensors without a model tensor."""
         for key, tensor in self.tensors.items():
-            if key in self.file_fates or key in self.model_fates:
+            if key in self.file_status or key in self.model_status:
                 continue
             counter = key.endswith(_BATCH_COUNTER)
             if not counter and not self._allowed(key):
@@ -314,7 +326,7 @@ class _Planner:
             detail = (
                 "batch-norm step counter; frozen batch norm has none" if counter else "unknown to the model, allowed"
             )
-            self.file_fates[key] = Fate(DROPPED, tuple(tensor.shape), detail)
+            self.file_status[key] = TensorStatus(DROPPED, tuple(tensor.shape), detail)
 
     def raise_problems(self) -> None:
         if not self.problems:
@@ -329,7 +341,7 @@ class _Planner:
             where=f"{self.file.path}, key {key}" + (others if more else ""),
             found=wrong,
             expected="every tensor of the file and of the model accounted for",
-            fix=f"{advice}; if it is meant, allow it by name: PRETRAIN_ALLOW: ['{key}'] (or --allow '{key}')",
+            fix=f"{advice}; if it is intended, allow it by name: PRETRAIN_ALLOW: ['{key}'] (or --allow '{key}')",
         )
 
     def report(self, class_names: tuple[str, ...]) -> TransferReport:
@@ -345,15 +357,15 @@ class _Planner:
             classes_origin=self.file.classes_origin,
             class_moves=tuple(move.describe() for move in self.moves),
             dropped_classes=dropped,
-            file_fates={key: self.file_fates[key] for key in self.file.tensors},
-            model_fates=dict(self.model_fates),
+            file_status={key: self.file_status[key] for key in self.file.tensors},
+            model_status=dict(self.model_status),
             notes=tuple([*self.file.notes, *self._class_notes(dropped), *self.notes, *self._other_notes()]),
         )
 
     def _class_notes(self, dropped: tuple[str, ...]) -> list[str]:
         notes = []
         if self.file.classes_origin == "assumed from one row":
-            notes.append("the file does not name its one class: taken for 'pedestrian' (PRETRAIN_CLASSES overrules)")
+            notes.append("the file does not name its class: assumed to be 'pedestrian' (PRETRAIN_CLASSES overrides)")
         for move in self.moves:
             if move.how == "prior":
                 notes.append(f"class '{move.name}' is new and starts from the prior ({move.source})")
@@ -364,15 +376,15 @@ class _Planner:
 
     def _other_notes(self) -> list[str]:
         notes = []
-        untouched = [key for key, fate in self.model_fates.items() if fate.category == INITIALISED]
+        untouched = [key for key, status in self.model_status.items() if status.category == INITIALISED]
         identity = [key for key in untouched if key.startswith(IDENTITY_PREFIXES)]
         if identity and not self.file.has_identity:
             notes.append(
-                f"DETECTOR ONLY: the file holds no identity half; {len(identity)} tensors of trajectory_modeling and "
-                "id_decoder start from their initialisation, association is learnt from nothing"
+                f"DETECTOR ONLY: the file has no identity half; {len(identity)} tensors of trajectory_modeling and "
+                "id_decoder start from their initialisation, association is learnt from scratch"
             )
         if _boxes_without_refinement(self.tensors):
-            notes.append("all box heads of the file are equal: it looks trained without box refinement")
+            notes.append("all box heads of the file are equal: it was probably trained without box refinement")
         narrow = [key for key in self.tensors if self.tensors[key].dtype in (torch.float16, torch.bfloat16)]
         if narrow:
             notes.append(f"{len(narrow)} tensors of the file are stored in 16 bits and were widened")
@@ -395,7 +407,7 @@ class _Planner:
 
 
 def _model_tensors(spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Key -> tensor without memory of a model of `spec`; first name of each tensor -> all its names."""
+    """Key -> meta tensor of a model of `spec`; first name of each tensor -> all its names."""
     with torch.device("meta"):
         state = build_model(spec).state_dict(keep_vars=True)
     first_names: dict[int, str] = {}
@@ -407,12 +419,11 @@ def _model_tensors(spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, list[s
 
 
 def _move_rows(file: WeightFile, key: str, moves: Sequence[ClassMove]) -> Tensor:
-    """A class-head weight (C,D) or bias (C,) whose rows come from the file's rows by `moves`.
+    """Class-head weight (C,D) or bias (C,) with rows of the file selected by `moves`.
 
-    A row from the prior is the mean of the file's named rows, with a bias no higher than -log 99 and at least one
-    below the mean bias. A mean never exceeds the best of what it averages, so before training a new class scores
-    below the best known class on every query: what the parent detects and how it is sorted do not change, and the
-    new class starts from "there is an object here" instead of from nothing.
+    A row from the prior is the mean of the named rows of the file, with a bias of at most -log 99 and at least one
+    below the mean bias. Its logit is then below the best known class on every query, so that detections of the parent
+    and their order do not change before training, while the new class starts from a general "object" direction.
     """
     old = file.tensors[key].float()
     named = [row for row, name in enumerate(file.classes or ()) if name != UNUSED_ROW]
@@ -434,7 +445,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _boxes_without_refinement(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether two or more decoder layers share one box head, which only training without refinement gives."""
+    """Whether all decoder layers have equal box heads, the result of training without refinement."""
     heads = [tensor for key, tensor in tensors.items() if re.match(r"detr\.bbox_embed\.\d+\.layers\.0\.weight$", key)]
     return len(heads) > 1 and all(_equal(heads[0], head) for head in heads[1:])
 

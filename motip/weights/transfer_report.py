@@ -1,4 +1,4 @@
-"""What happened to every tensor when weights moved from a file into a model."""
+"""Transfer report: status of every tensor of a weights file and of the model it was transferred into."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
-    """What became of one tensor.
+class TensorStatus:
+    """Outcome of the transfer for one tensor.
 
     Attributes:
         category: one of CATEGORIES.
-        shape: the tensor's own shape (in the file for the file's tensors, in the model for the model's).
-        detail: what a reader should know beyond the category, may be empty.
-        alias_of: key under which the same tensor is counted first, or None.
+        shape: shape on its side, file or model.
+        detail: explanation beyond the category, or "".
+        alias_of: first key of the same tensor, or None.
     """
 
     category: str
@@ -44,10 +44,10 @@ class Fate:
 
 @dataclass(frozen=True)
 class TransferReport:
-    """Two ledgers: every tensor of the file and every tensor of the model, each in exactly one category.
+    """Status of every tensor of the file and of every tensor of the model.
 
     A model tensor is copied, rows moved by class name, grown or initialised; a file tensor is copied, rows moved,
-    grown or dropped. A tensor with two names stands under both, the second marked ``alias_of``.
+    grown or dropped. A tensor with two names is listed under both, the second with ``alias_of``.
     """
 
     path: str
@@ -58,25 +58,25 @@ class TransferReport:
     classes_origin: str
     class_moves: tuple[str, ...]
     dropped_classes: tuple[str, ...]
-    file_fates: Mapping[str, Fate]
-    model_fates: Mapping[str, Fate]
+    file_status: Mapping[str, TensorStatus]
+    model_status: Mapping[str, TensorStatus]
     notes: tuple[str, ...]
-    """What must not be overlooked, one sentence each; printed loudly."""
+    """Notable facts, one sentence each; printed at the end of the table."""
 
     def counts(self) -> dict[str, dict[str, int]]:
         """``{"file": {category: tensors}, "model": {...}}``; each side sums to the number of its tensors."""
         return {
             side: {category: counted.get(category, 0) for category in CATEGORIES}
-            for side, counted in (("file", _count(self.file_fates)), ("model", _count(self.model_fates)))
+            for side, counted in (("file", _count(self.file_status)), ("model", _count(self.model_status)))
         }
 
     def names(self, category: str, side: str) -> list[str]:
         """Keys of one `side` (``file`` or ``model``) in `category`."""
-        fates = self.file_fates if side == "file" else self.model_fates
-        return [key for key, fate in fates.items() if fate.category == category]
+        statuses = self.file_status if side == "file" else self.model_status
+        return [key for key, status in statuses.items() if status.category == category]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON-able values."""
+        """The report as JSON values (the content of ``transfer.json``)."""
         return {
             "path": self.path,
             "sha256": self.sha256,
@@ -88,22 +88,22 @@ class TransferReport:
             "dropped_classes": list(self.dropped_classes),
             "counts": self.counts(),
             "notes": list(self.notes),
-            "file": {key: fate.to_dict() for key, fate in self.file_fates.items()},
-            "model": {key: fate.to_dict() for key, fate in self.model_fates.items()},
+            "file": {key: status.to_dict() for key, status in self.file_status.items()},
+            "model": {key: status.to_dict() for key, status in self.model_status.items()},
         }
 
     def summary_line(self) -> str:
-        """One line: how many of the model's tensors came from where."""
-        counted = _count(self.model_fates)
-        dropped = _count(self.file_fates).get(DROPPED, 0)
+        """Counts per category in one line."""
+        counted = _count(self.model_status)
+        dropped = _count(self.file_status).get(DROPPED, 0)
         parts = [f"{counted[category]} {category}" for category in CATEGORIES if counted.get(category)]
         return (
-            f"{len(self.model_fates)} model tensors: {', '.join(parts)}; "
-            f"{dropped} of {len(self.file_fates)} file tensors dropped ({self.kind}, sha256 {self.sha256[:12]})"
+            f"{len(self.model_status)} model tensors: {', '.join(parts)}; "
+            f"{dropped} of {len(self.file_status)} file tensors dropped ({self.kind}, sha256 {self.sha256[:12]})"
         )
 
     def table(self) -> str:
-        """The report as text, one line per category and group of names."""
+        """The report as text: counts per category, class moves, tensors not copied, notes."""
         counts = self.counts()
         lines = [
             f"weights  {self.path}",
@@ -113,17 +113,18 @@ class TransferReport:
         ]
         for category in CATEGORIES:
             lines.append(f"{category:<26}{_cell(counts, 'file', category)}{_cell(counts, 'model', category)}")
-        lines.append(f"{'total':<26}{len(self.file_fates):>7}{len(self.model_fates):>7}")
-        aliases = sum(fate.alias_of is not None for fate in self.model_fates.values())
+        lines.append(f"{'total':<26}{len(self.file_status):>7}{len(self.model_status):>7}")
+        aliases = sum(status.alias_of is not None for status in self.model_status.values())
         if aliases:
-            lines.append(f"{aliases} of the model's names are second names of a tensor counted above")
+            lines.append(f"{aliases} of the model's names are aliases of a tensor counted above")
+        # Classes, then tensors that were not copied.
         lines += ["", f"classes  ({self.classes_origin})", *(f"  {move}" for move in self.class_moves)]
-        for title, category, fates in (
-            (f"{GROWN}", GROWN, self.model_fates),
-            (f"{INITIALISED} (model tensors the file does not fill)", INITIALISED, self.model_fates),
-            (f"{DROPPED} (file tensors the model does not take)", DROPPED, self.file_fates),
+        for title, category, statuses in (
+            (f"{GROWN}", GROWN, self.model_status),
+            (f"{INITIALISED} (model tensors not filled from the file)", INITIALISED, self.model_status),
+            (f"{DROPPED} (file tensors not used by the model)", DROPPED, self.file_status),
         ):
-            chosen = {key: fate for key, fate in fates.items() if fate.category == category}
+            chosen = {key: status for key, status in statuses.items() if status.category == category}
             if chosen:
                 lines += ["", title, *(f"  {line}" for line in _name_lines(chosen))]
         if self.notes:
@@ -131,8 +132,8 @@ class TransferReport:
         return "\n".join(lines)
 
 
-def _count(fates: Mapping[str, Fate]) -> Counter[str]:
-    return Counter(fate.category for fate in fates.values())
+def _count(statuses: Mapping[str, TensorStatus]) -> Counter[str]:
+    return Counter(status.category for status in statuses.values())
 
 
 def _cell(counts: Mapping[str, Mapping[str, int]], side: str, category: str) -> str:
@@ -140,15 +141,15 @@ def _cell(counts: Mapping[str, Mapping[str, int]], side: str, category: str) -> 
     return f"{'-' if impossible else counts[side][category]:>7}"
 
 
-def _name_lines(fates: Mapping[str, Fate]) -> Iterable[str]:
-    """Names with shape and detail; many names of one module become one line with their number."""
+def _name_lines(statuses: Mapping[str, TensorStatus]) -> Iterable[str]:
+    """Names with shape and detail; more than 8 names of one module are summarised in one line."""
     by_detail: dict[tuple[str, str], list[str]] = {}
-    for key, fate in fates.items():
+    for key, status in statuses.items():
         module = ".".join(key.split(".")[:2]) if key.startswith("detr.") else key.split(".")[0]
-        by_detail.setdefault((module, fate.detail), []).append(key)
+        by_detail.setdefault((module, status.detail), []).append(key)
     for (module, detail), keys in by_detail.items():
         note = f"  {detail}" if detail else ""
         if len(keys) > _NAMES_SHOWN:
             yield f"{module}.*  {len(keys)} tensors{note}"
         else:
-            yield from (f"{key}  {list(fates[key].shape)}{note}" for key in keys)
+            yield from (f"{key}  {list(statuses[key].shape)}{note}" for key in keys)

@@ -1,4 +1,4 @@
-"""Deformable attention in float64 against loops, its edge cases, and its run-time choice."""
+"""Deformable attention in float64 against explicit loops, edge cases, and selection of the implementation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _pixel(grid: Tensor, x: int, y: int) -> Tensor:
 
 
 def _loops(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """The definition, one sample at a time; differentiable, so that it also gives the reference gradients."""
+    """The definition with explicit loops over samples; differentiable, for reference gradients."""
     batch, queries, heads, levels, points = weights.shape
     starts = [0, *itertools.accumulate(h * w for h, w in shapes)]
     rows = []
@@ -63,7 +63,7 @@ def _case(levels: int, queries: int = 6, points: int = 2, seed: int = 0) -> tupl
     generator = torch.Generator().manual_seed(seed)
     pixels = sum(h * w for h, w in shapes)
     value = torch.randn(2, pixels, 3, 4, dtype=torch.float64, generator=generator)
-    # Well outside the image as well, where samples must count as zero.
+    # Also well outside the image, where samples count as zero.
     locations = torch.rand(2, queries, 3, levels, points, 2, dtype=torch.float64, generator=generator) * 1.6 - 0.3
     weights = torch.rand(2, queries, 3, levels, points, dtype=torch.float64, generator=generator)
     return shapes, [x.requires_grad_() for x in (value, locations, weights)]
@@ -106,7 +106,7 @@ def test_samples_far_outside_count_as_zero(implementation: str, far: float) -> N
     assert not attended.any() and not outside.grad.any() and not value.grad.any() and not weights.grad.any()
 
 
-def test_a_location_that_is_not_a_number_is_not_hidden_on_a_cpu() -> None:
+def test_nan_location_gives_nan_on_a_cpu() -> None:
     shapes, (value, locations, weights) = _case(2)
     broken = locations.detach().clone()
     broken[0, 1, 2, 0, 0, 0] = torch.nan
@@ -115,7 +115,7 @@ def test_a_location_that_is_not_a_number_is_not_hidden_on_a_cpu() -> None:
 
 
 def test_batches_and_levels_do_not_mix() -> None:
-    """Frames of zeros lie between the maps of a table: a value of one image or level must not reach another."""
+    """Zero padding separates the maps of the table: values of one image or level must not leak into another."""
     shapes, (value, locations, weights) = _case(4)
     attended = bag_attention.bag_attention(value, shapes, locations, weights)
     for image, level in itertools.product(range(2), range(4)):
@@ -131,13 +131,13 @@ def test_batches_and_levels_do_not_mix() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4), st.integers(1, 4))
-def test_constant_maps_give_the_constant(shapes: list[tuple[int, int]], points: int) -> None:
-    """Inside the image bilinear weights add up to one, whatever the sizes."""
+def test_constant_map_is_reproduced_inside_the_image(shapes: list[tuple[int, int]], points: int) -> None:
+    """Bilinear weights inside the image sum to one for all sizes."""
     pixels = sum(h * w for h, w in shapes)
     value = torch.full((1, pixels, 2, 3), 2.5, dtype=torch.float64)
-    least = max(0.5 / min(min(shape) for shape in shapes), 0.0)
+    margin = max(0.5 / min(min(shape) for shape in shapes), 0.0)
     locations = torch.full((1, 4, 2, len(shapes), points, 2), 0.5, dtype=torch.float64)
-    locations += (torch.rand_like(locations) - 0.5) * (1.0 - 2.0 * least)
+    locations += (torch.rand_like(locations) - 0.5) * (1.0 - 2.0 * margin)
     weights = torch.rand(1, 4, 2, len(shapes), points, dtype=torch.float64).flatten(3).softmax(-1)
     weights = weights.unflatten(3, (len(shapes), points))
     for implementation in ("grid_sample", "embedding_bag"):
@@ -175,7 +175,7 @@ def test_compiles_without_graph_break(implementation: str) -> None:
     torch.testing.assert_close(compiled(query, reference, value), module(query, reference, value, shapes))
 
 
-def test_the_implementation_is_chosen_at_run_time_and_logged_once(
+def test_implementation_is_selected_at_run_time_and_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "_implementations", dict(module._implementations))
@@ -201,8 +201,8 @@ def test_initial_offsets_point_in_even_directions(heads: int) -> None:
     assert torch.allclose(offsets.sum(0), torch.zeros(2, 3, 2), atol=1e-5)
 
 
-def test_both_ways_to_the_gradient_of_the_weights_agree() -> None:
-    """Of the two, CUDA takes the one that a CPU takes for tensors that cannot be sparse only."""
+def test_sparse_and_dense_gradients_of_the_weights_agree() -> None:
+    """The second form is used on CUDA, and on a CPU for tensors that cannot be sparse."""
     generator = torch.Generator().manual_seed(3)
     grad, table = (torch.randn(size, 8, generator=generator) for size in (20, 50))
     rows = torch.randint(50, (20, 12), generator=generator, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""An encoder that computes its layers again in the backward pass, image by image, gives what the plain one gives."""
+"""Encoder with checkpointed layers: same memory and gradients as the plain one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = [(4, 5), (2, 3), (2, 2)]
 
 
 def run(encoder: Encoder, calls: list[int] | None = None) -> tuple[Tensor, ...]:
-    """Memory, and the gradients of the inputs and of all parameters."""
+    """Memory, and gradients of the inputs and of all parameters; `calls` counts runs of the first layer."""
     torch.manual_seed(5)
     src, position = (torch.randn(3, 30, 32, requires_grad=True) for _ in range(2))
     padding = torch.zeros(3, 30, dtype=torch.bool)
@@ -39,23 +39,23 @@ def test_same_memory_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = run(encoder, calls)
     assert len(calls) == 1
     calls.clear()
-    monkeypatch.setattr(transformer, "_MANY", 0)
+    monkeypatch.setattr(transformer, "_CHECKPOINT_MIN_ELEMENTS", 0)
     again = run(encoder, calls)
-    assert len(calls) == 6, "each image forward, and again for its gradient"
+    assert len(calls) == 6, "each of 3 images forward and in its backward pass"
     for one, other in zip(plain, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_images_that_are_computed_again_anyway_are_not_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer, "_MANY", 0)
+def test_no_nested_checkpointing_disables_checkpointed_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer, "_CHECKPOINT_MIN_ELEMENTS", 0)
     calls: list[int] = []
-    with transformer.computed_again_as_a_whole():
+    with transformer.no_nested_checkpointing():
         run(Encoder(SPEC), calls)
     assert len(calls) == 1
 
 
-def test_without_gradient_nothing_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer, "_MANY", 0)
+def test_layers_are_not_checkpointed_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer, "_CHECKPOINT_MIN_ELEMENTS", 0)
     encoder, calls = Encoder(SPEC), []
     handle = encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():

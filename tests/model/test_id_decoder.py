@@ -1,4 +1,4 @@
-"""The lean ID decoder against the straightforward one, its memory and its edges."""
+"""ID decoder against the naive implementation; memory and edge cases."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _clip(spec: ModelSpec, frames: int = _FRAMES, slots: int = _SLOTS, seed: int
     }
 
 
-def test_equals_the_straightforward_decoder_with_gradients() -> None:
+def test_equals_the_naive_decoder_with_gradients() -> None:
     """Eleven frames: more than one block of queries, the last one incomplete."""
     ours = _decoder()
     naive = NaiveIdDecoder(ours.spec)
@@ -76,7 +76,7 @@ def test_equals_the_straightforward_decoder_with_gradients() -> None:
 
 
 @pytest.mark.parametrize("frame", [0, 1, 7, 8, 10])
-def test_only_the_past_of_a_frame_matters(frame: int) -> None:
+def test_logits_depend_on_earlier_frames_only(frame: int) -> None:
     decoder = _decoder()
     clip = _clip(decoder.spec)
     before = decoder(**clip)[0, :, :, frame]
@@ -90,7 +90,7 @@ def test_only_the_past_of_a_frame_matters(frame: int) -> None:
         assert (decoder(**clip)[0, :, :, frame] - reference).abs().max() > 1e-3
 
 
-def test_hidden_tokens_and_hidden_neighbours_do_not_matter() -> None:
+def test_masked_tokens_have_no_effect() -> None:
     decoder = _decoder()
     clip = _clip(decoder.spec)
     visible = ~clip["unknown_masks"]
@@ -101,7 +101,7 @@ def test_hidden_tokens_and_hidden_neighbours_do_not_matter() -> None:
     assert torch.equal(decoder(**clip)[0][visible], before)
 
 
-def test_rows_without_any_history_are_finite_with_finite_gradients() -> None:
+def test_all_masked_tokens_give_finite_logits_and_gradients() -> None:
     decoder = _decoder()
     clip = _clip(decoder.spec)
     clip["trajectory_masks"][:] = True
@@ -114,13 +114,13 @@ def test_rows_without_any_history_are_finite_with_finite_gradients() -> None:
 
 
 @pytest.mark.parametrize(("slots", "frames"), [(0, 4), (3, 1)])
-def test_no_objects_or_one_frame(slots: int, frames: int) -> None:
+def test_shape_without_objects_and_with_one_frame(slots: int, frames: int) -> None:
     decoder = _decoder()
     out = decoder(**_clip(decoder.spec, frames=frames, slots=slots))
     assert out.shape == (1, 1, _GROUPS, frames, slots, 10)
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
+def test_activation_checkpointing_gives_equal_gradients() -> None:
     plain, saving = _decoder(), _decoder(use_decoder_checkpoint=True)
     gradients = []
     for decoder in (plain, saving):
@@ -131,7 +131,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_layers_returned() -> None:
+def test_all_layers_are_returned_in_training_with_aux_loss() -> None:
     decoder = _decoder(use_aux_loss=True)
     clip = _clip(decoder.spec)
     every, last = decoder.train()(**clip), decoder.eval()(**clip)
@@ -140,7 +140,7 @@ def test_layers_returned() -> None:
     assert decoder(**clip, all_layers=True).shape[0] == 3
 
 
-def test_labels_out_of_use_leave_the_softmax() -> None:
+def test_unused_labels_have_probability_zero() -> None:
     decoder = _decoder()
     clip = _clip(decoder.spec)
     unused = torch.zeros(10, dtype=torch.bool)
@@ -152,7 +152,7 @@ def test_labels_out_of_use_leave_the_softmax() -> None:
 
 
 @pytest.mark.parametrize("times", [[0, 1, 12], [-1, 0, 1]])
-def test_times_beyond_the_relative_embedding_are_refused(times: list[int]) -> None:
+def test_times_outside_the_relative_position_embedding_are_an_error(times: list[int]) -> None:
     decoder = _decoder()
     clip = _clip(decoder.spec, frames=3)
     clip["unknown_times"] = times
@@ -160,17 +160,17 @@ def test_times_beyond_the_relative_embedding_are_refused(times: list[int]) -> No
         decoder(**clip)
 
 
-def test_nothing_quadratic_in_the_tokens_is_kept_for_the_backward_pass() -> None:
+def test_saved_tensors_are_not_quadratic_in_the_tokens() -> None:
     decoder = _decoder(rel_pe_length=24)
     frames, slots = 24, 8
     clip = _clip(decoder.spec, frames=frames, slots=slots)
     kept: list[int] = []
 
-    def note(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         kept.append(tensor.numel())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         decoder(**clip)
     tokens = frames * slots
     one_map = _GROUPS * decoder.heads * tokens**2

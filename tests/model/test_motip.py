@@ -1,4 +1,4 @@
-"""The whole network: both backbones, gradients, initialisation, compilation, bf16."""
+"""MOTIP network: both backbones, gradients, initialisation, compilation, bfloat16."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _images(batch: int = 2, height: int = 50, width: int = 70) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("levels", [3, 4])
-def test_tiny_backbone_has_the_strides_of_the_large_one(levels: int) -> None:
+def test_tiny_backbone_has_the_strides_of_resnet50(levels: int) -> None:
     model = build_model(_demo_spec(num_feature_levels=levels))
     maps = model.detr.backbone[0](*_images(height=64, width=96))
     assert [(features.shape[1], *features.shape[2:]) for features, _ in maps] == [(64, 8, 12), (96, 4, 6), (128, 2, 3)]
@@ -63,11 +63,11 @@ def test_detector_output_and_gradients(levels: int) -> None:
     assert ((out.pred_boxes >= 0) & (out.pred_boxes <= 1)).all()
     loss = out.pred_logits.square().sum() + out.pred_boxes.sum() + out.outputs.sum()
     (loss + sum(logits.square().sum() + boxes.sum() for logits, boxes in out.aux)).backward()
-    silent = [name for name, p in model.detr.named_parameters() if p.grad is None]
-    assert silent == []
+    without_gradient = [name for name, p in model.detr.named_parameters() if p.grad is None]
+    assert without_gradient == []
 
 
-def test_aux_outputs_follow_the_switch() -> None:
+def test_aux_outputs_are_empty_without_aux_loss() -> None:
     assert build_model(_demo_spec(detr_aux_loss=False)).detr(*_images()).aux == []
 
 
@@ -82,7 +82,7 @@ def test_valid_ratios_are_the_unpadded_share_of_each_side() -> None:
     torch.testing.assert_close(ratios[0], torch.tensor([0.75, 0.5]).expand(1, 3, 2))
 
 
-def test_starting_values_from_scratch() -> None:
+def test_initial_biases_and_embeddings() -> None:
     model = build_model(_demo_spec(dec_layers=3))
     for head in model.detr.class_embed:
         assert torch.allclose(head.bias, torch.full((2,), -math.log(99.0)))
@@ -95,7 +95,7 @@ def test_starting_values_from_scratch() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 7, 12, 40, 100])
-def test_grid_queries(count: int) -> None:
+def test_grid_queries_change_the_reference_points_only(count: int) -> None:
     model = build_model(_demo_spec(num_queries=count))
     content = model.detr.query_embed.weight[:, 64:].clone()
     init_grid_queries(model)
@@ -105,7 +105,7 @@ def test_grid_queries(count: int) -> None:
     assert len({tuple(point) for point in grid_points(count).tolist()}) == count
 
 
-def test_copy_init_carries_labels_over_before_any_training() -> None:
+def test_copy_initialisation_copies_labels_without_training() -> None:
     torch.manual_seed(0)
     model = build_model(_demo_spec())
     init_copy_id_decoder(model)
@@ -133,7 +133,7 @@ def test_the_detector_compiles_in_one_graph() -> None:
 def test_bfloat16_autocast_trains_like_float32() -> None:
     losses = {enabled: _train(enabled, steps=200) for enabled in (False, True)}
     assert torch.isfinite(losses[True]).all()
-    assert losses[False][-20:].mean() < 0.9 * losses[False][:20].mean(), "the case must learn to mean something"
+    assert losses[False][-20:].mean() < 0.9 * losses[False][:20].mean(), "the loss must decrease"
     windows = [losses[enabled].view(10, 20).mean(1) for enabled in (True, False)]
     assert ((windows[0] - windows[1]).abs() / windows[1]).max() < 0.02
 

@@ -1,4 +1,4 @@
-"""An oracle any user can install: `transformers`' Deformable-DETR with our weights gives our outputs."""
+"""Detector against the Deformable-DETR of `transformers` with the same weights."""
 
 from __future__ import annotations
 

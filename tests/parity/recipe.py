@@ -1,4 +1,4 @@
-"""Deterministic weights and images of the parity fixtures (written from the fixtures' recipe; numbers only).
+"""Deterministic weights and images of the parity fixtures (written from their recipe; numbers only).
 
 Every parity test regenerates the weights and images its fixture was computed with instead of storing them:
 ``fill(model, salt)`` for a whole model, ``weight(key, shape, salt)`` for one tensor, ``image(seed, h, w)`` for a frame.
@@ -125,9 +125,9 @@ def _copy_weight(key: str, shape: tuple[int, ...], vectors: np.ndarray) -> np.nd
     elif key.endswith("rel_pos_embeds"):
         value[...] = -0.02 * np.arange(shape[1])[None, :, None]
     elif "cross_attn_layers" in key and key.endswith("in_proj_weight"):
-        for block in range(4):  # queries (two blocks of rows) and keys (two): both halves look at the feature half
+        for block in range(4):  # queries (two blocks of rows) and keys (two): both halves compare the feature half
             value[block * half : (block + 1) * half, :half] = eye
-        value[5 * half :, half:] = eye  # values: only the ID half is carried
+        value[5 * half :, half:] = eye  # values: the ID half only
     elif "cross_attn_layers" in key and key.endswith("out_proj.weight"):
         value[...] = np.eye(shape[0])
     return value

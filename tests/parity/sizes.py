@@ -1,4 +1,4 @@
-"""Which reference files there are, and the network each was computed with (read from the file's own arrays)."""
+"""Reference files, and the network each was computed with (from the arrays of the file)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def directory() -> Path:
 
 
 def present(pattern: str) -> list[Path]:
-    """The reference files of one kind; none where there is no reference directory."""
+    """Reference files of one kind; empty without a reference directory."""
     return sorted(directory().glob(pattern))
 
 
 def or_skip(cases: list[Any], what: str, values: int = 1) -> list[Any]:
-    """`cases` for a test of so many `values`, or one that is skipped and says which files are absent."""
-    reason = f"no {what} in {directory()}; set MOTIP_REFERENCE_DIR to a folder that holds it"
+    """`cases` of a parametrised test with `values` parameters, or one skipped case that names the missing files."""
+    reason = f"no {what} in {directory()}; set MOTIP_REFERENCE_DIR to a folder that contains it"
     return cases or [pytest.param(*[None] * values, marks=pytest.mark.skip(reason), id="absent")]
 
 
 def reference_files(pattern: str) -> list[Any]:
-    """Files of one kind to parametrise a test with."""
+    """Parameters of a test: files of one kind."""
     return or_skip([pytest.param(path, id=path.stem) for path in present(pattern)], pattern)
 
 
@@ -64,7 +64,7 @@ def tiny_spec(**changes: Any) -> ModelSpec:
 
 
 def id_decoder_spec(file: Any, **changes: Any) -> ModelSpec:
-    """The identity half's sizes stored in an id_decoder_*.npz (the detector is made as small as it can be)."""
+    """The identity half's sizes stored in an id_decoder_*.npz (with a minimal detector)."""
     dim = int(file["cfg_feature_dim"])
     sizes: dict[str, Any] = {
         "hidden_dim": dim,

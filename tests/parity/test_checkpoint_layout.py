@@ -1,5 +1,5 @@
-"""checkpoint_layout*.json: the container we write is the published one, and each of the published loaders' cases
-either loads here with a complete report or is refused with a reason that a user can act on."""
+"""checkpoint_layout*.json: our container is the published one; each case of the published loaders either loads with a
+complete report or is an error with advice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from motip.errors import MotipError
 from motip.model import ModelSpec, build_model
-from motip.weights.pretrained import load_checkpoint, load_pretrained, save_checkpoint
+from motip.weights import load_checkpoint, load_pretrained, save_checkpoint
 from motip.weights.transfer_report import COPIED, DROPPED, INITIALISED, ROWS_MOVED, TransferReport
 from tests.helpers.weight_cases import TINY, detector_logits, detector_state, save_published, tiny_model
 from tests.parity.recipe import fill
@@ -34,19 +34,19 @@ def cases() -> list[Any]:
 
 @dataclass
 class Case:
-    """One file, the model it should fill, and what must come out."""
+    """One file, the model to fill, and the expected outcome."""
 
     state: dict[str, Tensor]
     classes: tuple[str, ...] = ("pedestrian",)
     file_classes: tuple[str, ...] | None = None
     new_class_from: dict[str, str] = field(default_factory=dict)
     spec: ModelSpec = TINY
-    refused: tuple[str, ...] = ()
-    """Words of the reason, if it is refused as it stands."""
+    error_parts: tuple[str, ...] = ()
+    """Parts of the error message, if it is an error without `then`."""
     then: dict[str, Any] = field(default_factory=dict)
-    """What the reason tells the user to add, after which it loads."""
+    """Arguments advised by the error message, with which it loads."""
     rows: dict[int, int] = field(default_factory=dict)
-    """New class -> row of the file that gives the same logits."""
+    """New class -> row of the file with the same logits."""
     dropped: int = 0
     identity_initialised: bool = True
 
@@ -75,7 +75,7 @@ def some_classes(name: str) -> Case:
     return Case(
         detector_state(tiny_model(1, num_classes=old)),
         names[:new],
-        refused=(f"{old} rows", "PRETRAIN_CLASSES"),
+        error_parts=(f"{old} rows", "PRETRAIN_CLASSES"),
         then={"file_classes": names[:old]},
         rows={index: index for index in range(min(old, new))},
     )
@@ -95,11 +95,11 @@ def missing_keys(name: str) -> Case:
     for key in gone:
         del state[key]
     allow = ["detr." + key for key in gone]
-    return Case(state, refused=(allow[0], "does not hold it"), then={"allow": allow})
+    return Case(state, error_parts=(allow[0], "does not contain it"), then={"allow": allow})
 
 
 def with_batch_counter(name: str) -> Case:
-    """The one case that needs batch norm, so a ResNet-50 (with small transformer)."""
+    """The only case with batch norm: a ResNet-50 with a small transformer."""
     spec = replace(TINY, backbone="resnet50")
     state = {key: tensor.clone() for key, tensor in fill(build_model(spec), 1).detr.state_dict().items()}
     state["backbone.0.body.bn1.num_batches_tracked"] = torch.tensor(1)
@@ -118,7 +118,7 @@ def other_query_count(name: str) -> Case:
     return Case(
         state,
         spec=replace(TINY, num_queries=new),
-        refused=(key, f"({old}, 128) in the file, ({new}, 128) in the model", "DETR_NUM_QUERIES"),
+        error_parts=(key, f"({old}, 128) in the file, ({new}, 128) in the model", "DETR_NUM_QUERIES"),
         then={"allow": [key]},
         dropped=1,
     )
@@ -139,22 +139,22 @@ BUILDERS: tuple[tuple[str, Callable[[str], Case]], ...] = (
 
 
 @pytest.mark.parametrize(("name", "published"), cases())
-def test_every_case_loads_completely_or_is_refused_with_a_reason(tmp_path: Path, name: str, published: str) -> None:
+def test_published_loader_case(tmp_path: Path, name: str, published: str) -> None:
     if name.startswith("load_checkpoint"):
         check_resume(tmp_path, name)
         return
     builder = next((build for pattern, build in BUILDERS if re.search(pattern, name)), None)
-    assert builder is not None, f"no construction for the case '{name}'; the published code says: {published}"
+    assert builder is not None, f"no construction for the case '{name}'; outcome of the published code: {published}"
     case = builder(name)
     model = fill(build_model(replace(case.spec, num_classes=len(case.classes))), 2).eval()
     untouched = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     path = save_published(tmp_path / "a.pth", case.state)
     options: dict[str, Any] = {"file_classes": case.file_classes, "new_class_from": case.new_class_from}
-    if case.refused:
+    if case.error_parts:
         with pytest.raises(MotipError) as caught:
             load_pretrained(model, path, case.classes, **options)
         message = caught.value.render()
-        assert all(words in message for words in case.refused), message
+        assert all(words in message for words in case.error_parts), message
         assert caught.value.fix
         assert all(torch.equal(tensor, untouched[key]) for key, tensor in model.state_dict().items())
     report = load_pretrained(model, path, case.classes, **{**options, **case.then})
@@ -172,15 +172,15 @@ def report_rows(case: Case) -> int:
 
 def check_report(report: TransferReport, case: Case, model: torch.nn.Module) -> None:
     counts = report.counts()
-    assert sum(counts["file"].values()) == len(report.file_fates) == len(case.state)
-    assert sum(counts["model"].values()) == len(report.model_fates) == len(model.state_dict())
+    assert sum(counts["file"].values()) == len(report.file_status) == len(case.state)
+    assert sum(counts["model"].values()) == len(report.model_status) == len(model.state_dict())
     assert counts["file"][DROPPED] == case.dropped
     identity = [key for key in model.state_dict() if not key.startswith("detr.")]
     initialised = report.names(INITIALISED, "model")
     assert [key for key in initialised if not key.startswith("detr.")] == (
         identity if case.identity_initialised else []
     )
-    heads = {report.model_fates[f"detr.class_embed.{layer}.weight"].category for layer in range(2)}
+    heads = {report.model_status[f"detr.class_embed.{layer}.weight"].category for layer in range(2)}
     assert heads <= {COPIED, ROWS_MOVED}
 
 

@@ -92,7 +92,7 @@ def _spec_of(file: Any) -> ModelSpec:
 
 
 def _record(model: MOTIP) -> dict[str, Tensor]:
-    """Forward hooks that put every intermediate tensor the file names into one dictionary."""
+    """Install forward hooks that record every intermediate tensor of the file by name."""
     seen: dict[str, Tensor] = {}
     detr, encoder, decoder = model.detr, model.detr.transformer.encoder, model.detr.transformer.decoder
     body, position = detr.backbone

@@ -1,4 +1,4 @@
-"""The ID loss against recorded numbers: cross-entropy and focal, alone and behind the ID decoder's logits."""
+"""The ID loss against recorded numbers: cross-entropy and focal, on recorded logits and on those of the ID decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.parity.sizes import or_skip, present, reference_files
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor, focal: bool) -> torch.Tensor:
-    """The whole clip, whose first frame the training step leaves out; extra batches are the decoder's other layers."""
+    """Loss of a clip without its first frame, as in training; extra batches are other decoder layers."""
     layers = logits.shape[0] // labels.shape[0]
     stacked = logits.unflatten(0, (layers, labels.shape[0]))[:, :, :, 1:]
     return id_loss(stacked, labels[:, :, 1:], masks[:, :, 1:], int(count_supervised(masks).sum()), focal=focal)
@@ -35,7 +35,7 @@ def test_id_criterion(path: Path) -> None:
             loss = _loss(logits, labels, masks, focal=kind == "focal")
             loss.backward()
             assert torch.isfinite(logits.grad).all()
-            # The published focal loss crashed where nothing is unmasked; ours is 0 there, as its cross-entropy is.
+            # The published focal loss fails if all is masked; ours is 0, like the cross-entropy.
             expected = saved.get(f"{case}_{kind}", 0.0)
             np.testing.assert_allclose(loss.item(), expected, rtol=1e-5, atol=1e-12, err_msg=f"{case} {kind}")
 

@@ -112,7 +112,7 @@ def test_incremental_path_gives_the_published_logits(path: Path) -> None:
         expected = file["eval_logits"][0, 0, 0]
         logits = decoder.decode(unknown, history, ages, history_masks=masks.flatten())
         assert largest_difference(logits, expected) < 1e-4
-        # Leaving hidden tokens out is the same as masking them, and is what a tracker does.
+        # Omitting masked tokens, as the tracker does, equals masking them.
         visible = ~masks.flatten()
         seen = torch.cat([torch.ones(1, dtype=torch.bool), visible])  # token 0 stays
         shown = HistoryTokens(history.keys[:, :, seen], history.values[:, :, seen])

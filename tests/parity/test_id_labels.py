@@ -1,4 +1,4 @@
-"""ID labels keep every invariant that the published generator's recorded draws show."""
+"""Invariants of ID labels, for recorded samples of the published generator and for ours."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import pytest
 from motip.data.id_labels import SLOT_FIELDS, ClipSlots, IdSettings, draw_id_slots
 from tests.parity.sizes import or_skip, present
 
-DRAWS = 40
+SAMPLES = 40
 
 
-def _drawn(cfg: np.ndarray) -> bool:
-    """Whether slots depend on the draw: augmented, or a subset of the objects."""
+def _random(cfg: np.ndarray) -> bool:
+    """Whether slots are random: augmented, or a subset of the objects."""
     _, _, distinct, vocabulary, training_ids, occlusion, switch = cfg.tolist()
     return bool(occlusion or switch or distinct > min(vocabulary, training_ids))
 
 
-def _cases(drawn: bool = True) -> list[Any]:
-    """(file, case name) of every recorded case, or of those that do not depend on the draw."""
+def _cases(include_random: bool = True) -> list[Any]:
+    """(file, case name) of every recorded case, or of those without randomness."""
     found = []
     for path in present("id_labels*.npz"):
         with np.load(path) as file:
             cfgs = [key for key in file.files if key.endswith("_cfg")]
-            names = [key.removesuffix("_cfg") for key in cfgs if drawn or not _drawn(file[key])]
+            names = [key.removesuffix("_cfg") for key in cfgs if include_random or not _random(file[key])]
         found += [pytest.param(path, name, id=f"{path.stem}-{name}") for name in names]
-    return or_skip(found, "id_labels*.npz" if drawn else "id_labels*.npz with a case without draws", 2)
+    return or_skip(found, "id_labels*.npz" if include_random else "id_labels*.npz with a case without randomness", 2)
 
 
 def _case(path: Path, name: str) -> tuple[list[np.ndarray], np.ndarray, ClipSlots]:
@@ -95,19 +95,19 @@ def _check_stretches(hidden: np.ndarray, absent: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(("path", "name"), _cases())
-def test_the_invariants_hold_for_the_published_draws(path: Path, name: str) -> None:
+def test_invariants_hold_for_published_samples(path: Path, name: str) -> None:
     ids, cfg, published = _case(path, name)
     _check(ids, cfg, published)
 
 
 @pytest.mark.parametrize(("path", "name"), _cases())
-def test_the_invariants_hold_for_our_draws(path: Path, name: str) -> None:
+def test_invariants_hold_for_our_samples(path: Path, name: str) -> None:
     ids, cfg, _ = _case(path, name)
-    for seed in range(DRAWS):
+    for seed in range(SAMPLES):
         _check(ids, cfg, draw_id_slots(ids, _settings(cfg), np.random.default_rng(seed)))
 
 
-@pytest.mark.parametrize(("path", "name"), _cases(drawn=False))
+@pytest.mark.parametrize(("path", "name"), _cases(include_random=False))
 def test_unaugmented_slots_equal_the_published_ones_up_to_order(path: Path, name: str) -> None:
     ids, cfg, published = _case(path, name)
     ours = draw_id_slots(ids, _settings(cfg), np.random.default_rng(0))

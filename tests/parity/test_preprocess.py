@@ -1,4 +1,4 @@
-"""Sizes and boxes after resizing are the published ones; pixels agree as far as another resampler can."""
+"""Sizes and boxes after resizing against recorded numbers; pixels up to the difference of the resampler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from motip.data.augment import ClipAugmentation, place_boxes, render_frame, resize_size
+from motip.data.augment import ClipAugmentation, render_frame, resize_size, transform_boxes
 from motip.track.api import inference_size, resize_frame
 from motip.track.settings import TrackerSettings
 from tests.parity import recipe
@@ -20,12 +20,16 @@ def preprocess(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
 
 
 def test_inference_sizes_are_exact(preprocess: dict[str, np.ndarray]) -> None:
-    for height, width, short, longest, *expected in preprocess["inference_sizes"].tolist():
+    cases = preprocess["inference_sizes"].tolist()
+    assert cases
+    for height, width, short, longest, *expected in cases:
         assert inference_size(height, width, short, longest) == tuple(expected), (height, width, short, longest)
 
 
 def test_training_sizes_are_exact(preprocess: dict[str, np.ndarray]) -> None:
-    for height, width, short, longest, *expected in preprocess["train_resize_sizes"].tolist():
+    cases = preprocess["train_resize_sizes"].tolist()
+    assert cases
+    for height, width, short, longest, *expected in cases:
         limit = None if longest < 0 else longest
         assert resize_size(height, width, short, limit) == tuple(expected), (height, width, short, longest)
 
@@ -54,7 +58,7 @@ def test_training_boxes_and_frames_agree(preprocess: dict[str, np.ndarray]) -> N
         expected = preprocess[f"{case}_uint8"][0]
         augmentation = ClipAugmentation(np.array([[0, 0, width, height]]), expected.shape[1:])
         xywh = preprocess[f"{case}_xywh"]
-        boxes, kept = place_boxes(augmentation, 0, np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]]))
+        boxes, kept = transform_boxes(augmentation, 0, np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]]))
         assert kept.tolist() == list(range(len(xywh)))
         np.testing.assert_allclose(boxes, preprocess[f"{case}_cxcywh"], atol=1e-6)
         ours = render_frame(augmentation, 0, recipe.image(seed, height, width)).astype(float)

@@ -1,4 +1,4 @@
-"""The published schedule reproduces the published sampler's clips, frame by frame and in order."""
+"""The published schedule against the recorded clips of the published sampler, in order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from motip.data.clips import PlanVideo
 from tests.parity.sizes import reference_files
 
 PUBLISHED_SEED = 1025
-"""The published sampler seeds every epoch with this plus the epoch."""
+"""Seed of the published sampler; the epoch is added."""
 
 
 def published_order(
@@ -34,7 +34,7 @@ def published_order(
     """
     stage = max(index for index, step in enumerate(sample_steps) if step <= epoch)
     length, max_interval = sample_lengths[stage], sample_intervals[stage]
-    draw = random.Random(PUBLISHED_SEED + epoch)
+    rng = random.Random(PUBLISHED_SEED + epoch)
     entries: list[tuple[str, tuple[int, ...]]] = []
     for video in videos:
         frames = len(video.frame_numbers)
@@ -42,7 +42,7 @@ def published_order(
             entries += [(video.video, (0,) * length)] * repeats
             continue
         for start in range(frames - length + 1):
-            interval = draw.randint(1, max_interval)
+            interval = rng.randint(1, max_interval)
             if length > 1:
                 interval = min(interval, (frames - 1 - start) // (length - 1))
             rows = tuple(start + interval * step for step in range(length))

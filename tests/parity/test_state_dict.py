@@ -1,4 +1,4 @@
-"""Keys, shapes, types, kinds and order of the default model's state dict, and the optimiser's parameter order."""
+"""State dict of the default model (keys, shapes, types, kinds, order), and parameter order of the optimiser."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def test_tracker_repeats_the_recorded_trace(path: Path, tag: str) -> None:
         assert tracker.id_queue.tolist() == recorded[f"{tag}_id_queue"][frame].tolist(), where
 
 
-def test_the_written_mot_text_is_the_recorded_one(reference_dir: Path) -> None:
-    """`<file>_<tag>.txt` beside the traces: 1-based frames, 0-based ids, float32 pixels."""
+def test_mot_text_equals_the_recorded_one(reference_dir: Path) -> None:
+    """`<file>_<tag>.txt` in the folder of the traces: 1-based frames, 0-based ids, float32 pixels."""
     texts = sorted(reference_dir.glob("tracker_*_fixed.txt"))
     if not texts:
         pytest.skip(f"no recorded texts in {reference_dir}")

@@ -1,4 +1,4 @@
-"""Whole training steps against the recorded traces: losses, gradient norms, learning rates, final weights."""
+"""Training steps against recorded traces: losses, gradient norms, learning rates, final weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TINY = {
 
 
 def _config(trace: dict[str, np.ndarray], options: dict[str, Any]) -> Config:
-    """The tiny configuration of the fixtures with this trace's options; depths are read off its parameter names."""
+    """The tiny configuration of the fixtures with this trace's options; depths from its parameter names."""
     keys = [str(key) for key in trace["final_keys"]]
 
     def depth(prefix: str) -> int:

@@ -1,4 +1,4 @@
-"""Recorded tracker traces: which there are, their stored arrays, and the tracker each was recorded with."""
+"""Recorded tracker traces: files, stored arrays, and the tracker each was recorded with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from motip.model import ModelSpec, build_model
 from motip.model.motip import MOTIP
 from motip.track.settings import TrackerSettings
-from motip.track.tracker import RuntimeTracker
+from motip.track.tracker import Tracker
 from tests.parity import recipe
 from tests.parity.sizes import present
 
@@ -44,7 +44,7 @@ def frames(path: Path) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def settings(path: Path, tag: str, **changes: Any) -> TrackerSettings:
-    """The thresholds of the file, the protocol of the tag, and the published rules."""
+    """Thresholds of the file, protocol of the tag, published rules."""
     stored = arrays(path)
     values: dict[str, Any] = {
         "det_thresh": float(stored["det_thresh"]),
@@ -76,7 +76,7 @@ def model(path: Path, tag: str, vocabulary: int | None = None) -> MOTIP:
 
 @cache
 def _model(weights: str, classes: int, vocabulary: int, rel_pe_length: int, feature_dim: int, salt: int) -> MOTIP:
-    """The ID half at full size; the detector, which a script replaces, as small as it gets."""
+    """ID half at full size, with a minimal detector that the recorded detections replace."""
     spec = ModelSpec(
         num_classes=classes,
         backbone="tiny_gn",
@@ -99,9 +99,9 @@ def _model(weights: str, classes: int, vocabulary: int, rel_pe_length: int, feat
     return built
 
 
-def tracker(path: Path, tag: str) -> RuntimeTracker:
+def tracker(path: Path, tag: str) -> Tracker:
     """A tracker that must repeat the trace."""
-    return RuntimeTracker(model(path, tag), settings(path, tag), image_size(path))
+    return Tracker(model(path, tag), settings(path, tag), image_size(path))
 
 
 def image_size(path: Path) -> tuple[int, int]:

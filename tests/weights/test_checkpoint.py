@@ -1,4 +1,4 @@
-"""Checkpoints and exports: bit-equal round trips, plain contents, what the published code expects, no YAML needed."""
+"""Checkpoints and exports: bit-equal round trips, plain contents, published container, tracking without YAML."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from torch import nn
 from motip.errors import MotipError
 from motip.model import MOTIP, ModelSpec
 from motip.storage.atomic import sha256_file
-from motip.weights.export import export_safetensors, inspect, load_exported, load_for_tracking
-from motip.weights.pretrained import load_checkpoint, read_weights, save_checkpoint
+from motip.weights import load_checkpoint, read_weights, save_checkpoint
+from motip.weights.export import export_safetensors, load_exported, load_for_tracking
+from motip.weights.inspection import inspect_weights
 from tests.helpers.weight_cases import TINY, detector_logits, detector_state, save_published, tiny_model
 
 CONFIG = {"NUM_CLASSES": 2, "DET_THRESH": 0.35, "MISS_TOLERANCE": 20, "LR": 1e-4, "CLASSES": ["pedestrian", "car"]}
 CLASSES = ("pedestrian", "car")
 PARENT = {"path": "/weights/motip.pth", "sha256": "0" * 64, "run_id": "abc"}
 NAMED = {**PARENT, "path": "motip.pth"}
-"""What an export says of it: no folder of the machine that trained."""
+"""The parent in an export: file name without folder."""
 
 
 def trained(salt: int = 1) -> tuple[MOTIP, torch.optim.Optimizer, Any]:
@@ -73,8 +74,8 @@ def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
     optimizer.load_state_dict(content["optimizer"])
     scheduler.load_state_dict(content["scheduler"])
     _, expected, expected_scheduler = trained()
-    for entry, wanted in zip(optimizer.state.values(), expected.state.values(), strict=True):
-        assert all(torch.equal(entry[name], wanted[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    for entry, expected_entry in zip(optimizer.state.values(), expected.state.values(), strict=True):
+        assert all(torch.equal(entry[name], expected_entry[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
     assert scheduler.state_dict() == expected_scheduler.state_dict()
     assert (content["classes"], content["config"], content["epoch"], content["step"]) == (list(CLASSES), CONFIG, 3, 17)
     assert (content["position"], content["run_id"], content["parent"]) == (
@@ -90,7 +91,7 @@ def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
     np.random.set_state((name, keys.numpy(), *rest))
 
 
-def test_the_container_is_the_published_one_and_plain(tmp_path: Path) -> None:
+def test_container_is_the_published_one_with_plain_values(tmp_path: Path) -> None:
     _, path = write(tmp_path / "checkpoint_3.pth")
     content = torch.load(path, weights_only=True)
     assert {"model", "optimizer", "scheduler", "states"} <= set(content)
@@ -98,7 +99,7 @@ def test_the_container_is_the_published_one_and_plain(tmp_path: Path) -> None:
     assert isinstance(content["scheduler"]["milestones"], Counter)
 
 
-def test_two_names_of_a_tensor_are_stored_once(tmp_path: Path) -> None:
+def test_aliased_tensor_is_stored_once(tmp_path: Path) -> None:
     _, path = write(tmp_path / "a.pth", optimizer=None)
     model = load_checkpoint(path)["model"]
     first, second = "detr.transformer.decoder.bbox_embed.0.layers.0.weight", "detr.bbox_embed.0.layers.0.weight"
@@ -108,7 +109,7 @@ def test_two_names_of_a_tensor_are_stored_once(tmp_path: Path) -> None:
 
 
 class Wrapped(nn.Module):
-    """What DistributedDataParallel looks like from outside."""
+    """Stand-in for DistributedDataParallel."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ def test_wrapped_models_and_state_dicts_keep_the_published_keys(tmp_path: Path) 
         ({"classes": ("pedestrian",)}, "classes"),
     ],
 )
-def test_what_is_not_plain_is_refused_by_its_place_and_no_file_is_left(
+def test_value_that_is_not_plain_is_an_error_and_no_file_is_left(
     tmp_path: Path, changes: dict[str, Any], where: str
 ) -> None:
     with pytest.raises(MotipError, match=where):
@@ -157,9 +158,9 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatc
     assert [item.name for item in tmp_path.iterdir()] == ["a.pth"]
 
 
-def test_load_checkpoint_refuses_what_is_none(tmp_path: Path) -> None:
+def test_file_that_is_not_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "a.pth")
-    with pytest.raises(MotipError, match="no checkpoint to resume"):
+    with pytest.raises(MotipError, match="not a checkpoint to resume"):
         load_checkpoint(tmp_path / "a.pth")
     torch.save({"model": {}, "format": 99}, tmp_path / "b.pth")
     with pytest.raises(MotipError, match="another version"):
@@ -177,11 +178,11 @@ def test_export_round_trip_is_bit_equal_and_needs_no_yaml(tmp_path: Path) -> Non
     assert sorted(item.name for item in target.parent.iterdir()) == ["config.json", "model.safetensors"]
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes(target.read_bytes())
-    for place in (tmp_path / "out", target, alone):
-        loaded, meta = load_exported(place)
+    for source in (tmp_path / "out", target, alone):
+        loaded, meta = load_exported(source)
         assert not loaded.training
         for key, tensor in model.state_dict().items():
-            assert torch.equal(loaded.state_dict()[key], tensor), (place, key)
+            assert torch.equal(loaded.state_dict()[key], tensor), (source, key)
         assert meta["classes"] == list(CLASSES)
         assert meta["thresholds"] == {"DET_THRESH": 0.35, "MISS_TOLERANCE": 20}
         assert meta["training"] == {"epoch": 3, "step": 17, "run_id": "run7"}
@@ -190,21 +191,21 @@ def test_export_round_trip_is_bit_equal_and_needs_no_yaml(tmp_path: Path) -> Non
     assert target.stat().st_size < path.stat().st_size
 
 
-def test_every_file_tracks_alike(tmp_path: Path) -> None:
+def test_checkpoint_and_exports_load_equally_for_tracking(tmp_path: Path) -> None:
     model, path = write(tmp_path / "checkpoint_best.pth")
     export_safetensors(path, tmp_path / "out")
     expected = detector_logits(model.eval())
-    for place in (path, tmp_path / "out", tmp_path / "out" / "model.safetensors"):
-        loaded, classes, meta = load_for_tracking(place)
+    for source in (path, tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        loaded, classes, meta = load_for_tracking(source)
         assert not loaded.training
         assert classes == CLASSES
         assert meta["thresholds"] == {"DET_THRESH": 0.35, "MISS_TOLERANCE": 20}
         assert (meta["config"], meta["training"]["epoch"]) == (CONFIG, 3)
-        assert meta["parent"] == (PARENT if place == path else NAMED)
+        assert meta["parent"] == (PARENT if source == path else NAMED)
         assert torch.equal(detector_logits(loaded), expected)
 
 
-def test_half_precision_export_is_half_the_size_and_starts_a_transfer(tmp_path: Path) -> None:
+def test_half_precision_export_is_smaller_and_readable(tmp_path: Path) -> None:
     model, path = write(tmp_path / "a.pth")
     full = export_safetensors(path, tmp_path / "full")
     half = export_safetensors(path, tmp_path / "half", dtype=torch.float16)
@@ -217,7 +218,7 @@ def test_half_precision_export_is_half_the_size_and_starts_a_transfer(tmp_path: 
     assert sorted(file.tensors) == sorted(model.state_dict())
 
 
-def test_edited_thresholds_count_and_a_foreign_description_is_refused(tmp_path: Path) -> None:
+def test_edited_thresholds_are_used_and_a_foreign_description_is_an_error(tmp_path: Path) -> None:
     _, path = write(tmp_path / "a.pth")
     target = export_safetensors(path, tmp_path / "out")
     described = target.with_name("config.json")
@@ -235,11 +236,11 @@ def test_edited_thresholds_count_and_a_foreign_description_is_refused(tmp_path: 
     with pytest.raises(MotipError, match="cannot be read"):
         load_exported(tmp_path / "out")
     described.unlink()
-    with pytest.raises(MotipError, match="holds no exported weights"):
+    with pytest.raises(MotipError, match="contains no exported weights"):
         load_exported(tmp_path / "out")
 
 
-# --- tracking from files of others ----------------------------------------------------------------
+# --- tracking from published files ----------------------------------------------------------------
 
 
 def config_of(spec: ModelSpec, classes: tuple[str, ...], **values: Any) -> Any:
@@ -254,10 +255,10 @@ def config_of(spec: ModelSpec, classes: tuple[str, ...], **values: Any) -> Any:
     )
 
 
-def test_a_published_file_tracks_with_its_configuration(tmp_path: Path) -> None:
+def test_published_file_loads_with_its_configuration(tmp_path: Path) -> None:
     parent = tiny_model(1)
     path = save_published(tmp_path / "motip.pth", parent)
-    with pytest.raises(MotipError, match="carries no architecture") as caught:
+    with pytest.raises(MotipError, match="contains no architecture") as caught:
         load_for_tracking(path)
     assert "--config_path" in str(caught.value.fix)
     model, classes, meta = load_for_tracking(path, config_of(TINY, ("person",), DET_THRESH=0.4))
@@ -269,19 +270,19 @@ def test_a_published_file_tracks_with_its_configuration(tmp_path: Path) -> None:
     assert load_exported(target)[1]["classes"] == ["person"]
 
 
-def test_a_detector_cannot_track(tmp_path: Path) -> None:
+def test_detector_only_file_is_an_error_for_tracking(tmp_path: Path) -> None:
     path = save_published(tmp_path / "d.pth", detector_state(tiny_model(1)))
     with pytest.raises(MotipError, match="detector only"):
         load_for_tracking(path, config_of(TINY, ("pedestrian",)))
 
 
-def test_classes_or_architecture_that_differ_from_the_configuration(tmp_path: Path) -> None:
+def test_differences_to_the_configuration(tmp_path: Path) -> None:
     model, path = write(tmp_path / "a.pth")
     with pytest.raises(MotipError, match="classes of the checkpoint differ") as caught:
         load_for_tracking(path, config_of(model.spec, ("car", "pedestrian")))
     assert (caught.value.found, caught.value.expected) == ("pedestrian, car", "car, pedestrian")
-    asked = config_of(model.spec, ("person", "car"), USE_AUX_LOSS=True, DET_THRESH=0.1)
-    _, classes, meta = load_for_tracking(path, asked)
+    other = config_of(model.spec, ("person", "car"), USE_AUX_LOSS=True, DET_THRESH=0.1)
+    _, classes, meta = load_for_tracking(path, other)
     assert classes == CLASSES
     assert meta["config_differences"] == {"use_aux_loss": [False, True]}
     assert meta["thresholds"]["DET_THRESH"] == 0.1
@@ -291,9 +292,9 @@ def test_classes_or_architecture_that_differ_from_the_configuration(tmp_path: Pa
         )
 
 
-def test_weights_that_would_have_to_grow_are_not_tracked_with(tmp_path: Path) -> None:
+def test_weights_that_would_have_to_grow_are_an_error_for_tracking(tmp_path: Path) -> None:
     path = save_published(tmp_path / "b.pth", tiny_model(1))
-    with pytest.raises(MotipError, match="not of the architecture") as caught:
+    with pytest.raises(MotipError, match="do not fit the expected architecture") as caught:
         load_for_tracking(path, config_of(TINY, ("pedestrian",), NUM_ID_VOCABULARY=20))
     assert "8 -> 20" in str(caught.value.found)
 
@@ -301,9 +302,9 @@ def test_weights_that_would_have_to_grow_are_not_tracked_with(tmp_path: Path) ->
 # --- inspect --------------------------------------------------------------------------------------
 
 
-def test_inspect_says_what_a_file_is(tmp_path: Path) -> None:
+def test_inspection_of_a_checkpoint_and_its_export(tmp_path: Path) -> None:
     model, path = write(tmp_path / "a.pth")
-    facts = inspect(path)
+    facts = inspect_weights(path)
     assert json.loads(json.dumps(facts)) == facts
     assert facts["architecture"] == model.spec.to_dict()
     assert (facts["classes"], facts["vocabulary"], facts["rel_pe_length"]) == (list(CLASSES), 8, 6)
@@ -314,26 +315,26 @@ def test_inspect_says_what_a_file_is(tmp_path: Path) -> None:
     assert facts["parameters"] == sum(p.numel() for p in model.parameters()) + buffers
     assert facts["tensors"] == len(model.state_dict()) > facts["distinct_tensors"]
     assert {"optimizer", "scheduler", "rng"} <= set(facts["holds"])
-    exported = inspect(export_safetensors(path, tmp_path / "out").parent)
+    exported = inspect_weights(export_safetensors(path, tmp_path / "out").parent)
     for key in ("architecture", "classes", "vocabulary", "training", "parameters"):
         assert exported[key] == facts[key], key
     assert exported["parent"] == NAMED
 
 
-def test_inspect_tells_sizes_of_a_published_file_from_its_shapes(tmp_path: Path) -> None:
+def test_inspection_derives_sizes_of_a_published_file_from_shapes(tmp_path: Path) -> None:
     model = tiny_model(1, num_classes=3)
-    facts = inspect(save_published(tmp_path / "a.pth", model))
+    facts = inspect_weights(save_published(tmp_path / "a.pth", model))
     assert (facts["architecture_from"], facts["classes"], facts["class_rows"]) == ("shapes", None, 3)
     stored = model.spec.to_dict()
     assert all(stored[name] == value for name, value in facts["architecture"].items())
     assert len(facts["architecture"]) >= 11
-    detector = inspect(save_published(tmp_path / "d.pth", detector_state(model)))
+    detector = inspect_weights(save_published(tmp_path / "d.pth", detector_state(model)))
     assert detector["vocabulary"] is None and detector["kind"] == "detector"
 
 
-def test_the_weights_room_needs_no_other_room(repo_root: Path) -> None:
+def test_importing_the_package_loads_no_engine(repo_root: Path) -> None:
     code = (
-        "import sys; import motip.weights.pretrained, motip.weights.export; "
+        "import sys; import motip.weights, motip.weights.export; "
         "bad = {'ray', 'mlflow', 'cv2', 'pyarrow', 'yaml', 'pydantic', 'rich', 'safetensors'} & set(sys.modules); "
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
@@ -341,7 +342,7 @@ def test_the_weights_room_needs_no_other_room(repo_root: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_equal_content_gives_an_equal_digest_whatever_the_name(tmp_path: Path) -> None:
+def test_digest_does_not_depend_on_the_file_name(tmp_path: Path) -> None:
     _, one = write(tmp_path / "checkpoint_3.pth", rng=None)
     _, other = write(tmp_path / "elsewhere" / "checkpoint_best.pth", rng=None)
     assert sha256_file(one) == sha256_file(other)

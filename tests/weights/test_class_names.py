@@ -1,4 +1,4 @@
-"""Classes move by name: shared classes keep their logits, new ones start where the configuration says."""
+"""Transfer of class rows by name: shared classes keep their logits, new ones start from the configured row."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 from motip.errors import MotipError
 from motip.model import MOTIP
+from motip.weights import TransferReport, load_pretrained, save_checkpoint
 from motip.weights.class_names import canonical_name, match_classes
-from motip.weights.pretrained import TransferReport, load_pretrained, save_checkpoint
 from tests.helpers.weight_cases import detector_logits, detector_state, save_published, tiny_model
 
 EIGHT = ("truck", "pedestrian", "bus", "car", "rider", "bicycle", "motorcycle", "train")
 FIVE = ("bus", "van", "car", "pedestrian", "tricycle")
 
 
-def hand_over(
+def transfer_classes(
     tmp_path: Path, parent: MOTIP, old: tuple[str, ...], new: tuple[str, ...], **options: object
 ) -> tuple[MOTIP, TransferReport]:
     save_checkpoint(tmp_path / "parent.pth", model=parent, classes=old, config={}, epoch=0, step=1)
@@ -32,7 +32,7 @@ def test_1_2_8_5_and_reordering_keep_the_logits_of_shared_classes(tmp_path: Path
     stages = [("pedestrian",), ("pedestrian", "car"), EIGHT, FIVE, tuple(reversed(FIVE))]
     model = tiny_model(7)
     for old, new in pairwise(stages):
-        child, report = hand_over(tmp_path, model, old, new)
+        child, report = transfer_classes(tmp_path, model, old, new)
         before, after = detector_logits(model), detector_logits(child)
         shared = [name for name in new if name in old]
         assert shared
@@ -45,10 +45,10 @@ def test_1_2_8_5_and_reordering_keep_the_logits_of_shared_classes(tmp_path: Path
         model = child
 
 
-def test_a_class_from_the_prior_never_outranks_what_the_parent_knows(tmp_path: Path) -> None:
+def test_class_from_the_prior_scores_below_known_classes(tmp_path: Path) -> None:
     for salt in range(5):
         parent = tiny_model(salt, num_classes=2)
-        child, _ = hand_over(tmp_path, parent, ("pedestrian", "car"), ("van", "pedestrian", "bus", "car"))
+        child, _ = transfer_classes(tmp_path, parent, ("pedestrian", "car"), ("van", "pedestrian", "bus", "car"))
         logits = detector_logits(child)
         known, new = logits[..., [1, 3]].max(-1).values, logits[..., [0, 2]].max(-1).values
         assert (new <= known - 1.0 + 1e-5).all()
@@ -56,19 +56,19 @@ def test_a_class_from_the_prior_never_outranks_what_the_parent_knows(tmp_path: P
         assert torch.equal(logits.max(-1).values, known)
 
 
-def test_a_relative_gives_its_row_to_a_new_class(tmp_path: Path) -> None:
+def test_new_class_starts_from_the_row_of_its_relative(tmp_path: Path) -> None:
     parent = tiny_model(7, num_classes=2)
     new = ("van", "pedestrian", "truck", "car")
-    child, report = hand_over(
+    child, report = transfer_classes(
         tmp_path, parent, ("pedestrian", "car"), new, new_class_from={"van": "car", "truck": "van", "car": "pedestrian"}
     )
     before, after = detector_logits(parent), detector_logits(child)
-    for index, source in enumerate((1, 0, 1, 1)):  # truck from van from car; car itself is known, its entry is not used
+    for index, source in enumerate((1, 0, 1, 1)):  # truck from van from car; car is known, so its entry is unused
         assert (before[..., source] - after[..., index]).abs().max() < 1e-6
     assert report.class_moves[0] == "van <- row 1 (car, relative)"
 
 
-def test_coco_to_two_classes_takes_person_and_car(tmp_path: Path) -> None:
+def test_coco_head_to_four_classes(tmp_path: Path) -> None:
     parent = tiny_model(7, num_classes=91)
     path = save_published(tmp_path / "coco.pth", detector_state(parent))
     child = tiny_model(8, num_classes=4)
@@ -83,8 +83,8 @@ def test_coco_to_two_classes_takes_person_and_car(tmp_path: Path) -> None:
     assert torch.allclose(child.detr.class_embed[0].weight[2], mean, atol=1e-6)
 
 
-def test_coco_relative_without_a_coco_file_is_the_prior_and_said(tmp_path: Path) -> None:
-    child, report = hand_over(
+def test_coco_relative_without_a_coco_file_is_the_prior_with_a_note(tmp_path: Path) -> None:
+    child, report = transfer_classes(
         tmp_path, tiny_model(7), ("pedestrian",), ("pedestrian", "car"), new_class_from={"car": "coco:car"}
     )
     assert any("class 'car' is new" in note and "COCO files only" in note for note in report.notes)
@@ -96,23 +96,23 @@ def test_person_and_pedestrian_are_one_class(tmp_path: Path) -> None:
         assert canonical_name(name) == "pedestrian"
     parent = tiny_model(7, num_classes=3)
     new = ("bicycle", "pedestrian", "motorcycle")
-    child, report = hand_over(tmp_path, parent, ("person", "Motor", "bike"), new)
+    child, report = transfer_classes(tmp_path, parent, ("person", "Motor", "bike"), new)
     before, after = detector_logits(parent), detector_logits(child)
     assert (before[..., [2, 0, 1]] - after).abs().max() < 1e-6
     assert all("alias" in move for move in report.class_moves)
 
 
 def test_unchanged_classes_are_copied_not_moved(tmp_path: Path) -> None:
-    _, report = hand_over(tmp_path, tiny_model(7, num_classes=2), ("person", "car"), ("pedestrian", "car"))
+    _, report = transfer_classes(tmp_path, tiny_model(7, num_classes=2), ("person", "car"), ("pedestrian", "car"))
     assert report.counts()["model"]["rows moved by class name"] == 0
 
 
-def test_same_name_goes_before_an_alias() -> None:
+def test_same_name_takes_precedence_over_an_alias() -> None:
     moves = match_classes(("people", "pedestrian"), ("pedestrian", "people"), coco=False)
     assert [(move.how, move.row) for move in moves] == [("name", 1), ("name", 0)]
 
 
-def test_a_row_number_overrules_the_name_as_for_the_bird_data_set() -> None:
+def test_row_number_takes_precedence_over_the_name() -> None:
     """DETR_DEFAULT_CLASS_IDX 15 of the published code is the bench; by name, bird is row 16."""
     from motip.weights.class_names import coco_row_names
 
@@ -124,25 +124,25 @@ def test_a_row_number_overrules_the_name_as_for_the_bird_data_set() -> None:
 @pytest.mark.parametrize(
     ("init", "reason"),
     [
-        ({"van": "minibus"}, "no class of the file"),
-        ({"van": "truck", "truck": "van"}, "circle"),
-        ({"van": "coco:spaceship"}, "COCO has no such class"),
+        ({"van": "minibus"}, "neither a class of the file"),
+        ({"van": "truck", "truck": "van"}, "cyclic"),
+        ({"van": "coco:spaceship"}, "not a COCO class"),
         ({"van": "row:2"}, "row"),
         ({"van": "row:x"}, "row"),
     ],
 )
-def test_impossible_relatives_are_refused(init: dict[str, str], reason: str) -> None:
+def test_invalid_class_init_is_an_error(init: dict[str, str], reason: str) -> None:
     with pytest.raises(MotipError, match=reason):
         match_classes(("pedestrian", "car"), ("pedestrian", "van", "truck"), init, coco=True)
 
 
-def test_two_rows_that_claim_one_alias_are_refused() -> None:
+def test_alias_that_matches_two_rows_is_an_error() -> None:
     with pytest.raises(MotipError, match="two candidates") as caught:
         match_classes(("person", "people"), ("pedestrian",), coco=False)
     assert "row:0" in str(caught.value.fix)
 
 
-def test_unknown_class_names_are_asked_for(tmp_path: Path) -> None:
+def test_file_without_class_names_is_an_error_unless_given(tmp_path: Path) -> None:
     path = save_published(tmp_path / "two.pth", tiny_model(1, num_classes=2))
     child = tiny_model(2, num_classes=2)
     with pytest.raises(MotipError, match="does not name its classes") as caught:

@@ -1,4 +1,4 @@
-"""read_weights: every kind of file, and every kind of bad file."""
+"""read_weights: kinds of files, and errors for invalid files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from motip.errors import MotipError
+from motip.weights import load_pretrained, read_weights, save_checkpoint
 from motip.weights.class_names import COCO_CATEGORY_IDS
-from motip.weights.pretrained import load_pretrained, read_weights, save_checkpoint
 from tests.helpers.weight_cases import detector_state, save_published, tiny_model
 
 
@@ -36,10 +36,10 @@ def test_detector_only_with_any_prefix_gets_full_keys(tmp_path: Path, prefix: st
     assert any("module." in note for note in file.notes) == prefix.startswith("module.")
 
 
-def test_coco_file_is_told_by_its_91_rows_and_named_by_category_id(tmp_path: Path) -> None:
+def test_coco_file_is_detected_by_91_rows_and_named_by_category_id(tmp_path: Path) -> None:
     state = detector_state(tiny_model(num_classes=91))
     path = tmp_path / "r50_deformable_detr_plus_iterative_bbox_refinement-checkpoint.pth"
-    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4), "epoch": 49}, path)  # as the official file has it
+    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4), "epoch": 49}, path)  # as in the official file
     file = read_weights(path)
     assert file.kind == "coco"
     assert file.classes is not None and len(file.classes) == 91
@@ -68,7 +68,7 @@ def test_bare_state_dict_and_old_torch_format(tmp_path: Path) -> None:
         assert torch.equal(file.tensors["detr.query_embed.weight"], model.state_dict()["detr.query_embed.weight"])
 
 
-def test_ours_names_its_classes(tmp_path: Path) -> None:
+def test_own_checkpoint_names_its_classes(tmp_path: Path) -> None:
     model = tiny_model(num_classes=2)
     save_checkpoint(tmp_path / "a.pth", model=model, classes=("car", "pedestrian"), config={}, epoch=0, step=5)
     file = read_weights(tmp_path / "a.pth")
@@ -77,7 +77,7 @@ def test_ours_names_its_classes(tmp_path: Path) -> None:
         read_weights(tmp_path / "a.pth", classes=("pedestrian", "car"))
 
 
-def test_plain_safetensors_of_somebody_else(tmp_path: Path) -> None:
+def test_safetensors_without_our_header(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(detector_state(tiny_model()), tmp_path / "detector.safetensors")
@@ -85,7 +85,7 @@ def test_plain_safetensors_of_somebody_else(tmp_path: Path) -> None:
     assert (file.kind, file.has_identity) == ("safetensors", False)
 
 
-def test_class_names_can_be_given_but_must_fit(tmp_path: Path) -> None:
+def test_given_class_names_must_fit_the_head(tmp_path: Path) -> None:
     path = save_published(tmp_path / "two.pth", tiny_model(num_classes=2))
     assert read_weights(path).classes is None
     assert read_weights(path, classes=("pedestrian", "car")).classes == ("pedestrian", "car")
@@ -94,7 +94,7 @@ def test_class_names_can_be_given_but_must_fit(tmp_path: Path) -> None:
             read_weights(path, classes=wrong)
 
 
-# --- bad files ------------------------------------------------------------------------------------
+# --- invalid files ------------------------------------------------------------------------------------
 
 
 class _Bomb:
@@ -105,7 +105,7 @@ class _Bomb:
         return os.system, (f"touch {self.target}",)
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_pickle_that_would_run_code_is_an_error_and_is_not_run(tmp_path: Path) -> None:
     trace = tmp_path / "it_ran"
     torch.save({"model": tiny_model().state_dict(), "extra": _Bomb(trace)}, tmp_path / "bomb.pth")
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(_Bomb(trace)))
@@ -119,12 +119,12 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("new_format", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.95, 0.9999])
-def test_a_truncated_file_is_refused(tmp_path: Path, share: float, new_format: bool) -> None:
+def test_truncated_file_is_an_error(tmp_path: Path, share: float, new_format: bool) -> None:
     path = tmp_path / "cut.pth"
     torch.save({"model": tiny_model().state_dict()}, path, _use_new_zipfile_serialization=new_format)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(MotipError, match="cut off") as caught:
+    complete = path.read_bytes()
+    path.write_bytes(complete[: int(len(complete) * share)])
+    with pytest.raises(MotipError, match="truncated") as caught:
         read_weights(path)
     assert "cut.pth" in str(caught.value)
 
@@ -132,22 +132,22 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float, new_format: b
 @pytest.mark.parametrize(
     "content", [b"hello world", b"# MOTIP\n", bytes(100), b"garbage" * 40, b"\x80\x02x", pickle.dumps({"a": 1})[:-3]]
 )
-def test_what_is_no_checkpoint_is_told_without_advice_to_drop_the_protection(tmp_path: Path, content: bytes) -> None:
+def test_error_for_other_files_does_not_advise_unsafe_loading(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "none.pth"
     path.write_bytes(content)
-    with pytest.raises(MotipError, match="cut off, damaged, or no weights file") as caught:
+    with pytest.raises(MotipError, match="truncated, damaged, or not a weights file") as caught:
         read_weights(path)
     assert caught.value.found == f"{len(content)} bytes that start with {content[:16]!r}"
     assert "weights_only" not in str(caught.value)
 
 
-def test_truncated_safetensors_is_refused(tmp_path: Path) -> None:
+def test_truncated_safetensors_is_an_error(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     path = tmp_path / "cut.safetensors"
     save_file(detector_state(tiny_model()), path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(MotipError, match="cut off"):
+    with pytest.raises(MotipError, match="truncated"):
         read_weights(path)
 
 
@@ -164,23 +164,23 @@ def test_missing_file_folder_and_text_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ([1, 2, 3], "holds no model weights"),
-        (torch.zeros(3), "holds no model weights"),
-        ({}, "holds no model weights"),
-        ({"model": {}}, "holds no model weights"),
-        ({"model": [torch.zeros(1)]}, "holds no model weights"),
-        ({"model": {3: torch.zeros(1)}}, "holds no model weights"),
+        ([1, 2, 3], "contains no model weights"),
+        (torch.zeros(3), "contains no model weights"),
+        ({}, "contains no model weights"),
+        ({"model": {}}, "contains no model weights"),
+        ({"model": [torch.zeros(1)]}, "contains no model weights"),
+        ({"model": {3: torch.zeros(1)}}, "contains no model weights"),
         ({"epoch": 3}, "not a tensor"),
         ({"model": {"class_embed.0.weight": "text"}}, "not a tensor"),
     ],
 )
-def test_the_wrong_container_is_refused(tmp_path: Path, content: object, reason: str) -> None:
+def test_wrong_container_is_an_error(tmp_path: Path, content: object, reason: str) -> None:
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(MotipError, match=reason):
         read_weights(tmp_path / "x.pth")
 
 
-def test_another_models_state_dict_is_refused_with_its_first_key(tmp_path: Path) -> None:
+def test_state_dict_of_another_model_is_an_error_that_names_its_first_key(tmp_path: Path) -> None:
     resnet = {"conv1.weight": torch.zeros(2), "layer1.0.conv1.weight": torch.zeros(2)}
     detr = {
         "transformer.encoder.layers.0.self_attn.in_proj_weight": torch.zeros(2),
@@ -194,7 +194,7 @@ def test_another_models_state_dict_is_refused_with_its_first_key(tmp_path: Path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_infinity_are_refused_with_the_key(tmp_path: Path, value: float) -> None:
+def test_nan_and_infinity_are_an_error_that_names_the_key(tmp_path: Path, value: float) -> None:
     state = tiny_model().state_dict()
     state["id_decoder.word_to_embed.weight"][3, 2] = value
     with pytest.raises(MotipError, match="NaN or infinity") as caught:
@@ -203,7 +203,7 @@ def test_nan_and_infinity_are_refused_with_the_key(tmp_path: Path, value: float)
     assert str(caught.value.found).startswith("1 of ")
 
 
-def test_a_class_list_that_contradicts_the_head_is_refused(tmp_path: Path) -> None:
+def test_class_list_that_contradicts_the_head_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     torch.save({"model": tiny_model(num_classes=2).state_dict(), "classes": ["pedestrian"], "config": {}}, path)
     with pytest.raises(MotipError, match="names 1 classes, but the class head has 2 rows") as caught:
@@ -213,16 +213,16 @@ def test_a_class_list_that_contradicts_the_head_is_refused(tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("form", ["sparse", "meta"])
-def test_a_tensor_without_plain_values_is_refused_with_the_key(tmp_path: Path, form: str) -> None:
+def test_sparse_or_meta_tensor_is_an_error_that_names_the_key(tmp_path: Path, form: str) -> None:
     state = dict(tiny_model().state_dict())
     key = "id_decoder.rel_pos_embeds"
     state[key] = state[key].to_sparse() if form == "sparse" else state[key].to("meta")
-    with pytest.raises(MotipError, match="form that no weight") as caught:
+    with pytest.raises(MotipError, match="unsupported form") as caught:
         read_weights(save_published(tmp_path / "a.pth", state))
     assert f"key {key}" in str(caught.value.where) and form in str(caught.value.found)
 
 
-def test_a_class_head_without_rows_is_refused_with_the_key(tmp_path: Path) -> None:
+def test_class_head_without_rows_is_an_error_that_names_the_key(tmp_path: Path) -> None:
     state = dict(tiny_model(num_classes=2).state_dict())
     state["detr.class_embed.0.weight"] = torch.tensor(1.0)
     with pytest.raises(MotipError, match="different numbers of rows") as caught:
@@ -231,7 +231,7 @@ def test_a_class_head_without_rows_is_refused_with_the_key(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("fault", ["truncated", "code", "other model", "nan", "classes"])
-def test_a_refused_file_leaves_the_model_as_it_was(tmp_path: Path, fault: str) -> None:
+def test_invalid_file_leaves_the_model_unchanged(tmp_path: Path, fault: str) -> None:
     model, path = tiny_model(2), tmp_path / "a.pth"
     state, content = dict(tiny_model(1).state_dict()), {}
     if fault == "nan":
@@ -252,7 +252,7 @@ def test_a_refused_file_leaves_the_model_as_it_was(tmp_path: Path, fault: str) -
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_class_heads_of_different_height_are_refused(tmp_path: Path) -> None:
+def test_class_heads_with_different_rows_are_an_error(tmp_path: Path) -> None:
     state = tiny_model(num_classes=2).state_dict()
     state["detr.class_embed.1.bias"] = torch.zeros(3)
     with pytest.raises(MotipError, match="different numbers of rows") as caught:

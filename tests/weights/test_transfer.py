@@ -1,4 +1,4 @@
-"""plan_transfer and apply_transfer: every tensor accounted for, nothing half loaded."""
+"""plan_transfer and apply_transfer: a status for every tensor, no partial loading."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from motip.errors import MotipError
 from motip.model import MOTIP
-from motip.weights.pretrained import apply_transfer, load_pretrained, plan_transfer, read_weights, save_checkpoint
+from motip.weights import apply_transfer, load_pretrained, plan_transfer, read_weights, save_checkpoint
 from motip.weights.transfer_report import COPIED, DROPPED, GROWN, INITIALISED, ROWS_MOVED, TransferReport
 from tests.helpers.weight_cases import detector_state, save_published, tiny_model
 
 
 def assert_complete(report: TransferReport, file_state: dict[str, Tensor], model: MOTIP) -> None:
-    """Both ledgers hold every tensor once, in a category that makes sense on their side, and the counts add up."""
-    assert list(report.file_fates) == list(file_state)
-    assert set(report.model_fates) == set(model.state_dict())
-    assert {fate.category for fate in report.file_fates.values()} <= {COPIED, ROWS_MOVED, GROWN, DROPPED}
-    assert {fate.category for fate in report.model_fates.values()} <= {COPIED, ROWS_MOVED, GROWN, INITIALISED}
+    """Both sides list every tensor once, in a category of their side, and the counts add up."""
+    assert list(report.file_status) == list(file_state)
+    assert set(report.model_status) == set(model.state_dict())
+    assert {status.category for status in report.file_status.values()} <= {COPIED, ROWS_MOVED, GROWN, DROPPED}
+    assert {status.category for status in report.model_status.values()} <= {COPIED, ROWS_MOVED, GROWN, INITIALISED}
     counts = report.counts()
     assert sum(counts["file"].values()) == len(file_state)
     assert sum(counts["model"].values()) == len(model.state_dict())
@@ -33,23 +33,23 @@ def assert_complete(report: TransferReport, file_state: dict[str, Tensor], model
     assert f"{len(file_state)}" in report.summary_line()
 
 
-def test_a_full_file_is_copied_whole(tmp_path: Path) -> None:
+def test_full_file_is_copied_completely(tmp_path: Path) -> None:
     parent, child = tiny_model(1), tiny_model(2)
     report = load_pretrained(child, save_published(tmp_path / "a.pth", parent), ["pedestrian"])
     assert_complete(report, parent.state_dict(), child)
     assert report.counts()["model"][COPIED] == len(child.state_dict())
     for key, tensor in parent.state_dict().items():
         assert torch.equal(child.state_dict()[key], tensor), key
-    aliases = {key for key, fate in report.model_fates.items() if fate.alias_of}
+    aliases = {key for key, status in report.model_status.items() if status.alias_of}
     assert aliases == {
         *(f"detr.bbox_embed.{i}.layers.{j}.{part}" for i in range(2) for j in range(3) for part in ("weight", "bias")),
         "id_decoder.embed_to_word_layers.1.weight",
     }
-    assert any("taken for 'pedestrian'" in note for note in report.notes)
+    assert any("assumed to be 'pedestrian'" in note for note in report.notes)
 
 
-def test_hand_over_keeps_every_identity_tensor_and_the_pedestrian_row(tmp_path: Path) -> None:
-    """The published plan lost all of trajectory_modeling and id_decoder here, and the class head with them."""
+def test_added_class_keeps_the_identity_half_and_the_pedestrian_row(tmp_path: Path) -> None:
+    """The published loader drops trajectory_modeling, id_decoder and the class head in this case."""
     parent, child = tiny_model(1), tiny_model(2, num_classes=2)
     save_checkpoint(tmp_path / "a.pth", model=parent, classes=("pedestrian",), config={}, epoch=0, step=1)
     report = load_pretrained(child, tmp_path / "a.pth", ("pedestrian", "car"))
@@ -63,11 +63,11 @@ def test_hand_over_keeps_every_identity_tensor_and_the_pedestrian_row(tmp_path: 
         for part in ("weight", "bias"):
             key = f"detr.class_embed.{layer}.{part}"
             assert torch.equal(after[key][0], before[key][0])
-            assert report.model_fates[key].category == ROWS_MOVED
+            assert report.model_status[key].category == ROWS_MOVED
     assert report.counts()["model"][INITIALISED] == 0
 
 
-def test_detector_only_file_initialises_the_identity_half_loudly(tmp_path: Path) -> None:
+def test_detector_only_file_initialises_the_identity_half_with_a_note(tmp_path: Path) -> None:
     parent, child = tiny_model(1), tiny_model(2)
     untouched = {key: tensor.clone() for key, tensor in child.state_dict().items()}
     path = save_published(tmp_path / "d.pth", detector_state(parent))
@@ -78,23 +78,23 @@ def test_detector_only_file_initialises_the_identity_half_loudly(tmp_path: Path)
     for key, tensor in child.state_dict().items():
         expected = untouched[key] if key in initialised else parent.state_dict()[key]
         assert torch.equal(tensor, expected), key
-    loud = [note for note in report.notes if note.startswith("DETECTOR ONLY")]
-    assert len(loud) == 1 and str(len(initialised)) in loud[0]
+    noted = [note for note in report.notes if note.startswith("DETECTOR ONLY")]
+    assert len(noted) == 1 and str(len(initialised)) in noted[0]
 
 
-# --- what is refused, and allowed by name ---------------------------------------------------------
+# --- errors, and differences allowed by name ---------------------------------------------------------
 
 Change = Callable[[dict[str, Tensor]], object]
 BAD: dict[str, tuple[Change, str, str]] = {
     "missing detector tensor": (
         lambda state: state.pop("detr.transformer.level_embed"),
         "detr.transformer.level_embed",
-        "does not hold it",
+        "does not contain it",
     ),
     "missing identity tensor of a full file": (
         lambda state: state.pop("id_decoder.cross_attn_layers.1.in_proj_bias"),
         "id_decoder.cross_attn_layers.1.in_proj_bias",
-        "does not hold it",
+        "does not contain it",
     ),
     "unknown tensor": (
         lambda state: state.update({"detr.transformer.enc_output.weight": torch.zeros(3)}),
@@ -111,7 +111,7 @@ BAD: dict[str, tuple[Change, str, str]] = {
         "detr.class_embed.0.weight",
         r"\(1, 32\)",
     ),
-    "whole numbers where weights should be": (
+    "integers where weights should be": (
         lambda state: state.update({"detr.query_embed.weight": torch.zeros(10, 128, dtype=torch.int64)}),
         "detr.query_embed.weight",
         "int64 numbers",
@@ -130,7 +130,7 @@ BAD: dict[str, tuple[Change, str, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_anything_unexpected_is_refused_with_its_key_and_nothing_is_loaded(tmp_path: Path, case: str) -> None:
+def test_unexpected_tensor_is_an_error_unless_allowed(tmp_path: Path, case: str) -> None:
     change, key, found = BAD[case]
     state = dict(tiny_model(1).state_dict())
     change(state)
@@ -147,20 +147,20 @@ def test_anything_unexpected_is_refused_with_its_key_and_nothing_is_loaded(tmp_p
     assert_complete(report, state, child)
     in_file, in_model = key in state, key in untouched
     if in_file:
-        assert report.file_fates[key].category == DROPPED
+        assert report.file_status[key].category == DROPPED
     if in_model and "other name" not in case:
-        assert report.model_fates[key].category == INITIALISED
+        assert report.model_status[key].category == INITIALISED
         assert torch.equal(child.state_dict()[key], untouched[key])
 
 
-def test_all_problems_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+def test_error_names_the_first_problem_and_counts_all(tmp_path: Path) -> None:
     state = {key: value for key, value in tiny_model(1).state_dict().items() if "cross_attn_norm" not in key}
     with pytest.raises(MotipError, match="and 3 more") as caught:
         load_pretrained(tiny_model(2), save_published(tmp_path / "a.pth", state), ["pedestrian"])
     assert "key id_decoder.cross_attn_norm_layers.0.weight" in str(caught.value.where)
 
 
-def test_a_detector_model_refuses_a_full_file_unless_told(tmp_path: Path) -> None:
+def test_full_file_into_a_detector_is_an_error_unless_allowed(tmp_path: Path) -> None:
     path = save_published(tmp_path / "a.pth", tiny_model(1))
     detector = tiny_model(2, only_detr=True)
     with pytest.raises(MotipError, match="no such tensor"):
@@ -179,7 +179,7 @@ def test_batch_norm_counters_are_dropped_and_counted(tmp_path: Path) -> None:
     assert_complete(report, state, child)
 
 
-def test_apply_refuses_another_model_and_leaves_it_alone(tmp_path: Path) -> None:
+def test_applying_to_another_architecture_is_an_error_that_changes_nothing(tmp_path: Path) -> None:
     file = read_weights(save_published(tmp_path / "a.pth", tiny_model(1)))
     plan = plan_transfer(file, tiny_model(2).spec, ["pedestrian"])
     other = tiny_model(2, num_queries=12)
@@ -193,7 +193,7 @@ def test_apply_refuses_another_model_and_leaves_it_alone(tmp_path: Path) -> None
 # --- tensors with two names -----------------------------------------------------------------------
 
 
-def test_distinct_label_heads_of_a_shared_model_the_last_wins_and_is_said(tmp_path: Path) -> None:
+def test_last_of_several_label_heads_fills_a_shared_head_with_a_note(tmp_path: Path) -> None:
     parent = tiny_model(1, use_aux_loss=True, use_shared_aux_head=False)
     parent.id_decoder.embed_to_word_layers[0].weight.data.zero_()  # type: ignore[union-attr]
     state = parent.state_dict()
@@ -201,11 +201,11 @@ def test_distinct_label_heads_of_a_shared_model_the_last_wins_and_is_said(tmp_pa
     report = load_pretrained(child, save_published(tmp_path / "a.pth", state), ["pedestrian"])
     first, last = (f"id_decoder.embed_to_word_layers.{layer}.weight" for layer in range(2))
     assert torch.equal(child.state_dict()[first], state[last])
-    assert report.file_fates[first].category == DROPPED and report.file_fates[last].category == COPIED
-    assert report.model_fates[first].category == report.model_fates[last].category == COPIED
+    assert report.file_status[first].category == DROPPED and report.file_status[last].category == COPIED
+    assert report.model_status[first].category == report.model_status[last].category == COPIED
     assert any(last in note and "wins" in note for note in report.notes)
     assert_complete(report, state, child)
-    # what load_state_dict does with the same file
+    # as load_state_dict does with the same file
     reference = tiny_model(3)
     reference.load_state_dict(state)
     assert torch.equal(reference.state_dict()[first], child.state_dict()[first])
@@ -219,19 +219,19 @@ def test_a_shared_head_fills_distinct_ones(tmp_path: Path) -> None:
     assert_complete(report, parent.state_dict(), child)
 
 
-@pytest.mark.parametrize("left_out", ["detr.bbox_embed.", "detr.transformer.decoder.bbox_embed."])
-def test_one_name_of_an_aliased_tensor_is_enough(tmp_path: Path, left_out: str) -> None:
+@pytest.mark.parametrize("absent", ["detr.bbox_embed.", "detr.transformer.decoder.bbox_embed."])
+def test_one_name_of_an_aliased_tensor_is_enough(tmp_path: Path, absent: str) -> None:
     parent, child = tiny_model(1), tiny_model(2)
-    state = {key: value for key, value in parent.state_dict().items() if not key.startswith(left_out)}
+    state = {key: value for key, value in parent.state_dict().items() if not key.startswith(absent)}
     report = load_pretrained(child, save_published(tmp_path / "a.pth", state), ["pedestrian"])
     assert_complete(report, state, child)
     for key, tensor in parent.state_dict().items():
         assert torch.equal(child.state_dict()[key], tensor), key
-    filled = [key for key, fate in report.model_fates.items() if "other name" in fate.detail]
-    assert filled == [key for key in parent.state_dict() if key.startswith(left_out)]
+    filled = [key for key, status in report.model_status.items() if "other name" in status.detail]
+    assert filled == [key for key in parent.state_dict() if key.startswith(absent)]
 
 
-def test_box_heads_that_are_all_equal_are_pointed_out(tmp_path: Path) -> None:
+def test_equal_box_heads_give_a_note(tmp_path: Path) -> None:
     state = detector_state(tiny_model(1))
     for key in [key for key in state if "bbox_embed.1." in key]:
         state[key] = state[key.replace("bbox_embed.1.", "bbox_embed.0.")].clone()
@@ -239,7 +239,7 @@ def test_box_heads_that_are_all_equal_are_pointed_out(tmp_path: Path) -> None:
     assert any("without box refinement" in note for note in report.notes)
 
 
-def test_half_precision_files_are_widened_and_said(tmp_path: Path) -> None:
+def test_half_precision_file_is_converted_to_float32_with_a_note(tmp_path: Path) -> None:
     state = {key: tensor.half() for key, tensor in tiny_model(1).state_dict().items()}
     child = tiny_model(2, num_classes=2, num_id_vocabulary=20)
     report = load_pretrained(child, save_published(tmp_path / "a.pth", state), ["pedestrian", "car"])
@@ -249,7 +249,7 @@ def test_half_precision_files_are_widened_and_said(tmp_path: Path) -> None:
     assert any("16 bits" in note for note in report.notes)
 
 
-def test_the_table_names_what_is_not_copied(tmp_path: Path) -> None:
+def test_table_lists_tensors_that_are_not_copied(tmp_path: Path) -> None:
     child = tiny_model(2, num_classes=2, num_id_vocabulary=20, rel_pe_length=9)
     report = load_pretrained(child, save_published(tmp_path / "a.pth", tiny_model(1)), ["car", "pedestrian"])
     table = report.table()
@@ -264,7 +264,7 @@ def test_spec_and_class_names_must_agree(tmp_path: Path) -> None:
         plan_transfer(file, replace(tiny_model(1).spec), ["pedestrian", "car"])
 
 
-def test_what_is_skipped_stays_fresh_and_is_accounted_for(tmp_path: Path) -> None:
+def test_skipped_tensors_keep_their_initialisation(tmp_path: Path) -> None:
     parent, child = tiny_model(1), tiny_model(2)
     fresh = {name: tensor.clone() for name, tensor in child.state_dict().items()}
     path = save_published(tmp_path / "a.pth", parent)
@@ -272,13 +272,13 @@ def test_what_is_skipped_stays_fresh_and_is_accounted_for(tmp_path: Path) -> Non
     skip = ["trajectory_modeling.*", "id_decoder.*", "detr.class_embed.*", "typo.*"]
     report = apply_transfer(child, plan_transfer(weights, child.spec, ["pedestrian"], skip=skip))
     assert_complete(report, parent.state_dict(), child)
-    left_out = [name for name in fresh if name.startswith(("trajectory_modeling", "id_decoder", "detr.class_embed"))]
-    assert len(left_out) > 20
+    skipped = [name for name in fresh if name.startswith(("trajectory_modeling", "id_decoder", "detr.class_embed"))]
+    assert len(skipped) > 20
     for name, tensor in child.state_dict().items():
-        expected = fresh[name] if name in left_out else parent.state_dict()[name]
+        expected = fresh[name] if name in skipped else parent.state_dict()[name]
         assert torch.equal(tensor, expected), name
-    assert {report.file_fates[name].category for name in left_out} == {DROPPED}
-    assert {report.model_fates[name].category for name in left_out} == {INITIALISED}
+    assert {report.file_status[name].category for name in skipped} == {DROPPED}
+    assert {report.model_status[name].category for name in skipped} == {INITIALISED}
     assert any("no effect" in note and "typo.*" in note for note in report.notes)
     assert not any("DETECTOR ONLY" in note for note in report.notes)
 
@@ -289,6 +289,6 @@ def test_a_skipped_identity_half_of_another_size_is_no_error(tmp_path: Path) -> 
     child = tiny_model(2)
     path = save_published(tmp_path / "a.pth", parent)
     plan = plan_transfer(read_weights(path), child.spec, ["pedestrian"], skip=["id_decoder.*"])
-    assert plan.report.model_fates["id_decoder.word_to_embed.weight"].category == INITIALISED
+    assert plan.report.model_status["id_decoder.word_to_embed.weight"].category == INITIALISED
     others = [name for name in parent if not name.startswith("id_decoder.")]
-    assert {plan.report.model_fates[name].category for name in others} == {COPIED}
+    assert {plan.report.model_status[name].category for name in others} == {COPIED}

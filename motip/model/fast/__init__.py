@@ -1,8 +1,8 @@
-"""Faster implementations of parts of the network, equal to it to rounding.
+"""Faster implementations of parts of the network, with equal results to rounding.
 
 `use_fast_ops` replaces operators of training and inference; `prepare_for_inference` returns a detector for frames of
-one size. :mod:`motip.model` imports nothing else of this package. The oneDNN products, the bag form of deformable
-attention and the packed weights serve CPUs, on which the demo and the tests run.
+one size. :mod:`motip.model` imports nothing else of this package. The oneDNN products, deformable attention by
+``embedding_bag`` and the packed weights are for CPUs, on which the demo and the tests run.
 """
 
 from __future__ import annotations

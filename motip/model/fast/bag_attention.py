@@ -1,6 +1,6 @@
-"""Deformable attention as weighted bags of rows: what a CPU does fastest, in PyTorch's own operators.
+"""Deformable attention by ``embedding_bag``: the fastest form on a CPU with PyTorch's own operators.
 
-Each map gets a frame of zeros, so that the four pixels around any sample are rows of one table at fixed distances.
+Each map is zero-padded, so that the four pixels around a sample are rows of one table at fixed offsets.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 
 SpatialShapes = Sequence[tuple[int, int]]
 
-_FRAME = 2
-"""Rows and columns of zeros around each map: a sample outside reads four of them."""
+_PADDING = 2
+"""Rows and columns of zero padding around each map: a sample outside reads four of them."""
 _SUM = 0
-"""PyTorch's number for ``mode="sum"``."""
+"""PyTorch's constant for ``mode="sum"``."""
 
 
 def bag_attention(
@@ -28,18 +28,19 @@ def bag_attention(
 ) -> Tensor:
     """See `motip.model.deformable_attention.deformable_attention`.
 
-    Every pixel and head is a row of d channels, every sample four weighted rows.
+    Every pixel of a head is a row of d channels, every sample a sum of four weighted rows.
     """
     batch, _, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     dtype, device = sampling_locations.dtype, value.device
     layout = _Layout.of(spatial_shapes, heads)
-    # Row 0 of each (image, head); row numbers fit int32, which halves what is kept for the backward pass.
+    # Row 0 of each (image, head). int32 halves the memory kept for the backward pass.
     images = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1, 1) * (layout.pixels * heads)
     first_rows = images + torch.arange(heads, dtype=torch.int32, device=device).view(1, 1, -1, 1)
-    # Taken apart once: the gradient of each index alone would be a tensor of zeros as large as all of them.
+    # unbind instead of indexing: the gradient of each index would be a zero tensor of the full size.
     across, down = (axis.unbind(3) for axis in sampling_locations.unbind(-1))
     weights = attention_weights.to(dtype).unbind(3)
+    # Rows and bilinear weights of all samples.
     cells, shares = [], []
     for level, (height, width) in enumerate(spatial_shapes):
         column, right = _cell(across[level], width)
@@ -49,10 +50,11 @@ def bag_attention(
         upper, left = weight - lower, 1.0 - right
         cells.append((row * layout.widths[level] + column + layout.starts[level]) * heads + first_rows)
         shares += [upper * left, upper * right, lower * left, lower * right]
+    # Weighted sums.
     cell = torch.stack(cells, -1).flatten(3).flatten(0, 2)
     share = torch.stack(shares, -1).flatten(3).flatten(0, 2)
-    table = layout.framed(value.to(dtype)).reshape(-1, channels)
-    if torch.compiler.is_compiling():  # a compiler wants operators it knows
+    table = layout.padded(value.to(dtype)).reshape(-1, channels)
+    if torch.compiler.is_compiling():  # the compiler cannot trace the autograd function
         bags = F.embedding_bag(layout.corners(cell), table, mode="sum", per_sample_weights=share)
     else:
         bags = _WeightedCorners.apply(table, cell, share, layout)
@@ -60,15 +62,18 @@ def bag_attention(
 
 
 def _cell(location: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Along an axis of `size`: the first of the two pixels around each location 0..1, as a place in the framed map
-    (int32), and the share of the second."""
-    place = location * size - 0.5
-    first = place.detach().floor()
-    return first.to(torch.int32).clamp_(-_FRAME, size).add_(_FRAME), place - first
+    """Bilinear neighbours along an axis of `size` pixels for locations in 0..1.
+
+    Returns:
+        Index of the first neighbour in the padded map (int32), and the weight of the second in 0..1.
+    """
+    pixel = location * size - 0.5
+    first = pixel.detach().floor()
+    return first.to(torch.int32).clamp_(-_PADDING, size).add_(_PADDING), pixel - first
 
 
 class _Layout(NamedTuple):
-    """Where the framed levels lie in the table: `starts` and `widths` in pixels, `pixels` and `heads` of an image."""
+    """Layout of the padded levels in the table: start and width of each in pixels; pixels and heads of an image."""
 
     shapes: SpatialShapes
     starts: list[int]
@@ -78,48 +83,48 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(cls, shapes: SpatialShapes, heads: int) -> _Layout:
-        widths = [width + 2 * _FRAME for _, width in shapes]
-        sizes = [(height + 2 * _FRAME) * width for (height, _), width in zip(shapes, widths, strict=True)]
+        widths = [width + 2 * _PADDING for _, width in shapes]
+        sizes = [(height + 2 * _PADDING) * width for (height, _), width in zip(shapes, widths, strict=True)]
         return cls(shapes, [sum(sizes[:level]) for level in range(len(sizes))], widths, sum(sizes), heads)
 
-    def framed(self, value: Tensor) -> Tensor:
+    def padded(self, value: Tensor) -> Tensor:
         """(B, S, heads, d) -> (B, pixels, heads * d)."""
         maps = value.flatten(2).split([height * width for height, width in self.shapes], 1)
-        frame = (0, 0, _FRAME, _FRAME, _FRAME, _FRAME)
-        framed = [
+        frame = (0, 0, _PADDING, _PADDING, _PADDING, _PADDING)
+        padded = [
             F.pad(each.unflatten(1, shape), frame).flatten(1, 2) for each, shape in zip(maps, self.shapes, strict=True)
         ]
-        return torch.cat(framed, 1)
+        return torch.cat(padded, 1)
 
     def corners(self, cell: Tensor) -> Tensor:
-        """Rows of the cells' upper left pixels (N, points * levels) -> of all their pixels (N, points * levels * 4)."""
+        """Rows of upper left pixels (N, points * levels) -> rows of all four neighbours (N, points * levels * 4)."""
         below = torch.tensor(self.widths, dtype=cell.dtype, device=cell.device) * self.heads
         below = below.repeat(cell.shape[1] // len(self.widths))
         lower = cell + below
         return torch.stack([cell, cell + self.heads, lower, lower + self.heads], -1).flatten(1)
 
     def summed(self, parts: Iterator[Tensor]) -> Tensor:
-        """What the four corners of each cell get (R, d) -> what each row gets."""
+        """Gradients by upper left row, one (R, d) per corner -> gradient of each row (R, d)."""
         total = by_pixel = None
         for corner, part in enumerate(parts):
             if total is None or by_pixel is None:
                 total = part
                 by_pixel = total.view(-1, self.pixels, self.heads, part.shape[-1])
                 continue
-            given = part.view_as(by_pixel)
+            shifted = part.view_as(by_pixel)
             ends = [*self.starts[1:], self.pixels]
             for start, end, width in zip(self.starts, ends, self.widths, strict=True):
                 shift = (corner & 1) + (corner >> 1) * width
-                by_pixel[:, start + shift : end] += given[:, start : end - shift]
+                by_pixel[:, start + shift : end] += shifted[:, start : end - shift]
         assert total is not None
         return total
 
 
 class _WeightedCorners(torch.autograd.Function):
-    """Weighted sums of the pixels around cells: ``F.embedding_bag`` with a backward pass of bags as well.
+    """``F.embedding_bag`` over the four neighbours of each sample, with ``embedding_bag`` in the backward pass as well.
 
-    PyTorch's own adds each sample to its row on its own. Sorted by cell, the samples in a cell are a bag of the
-    output's gradients, once for each corner: the same sum takes a fraction of the time, always in the same order.
+    PyTorch's backward pass adds samples to rows one by one. Here samples are sorted by upper left pixel, and those of
+    one pixel form a bag of output gradients per corner: faster, and deterministic.
     """
 
     @staticmethod
@@ -149,14 +154,14 @@ class _WeightedCorners(torch.autograd.Function):
 
 
 def _products_with_rows(grad: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-    """grad (N, d), table (R, d), rows (N, K) -> (N, K), the product of each sum's gradient with its rows."""
+    """grad (N, d), table (R, d), rows (N, K) -> (N, K) dot products of each gradient with its rows."""
     count, samples = rows.shape
     begins = torch.arange(0, (count + 1) * samples, samples, dtype=rows.dtype, device=rows.device)
-    # Fake tensors, as the memory estimate has, cannot be sparse.
+    # The fake tensors of the memory estimate cannot be sparse.
     plain = type(grad) is Tensor and grad.dtype in (torch.float32, torch.float64)
     if rows.device.type == "cpu" and plain:
-        wanted = _sparse(begins, rows.flatten(), grad.new_zeros(count * samples), (count, len(table)))
-        return torch.sparse.sampled_addmm(wanted, grad, table.t(), beta=0.0).values().view(count, samples)
+        pattern = _sparse(begins, rows.flatten(), grad.new_zeros(count * samples), (count, len(table)))
+        return torch.sparse.sampled_addmm(pattern, grad, table.t(), beta=0.0).values().view(count, samples)
     products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad, table, rows.flatten(), begins[:-1], _bag_numbers(rows), _SUM
     )
@@ -164,20 +169,19 @@ def _products_with_rows(grad: Tensor, table: Tensor, rows: Tensor) -> Tensor:
 
 
 def _bag_numbers(rows: Tensor) -> Tensor:
-    """(N, K) -> (N * K,), the row of each element."""
+    """(N, K) -> (N * K,) row index of each element."""
     return torch.arange(len(rows), dtype=rows.dtype, device=rows.device).repeat_interleave(rows.shape[1])
 
 
 def _sparse(begins: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
-    _hear_of_beta()
+    _silence_beta_warning()
     return torch.sparse_csr_tensor(begins, columns, values, size, check_invariants=False)
 
 
 @cache
-def _hear_of_beta() -> None:
-    """PyTorch says once in a process that compressed rows are in beta; of the one operator used here the results are
-    tested."""
+def _silence_beta_warning() -> None:
+    """Trigger and ignore PyTorch's once-per-process warning that sparse CSR is in beta; our use of it is tested."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        nothing = torch.zeros(1, dtype=torch.int32)
-        torch.sparse_csr_tensor(nothing, nothing[:0], torch.zeros(0), (0, 1), check_invariants=False)
+        start = torch.zeros(1, dtype=torch.int32)
+        torch.sparse_csr_tensor(start, start[:0], torch.zeros(0), (0, 1), check_invariants=False)

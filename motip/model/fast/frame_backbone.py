@@ -1,4 +1,4 @@
-"""ResNet-50 for inference: each frozen batch norm folded into its convolution, channels last, sums in place."""
+"""ResNet-50 for inference: frozen batch norms folded into the convolutions, channels last, in-place sums."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from motip.model.resnet import FrozenBatchNorm, ResNet50Body
 
 
 class PackedResNet:
-    """The maps of a `ResNet50Body`, to rounding, in `dtype`; see `PackedConv`."""
+    """`ResNet50Body` with packed weights in `dtype`; equal to it to rounding."""
 
     def __init__(self, body: ResNet50Body, dtype: torch.dtype) -> None:
         self._stem = _folded(body.conv1, body.bn1, dtype)
@@ -35,19 +35,20 @@ class _Block:
     """A bottleneck block."""
 
     def __init__(self, block: Bottleneck, dtype: torch.dtype) -> None:
-        self._reduce = _folded(block.conv1, block.bn1, dtype)
-        self._look = _folded(block.conv2, block.bn2, dtype)
-        self._widen = _folded(block.conv3, block.bn3, dtype)
+        self._reduce_channels = _folded(block.conv1, block.bn1, dtype)
+        self._conv3x3 = _folded(block.conv2, block.bn2, dtype)
+        self._expand_channels = _folded(block.conv3, block.bn3, dtype)
         self._shortcut = None if block.downsample is None else _folded(block.downsample[0], block.downsample[1], dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        inner = self._look(self._reduce(x, relu=True), relu=True)
-        # Without a convolution of its own the shortcut is the input, which nobody needs after this block: a map that is
-        # handed out is followed by a stage, and the first block of a stage has one.
-        return self._widen.onto(x if self._shortcut is None else self._shortcut(x), inner)
+        inner = self._conv3x3(self._reduce_channels(x, relu=True), relu=True)
+        # In place: an identity shortcut is the input of the block, which is not used again. The returned maps are safe,
+        # because the first block of the next stage has a shortcut convolution.
+        return self._expand_channels.conv_add_relu(x if self._shortcut is None else self._shortcut(x), inner)
 
 
 def _folded(convolution: nn.Module, norm: nn.Module, dtype: torch.dtype) -> PackedConv:
+    """The convolution with the following frozen batch norm folded in."""
     assert isinstance(convolution, nn.Conv2d) and isinstance(norm, FrozenBatchNorm)
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return PackedConv(convolution, dtype, (scale, norm.bias - norm.running_mean * scale))

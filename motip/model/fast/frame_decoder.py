@@ -1,7 +1,7 @@
-"""The ID half of a model for one frame after the other, as a tracker needs it.
+"""Incremental ID decoder: trajectory modelling and ID decoding of one frame at a time.
 
-It gives the logits of ``IdDecoder.forward`` and does the work of one frame: what depends on a past detection alone is
-computed once, when the detection becomes history.
+The logits equal those of ``IdDecoder.forward``. Keys and values of a past detection are computed once, when it becomes
+history.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from motip.model.id_decoder import FFN, HIDDEN, IdDecoder, TrajectoryModeling
 
 
 class HistoryTokens(NamedTuple):
-    """S trajectory tokens as each layer's cross-attention sees them, behind the zero token that it always sees.
+    """Keys and values of S trajectory tokens for the cross-attention of every layer.
 
     Attributes:
-        keys, values: (layers, heads, 1 + S, head_dim); token 0 is zero (see ``with_zero_token``). It is stored because
-            putting it in front of a long history in every layer of every frame was an eighth of the tracker's time.
+        keys, values: (layers, heads, 1 + S, head_dim); token 0 is zero (see ``with_zero_token``). It is stored, because
+            prepending it to the history in every layer of every frame took an eighth of the tracker's time.
     """
 
     keys: Tensor
@@ -35,10 +35,10 @@ class HistoryTokens(NamedTuple):
 
 
 class FrameDecoder:
-    """Trajectory modelling and ID decoder, with their weights made ready for the products of a frame.
+    """Trajectory modelling and ID decoder with packed weights, for inference.
 
-    Make it once per sequence, and anew when the weights have changed. On a CPU it holds a copy of most of them (about
-    70 MB at full size), see ``PackedLinear``. It remembers nothing of a sequence.
+    A snapshot of the weights: create a new one after they change. On a CPU it copies most of them (about 70 MB at full
+    size), see ``PackedLinear``. It has no state of a sequence.
     """
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class FrameDecoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights, in which features must come."""
+        """Type of the weights and of the features to pass in."""
         return self._rel_pos_embeds.dtype
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class FrameDecoder:
 
     @torch.no_grad()
     def encode_history(self, features: Tensor, labels: Tensor) -> HistoryTokens:
-        """Keys and values of tokens: features (S,D) after ``model_trajectories``, labels (S,) in 0..V-1."""
+        """Keys and values of S tokens: features (S,D) after ``model_trajectories``, labels (S,) in 0..V-1."""
         both = self._history_weight(features).add_(F.embedding(labels, self._history_table))
         both = both.unflatten(-1, (len(self._layers), 2, self._heads, self.spec.head_dim)).permute(2, 1, 3, 0, 4)
         keys, values = F.pad(both, (0, 0, 1, 0)).unbind()
@@ -82,15 +82,17 @@ class FrameDecoder:
         history_masks: Tensor | None = None,
         label_mask: Tensor | None = None,
     ) -> Tensor:
-        """Logits (M, V+1) of one frame's M objects; equals ``IdDecoder.forward`` on the same tokens to rounding.
+        """Logits (M, V+1) of the M objects of one frame; equal to ``IdDecoder.forward`` to rounding.
 
         Args:
-            unknown_features: (M,D) raw detector outputs. history: S tokens. ages: (S,) int, frames between the token
-                and now, 1..REL_PE_LENGTH-1, on any device. history_masks: (S,) bool, True = ignore. label_mask: (V+1,)
-                bool, True = label not in use; its logits become -inf.
+            unknown_features: (M,D) raw detector outputs.
+            history: S tokens.
+            ages: (S,) int, frames from the token to the current frame, 1..REL_PE_LENGTH-1, on any device.
+            history_masks: (S,) bool, True = ignore.
+            label_mask: (V+1,) bool, True = unused label, whose logits become -inf.
 
         Raises:
-            MotipError: an age is not in that range.
+            MotipError: an age is outside 1..REL_PE_LENGTH-1.
         """
         if len(history) and not 1 <= int(ages.min()) <= int(ages.max()) < self.spec.rel_pe_length:
             raise MotipError(
@@ -107,9 +109,9 @@ class FrameDecoder:
             biases = biases.masked_fill(history_masks, HIDDEN)
         biases = F.pad(biases, (1, 0))
         for layer, keys, values, bias in zip(self._layers, history.keys, history.values, biases, strict=True):
-            if layer.around is not None:
-                tokens = layer.around(tokens, self._heads)
-            tokens = layer.past(tokens, keys, values, bias)
+            if layer.self_attention is not None:
+                tokens = layer.self_attention(tokens, self._heads)
+            tokens = layer.cross_attention(tokens, keys, values, bias)
             tokens = layer.feed_forward(tokens)
         logits = self._head(tokens[..., -self.spec.id_dim :])
         return logits if label_mask is None else logits.masked_fill(label_mask, -torch.inf)
@@ -130,7 +132,7 @@ class _FeedForward:
 
 
 @dataclass(frozen=True, slots=True)
-class _LookAround:
+class _SelfAttention:
     """Self-attention among the M objects of the frame."""
 
     project: PackedLinear
@@ -138,7 +140,7 @@ class _LookAround:
     norm: nn.LayerNorm
 
     def __call__(self, tokens: Tensor, heads: int) -> Tensor:
-        # The zero token in front is cut off the queries; keys and values want it (see ``with_zero_token``).
+        # The zero token is for keys and values only (see ``with_zero_token``).
         projected = F.pad(self.project(tokens), (0, 0, 1, 0)).unflatten(-1, (3, heads, -1))
         query, key, value = projected.permute(1, 2, 0, 3)[:, None].unbind()
         attended = F.scaled_dot_product_attention(query[:, :, 1:], key, value)
@@ -146,7 +148,7 @@ class _LookAround:
 
 
 @dataclass(frozen=True, slots=True)
-class _LookBack:
+class _CrossAttention:
     """Cross-attention of the M objects to the history."""
 
     project: PackedLinear
@@ -162,24 +164,24 @@ class _LookBack:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    around: _LookAround | None
-    past: _LookBack
+    self_attention: _SelfAttention | None
+    cross_attention: _CrossAttention
     feed_forward: _FeedForward
 
     @classmethod
     def of(cls, decoder: IdDecoder, layer: int) -> _Layer:
-        around = None
+        self_attention = None
         if layer > 0:
             attention: MultiHeadAttention = decoder.self_attn_layers[layer - 1]  # type: ignore[assignment]
             project = PackedLinear(attention.in_proj_weight, attention.in_proj_bias)
             norm = decoder.self_attn_norm_layers[layer - 1]
-            around = _LookAround(project, PackedLinear.of(attention.out_proj), norm)  # type: ignore[arg-type]
+            self_attention = _SelfAttention(project, PackedLinear.of(attention.out_proj), norm)  # type: ignore[arg-type]
         attention = decoder.cross_attn_layers[layer]  # type: ignore[assignment]
         project = PackedLinear(attention.in_proj_weight[: attention.dim], attention.in_proj_bias[: attention.dim])
         norm = decoder.cross_attn_norm_layers[layer]
-        past = _LookBack(project, PackedLinear.of(attention.out_proj), norm)  # type: ignore[arg-type]
+        cross_attention = _CrossAttention(project, PackedLinear.of(attention.out_proj), norm)  # type: ignore[arg-type]
         ffn: FFN = decoder.ffn_layers[layer]  # type: ignore[assignment]
-        return cls(around, past, _FeedForward.of(ffn, decoder.ffn_norm_layers[layer]))
+        return cls(self_attention, cross_attention, _FeedForward.of(ffn, decoder.ffn_norm_layers[layer]))
 
 
 def _normed(norm: nn.LayerNorm, tokens: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""The detector for one frame after the other, as a tracker needs it.
+"""Detector for inference, frame by frame.
 
-It gives what `DeformableDetr` gives in eval mode, to rounding, in less time (docs/performance.md): batch norms are
-folded into the convolutions, weights are packed (on a card: in the type of the products), images lie channels last,
-what depends on the size of the frames alone is computed once, and of the heads only those that the last layer's answer
-needs are run.
+Equal to `DeformableDetr` in eval mode to rounding, and faster (docs/performance.md): batch norms are folded into the
+convolutions, weights are packed (on a GPU: cast to the compute type), images are channels last, constants of the frame
+size are computed once, and prediction heads run only where the last layer's predictions need them.
 """
 
 from __future__ import annotations
@@ -20,26 +19,25 @@ from motip.model.backbone import TinyGroupNormBody, resize_mask
 from motip.model.deformable_attention import DeformableAttention, best_implementation, log_implementation
 from motip.model.detector import DeformableDetr, DetectorOutput
 from motip.model.fast.frame_attention import FrameAttention
-from motip.model.fast.gpu_attention import CardAttention
+from motip.model.fast.gpu_attention import GpuAttention
 from motip.model.fast.packed import PackedConv, PackedLinear, can_pack
 from motip.model.transformer import MLP, DecoderLayer, EncoderLayer, encoder_reference_points, refine, valid_ratio
 
 ROWS = 5000
-"""Most pixels that go through an encoder layer at a time. With all at once, what lies between two products would need
-new pages from the system; many small parts cost more than they gain by staying in the cache."""
+"""Pixels per chunk of an encoder layer on a CPU. Larger intermediate tensors need new memory pages from the system;
+many small chunks cost more than they gain by staying in the cache."""
 
 Detector = Callable[[Tensor, Tensor], DetectorOutput]
 Attention = Callable[[DeformableAttention, torch.dtype], Any]
-"""Makes a `FrameAttention` or a `CardAttention`."""
+"""Constructor of a `FrameAttention` or a `GpuAttention`."""
 
 
 def prepare_for_inference(detector: DeformableDetr, dtype: torch.dtype = torch.float32) -> Detector:
-    """A `FrameDetector` where there can be one, else `detector` itself.
+    """A `FrameDetector` where supported, else `detector` itself.
 
-    There is none on a CPU for weights or a type that cannot be packed (``can_pack``), on a card without the Triton
-    kernels or for weights that are not float32, nor where a certain implementation of deformable attention was asked
-    for, nor for weights that are not finite: oneDNN's ReLU makes 0 of what is no number, which would hide from the
-    tracker that a model has diverged.
+    Not supported: on a CPU weights or a `dtype` that cannot be packed (``can_pack``); on a GPU weights other than
+    float32, or no Triton kernels; an implementation of deformable attention other than ``auto``; weights that are not
+    finite, because oneDNN's ReLU maps NaN to 0 and would hide from the tracker that a model has diverged.
     """
     ready = log_implementation() == "auto" and all(_can_prepare(each, dtype) for each in detector.parameters())
     if ready and all(bool(each.isfinite().all()) for each in detector.state_dict().values()):
@@ -54,33 +52,33 @@ def _can_prepare(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 class FrameDetector:
-    """A detector with its weights made ready for inference on frames of one size.
+    """Detector with packed weights for inference on frames of one size.
 
-    Make it once per sequence, and anew when the weights have changed. It holds a copy of most of them (160 MB for a
-    ResNet-50 in float32, half of it in bfloat16) and, from the first frame on, the constants of the size of its frames
-    (70 MB at 800x1333). It remembers nothing of a sequence.
+    A snapshot of the weights: create a new one after they change. It copies most of them (160 MB for a ResNet-50 in
+    float32, half of it in bfloat16) and keeps the constants of the frame size (70 MB at 800x1333). It has no state of a
+    sequence.
 
     Args:
         detector: see `prepare_for_inference`.
-        dtype: float32, or half precision for products and convolutions; norms, sampling locations and sums over samples
-            stay in float32.
-        for_gpu: prepare as for a GPU, whatever the device; None: as for the device that the weights are on.
+        dtype: type of products and convolutions, float32 or half precision; norms, sampling locations and sums over
+            samples are in float32.
+        for_gpu: use the GPU form; None: decided by the device of the weights.
     """
 
     @torch.no_grad()
     def __init__(
         self, detector: DeformableDetr, dtype: torch.dtype = torch.float32, for_gpu: bool | None = None
     ) -> None:
-        on_card = detector.query_embed.weight.device.type == "cuda"
-        self._for_gpu = on_card if for_gpu is None else for_gpu
-        modules: Any = detector  # a module's attributes have no types of their own
+        on_gpu = detector.query_embed.weight.device.type == "cuda"
+        self._for_gpu = on_gpu if for_gpu is None else for_gpu
+        modules: Any = detector  # attributes of a module have no static types
         transformer = modules.transformer
         backbone, self._position = modules.backbone
         body = backbone.body
         self._body = body if isinstance(body, TinyGroupNormBody) else _packed(body, dtype)
         self._projections = [(PackedConv(convolution, dtype), norm) for convolution, norm in modules.input_proj]
         self._level_embed = transformer.level_embed.detach()
-        attention = CardAttention if self._for_gpu else FrameAttention
+        attention = GpuAttention if self._for_gpu else FrameAttention
         self._encoder = [_EncoderLayer.of(layer, attention, dtype) for layer in transformer.encoder.layers]
         heads = transformer.decoder.bbox_embed
         layers = zip(transformer.decoder.layers, heads, strict=True)
@@ -93,18 +91,18 @@ class FrameDetector:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, mask: Tensor) -> DetectorOutput:
-        """images (B,3,H,W) normalised, mask (B,H,W) bool True on padding; ``aux`` is empty."""
-        padded = mask.flatten(1).any(1).tolist()  # asked while a card has nothing else to finish first
+        """images (B,3,H,W) normalised, mask (B,H,W) bool, True on padding; ``aux`` of the result is empty."""
+        padded = mask.flatten(1).any(1).tolist()  # first, while a GPU has no queued work to wait for
         maps = [each.contiguous(memory_format=torch.channels_last) for each in self._body(images)]
         levels = [
             norm(project(maps[min(index, len(maps) - 1)]).float())
             for index, (project, norm) in enumerate(self._projections)
         ]
         pixels = torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in levels], 1)
-        found = []
+        outputs = []
         for own, own_mask, own_padded in zip(pixels, mask, padded, strict=True):
-            found.append(self._detect(own, self._constants(levels, own_mask[None], own_padded)))
-        logits, boxes, hidden = (torch.stack(parts) for parts in zip(*found, strict=True))
+            outputs.append(self._detect(own, self._constants(levels, own_mask[None], own_padded)))
+        logits, boxes, hidden = (torch.stack(parts) for parts in zip(*outputs, strict=True))
         return DetectorOutput(logits, boxes, hidden, aux=[])
 
     def _detect(self, pixels: Tensor, frame: _Frame) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +115,7 @@ class FrameDetector:
         return self._class_head(hidden), reference, hidden
 
     def _constants(self, levels: list[Tensor], mask: Tensor, padded: bool) -> _Frame:
-        """What depends on the size and the padding of an image (1,H,W); kept for the next image if there is none."""
+        """Constants of the size and padding of an image, mask (1,H,W); cached for images without padding."""
         shapes = [(level.shape[2], level.shape[3]) for level in levels]
         if not padded and self._frame is not None and self._frame.maps.shapes == shapes:
             return self._frame
@@ -131,7 +129,7 @@ class FrameDetector:
         frame = _Frame(
             maps=maps,
             position=position,
-            places=encoder.places(encoder_reference_points(shapes, ratios[None])[0]),
+            locations=encoder.locations(encoder_reference_points(shapes, ratios[None])[0]),
             padding=torch.cat([each.flatten() for each in masks]) if padded else None,
             ratios=ratios,
             encoder=encoder,
@@ -145,15 +143,21 @@ class FrameDetector:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """What depends on the size of an image and its padding alone, S pixels on all levels together.
+    """Constants of the size and padding of an image with S pixels on all levels.
 
-    position (S,D), the level's embedding added; places of S pixels, see ``places`` of the sampler; padding (S,) True on
-    padding, None without; ratios (levels, 2), see ``valid_ratio``; rows, most pixels to encode at a time.
+    Attributes:
+        maps: value maps of the attention.
+        position: (S,D) position encoding plus level embedding.
+        locations: base sampling locations of the S pixels, see ``locations`` of the sampler.
+        padding: (S,) True on padding; None without padding.
+        ratios: (levels, 2), see ``valid_ratio``.
+        encoder, decoder: their samplers.
+        rows: pixels per chunk of an encoder layer.
     """
 
     maps: Any
     position: Tensor
-    places: Tensor
+    locations: Tensor
     padding: Tensor | None
     ratios: Tensor
     encoder: Any
@@ -175,13 +179,13 @@ class _EncoderLayer:
         return cls(attention(layer.self_attn, dtype), layer.norm1, linear1, linear2, layer.norm2)
 
     def __call__(self, pixels: Tensor, frame: _Frame) -> None:
-        """Overwrite pixels (S,D): once the values are in the table, a pixel is read for itself alone."""
+        """Overwrite pixels (S,D), which are not read by other pixels once their values are in the table."""
         table = self.attention.table(frame.maps, pixels, frame.padding)
         parts = -(-len(pixels) // frame.rows)
-        in_parts = (each.chunk(parts) for each in (pixels, frame.position, frame.places))
-        for own, position, places in zip(*in_parts, strict=True):
-            attended = self.norm1(self.attention(frame.encoder, table, own + position, places, None, own))
-            own.copy_(self.norm2(self.linear2.plus(self.linear1(attended, relu=True), attended)))
+        in_parts = (each.chunk(parts) for each in (pixels, frame.position, frame.locations))
+        for own, position, locations in zip(*in_parts, strict=True):
+            attended = self.norm1(self.attention(frame.encoder, table, own + position, locations, None, own))
+            own.copy_(self.norm2(self.linear2.linear_add(self.linear1(attended, relu=True), attended)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,19 +223,19 @@ class _DecoderLayer:
     def __call__(
         self, hidden: Tensor, position: Tensor, reference: Tensor, memory: Tensor, frame: _Frame
     ) -> tuple[Tensor, Tensor]:
-        """hidden, position (Q,D), reference (Q,2) or (Q,4), memory (S,D) -> hidden states and boxes (Q,4)."""
-        hidden = self.norm2(self.merge.plus(self._among_queries(hidden, position), hidden))
+        """hidden, position (Q,D), reference (Q,2) or (Q,4), memory (S,D) -> hidden states (Q,D) and boxes (Q,4)."""
+        hidden = self.norm2(self.merge.linear_add(self._self_attention(hidden, position), hidden))
         table = self.attention.table(frame.maps, memory, frame.padding)
-        places = frame.decoder.places(reference[:, None, :2] * frame.ratios)
-        steps = frame.decoder.steps(reference[:, None, 2:] * frame.ratios) if reference.shape[1] == 4 else None
-        hidden = self.norm1(self.attention(frame.decoder, table, hidden + position, places, steps, hidden))
-        hidden = self.norm3(self.linear2.plus(self.linear1(hidden, relu=True), hidden))
+        locations = frame.decoder.locations(reference[:, None, :2] * frame.ratios)
+        scales = frame.decoder.scales(reference[:, None, 2:] * frame.ratios) if reference.shape[1] == 4 else None
+        hidden = self.norm1(self.attention(frame.decoder, table, hidden + position, locations, scales, hidden))
+        hidden = self.norm3(self.linear2.linear_add(self.linear1(hidden, relu=True), hidden))
         offsets = hidden
         for linear in self.box_head[:-1]:
             offsets = linear(offsets, relu=True)
         return hidden, refine(self.box_head[-1](offsets).float(), reference)
 
-    def _among_queries(self, hidden: Tensor, position: Tensor) -> Tensor:
+    def _self_attention(self, hidden: Tensor, position: Tensor) -> Tensor:
         query, key = self.query_key(hidden + position).unflatten(-1, (2, self.heads, -1)).transpose(0, 2).unbind(1)
         value = self.value(hidden).unflatten(-1, (self.heads, -1)).transpose(0, 1)
         attended = F.scaled_dot_product_attention(query[None], key[None], value[None])
@@ -239,6 +243,6 @@ class _DecoderLayer:
 
 
 def _packed(body: Any, dtype: torch.dtype) -> Callable[[Tensor], list[Tensor]]:
-    from motip.model.fast.frame_backbone import PackedResNet  # with torchvision, see `resnet`
+    from motip.model.fast.frame_backbone import PackedResNet  # imports torchvision, see `resnet`
 
     return PackedResNet(body, dtype)

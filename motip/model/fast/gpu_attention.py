@@ -1,8 +1,8 @@
-"""Deformable attention of one image for inference on a card, in fewer launches than `DeformableAttention`.
+"""Deformable attention of one image for inference on a GPU, with fewer kernel launches than `DeformableAttention`.
 
-A card computes faster than the host launches: what counts is how many operators there are. Offsets and weights of the
-samples come out of one product, what depends on the size of the image is there already, and nothing is padded, as the
-kernels of ``deformable_attention`` know the bounds. The classes stand for those of `frame_attention`, one for one.
+The GPU computes faster than the host launches kernels, so the number of operators sets the time. Offsets and weights of
+the samples come from one product and constants of the image size are precomputed. Maps are not padded, because the
+kernels of ``deformable_attention`` check bounds. The interface is that of `frame_attention`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from motip.model.deformable_attention import DeformableAttention, deformable_att
 from motip.model.fast.packed import PackedLinear
 
 
-class CardMaps:
+class GpuMaps:
     """Sizes of the value maps of all levels.
 
     Args:
-        shapes: (h, w) of each level. device: where they are.
+        shapes: (h, w) of each level.
+        device: device of the maps.
 
     Attributes:
         sizes: (levels, 2) float, width and height of each level.
@@ -30,30 +31,30 @@ class CardMaps:
         self.shapes = list(shapes)
         self.sizes = torch.tensor([[width, height] for height, width in shapes], dtype=torch.float32, device=device)
 
-    def sampler(self, points: int) -> CardSampler:
-        return CardSampler(self, points)
+    def sampler(self, points: int) -> GpuSampler:
+        return GpuSampler(self, points)
 
 
-class CardSampler:
-    """Where samples lie, relative to each map. An axis of size 1 stands for all heads, and another for all points."""
+class GpuSampler:
+    """Sampling locations in 0..1 of each map, with axes of size 1 for heads and points."""
 
-    def __init__(self, maps: CardMaps, points: int) -> None:
+    def __init__(self, maps: GpuMaps, points: int) -> None:
         self.maps = maps
         self._points = points
         self.pixels = 1.0 / maps.sizes[:, None]
-        """(levels, 1, 2), what an offset of one pixel is."""
+        """(levels, 1, 2), one pixel in 0..1 of each map."""
 
-    def places(self, relative: Tensor) -> Tensor:
-        """Points (Q, levels, 2), x and y in 0..1 of each map -> places of all their samples (Q, 1, levels, 1, 2)."""
+    def locations(self, relative: Tensor) -> Tensor:
+        """Reference points (Q, levels, 2), (x, y) in 0..1 -> base locations of all samples (Q, 1, levels, 1, 2)."""
         return relative[:, None, :, None]
 
-    def steps(self, boxes: Tensor) -> Tensor:
-        """Widths and heights (Q, levels, 2) of boxes -> what an offset of one is (Q, 1, levels, 1, 2)."""
+    def scales(self, boxes: Tensor) -> Tensor:
+        """Box sizes (Q, levels, 2) in 0..1 -> length of one unit of offset (Q, 1, levels, 1, 2)."""
         return (boxes * (0.5 / self._points))[:, None, :, None]
 
 
-class CardAttention:
-    """The products around the samples of a `DeformableAttention`."""
+class GpuAttention:
+    """`DeformableAttention` with packed weights, for one image on a GPU."""
 
     def __init__(self, attention: DeformableAttention, dtype: torch.dtype) -> None:
         self.heads, self.points = attention.heads, attention.points
@@ -64,30 +65,37 @@ class CardAttention:
         self._value = PackedLinear.of(attention.value_proj, dtype)
         self._output = PackedLinear.of(attention.output_proj, dtype)
 
-    def maps(self, shapes: Sequence[tuple[int, int]], memory: Tensor) -> CardMaps:
-        """For values of `memory` on levels of these (h, w)."""
-        return CardMaps(shapes, memory.device)
+    def maps(self, shapes: Sequence[tuple[int, int]], memory: Tensor) -> GpuMaps:
+        """Map sizes for values of `memory` (S,D) on levels of these (h, w)."""
+        return GpuMaps(shapes, memory.device)
 
-    def table(self, maps: CardMaps, memory: Tensor, padding: Tensor | None) -> Tensor:
-        """The values of `memory` (S,D) as (1, S, heads, channels); zero on padding (S,)."""
+    def table(self, maps: GpuMaps, memory: Tensor, padding: Tensor | None) -> Tensor:
+        """Project `memory` (S,D) to values (1, S, heads, channels); zero where padding (S,) is True."""
         value = self._value(memory)
         value = value if padding is None else value.masked_fill_(padding[:, None], 0.0)
         return value.view(1, len(value), self.heads, -1)
 
     def __call__(
-        self, sampler: CardSampler, table: Tensor, query: Tensor, places: Tensor, steps: Tensor | None, shortcut: Tensor
+        self,
+        sampler: GpuSampler,
+        table: Tensor,
+        query: Tensor,
+        locations: Tensor,
+        scales: Tensor | None,
+        shortcut: Tensor,
     ) -> Tensor:
-        """`shortcut` (Q,D) and what the queries (Q,D) find around their places, (Q,D).
+        """`shortcut` (Q,D) plus the attention output of the queries (Q,D) -> (Q,D).
 
         Args:
-            table: of ``table``. places: of ``sampler.places``. steps: of ``sampler.steps``; None: pixels.
+            table: from ``table``.
+            locations: from ``sampler.locations``.
+            scales: from ``sampler.scales``; None: offsets are in pixels.
         """
         heads, levels, points = self._samples
         both = self._offsets_and_scores(query).float()
         offsets, scores = both.split([2 * heads * levels * points, heads * levels * points], 1)
-        steps = sampler.pixels if steps is None else steps
-        locations = torch.addcmul(places, offsets.unflatten(1, (*self._samples, 2)), steps)
+        scales = sampler.pixels if scales is None else scales
+        locations = torch.addcmul(locations, offsets.unflatten(1, (*self._samples, 2)), scales)
         weights = scores.unflatten(1, (heads, levels * points)).softmax(-1).view(1, -1, *self._samples)
-        return self._output.plus(
-            deformable_attention(table, sampler.maps.shapes, locations[None], weights)[0], shortcut
-        )
+        attended = deformable_attention(table, sampler.maps.shapes, locations[None], weights)[0]
+        return self._output.linear_add(attended, shortcut)

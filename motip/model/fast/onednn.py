@@ -18,7 +18,7 @@ from motip.model.fast.packed import can_pack
 from motip.model.ops import reference_linear, reference_pointwise_conv
 
 _MIN_MULTIPLICATIONS = 1 << 20
-"""Below this many multiplications the calls around a product cost more than it saves."""
+"""Below this many multiplications the call overhead exceeds the gain."""
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:

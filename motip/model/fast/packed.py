@@ -1,11 +1,10 @@
-"""Linear layers and convolutions with fixed weights, for one frame after the other.
+"""Linear layers and convolutions with packed weights, for inference.
 
-On a card they are PyTorch's own, with weights that are in the type of the product once and for all.
+On a GPU: PyTorch's operators, with weights cast once to the compute type.
 
-On a CPU PyTorch sends float32 products to MKL. On AMD processors MKL multiplies at less than half the speed of oneDNN,
-which PyTorch ships as well and TorchInductor uses through the same operators. oneDNN also wants the weights in blocks
-of its own; packed once, they are not put in order again in every frame. What follows a product (an activation, the sum
-with a shortcut) is done before the product leaves the cache.
+On a CPU: oneDNN's operators, which PyTorch ships and TorchInductor uses as well. PyTorch sends float32 products to MKL,
+which on AMD processors reaches less than half of their speed. oneDNN needs weights in a blocked layout; packing
+converts them once instead of in every frame. Activations and sums with a shortcut are fused into the operator.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 
 
 class PackedLinear:
-    """``x @ weight.T + bias``, then what is asked for, without gradient.
+    """``x @ weight.T + bias`` with an optional fused activation, without gradient.
 
-    Packed are float32 weights on an x86 CPU, which costs a copy of them. Anything else goes through ``F.linear``, which
-    costs a copy only for another type.
+    float32 weights on an x86 CPU are packed into a copy; others go through ``F.linear``.
 
     Args:
-        weight: (out, in); a copy does not see later changes. bias: (out,). dtype: type to multiply in, None: that of
-            `weight`. On a CPU another one is for weights that ``can_pack`` says can be packed in it.
+        weight: (out, in); later changes have no effect if it is copied.
+        bias: (out,).
+        dtype: compute type; None: that of `weight`. On a CPU another type needs ``can_pack``.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
@@ -41,7 +40,7 @@ class PackedLinear:
         return cls(layer.weight, layer.bias, dtype)
 
     def __call__(self, x: Tensor, gelu: bool = False, relu: bool = False) -> Tensor:
-        """(..., in) -> (..., out) in the own type, after exact GELU or ReLU if wanted."""
+        """(..., in) -> (..., out) in the compute type, with exact GELU or ReLU if requested."""
         if self.packed:
             after, algorithm = ("gelu", "none") if gelu else ("relu" if relu else "none", "")
             packed: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -51,8 +50,8 @@ class PackedLinear:
         product = F.linear(x.to(self.dtype), self._weight, self._bias)
         return F.gelu(product) if gelu else F.relu(product) if relu else product
 
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """(..., in) -> (..., out) and `other` (..., out) added, in the type of `other`."""
+    def linear_add(self, x: Tensor, other: Tensor) -> Tensor:
+        """The linear layer plus `other`: x (..., in), other (..., out) -> (..., out) in the type of `other`."""
         if self.packed and self.dtype == other.dtype:
             packed: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, "add")
             return packed
@@ -60,14 +59,15 @@ class PackedLinear:
 
 
 class PackedConv:
-    """A convolution and the frozen batch norm behind it in one, channels last, without gradient.
+    """Convolution with a frozen batch norm folded in, channels last, without gradient.
 
-    On a CPU the weights are packed for the size of the first frame; for another size they are packed anew from
-    `convolution`. Weights that cannot be packed go through ``F.conv2d``, folded once.
+    On a CPU the weights are packed for the size of the input; another size packs them again from `convolution`. Weights
+    that cannot be packed go through ``F.conv2d``, folded once.
 
     Args:
-        convolution: of float32 weights. dtype: type to multiply in; on a CPU `can_pack` must say that the weights can
-            be packed in it, or it is slow. norm: scale and shift, each (out,), of the batch norm.
+        convolution: with float32 weights.
+        dtype: compute type; slow on a CPU unless `can_pack`.
+        norm: scale and shift, each (out,), of the following batch norm.
     """
 
     def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype, norm: tuple[Tensor, Tensor] | None = None) -> None:
@@ -88,7 +88,7 @@ class PackedConv:
         self._weight = convolution.weight.detach() if self.packed else self._folded()
 
     def __call__(self, x: Tensor, relu: bool = False) -> Tensor:
-        """(B, in, H, W), channels last -> (B, out, h, w), channels last in the own type; after ReLU if wanted."""
+        """(B, in, H, W) channels last -> (B, out, h, w) channels last in the compute type, with ReLU if requested."""
         if not self.packed:
             convolved = self._plain(x)
             return convolved.relu_() if relu else convolved
@@ -99,8 +99,8 @@ class PackedConv:
         )
         return fused
 
-    def onto(self, other: Tensor, x: Tensor) -> Tensor:
-        """The result plus `other` of the own type, then ReLU, as a residual block ends; `other` may be overwritten."""
+    def conv_add_relu(self, other: Tensor, x: Tensor) -> Tensor:
+        """ReLU of convolution plus `other`, the end of a residual block; `other` (B, out, h, w) may be overwritten."""
         if not self.packed:
             return self._plain(x).add_(other).relu_()
         self._pack(x.shape)
@@ -116,7 +116,7 @@ class PackedConv:
     def _pack(self, size: torch.Size) -> None:
         if self._packed_for == size:
             return
-        # Packed for no size in particular, the weights would be slower than as they are.
+        # Weights packed without an input size are slower than unpacked ones.
         self._weight = torch.ops.mkldnn._reorder_convolution_weight(self._folded(), *self._geometry, list(size))
         self._packed_for = size
 
@@ -128,13 +128,13 @@ class PackedConv:
 
 
 def can_pack(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether this build of PyTorch has oneDNN's operators for such weights, and this processor multiplies `dtype`.
+    """Whether oneDNN's operators support `weight` and `dtype` on this processor.
 
     False under ``torch.backends.mkldnn.flags(enabled=False)``.
 
     Args:
-        dtype: type to multiply in, None: that of `weight`. Besides float32 it can be bfloat16, where the processor has
-            instructions for it: without them it would be slower.
+        dtype: compute type; None: that of `weight`. float32, or bfloat16 on processors with instructions for it (it is
+            slower on others).
     """
     return (
         weight.device.type == "cpu"

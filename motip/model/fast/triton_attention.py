@@ -1,13 +1,13 @@
-"""Deformable attention through Triton kernels: the operator, its gradient, and whether it can run here.
+"""Deformable attention by Triton kernels: operator, gradient, availability check.
 
-Triton comes with PyTorch's CUDA wheels for Linux. It is imported when a kernel is about to run and not before, so the
-model needs it nowhere; and it builds its launcher with the machine's C compiler, which is why `triton_ready` tries.
+Triton is part of PyTorch's CUDA wheels for Linux. It is imported when a kernel is launched, so the model does not
+depend on it. It builds its launcher with the C compiler of the machine, which `triton_ready` tests by a launch.
 
-The operator is ``torch.ops.motip.deformable_attention``: opaque to ``torch.compile`` and with shapes of its own, so
-that neither a compiled model nor one on tensors without data enters the kernels.
+The operator ``torch.ops.motip.deformable_attention`` is opaque to ``torch.compile`` and has a fake implementation, so
+that compiled models and fake tensors do not enter the kernels.
 
-The gradient to the values is summed with atomic additions in float32. Their order is the scheduler's, so it is not
-deterministic: with ``torch.use_deterministic_algorithms`` the default goes to PyTorch's operations instead.
+The gradient of the values is summed with atomic additions in float32 and not deterministic; with
+``torch.use_deterministic_algorithms`` the default is ``embedding_bag`` instead.
 """
 
 from __future__ import annotations
@@ -42,25 +42,26 @@ def preferred_implementation(device: torch.device) -> str:
 
 
 def triton_ready(device: torch.device) -> bool:
-    """Whether the kernels run on this CUDA device: tried once per process, and said in the log."""
+    """Whether the kernels run on this CUDA device; tested once per process and logged."""
     global _ready
     if _ready is None:
         if torch.compiler.is_compiling():  # the compiler for CUDA is Triton too
             return _INSTALLED
-        _ready = _tried(device)
+        _ready = _probe(device)
     return _ready
 
 
-def _tried(device: torch.device) -> bool:
+def _probe(device: torch.device) -> bool:
+    """Launch the forward kernel on one sample."""
     value = torch.ones(1, 1, 1, 1, device=device)
     locations = torch.full((1, 1, 1, 1, 1, 2), 0.5, device=device)
     try:
         found = _kernels().forward(value, [1, 1], locations, value[..., None]).item()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # no triton, no C compiler, a card it does not know: each its own kind of error
+    except Exception as error:  # no triton, no C compiler, unsupported GPU: various types of errors
         reason = " ".join(str(error).split())[:200]
-        _logger.warning("deformable attention: grid_sample, for Triton cannot run here (%s)", reason)
+        _logger.warning("deformable attention: using grid_sample, because the Triton kernels cannot run (%s)", reason)
         return False
     _logger.info("deformable attention on CUDA: Triton kernels")
     return found == 1.0
@@ -69,18 +70,18 @@ def _tried(device: torch.device) -> bool:
 def triton_attention(
     value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """``deformable_attention`` with its contract, for CUDA tensors of any mixture of floating types.
+    """See `motip.model.deformable_attention.deformable_attention`; CUDA tensors of any mixture of floating types.
 
-    Accumulates in float32, or in float64 where a tensor is float64.
+    Accumulates in float32, or in float64 if a tensor is float64.
 
     Raises:
         MotipError: tensors that are not on a CUDA device; shapes that contradict each other; triton is not installed;
-            a gradient of the values under ``torch.use_deterministic_algorithms``.
+            gradient of the values under ``torch.use_deterministic_algorithms``.
     """
     sizes = [side for shape in spatial_shapes for side in shape]
     out: Tensor
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and type(value) is Tensor:
-        # The operator's way through PyTorch costs the host more than the launch.
+        # Dispatch through PyTorch's operator costs the host more than the launch.
         out = _run(value, sizes, sampling_locations, attention_weights)
     else:
         out = torch.ops.motip.deformable_attention(value, sizes, sampling_locations, attention_weights)
@@ -119,7 +120,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if needed[0] and torch.are_deterministic_algorithms_enabled() and value.is_cuda:
         raise MotipError(
-            "the Triton kernels add up the gradient of the values in no fixed order",
+            "the gradient of the values is not deterministic with the Triton kernels",
             where="torch.use_deterministic_algorithms",
             found=True,
             fix="set MOTIP_DEFORMABLE_ATTENTION=embedding_bag, or leave it out",
@@ -136,20 +137,20 @@ def _(
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needed, strict=True))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     value, ctx.sizes, locations, weights = inputs
     ctx.save_for_backward(value, locations, weights)
 
 
 def _gradients(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
     value, locations, weights = ctx.saved_tensors
-    needed = [ctx.needs_input_grad[place] for place in (0, 2, 3)]
+    needed = [ctx.needs_input_grad[index] for index in (0, 2, 3)]
     grads = torch.ops.motip.deformable_attention_backward(out_grad, value, ctx.sizes, locations, weights, needed)
     of_value, of_locations, of_weights = (grad if need else None for grad, need in zip(grads, needed, strict=True))
     return of_value, None, of_locations, of_weights
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+_forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
 def _kernels() -> ModuleType:
@@ -161,7 +162,7 @@ def _kernels() -> ModuleType:
 
 
 def _check(kernels: ModuleType, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> None:
-    """A kernel reads wherever its arguments point."""
+    """Check devices and shapes: the kernels themselves do not check bounds of their arguments."""
     if not (kernels.INTERPRETED or value.is_cuda) or len({value.device, locations.device, weights.device}) > 1:
         devices = ", ".join(str(tensor.device) for tensor in (value, locations, weights))
         raise MotipError(
@@ -172,11 +173,11 @@ def _check(kernels: ModuleType, value: Tensor, sizes: Sequence[int], locations: 
         )
     batch, pixels, heads, _ = value.shape
     counted = sum(height * width for height, width in zip(sizes[::2], sizes[1::2], strict=True))
-    wanted = (batch, locations.shape[1], heads, len(sizes) // 2, weights.shape[-1])
-    if counted != pixels or tuple(weights.shape) != wanted or tuple(locations.shape) != (*wanted, 2):
+    expected = (batch, locations.shape[1], heads, len(sizes) // 2, weights.shape[-1])
+    if counted != pixels or tuple(weights.shape) != expected or tuple(locations.shape) != (*expected, 2):
         raise MotipError(
             "the arguments of deformable attention contradict each other",
             found=f"value {tuple(value.shape)}, levels of {counted} pixels, locations {tuple(locations.shape)}, "
             f"weights {tuple(weights.shape)}",
-            expected=f"{pixels} pixels, locations {(*wanted, 2)}, weights {wanted}",
+            expected=f"{pixels} pixels, locations {(*expected, 2)}, weights {expected}",
         )

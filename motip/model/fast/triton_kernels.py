@@ -6,14 +6,14 @@ Written from equations 2 and 3 of Deformable DETR (Zhu et al., ICLR 2021) and th
 
     out = sum over s of A * sum over q of g(q_x, x) * g(q_y, y) * v(q),     g(a, b) = max(0, 1 - |a - b|)
 
-so that only the four pixels around a sample count. The gradients follow term by term: to A the bilinear value, to x and
-y the differences between the neighbours, to v(q) the share A * g * g. Neighbours outside the map count as zero.
+so that only the four pixels around a sample contribute. Gradients: of A the bilinear value, of x and y the differences
+between the neighbours, of v(q) the share A * g * g. Neighbours outside the map count as zero.
 
-A *row* is one (image, query, head), as the output and the locations lie in memory. A program takes a tile of rows by
-all channels and loops over levels and points, so nothing of the size of the samples is ever stored. Loads are in the
-storage type, all arithmetic is in float32 (float64 where a tensor is float64).
+A *row* is one (image, query, head), in the memory order of output and locations. A program processes a tile of rows by
+all channels and loops over levels and points, so no tensor of the size of the samples is stored. Loads are in the
+storage type, arithmetic is in float32 (float64 if a tensor is float64).
 
-Only `triton_attention` imports this file: it needs triton.
+Imported by `triton_attention` only, because it needs triton.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _TILE = 512
 _WARPS = 2
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when this file was imported), on any device."""
+"""Whether Triton's interpreter runs the kernels, on any device (TRITON_INTERPRET=1 at import)."""
 
 
 @triton.jit
 def _sample(locations, weights, sample, there, height, width, ACC: tl.constexpr):
-    """Top left neighbour of each row's sample, the shares of its right and bottom neighbours, and its weight."""
+    """Per row: upper left neighbour of the sample, shares of its right and lower neighbours, and its weight."""
     x = tl.load(locations + 2 * sample, mask=there, other=0.0).to(ACC) * width.to(ACC) - 0.5
     y = tl.load(locations + 2 * sample + 1, mask=there, other=0.0).to(ACC) * height.to(ACC) - 0.5
     weight = tl.load(weights + sample, mask=there, other=0.0).to(ACC)
@@ -48,8 +48,8 @@ def _sample(locations, weights, sample, there, height, width, ACC: tl.constexpr)
 
 @triton.jit
 def _neighbour(base, channel, tile, column, line, height, width, start, PIXEL: tl.constexpr):
-    """Offsets (rows, channels) of a neighbour's channels, which of them exist, and in which rows it is on the map."""
-    # Compared as floats: a location of any size, infinite or NaN, is outside before it becomes an integer.
+    """Offsets (rows, channels) of a neighbour, mask of valid elements, and rows where it is inside the map."""
+    # Compared as floats: huge, infinite and NaN locations are outside before the cast to integers.
     inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
     pixel = tl.where(inside, line, 0.0).to(tl.int32) * width + tl.where(inside, column, 0.0).to(tl.int32) + start
     offset = base + pixel.to(tl.int64) * PIXEL
@@ -152,7 +152,7 @@ def _backward_kernel(
                     to_x += down * product if corner % 2 == 1 else -down * product
                     to_y += across * product if corner // 2 == 1 else -across * product
                 if NEEDS_VALUE:
-                    # Many samples share a pixel, in an order that changes from run to run.
+                    # Many samples share a pixel; the order of the additions is not deterministic.
                     share = (weight * across * down)[:, None] * grad
                     tl.atomic_add(value_grad + offset, share, mask=mask, sem="relaxed")
             if NEEDS_LOCATIONS:
@@ -163,7 +163,7 @@ def _backward_kernel(
 
 
 def forward(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """``deformable_attention`` of checked arguments; sizes are h, w of one level after the other."""
+    """``deformable_attention`` of checked arguments; sizes are (h, w) of the levels, flattened."""
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]
     out = value.new_empty(batch, queries, heads * channels)
@@ -191,7 +191,7 @@ def forward(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Ten
 def backward(
     out_grad: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights, in their types; one that is not needed is an empty tensor."""
+    """Gradients of value, locations and weights in their types; empty tensors where not `needed`."""
     batch, pixels, heads, channels = value.shape
     queries = locations.shape[1]
     arithmetic = _arithmetic(value, locations, weights)
@@ -225,7 +225,7 @@ def backward(
 
 
 def _tiles(rows: int, channels: int) -> tuple[int, tuple[int], tuple[int, int]]:
-    """Rows, the grid of programs, and rows and channels of a tile."""
+    """Number of rows, grid of programs, and (rows, channels) of a tile."""
     width = triton.next_power_of_2(channels)
     height = max(1, _TILE // width)
     return rows, (triton.cdiv(rows, height),), (height, width)
@@ -237,7 +237,7 @@ def _arithmetic(*tensors: Tensor):
 
 @lru_cache(maxsize=256)
 def _levels(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """(levels, 3) int32 on the device: height, width, first pixel. In memory, so that no image size compiles anew."""
+    """(levels, 3) int32: height, width, first pixel. A tensor, so that a new image size needs no compilation."""
     rows, start = [], 0
     for height, width in zip(sizes[::2], sizes[1::2], strict=True):
         rows.append((height, width, start))

@@ -1,4 +1,4 @@
-"""One frame after the other gives what the whole clip gives, packed weights or not."""
+"""FrameDecoder against IdDecoder, with packed and plain weights."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def _parts(**changes: Any) -> tuple[TrajectoryModeling, IdDecoder]:
 
 
 @pytest.fixture(params=["packed", "plain"], autouse=True)
-def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _packed_and_plain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "plain":
         monkeypatch.setattr(packed, "can_pack", lambda weight, dtype: False)
     elif not can_pack(torch.zeros(2, 2)):
         pytest.skip("no oneDNN on an x86 processor here: weights are never packed")
 
 
-def test_a_linear_layer_gives_the_same_packed_or_not() -> None:
+def test_packed_linear_equals_linear() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(48, 96)
     for shape in ((7, 48), (0, 48), (2, 3, 48)):
@@ -50,7 +50,7 @@ def test_a_linear_layer_gives_the_same_packed_or_not() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_types_are_not_packed_and_keep_their_type(dtype: torch.dtype) -> None:
+def test_float64_and_bfloat16_weights_are_not_packed(dtype: torch.dtype) -> None:
     layer = nn.Linear(16, 8).to(dtype)
     x = torch.randn(3, 16, dtype=dtype)
     assert not PackedLinear.of(layer).packed
@@ -59,7 +59,7 @@ def test_other_types_are_not_packed_and_keep_their_type(dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("changes", [{}, {"use_aux_loss": True, "use_shared_aux_head": False}])
 def test_frame_by_frame_equals_the_full_forward(changes: dict[str, Any]) -> None:
-    """A tracker appends frame after frame; gaps, hidden tokens and dropped tracks included."""
+    """History grows by one frame at a time, with gaps and masked tokens."""
     modelling, decoder = _parts(**changes)
     torch.manual_seed(0)
     raw, objects = torch.randn(2, FRAMES, SLOTS, 32).unbind()
@@ -81,7 +81,7 @@ def test_frame_by_frame_equals_the_full_forward(changes: dict[str, Any]) -> None
     assert len(history) == int((~hidden).sum())
 
 
-def test_masks_and_refusals() -> None:
+def test_masks_and_age_limits() -> None:
     decoder = FrameDecoder(*_parts())
     history = decoder.encode_history(torch.randn(4, 32), torch.tensor([0, 1, 2, 3]))
     objects, ages = torch.randn(2, 32), torch.tensor([1, 2, 3, 4])

@@ -1,4 +1,4 @@
-"""A detector made ready for frames gives what the module gives, and a sequence sees the weights it started with."""
+"""FrameDetector against DeformableDetr on CPU and GPU forms; fallbacks; weight snapshots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from motip.model.detector import DeformableDetr
 from motip.model.fast import frame_detector, packed
 from motip.model.fast.frame_attention import PaddedMaps, Sampler
 from motip.model.fast.frame_detector import FrameDetector, prepare_for_inference
-from motip.model.fast.gpu_attention import CardAttention
+from motip.model.fast.gpu_attention import GpuAttention
 from motip.model.fast.packed import PackedConv, PackedLinear, can_pack
 from motip.model.fast.triton_attention import triton_attention
 from motip.model.spec import ModelSpec
@@ -39,10 +39,10 @@ SMALL: dict[str, Any] = {
 }
 
 pytestmark = pytest.mark.skipif(
-    not can_pack(torch.zeros(2, 2)), reason="no oneDNN on an x86 processor here: the module itself is used"
+    not can_pack(torch.zeros(2, 2)), reason="no oneDNN on an x86 processor: prepare_for_inference returns the module"
 )
 needs_bfloat16 = pytest.mark.skipif(
-    not can_pack(torch.zeros(2, 2), torch.bfloat16), reason="this processor does not multiply bfloat16"
+    not can_pack(torch.zeros(2, 2), torch.bfloat16), reason="no bfloat16 instructions on this processor"
 )
 
 
@@ -52,7 +52,9 @@ def _detector(**changes: Any) -> DeformableDetr:
     return model.detr  # type: ignore[return-value]
 
 
-def _check(detector: DeformableDetr, ready: FrameDetector, images: Tensor, mask: Tensor, bound: float = 1e-4) -> None:
+def _assert_equal(
+    detector: DeformableDetr, ready: FrameDetector, images: Tensor, mask: Tensor, bound: float = 1e-4
+) -> None:
     with torch.no_grad():
         expected, found = detector(images, mask), ready(images, mask)
     assert found.aux == []
@@ -72,12 +74,12 @@ def _check(detector: DeformableDetr, ready: FrameDetector, images: Tensor, mask:
     ],
     ids=["tiny_gn", "resnet50", "dc5", "three levels, other points"],
 )
-@pytest.mark.parametrize("for_gpu", [False, True], ids=["for this CPU", "for a card"])
-def test_it_gives_what_the_module_gives(
+@pytest.mark.parametrize("for_gpu", [False, True], ids=["CPU form", "GPU form"])
+def test_outputs_equal_those_of_the_module(
     changes: dict[str, Any], for_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Padded batches, single frames and other sizes in turns: what is kept of one size must not reach another."""
-    if for_gpu:  # the products of a card
+    """Padded batches, single frames and other sizes in turn: cached constants of one size must not affect another."""
+    if for_gpu:  # plain products, as on a GPU
         monkeypatch.setattr(packed, "can_pack", lambda *_: False)
     detector = _detector(**changes)
     ready = FrameDetector(detector, for_gpu=for_gpu)
@@ -85,31 +87,31 @@ def test_it_gives_what_the_module_gives(
     alone = padded_batch([image(3, 97, 121)])
     other = padded_batch([image(4, 65, 33)])
     for batch in ((images, mask), alone, alone, other, (images[1:], mask[1:]), alone):
-        _check(detector, ready, *batch)
+        _assert_equal(detector, ready, *batch)
 
 
-def test_a_frame_with_more_pixels_than_go_through_a_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoder_layers_in_chunks_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frame_detector, "ROWS", 100)
     detector = _detector(backbone="tiny_gn")
-    _check(detector, FrameDetector(detector), *padded_batch([image(5, 110, 133)]))
+    _assert_equal(detector, FrameDetector(detector), *padded_batch([image(5, 110, 133)]))
 
 
-@pytest.mark.parametrize("for_gpu", [pytest.param(False, marks=needs_bfloat16), True], ids=["this CPU", "a card"])
-def test_bfloat16_is_as_near_as_autocast(for_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("for_gpu", [pytest.param(False, marks=needs_bfloat16), True], ids=["CPU form", "GPU form"])
+def test_bfloat16_error_is_at_most_that_of_autocast(for_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = _detector()
     images, mask = padded_batch([image(1, 97, 121), image(2, 73, 90)])
     with torch.no_grad():
         expected = detector(images, mask).outputs
         with torch.autocast("cpu", torch.bfloat16):
             autocast = (detector(images, mask).outputs.float() - expected).abs()
-    if for_gpu:  # the products of a card
+    if for_gpu:  # plain products, as on a GPU
         monkeypatch.setattr(packed, "can_pack", lambda *_: False)
     found = (FrameDetector(detector, torch.bfloat16, for_gpu)(images, mask).outputs.float() - expected).abs()
     assert 0.0 < found.mean() <= 1.5 * autocast.mean()
 
 
 class _Operators(TorchDispatchMode):
-    """Counts what makes a tensor, which on a card is what the host launches."""
+    """Counts operators that create a tensor, which are kernel launches on a GPU."""
 
     count = 0
 
@@ -118,7 +120,7 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_card_has_less_than_half_of_the_operators_to_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_form_launches_less_than_half_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     def one_operator(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Tensor:
         return value.new_empty(len(value), locations.shape[1], value.shape[2] * value.shape[3])
 
@@ -130,7 +132,7 @@ def test_a_card_has_less_than_half_of_the_operators_to_launch(monkeypatch: pytes
     ready = FrameDetector(detector, torch.bfloat16, for_gpu=True)
     counts = []
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        ready(images, mask)  # the constants of this size
+        ready(images, mask)  # computes the constants of this size
         for each in (detector, ready):
             with _Operators() as operators:
                 each(images, mask)
@@ -138,23 +140,25 @@ def test_a_card_has_less_than_half_of_the_operators_to_launch(monkeypatch: pytes
     assert 0 < 2 * counts[1] < counts[0], counts
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_on_a_card_everything_is_on_the_card(dtype: torch.dtype, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tensors that have a device and no content, which need no card: an operator that finds two devices refuses."""
+def test_all_tensors_of_the_gpu_form_are_on_the_gpu(
+    dtype: torch.dtype, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs on fake CUDA tensors, without a GPU: operators with inputs on two devices raise."""
     monkeypatch.setitem(deformable_attention._implementations, "auto", triton_attention)
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: [padded] * len(self))  # is there padding?
     with FakeTensorMode(), torch.device("cuda"):
         detector = build_model(ModelSpec(**SMALL)).eval().detr
         ready = FrameDetector(detector, dtype)  # type: ignore[arg-type]
         found = ready(torch.randn(1, 3, 97, 121), torch.zeros(1, 97, 121, dtype=torch.bool))
-    assert isinstance(ready._encoder[0].attention, CardAttention)
+    assert isinstance(ready._encoder[0].attention, GpuAttention)
     assert {each.device.type for each in found[:3]} == {"cuda"}
     assert [each.dtype for each in found[:3]] == [dtype, torch.float32, torch.float32]
 
 
 def test_samples_outside_the_maps_read_zeros() -> None:
-    """Far outside, on the border and at its corners; a place that is no number must not be an index either."""
+    """Far outside, on the border and in its corners; NaN locations must not become an index."""
     maps = PaddedMaps([(2, 3), (1, 1)], heads=1, channels=2)
     sampler = Sampler(maps, points=1)
     table = maps.fill(torch.arange(1.0, 15.0).view(7, 2))
@@ -168,14 +172,14 @@ def test_samples_outside_the_maps_read_zeros() -> None:
         (4.0, 3.0, [0.0, 0.0]),
         (1.0, -torch.inf, [0.0, 0.0]),
     ):
-        places = torch.tensor([[[[x, 1.0]], [[y, 1.0]]]])
+        locations = torch.tensor([[[[x, 1.0]], [[y, 1.0]]]])
         scores = torch.tensor([[[40.0, -40.0]]])  # all weight on the first level
-        assert torch.allclose(sampler(table, places, scores), torch.tensor([expected])), (x, y)
-    nothing = torch.full((1, 2, 1, 2), torch.nan)
-    assert sampler(table, nothing, torch.full((1, 1, 2), torch.nan)).isnan().all()
+        assert torch.allclose(sampler(table, locations, scores), torch.tensor([expected])), (x, y)
+    undefined = torch.full((1, 2, 1, 2), torch.nan)
+    assert sampler(table, undefined, torch.full((1, 1, 2), torch.nan)).isnan().all()
 
 
-def test_convolutions_and_sums_are_packed_for_each_size() -> None:
+def test_packed_convolution_and_linear_add_for_changing_sizes() -> None:
     torch.manual_seed(0)
     convolution = torch.nn.Conv2d(8, 16, 3, stride=2, padding=1)
     scale, shift = torch.rand(2, 16)
@@ -184,15 +188,15 @@ def test_convolutions_and_sums_are_packed_for_each_size() -> None:
         x = torch.randn(size).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             expected = convolution(x) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
-            found = ready(x), ready(x, relu=True), ready.onto(torch.ones_like(expected), x)
-        for each, wanted in zip(found, (expected, expected.relu(), (expected + 1).relu()), strict=True):
-            torch.testing.assert_close(each, wanted, rtol=1e-5, atol=1e-5)
+            found = ready(x), ready(x, relu=True), ready.conv_add_relu(torch.ones_like(expected), x)
+        for each, reference in zip(found, (expected, expected.relu(), (expected + 1).relu()), strict=True):
+            torch.testing.assert_close(each, reference, rtol=1e-5, atol=1e-5)
     layer, x, other = torch.nn.Linear(8, 4), torch.randn(5, 8), torch.randn(5, 4)
-    torch.testing.assert_close(PackedLinear.of(layer).plus(x, other), layer(x) + other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(PackedLinear.of(layer).linear_add(x, other), layer(x) + other, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(PackedLinear.of(layer)(x, relu=True), layer(x).relu(), rtol=1e-5, atol=1e-6)
 
 
-def test_where_it_cannot_be_the_module_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_cases_use_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     detector = _detector(backbone="tiny_gn")
     assert isinstance(prepare_for_inference(detector), FrameDetector)
     assert prepare_for_inference(detector, torch.float16) is detector
@@ -211,8 +215,8 @@ def test_where_it_cannot_be_the_module_is_used(monkeypatch: pytest.MonkeyPatch) 
     assert prepare_for_inference(detector) is detector
 
 
-def test_each_sequence_sees_the_weights_it_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changed weights count from the next sequence on; tracks are those of the module."""
+def test_changed_weights_take_effect_with_the_next_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracks equal those of the module."""
     torch.manual_seed(0)
     model = following_model(vocabulary=20)
     settings = TrackerSettings(det_thresh=0.0, newborn_thresh=0.0, id_thresh=0.1, short_side=64, max_longer=128)

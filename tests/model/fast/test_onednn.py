@@ -15,11 +15,11 @@ from motip.model.fast.onednn import onednn_linear, onednn_pointwise_conv
 from motip.model.fast.packed import PackedLinear
 from motip.model.ops import Linear, PointwiseConv, linear_relu
 
-needs_onednn = pytest.mark.skipif(not onednn._has_onednn(), reason="this PyTorch or processor has no such operators")
+needs_onednn = pytest.mark.skipif(not onednn._has_onednn(), reason="no oneDNN operators for this PyTorch and processor")
 
 
 @pytest.fixture(autouse=True)
-def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_minimum_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "_MIN_MULTIPLICATIONS", 0)
 
 
@@ -33,8 +33,8 @@ def assert_same(ours: Tensor, theirs: Tensor, inputs: list[Tensor], doubles: lis
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
     weights = torch.randn(theirs.shape)
     found = torch.autograd.grad(ours, inputs, weights)
-    wanted = torch.autograd.grad(theirs, doubles, weights.double())
-    for one, other in zip(found, wanted, strict=True):
+    expected = torch.autograd.grad(theirs, doubles, weights.double())
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-4)
 
 
@@ -95,13 +95,12 @@ def test_other_dtypes_use_the_reference() -> None:
         assert onednn_linear(x, weight, bias).dtype == torch.bfloat16
 
 
-def test_layers_keep_their_keys_and_copies_their_kind() -> None:
+def test_state_dict_keys_and_deep_copies() -> None:
     module = nn.Sequential(Linear(4, 3), PointwiseConv(3, 2))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     assert type(module[0]) is Linear and type(copy.deepcopy(module)[0]) is Linear
-    assert {name: value.shape for name, value in module.state_dict().items()} == {
-        "0.weight": (3, 4), "0.bias": (3,), "1.weight": (2, 3, 1, 1), "1.bias": (2,)
-    }  # fmt: skip
+    shapes = {"0.weight": (3, 4), "0.bias": (3,), "1.weight": (2, 3, 1, 1), "1.bias": (2,)}
+    assert {name: value.shape for name, value in before.items()} == shapes
     x = torch.randn(5, 4)
     torch.testing.assert_close(module[0](x), F.linear(x, before["0.weight"], before["0.bias"]))
     torch.testing.assert_close(linear_relu(module[0], x), F.linear(x, before["0.weight"], before["0.bias"]).relu())

@@ -1,4 +1,4 @@
-"""Deformable attention in Triton: when it is chosen, and its cases run in the interpreter, compiled, and on CUDA."""
+"""Triton deformable attention: selection; runs triton_cases.py in the interpreter and on CUDA; compiles the kernels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def _python(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own: whether triton compiles or interprets is decided when it is imported."""
+    """Run Python in a separate process: triton chooses compiler or interpreter when it is imported."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_", "MOTIP_"))}
     return subprocess.run(
         [sys.executable, *arguments], cwd=root, env={**kept, **variables}, capture_output=True, text=True
@@ -40,7 +40,7 @@ def _passed(result: subprocess.CompletedProcess[str]) -> int:
 
 @needs_triton
 @pytest.mark.timeout(1200)
-def test_the_cases_in_the_interpreter(repo_root: Path) -> None:
+def test_cases_in_the_interpreter(repo_root: Path) -> None:
     cases = ("-m", "pytest", "tests/model/fast/triton_cases.py", "-o", "addopts=", "-p", "no:cacheprovider")
     assert _passed(_python(repo_root, *cases, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")) >= 25
 
@@ -48,7 +48,7 @@ def test_the_cases_in_the_interpreter(repo_root: Path) -> None:
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.timeout(1200)
-def test_the_cases_on_cuda(repo_root: Path) -> None:
+def test_cases_on_cuda(repo_root: Path) -> None:
     cases = ("-m", "pytest", "tests/model/fast/triton_cases.py", "-o", "addopts=", "-p", "no:cacheprovider")
     assert _passed(_python(repo_root, *cases)) >= 25
 
@@ -64,11 +64,11 @@ def machine_code(kernel, **flags):
     constants = dict(HEADS=8, CHANNELS=32, LEVELS=4, POINTS=4, ACC=tl.float32, ROWS=16, WIDTH=32, **flags)
     types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(("rows", "queries", "pixels"), "i32")
     types |= {"value": "*bf16", "levels": "*i32"} | dict.fromkeys(constants, "constexpr")
-    places = {name: place for place, name in enumerate(kernel.arg_names)}
+    indices = {name: index for index, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
         signature={name: types[name] for name in kernel.arg_names},
-        constexprs={(places[name],): value for name, value in constants.items()},
+        constexprs={(indices[name],): value for name, value in constants.items()},
     )
     return len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2}).asm["cubin"])
 
@@ -78,16 +78,16 @@ print(machine_code(triton_kernels._backward_kernel, NEEDS_VALUE=True, NEEDS_LOCA
 
 
 @needs_triton
-@pytest.mark.skipif(sys.platform != "linux", reason="triton has its assembler on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="triton's assembler is for Linux only")
 @pytest.mark.timeout(1200)
-def test_the_kernels_compile_to_machine_code_without_a_card(repo_root: Path, tmp_path: Path) -> None:
-    """The interpreter accepts Python that the compiler refuses."""
+def test_kernels_compile_to_machine_code_without_a_gpu(repo_root: Path, tmp_path: Path) -> None:
+    """The interpreter accepts Python code that the compiler rejects."""
     result = _python(repo_root, "-c", _COMPILE, TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr[-6000:]
     assert all(int(size) > 1000 for size in result.stdout.split()) and len(result.stdout.split()) == 2
 
 
-def test_the_choice_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preferred_implementation_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "_ready", True)
     assert deformable_attention.best_implementation(CPU) == "embedding_bag"
     assert deformable_attention.best_implementation(torch.device("meta")) == "grid_sample"
@@ -101,7 +101,7 @@ def test_the_choice_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deformable_attention.best_implementation(CUDA) == "grid_sample"
 
 
-def test_pytorch_takes_the_tensors_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_tensors_do_not_use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deformable_attention, "_chosen", "auto")
     implementations = {**deformable_attention._implementations, "triton": _never}
     monkeypatch.setattr(deformable_attention, "_implementations", implementations)
@@ -111,13 +111,11 @@ def test_pytorch_takes_the_tensors_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _never(*_: object) -> torch.Tensor:
-    raise AssertionError("Triton was chosen on a CPU")
+    raise AssertionError("Triton was used on a CPU")
 
 
-def test_a_card_that_triton_cannot_use_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A CPU stands for it here: the trial launch fails there as it does without a C compiler."""
+def test_unusable_triton_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Simulated on a CPU: the test launch fails as it does without a C compiler."""
 
     class NoCompiler:
         @staticmethod
@@ -132,7 +130,7 @@ def test_a_card_that_triton_cannot_use_is_said_once(
     assert "Failed to find C compiler. Please specify one" in caplog.text and "grid_sample" in caplog.text
 
 
-def test_out_of_memory_is_not_taken_for_a_broken_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_the_test_launch_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -144,13 +142,13 @@ def test_out_of_memory_is_not_taken_for_a_broken_triton(monkeypatch: pytest.Monk
 
 
 @needs_triton
-def test_cpu_tensors_are_refused() -> None:
+def test_cpu_tensors_are_an_error() -> None:
     value, locations, weights = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1)
     with pytest.raises(MotipError, match="run on a CUDA device"):
         triton_attention.triton_attention(value, [(1, 1)], locations, weights)
 
 
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallback_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "_INSTALLED", False)
     monkeypatch.setattr(triton_attention, "_ready", None)
     assert deformable_attention.best_implementation(CPU) == "embedding_bag"
@@ -159,7 +157,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         triton_attention._kernels()
 
 
-def test_the_model_runs_where_triton_cannot_be_imported(repo_root: Path) -> None:
+def test_model_runs_without_an_importable_triton(repo_root: Path) -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, motip.model; from motip.model.deformable_attention import DeformableAttention\n"
@@ -173,7 +171,7 @@ def test_the_model_runs_where_triton_cannot_be_imported(repo_root: Path) -> None
     assert "need triton" in result.stderr and "MOTIP_DEFORMABLE_ATTENTION=grid_sample" in result.stderr
 
 
-def test_the_variable_switches_it_off(repo_root: Path) -> None:
+def test_environment_variable_selects_the_implementation(repo_root: Path) -> None:
     code = "from motip.model.deformable_attention import log_implementation; print(log_implementation())"
     assert _python(repo_root, "-c", code, MOTIP_DEFORMABLE_ATTENTION="grid_sample").stdout.strip() == "grid_sample"
     wrong = _python(repo_root, "-c", code, MOTIP_DEFORMABLE_ATTENTION="cuda-magic")
@@ -181,8 +179,8 @@ def test_the_variable_switches_it_off(repo_root: Path) -> None:
     assert "MOTIP_DEFORMABLE_ATTENTION" in wrong.stderr and "embedding_bag, grid_sample, triton" in wrong.stderr
 
 
-def test_shapes_and_types_without_data() -> None:
-    """Tensors that have shapes only, as the memory estimate uses them, need no kernel."""
+def test_fake_tensors_need_no_kernel() -> None:
+    """The memory estimate runs on fake tensors."""
     with FakeTensorMode():
         value = torch.empty(2, 6, 2, 8, dtype=torch.bfloat16, requires_grad=True)
         locations = torch.empty(2, 3, 2, 1, 4, 2, requires_grad=True)

@@ -1,9 +1,10 @@
-"""What the Triton kernels must do. Run by `test_triton_attention.py` in a process of its own, once per device there is:
+"""Tests of the Triton kernels, run by `test_triton_attention.py` in a separate process per device:
 
     TRITON_INTERPRET=1 python -m pytest tests/model/fast/triton_cases.py      # on the CPU, in Triton's interpreter
     python -m pytest tests/model/fast/triton_cases.py                         # on a CUDA device
 
-The interpreter is chosen when triton is imported, for the whole process; hence not beside other tests.
+The name does not match ``test_*.py`` on purpose: pytest must not collect this file with the other tests, because
+TRITON_INTERPRET selects the interpreter for the complete process when triton is imported.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ SHAPES = {
 
 
 def make(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
-    """Value, locations and weights, a third of the samples outside the map or on its border."""
+    """Value, locations and weights; a third of the samples is outside the map or on its border."""
     generator = torch.Generator().manual_seed(seed)
     pixels, levels = sum(h * w for h, w in shape.sizes), len(shape.sizes)
     samples = (shape.batch, shape.queries, shape.heads, levels, shape.points)
@@ -59,7 +60,7 @@ def make(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -> lis
 
 
 def reference(shape: Shape, inputs: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """Output, gradients and the output's gradient in float64, by the formula without grid_sample."""
+    """Output, gradients and incoming gradient in float64, by ``embedding_bag``."""
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     out = deformable_attention._implementations["embedding_bag"](exact[0], shape.sizes, exact[1], exact[2])
     seed = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out.device)
@@ -79,8 +80,8 @@ def test_forward_and_gradients_in_float32(name: str) -> None:
         assert (ours - theirs).abs().max() < 1e-4
 
 
-class _Seen(TorchDispatchMode):
-    """Names of the operators that PyTorch was asked for."""
+class _OperatorNames(TorchDispatchMode):
+    """Records the names of dispatched operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,21 +92,21 @@ class _Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_inference_goes_past_the_operator_to_the_same_numbers() -> None:
+def test_inference_mode_bypasses_the_operator_with_equal_results() -> None:
     shape = SHAPES["four levels, four points"]
     inputs = make(shape, torch.float32)
-    with _Seen() as usual:
+    with _OperatorNames() as default:
         expected = triton_attention(inputs[0], shape.sizes, inputs[1], inputs[2])
-    with torch.inference_mode(), _Seen() as past:
+    with torch.inference_mode(), _OperatorNames() as bypassed:
         triton_attention(inputs[0], shape.sizes, inputs[1], inputs[2])
-    assert [any("motip" in name for name in seen.names) for seen in (usual, past)] == [True, False]
+    assert [any("motip" in name for name in mode.names) for mode in (default, bypassed)] == [True, False]
     with torch.inference_mode():
         assert torch.equal(triton_attention(inputs[0], shape.sizes, inputs[1], inputs[2]), expected)
         with pytest.raises(MotipError, match="contradict"):
             triton_attention(inputs[0], [(2, 4)], inputs[1], inputs[2])
 
 
-def test_the_reference_is_the_definition() -> None:
+def test_equals_explicit_loops() -> None:
     shape = Shape([(4, 3), (1, 2)], 2, 2, 3, 2, 1)
     inputs = [tensor.cpu() for tensor in make(shape)]
     loops = _loops(inputs[0], shape.sizes, inputs[1], inputs[2])
@@ -117,7 +118,7 @@ def _on_device(value: Tensor, shape: Shape, locations: Tensor, weights: Tensor) 
     return value.to(DEVICE), shape.sizes, locations.to(DEVICE), weights.to(DEVICE)
 
 
-def test_finite_differences() -> None:
+def test_gradcheck() -> None:
     shape = Shape([(3, 2), (1, 2)], 1, 2, 3, 2, 1)
     inputs = make(shape)
     assert torch.autograd.gradcheck(
@@ -129,11 +130,11 @@ def test_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_stored_and_not_calculated_with(dtype: torch.dtype) -> None:
+def test_half_precision_values_with_float32_arithmetic(dtype: torch.dtype) -> None:
     """As under autocast: values in half precision, locations and weights in float32.
 
-    Against the float64 reference on the same rounded values only the rounding of the result is left: half a unit in
-    the last of 8 (bf16) or 11 (fp16) bits.
+    The remaining error against float64 on the same rounded values is the rounding of the result: half a unit in the
+    last of 8 (bf16) or 11 (fp16) bits.
     """
     shape = SHAPES["four levels, four points"]
     inputs = make(shape, torch.float32)
@@ -146,7 +147,7 @@ def test_half_precision_is_stored_and_not_calculated_with(dtype: torch.dtype) ->
     grads = torch.autograd.grad(found, inputs, seed.to(dtype))
     assert [grad.dtype for grad in grads] == [dtype, torch.float32, torch.float32]
     for ours, theirs in zip(grads, expected_grads, strict=True):
-        # The incoming gradient is rounded as well, and its errors add up over samples and channels.
+        # The incoming gradient is rounded as well; its errors accumulate over samples and channels.
         assert (ours - theirs).abs().max() < 2 * unit * theirs.abs().max()
 
 
@@ -163,7 +164,7 @@ def test_all_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("shape", [Shape([(3, 4)], 2, 2, 8, 0), Shape([(3, 4)], 2, 2, 8, 3, 0)], ids=["query", "image"])
-def test_none_of_them(shape: Shape) -> None:
+def test_empty_inputs(shape: Shape) -> None:
     inputs = make(shape, torch.float32)
     out = triton_attention(inputs[0], shape.sizes, inputs[1], inputs[2])
     assert out.shape == (shape.batch, shape.queries, 16)
@@ -172,29 +173,29 @@ def test_none_of_them(shape: Shape) -> None:
         assert tensor.grad is not None and tensor.grad.shape == tensor.shape and not tensor.grad.any()
 
 
-@pytest.mark.parametrize("place", [-3.0, 4.0, 1e30, math.inf, math.nan])
-def test_samples_off_the_map_are_zero_wherever_they_are(place: float) -> None:
+@pytest.mark.parametrize("coordinate", [-3.0, 4.0, 1e30, math.inf, math.nan])
+def test_samples_outside_the_map_are_zero(coordinate: float) -> None:
     shape = Shape([(3, 4), (2, 2)], 1, 1, 8, 2, 1)
     value, locations, weights = make(shape, torch.float32)
-    locations = torch.full_like(locations, place).requires_grad_()
+    locations = torch.full_like(locations, coordinate).requires_grad_()
     out = triton_attention(value, shape.sizes, locations, weights)
     assert not out.any()
     of_value, of_weights = torch.autograd.grad(out.sum(), (value, weights))
     assert not of_value.any()
-    assert not of_weights.any() or not math.isfinite(place)
+    assert not of_weights.any() or not math.isfinite(coordinate)
 
 
-def test_only_the_gradients_that_are_asked_for() -> None:
+def test_only_required_gradients_are_computed() -> None:
     shape = SHAPES["sixteen channels"]
     inputs = make(shape, torch.float32)
     _, expected, seed = reference(shape, inputs)
-    for place in range(3):
-        own = [tensor.detach().requires_grad_(index == place) for index, tensor in enumerate(inputs)]
+    for required in range(3):
+        own = [tensor.detach().requires_grad_(index == required) for index, tensor in enumerate(inputs)]
         triton_attention(own[0], shape.sizes, own[1], own[2]).backward(seed.float())
         for index, tensor in enumerate(own):
-            assert (tensor.grad is None) == (index != place)
-        found = own[place].grad
-        assert found is not None and (found - expected[place]).abs().max() < 1e-4
+            assert (tensor.grad is None) == (index != required)
+        found = own[required].grad
+        assert found is not None and (found - expected[required]).abs().max() < 1e-4
 
 
 def test_strided_inputs() -> None:
@@ -211,7 +212,7 @@ def test_strided_inputs() -> None:
 
 @pytest.fixture
 def layer(monkeypatch: pytest.MonkeyPatch) -> tuple[DeformableAttention, list[Tensor]]:
-    """The module on two levels with padding, its random inputs, and Triton chosen."""
+    """The module on two levels with padding, its random inputs, with Triton selected."""
     torch.manual_seed(0)
     module = DeformableAttention(16, 2, 2, 2).to(DEVICE)
     query, value = torch.randn(1, 3, 16), torch.randn(1, 14, 16)
@@ -230,7 +231,7 @@ def _run(layer: tuple[DeformableAttention, list[Tensor]]) -> tuple[Tensor, list[
     return out, _gradients(module, out)
 
 
-def test_a_layer_with_padding_as_with_pytorch(layer: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_with_padding_equals_grid_sample(layer: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     found, found_grads = _run(layer)
     monkeypatch.setattr(deformable_attention, "_chosen", "grid_sample")
     expected, expected_grads = _run(layer)
@@ -268,17 +269,17 @@ def test_compiles_without_graph_break(layer: tuple) -> None:
     torch.testing.assert_close(_gradients(module, out), expected_grads, rtol=1e-5, atol=1e-5)
 
 
-def test_the_operators_keep_pytorchs_rules() -> None:
+def test_opcheck() -> None:
     shape = Shape([(2, 3)], 1, 1, 4, 2, 1)
     value, locations, weights = make(shape, torch.float32)
-    torch.library.opcheck(
+    torch.library.opcheck(  # raises on a violation
         torch.ops.motip.deformable_attention.default,
         (value, [2, 3], locations, weights),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 
-def test_contradicting_shapes_never_reach_a_kernel() -> None:
+def test_inconsistent_shapes_are_an_error() -> None:
     value, locations, weights = make(Shape([(2, 3)], 1, 1, 4, 2, 1), torch.float32)
     with pytest.raises(MotipError, match="contradict"):
         triton_attention(value, [(2, 4)], locations, weights)
@@ -286,8 +287,8 @@ def test_contradicting_shapes_never_reach_a_kernel() -> None:
         triton_attention(value, [(2, 3)], locations[:, :1], weights)
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="the choice on CUDA needs a CUDA device")
-def test_the_choice_on_cuda() -> None:
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+def test_preferred_implementation_on_cuda() -> None:
     device = torch.device(DEVICE)
     assert deformable_attention.best_implementation(device) == "triton"
     value, locations, weights = make(SHAPES["odd channels"], torch.float32)
@@ -295,7 +296,7 @@ def test_the_choice_on_cuda() -> None:
     try:
         assert deformable_attention.best_implementation(device) == "embedding_bag"
         out = triton_attention(value, SHAPES["odd channels"].sizes, locations, weights)
-        with pytest.raises(MotipError, match="no fixed order"):
+        with pytest.raises(MotipError, match="not deterministic"):
             out.sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
