@@ -1,13 +1,13 @@
-"""Every claim, measured on the machine at hand: results into docs/performance/, and docs/performance.md made of them.
+"""Benchmark runner: results of this machine into docs/performance/, rendered to docs/performance.md.
 
     python -m benchmarks                       # all (make bench)
-    python -m benchmarks --only tracker data   # some; the others keep what they have, with their date
-    python -m benchmarks --list                # names, and when each was measured here
-    python -m benchmarks --quick               # does every script work? seconds each, nothing is kept
-    python -m benchmarks --only gpu --out DIR  # results into another folder, to be carried to docs/performance/
+    python -m benchmarks --only tracker data   # some; the others keep their results with their date
+    python -m benchmarks --list                # names, and when each was measured on this machine
+    python -m benchmarks --quick               # smoke test of every script, seconds each; no results are kept
+    python -m benchmarks --only gpu --out DIR  # results into another folder, to be copied to docs/performance/
 
-A claim is a file `bench_NAME.py`; each runs in a process of its own. One that fails is named at the end and keeps its
-old figures. The page is written after each claim, so that nothing is lost when the run is stopped.
+A claim is a file `bench_NAME.py`; each runs in a separate process. A failed one is reported at the end and keeps its
+previous results. The pages are written after each claim, so that an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -45,21 +45,22 @@ def chosen(only: list[str], known: list[str]) -> list[str]:
 
 
 def measured(name: str, quick: bool, package: str = "benchmarks", root: Path = ROOT) -> Claim | None:
-    """Run one script in a process of its own; None where it failed, which it has said itself."""
+    """Run one script in a separate process; None if it failed (the script prints the reason)."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.json"
-        words = [sys.executable, "-m", f"{package}.bench_{name}", "--json", str(file), *(["--quick"] if quick else [])]
-        done = subprocess.run(words, cwd=root, env={**os.environ, **QUIET}, check=False)
+        command = [sys.executable, "-m", f"{package}.bench_{name}", "--json", str(file)]
+        command += ["--quick"] if quick else []
+        done = subprocess.run(command, cwd=root, env={**os.environ, **QUIET}, check=False)
         if done.returncode != 0 or not file.is_file():
             print(f"{name}: failed with status {done.returncode}", file=sys.stderr, flush=True)
             return None
         return from_json(json.loads(file.read_text()))
 
 
-def run(wanted: list[str], measure: Callable[[str], Claim | None], keep: Callable[[Claim], None]) -> list[str]:
-    """Measure one claim after the other and keep each; the names of those that failed."""
+def run(selected: list[str], measure: Callable[[str], Claim | None], keep: Callable[[Claim], None]) -> list[str]:
+    """Measure the claims in turn and pass each to `keep`; returns the names of those that failed."""
     failed = []
-    for name in wanted:
+    for name in selected:
         print(f"== {name}", flush=True)
         began = time.perf_counter()
         claim = measure(name)
@@ -82,10 +83,10 @@ def listing(known: list[str], machine: Machine) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="some of them")
-    parser.add_argument("--list", action="store_true", help="what there is, and when it was measured on this machine")
-    parser.add_argument("--quick", action="store_true", help="a test of the scripts; nothing is kept")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="results go there, and the page stays as it is")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these benchmarks")
+    parser.add_argument("--list", action="store_true", help="list benchmarks and when each was measured here")
+    parser.add_argument("--quick", action="store_true", help="smoke test of the scripts; no results are kept")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; the pages are not rendered")
     args = parser.parse_args()
     known, folder = names(), args.out or FOLDER
     if args.list:
@@ -93,7 +94,7 @@ def main() -> None:
         return
 
     def keep(claim: Claim) -> None:
-        # Read again each time: another run may have written another claim since.
+        # Read again each time: a concurrent run may have written another claim.
         machine = this_machine(folder)
         merge(machine, claim)
         print(f"written to {write(machine, folder).name}", flush=True)

@@ -1,9 +1,8 @@
-"""What deformable attention costs by arithmetic, and what the device at hand could do at best.
+"""Roofline model of deformable attention: operations, bytes, and lower bound of the time on a device.
 
-Operations and bytes follow from the shapes alone. The least time of a shape is the largest of three: its operations at
-the device's rate, the bytes that must come from memory at the rate of a large copy, and the bytes that its samples
-gather (each pixel is read many times, from the cache) at the rate of a copy that stays in the cache. A measured time
-over the least time says what is left.
+Operations and bytes follow from the shapes. The lower bound is the largest of three times: the operations at the peak
+rate of the device, the bytes from memory at the rate of a large copy, and the bytes read by samples (each pixel many
+times, from the cache) at the rate of a copy within the cache.
 """
 
 from __future__ import annotations
@@ -38,29 +37,29 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one direction: floating-point operations, bytes in and out of memory once, bytes gathered by samples."""
+    """Of one direction: floating-point operations, bytes from and to memory, bytes read by samples from the cache."""
 
     flops: int
     bytes: int
-    gathered: int
+    sampled: int
 
 
 def forward_cost(shape: Shape, value_bytes: int = 4, location_bytes: int = 4) -> Cost:
-    """Per sample: four neighbours times `channels` multiply-adds; 24 for place, shares and products of shares."""
+    """Per sample: four neighbours times `channels` multiply-adds; 24 for location, shares and their products."""
     values = shape.batch * shape.pixels * shape.heads * shape.channels
     outputs = shape.batch * shape.queries * shape.heads * shape.channels
     return Cost(
         flops=shape.samples * (8 * shape.channels + 24),
         bytes=(values + outputs) * value_bytes + 3 * shape.samples * location_bytes,
-        gathered=shape.samples * 4 * shape.channels * value_bytes,
+        sampled=shape.samples * 4 * shape.channels * value_bytes,
     )
 
 
 def backward_cost(shape: Shape, value_bytes: int = 4, location_bytes: int = 4) -> Cost:
     """Per sample: four dot products, four scaled rows that are added to the gradient, 48 for the rest.
 
-    The gradient of the values is cleared, added up and read again in float32 and written in the type of the values; an
-    addition to it in the cache is counted as 4 bytes.
+    The gradient of the values is cleared, accumulated and read in float32, and written in the type of the values; an
+    accumulation in the cache counts as 4 bytes.
     """
     values = shape.batch * shape.pixels * shape.heads * shape.channels
     outputs = shape.batch * shape.queries * shape.heads * shape.channels
@@ -68,20 +67,21 @@ def backward_cost(shape: Shape, value_bytes: int = 4, location_bytes: int = 4) -
     return Cost(
         flops=shape.samples * (16 * shape.channels + 48),
         bytes=(values + outputs) * value_bytes + values * (8 + rounded) + 6 * shape.samples * location_bytes,
-        gathered=shape.samples * 4 * shape.channels * (value_bytes + 4),
+        sampled=shape.samples * 4 * shape.channels * (value_bytes + 4),
     )
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device was measured to do: bytes/s from memory and in the cache, float32 operations/s."""
+    """Measured peak rates of a device: bytes/s from memory and in the cache, float32 operations/s."""
 
     memory: float
     cache: float
     flops: float
 
     def least_seconds(self, cost: Cost) -> float:
-        return max(cost.flops / self.flops, cost.bytes / self.memory, cost.gathered / self.cache)
+        """Lower bound of the time of `cost`."""
+        return max(cost.flops / self.flops, cost.bytes / self.memory, cost.sampled / self.cache)
 
 
 def measured_ceilings(device: torch.device, small: bool = False) -> Ceilings:
@@ -92,7 +92,7 @@ def measured_ceilings(device: torch.device, small: bool = False) -> Ceilings:
         source = torch.rand(count, device=device)
         target = torch.empty_like(source)
         rates.append(2 * source.nbytes / kernel_seconds(partial(target.copy_, source), device, 20))
-    # Without tensor cores a product of large matrices is bound by the units that these kernels calculate with.
+    # A large matrix product without tensor cores is bound by the same arithmetic units as these kernels.
     side = 64 if small else 4096
     factor = torch.rand(side, side, device=device)
     before = torch.get_float32_matmul_precision()
@@ -105,10 +105,10 @@ def measured_ceilings(device: torch.device, small: bool = False) -> Ceilings:
 
 
 def kernel_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds that a device is busy with one call; for work that does not wait for the device itself.
+    """Median device seconds of one call of `work`, which must not synchronise.
 
-    Ten calls are queued behind a kernel that only waits, so that a card goes from one to the next: launching a short
-    kernel takes the host longer than the card needs for it, and would be what is timed.
+    Ten calls are queued behind a sleeping kernel and then run back to back: the launch of a short kernel takes longer
+    than the kernel itself and would otherwise set the time.
     """
     if device.type != "cuda":
         return seconds_of(work, device, repeats)
@@ -117,7 +117,7 @@ def kernel_seconds(work: Callable[[], object], device: torch.device, repeats: in
     torch.cuda.synchronize()
     started = time.perf_counter()
     work()
-    waiting = int(2e9 * (2 * calls * (time.perf_counter() - started) + 1e-3))  # cycles, at most 2e9 of them a second
+    waiting = int(2e9 * (2 * calls * (time.perf_counter() - started) + 1e-3))  # cycles, at most 2e9 per second
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -132,7 +132,7 @@ def kernel_seconds(work: Callable[[], object], device: torch.device, repeats: in
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds from the beginning to the end of one call, after two that load kernels."""
+    """Median seconds of one call, after two warm-up calls."""
     for _ in range(2):
         work()
     times = []
@@ -152,7 +152,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int) -
 
 
 def as_dict(cost: Cost, ceilings: Ceilings | None = None, seconds: float | None = None) -> dict[str, float]:
-    """The cost in plain numbers, with the least time and the share of it that was reached where they are known."""
+    """The cost as plain numbers, with lower bound and achieved share where known."""
     found: dict[str, float] = dict(asdict(cost))
     if ceilings is not None:
         found["least_seconds"] = ceilings.least_seconds(cost)

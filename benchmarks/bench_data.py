@@ -2,9 +2,9 @@
 
     MOTIP_SAMPLES_DIR=../shared/samples python -m benchmarks.bench_data [--clips 16] [--lengths 5 30] [--no-ray]
 
-The baseline works as the published loader does: every frame is opened with PIL at full size, flipped, resized (or
-resized, cropped and resized), jittered and turned into a tensor, one clip at a time. CPU time is that of this process
-and all its descendants, so that loader workers and Ray's own processes count. The ratio is to the first way's figures.
+The baseline works as the published loader: every frame is opened with PIL at full size, flipped, resized (or resized,
+cropped and resized), jittered and converted to a tensor, one clip at a time. CPU time is that of this process and all
+its descendants, including loader workers and Ray's own processes.
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ FRAMES = 60
 
 
 @dataclass
-class World:
+class BenchData:
+    """A video as image files and as a shard, and the planned clips."""
+
     folder: Path
     files: list[Path]
     loader: ClipLoader
     clips: list[ClipRef]
 
 
-def build(folder: Path, samples: Path, length: int, clips: int) -> World:
+def build(folder: Path, samples: Path, length: int, clips: int) -> BenchData:
     """A 60-frame video of real 1280x720 frames, as files and as a shard, and a plan over it."""
     images = sorted((samples / "bdd100k/images/track/train").rglob("*.jpg"))
     files = [images[n % len(images)] for n in range(FRAMES)]
@@ -57,39 +59,39 @@ def build(folder: Path, samples: Path, length: int, clips: int) -> World:
     )
     write_shard(Sequence("v", "bdd", "train", 5.0, 1280, 720, frames), shard_path(folder, "v.parquet"), source="bdd")
     config = Config(NUM_CLASSES=2, sampler_lengths=(length,), sample_intervals=(1,))
-    entry = SimpleNamespace(source="bdd", video="v", shard="v.parquet", fps=5.0)
+    entry: Any = SimpleNamespace(source="bdd", video="v", shard="v.parquet", fps=5.0)
     plan = plan_clips(plan_videos([entry], CLASSES, folder), config.clip_schedule(0), epoch=0, seed=0, max_clips=clips)
-    return World(folder, files, ClipLoader(config, CLASSES, folder), list(plan.clips))
+    return BenchData(folder, files, ClipLoader(config, CLASSES, folder), list(plan.clips))
 
 
 class PilClips(Dataset):
-    """The published way of reading a clip."""
+    """Clips read as by the published loader."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.settings = world.loader.augment
+    def __init__(self, data: BenchData) -> None:
+        self.data = data
+        self.settings = data.loader.augment
 
     def __len__(self) -> int:
-        return len(self.world.clips)
+        return len(self.data.clips)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        clip, draw = self.world.clips[index], np.random.default_rng(self.world.clips[index].seed)
-        images = [Image.open(self.world.files[row]).convert("RGB") for row in clip.positions]
-        images = self._resized(images, draw)
-        factors = draw.uniform(0.6, 1.4, 3)
-        hue, order = float(draw.uniform(-0.2, 0.2)), draw.permutation(4)
+        clip, rng = self.data.clips[index], np.random.default_rng(self.data.clips[index].seed)
+        images = [Image.open(self.data.files[row]).convert("RGB") for row in clip.positions]
+        images = self._resized(images, rng)
+        factors = rng.uniform(0.6, 1.4, 3)
+        hue, order = float(rng.uniform(-0.2, 0.2)), rng.permutation(4)
         return torch.stack([tv.pil_to_tensor(self._jittered(image, factors, hue, order)) for image in images])
 
-    def _resized(self, images: list[Image.Image], draw: np.random.Generator) -> list[Image.Image]:
-        if draw.random() < 0.5:
+    def _resized(self, images: list[Image.Image], rng: np.random.Generator) -> list[Image.Image]:
+        if rng.random() < 0.5:
             images = [tv.hflip(image) for image in images]
-        short = int(draw.choice(self.settings.scales))
-        if draw.random() < 0.5:
-            first = int(draw.choice(self.settings.random_resize))
+        short = int(rng.choice(self.settings.scales))
+        if rng.random() < 0.5:
+            first = int(rng.choice(self.settings.random_resize))
             images = [self._resize(image, first, None) for image in images]
             width, height = images[0].size
-            w, h = (int(draw.integers(min(384, side), min(600, side) + 1)) for side in (width, height))
-            x, y = int(draw.integers(0, width - w + 1)), int(draw.integers(0, height - h + 1))
+            w, h = (int(rng.integers(min(384, side), min(600, side) + 1)) for side in (width, height))
+            x, y = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
             images = [image.crop((x, y, x + w, y + h)) for image in images]
         return [self._resize(image, short, self.settings.max_size) for image in images]
 
@@ -112,40 +114,40 @@ class PilClips(Dataset):
 
 
 class OurClips(Dataset):
-    """Our decoder and shards in a plain DataLoader: what the decoder gains without Ray."""
+    """Our decoder and shards in a plain DataLoader, to separate the gain of the decoder from that of Ray."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, data: BenchData) -> None:
+        self.data = data
 
     def __len__(self) -> int:
-        return len(self.world.clips)
+        return len(self.data.clips)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(self.world.loader.load(self.world.clips[index]).images)
+        return torch.from_numpy(self.data.loader.load(self.data.clips[index]).images)
 
 
-def pil_dataloader(world: World) -> Iterator[object]:
-    return iter(DataLoader(PilClips(world), **WORKERS))
+def pil_dataloader(data: BenchData) -> Iterator[object]:
+    return iter(DataLoader(PilClips(data), **WORKERS))
 
 
-def our_dataloader(world: World) -> Iterator[object]:
-    return iter(DataLoader(OurClips(world), **WORKERS))
+def our_dataloader(data: BenchData) -> Iterator[object]:
+    return iter(DataLoader(OurClips(data), **WORKERS))
 
 
-def in_process(world: World) -> Iterator[object]:
-    return (collate([world.loader.load(clip)]) for clip in world.clips)
+def in_process(data: BenchData) -> Iterator[object]:
+    return (collate([data.loader.load(clip)]) for clip in data.clips)
 
 
-def through_ray(world: World) -> Iterator[object]:
+def through_ray(data: BenchData) -> Iterator[object]:
     import ray
 
     from motip.data.stream import clip_dataset, iterate
 
-    # Started and stopped here, so that Ray's processes cost the other ways nothing.
+    # Started and stopped here, so that Ray's processes do not affect the other implementations.
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        dataset = clip_dataset(world.clips, world.loader, actors=2, actor_cpus=0.5)
-        yield from iterate(dataset, world.clips, batch_size=1)
+        dataset = clip_dataset(data.clips, data.loader, actors=2, actor_cpus=0.5)
+        yield from iterate(dataset, data.clips, batch_size=1)
     finally:
         ray.shutdown()
 
@@ -157,8 +159,8 @@ WORKERS: dict[str, Any] = {
     "persistent_workers": True,
 }
 BASELINE = "a torch DataLoader over image files with PIL at full size, 2 workers"
-# name -> (batches of a world, rounds over its clips); Ray works far ahead, so its run must be longer than that
-WAYS: dict[str, tuple[Callable[[World], Iterator[object]], int]] = {
+# name -> (iterator over batches, rounds over the clips); Ray prefetches far ahead, so its run must be longer
+LOADERS: dict[str, tuple[Callable[[BenchData], Iterator[object]], int]] = {
     "DataLoader, our decoder": (our_dataloader, 1),
     "one process, our decoder": (in_process, 1),
     "Ray Data": (through_ray, 8),
@@ -168,18 +170,18 @@ WAYS: dict[str, tuple[Callable[[World], Iterator[object]], int]] = {
 Cost = tuple[list[float], list[float]]
 
 
-def costs(way: Callable[[World], Iterator[object]], world: World, rounds: int, repeats: int) -> Cost:
-    """CPU and wall seconds per clip of each of some runs."""
-    pairs = [cost(way, world, rounds) for _ in range(repeats)]
+def costs(loader: Callable[[BenchData], Iterator[object]], data: BenchData, rounds: int, repeats: int) -> Cost:
+    """CPU and wall seconds per clip of each of `repeats` runs."""
+    pairs = [cost(loader, data, rounds) for _ in range(repeats)]
     return [cpu for cpu, _ in pairs], [wall for _, wall in pairs]
 
 
-def cost(way: Callable[[World], Iterator[object]], world: World, rounds: int) -> tuple[float, float]:
-    """CPU and wall seconds per clip over the middle third of a run: as much is prefetched at its end as at its begin,
-    and starting processes is no part of it."""
-    total = len(world.clips) * rounds
+def cost(loader: Callable[[BenchData], Iterator[object]], data: BenchData, rounds: int) -> tuple[float, float]:
+    """CPU and wall seconds per clip over the middle third of a run, where prefetching is stationary and the start of
+    processes is excluded."""
+    total = len(data.clips) * rounds
     marks = []
-    for index, _ in enumerate(way(replace(world, clips=world.clips * rounds))):
+    for index, _ in enumerate(loader(replace(data, clips=data.clips * rounds))):
         if index in (total // 3, 2 * total // 3):
             marks.append((index, tree_cpu_seconds(), time.perf_counter()))
     (first, cpu, wall), (last, cpu_after, wall_after) = marks
@@ -195,7 +197,7 @@ def tree_cpu_seconds() -> dict[int, float]:
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # ended while we were looking
+            except OSError:  # the process has ended meanwhile
                 continue
             parents[int(entry.name)] = int(fields[1])
             ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
@@ -221,8 +223,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=30, help="clips per run at T=5, fewer for longer ones")
     parser.add_argument("--lengths", type=int, nargs="+", default=[5, 30])
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each way")
-    parser.add_argument("--no-ray", action="store_true", help="without Ray Data, which starts a cluster here")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each loader")
+    parser.add_argument("--no-ray", action="store_true", help="without Ray Data, which starts a local cluster")
     add_flags(parser, "T=5, once, without Ray")
     options = parser.parse_args()
     if options.quick:
@@ -233,13 +235,13 @@ def main() -> None:
     for length in options.lengths:
         with tempfile.TemporaryDirectory() as folder:
             clips = max(24, options.clips * 5 // length)
-            world = build(Path(folder), samples, length, clips)
-            baseline = costs(pil_dataloader, world, 1, options.repeats)
-            for name, (way, rounds) in WAYS.items():
+            data = build(Path(folder), samples, length, clips)
+            baseline = costs(pil_dataloader, data, 1, options.repeats)
+            for name, (loader, rounds) in LOADERS.items():
                 if name == "Ray Data" and options.no_ray:
-                    recorder.skip(f"T={length}, {name}", "left out by its flag")
+                    recorder.skip(f"T={length}, {name}", "disabled by --no-ray")
                     continue
-                ours = costs(way, world, rounds, options.repeats)
+                ours = costs(loader, data, rounds, options.repeats)
                 settings = {"images": "1280x720", "augmentation": "published", "clips": clips, "decoders": 2}
                 recorder.add(f"T={length}, {name}", settings, BASELINE, compared(ours, baseline))
     recorder.finish()

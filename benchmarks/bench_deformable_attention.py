@@ -1,17 +1,16 @@
-"""Time of one deformable attention of the encoder by each implementation, same results asserted.
+"""Time of one deformable attention of the encoder with each implementation; equal results are asserted.
 
     python -m benchmarks.bench_deformable_attention           # the figures of docs/performance.md
     python -m benchmarks.bench_deformable_attention --quick   # seconds
 
-Full size (8 heads of 32 channels, 4 points), one frame, every pixel of the four levels asks. On a machine with a CUDA
-device its times and those of the Triton kernels, in float32 and bf16, with the share of the least time that arithmetic
-allows (`attention_cost.py`); otherwise CPU seconds, and Triton is left out. `--counts` prints the arithmetic alone.
+Full size (8 heads of 32 channels, 4 points), one frame, every pixel of the four levels is a query. With a CUDA device:
+device times in float32 and bf16, also of the Triton kernels, and the share of the roofline (`attention_cost.py`).
+Without: CPU seconds, without Triton. `--counts` prints operations and bytes only.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,8 +26,9 @@ from benchmarks.attention_cost import (
     kernel_seconds,
     measured_ceilings,
 )
+from benchmarks.machine import Stopwatch
 from benchmarks.records import Recorder, add_flags, quantity
-from motip.model import deformable_attention as room
+from motip.model import deformable_attention
 from motip.model.fast.triton_attention import triton_ready
 
 SIDES = ("grid_sample", "embedding_bag")
@@ -54,30 +54,30 @@ def make_case(height: int, width: int) -> tuple[list[tuple[int, int]], list[Tens
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int) -> list[float]:
-    work()  # loads kernels
-    seconds = []
+    """CPU seconds of each of `repeats` calls, after a warm-up call."""
+    work()
+    stopwatch = Stopwatch()
     for _ in range(repeats):
-        started = time.process_time()
-        work()
-        seconds.append(time.process_time() - started)
-    return seconds
+        with stopwatch:
+            work()
+    return stopwatch.cpu_s
 
 
 def on_cpu(
     shapes: list[tuple[int, int]], inputs: list[Tensor], repeats: int, settings: dict[str, Any], recorder: Recorder
 ) -> None:
-    """CPU seconds of PyTorch's two ways, side by side."""
+    """Record CPU seconds of ``embedding_bag`` against ``grid_sample``."""
     forward, backward = _calls(shapes, inputs)
     with torch.no_grad():
         seconds = {"forward": [cpu_seconds(partial(forward, side), repeats) for side in SIDES]}
     seconds["forward and backward"] = [cpu_seconds(partial(backward, side), repeats) for side in SIDES]
     for name, (grid, bag) in seconds.items():
         recorder.add(f"{name}, embedding_bag", settings, "grid_sample", [quantity("CPU s", bag, grid)])
-    recorder.skip("the Triton kernels", "there is no CUDA device")
+    recorder.skip("the Triton kernels", "no CUDA device")
 
 
 def on_cuda(shape: Shape, inputs: list[Tensor], repeats: int, settings: dict[str, Any], recorder: Recorder) -> None:
-    """Milliseconds of every way in float32 and bf16 against grid_sample, and how near the least time they come."""
+    """Record device milliseconds of every implementation against grid_sample, and the share of the roofline."""
     device = torch.device("cuda")
     ceilings = measured_ceilings(device)
     settings = {
@@ -89,9 +89,9 @@ def on_cuda(shape: Shape, inputs: list[Tensor], repeats: int, settings: dict[str
     for dtype in (torch.float32, torch.bfloat16):
         moved = [inputs[0].to(device, dtype), *(tensor.to(device) for tensor in inputs[1:])]
         forward, backward = _calls(shape.sizes, moved)
-        ahead, back = forward_cost(shape, dtype.itemsize), backward_cost(shape, dtype.itemsize)
-        least = {"forward": ceilings.least_seconds(ahead)}
-        least["forward and backward"] = least["forward"] + ceilings.least_seconds(back)
+        bound = {"forward": ceilings.least_seconds(forward_cost(shape, dtype.itemsize))}
+        backward_bound = ceilings.least_seconds(backward_cost(shape, dtype.itemsize))
+        bound["forward and backward"] = bound["forward"] + backward_bound
         first: dict[str, float] = {}
         for side in (*SIDES, *(("triton",) if triton_ready(device) else ())):
             with torch.no_grad():
@@ -105,7 +105,7 @@ def on_cuda(shape: Shape, inputs: list[Tensor], repeats: int, settings: dict[str
                     "grid_sample in the same type",
                     [
                         quantity("ms", 1e3 * seconds, 1e3 * first[name]),
-                        quantity("share of the least time, %", 100 * least[name] / seconds),
+                        quantity("share of the roofline, %", 100 * bound[name] / seconds),
                     ],
                 )
 
@@ -113,11 +113,11 @@ def on_cuda(shape: Shape, inputs: list[Tensor], repeats: int, settings: dict[str
 def _calls(
     shapes: list[tuple[int, int]], inputs: list[Tensor]
 ) -> tuple[Callable[[str], Tensor], Callable[[str], tuple[Tensor, ...]]]:
-    """Forward, and forward with backward, by the name of the implementation."""
+    """Functions of the implementation's name that run forward, and forward with backward."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
 
     def forward(side: str) -> Tensor:
-        return room._implementations[side](leaves[0], shapes, leaves[1], leaves[2])
+        return deformable_attention._implementations[side](leaves[0], shapes, leaves[1], leaves[2])
 
     def backward(side: str) -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(side).float().square().mean(), leaves)
@@ -125,13 +125,13 @@ def _calls(
     return forward, backward
 
 
-def agree(shapes: list[tuple[int, int]], inputs: list[Tensor], sides: tuple[str, ...]) -> None:
+def check_equal(shapes: list[tuple[int, int]], inputs: list[Tensor], sides: tuple[str, ...]) -> None:
     forward, _ = _calls(shapes, inputs)
     with torch.no_grad():
         first = forward(sides[0])
         for side in sides[1:]:
             if (first - forward(side)).abs().max() > 1e-4:
-                raise SystemExit(f"{sides[0]} and {side} disagree")
+                raise SystemExit(f"{sides[0]} and {side} differ")
 
 
 def main() -> None:
@@ -156,10 +156,10 @@ def main() -> None:
     settings: dict[str, Any] = {"size": f"{size[0]}x{size[1]}", "queries": shape.queries, "threads": args.threads}
     if torch.cuda.is_available():
         on_device = [tensor.cuda() for tensor in inputs]
-        agree(shapes, on_device, (*SIDES, "triton") if triton_ready(on_device[0].device) else SIDES)
+        check_equal(shapes, on_device, (*SIDES, "triton") if triton_ready(on_device[0].device) else SIDES)
         on_cuda(shape, inputs, 10 * repeats, settings, recorder)
     else:
-        agree(shapes, inputs, SIDES)
+        check_equal(shapes, inputs, SIDES)
         on_cpu(shapes, inputs, repeats, settings, recorder)
     recorder.finish()
 

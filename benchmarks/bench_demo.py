@@ -1,20 +1,19 @@
-"""The demo as a user starts it: two workers against one, the start of a stage, and all of `make demo`.
+"""The demo as started by a user: two workers against one, the start of a stage, and the complete `make demo`.
 
-    python -m benchmarks.bench_demo                       # all, some twenty minutes
+    python -m benchmarks.bench_demo                       # all, about twenty minutes
     python -m benchmarks.bench_demo --only workers start  # without `make demo`, half of that
     python -m benchmarks.bench_demo --quick               # two epochs of a few clips, without `make demo`
 
-*Workers.* The demo's Vis-Adaptation stage for two epochs on the drawn aerial world, with `ray_jobs/curriculum.py`: two
-workers of one clip on two cores, then one worker of two clips, pinned with its Ray and everything that it starts to
-one core. The global batch, the clips and the weights to start from are the same. Clips/s are those that the stage
-records of its last epoch, which starts with everything loaded and counts waiting for data. The stage is a curriculum of
-its own, so that its weights need no earlier stage, and is validated on one short video. A worker takes as many threads
-as it may use cores, so the pinned one takes one.
+*Workers.* The demo's Vis-Adaptation stage for two epochs on synthetic aerial scenes, with `ray_jobs/curriculum.py`: two
+workers with one clip each on two cores, then one worker with two clips, pinned to one core with all its processes. The
+global batch, the clips and the initial weights are the same. Clips/s are recorded by the stage for its last epoch,
+which starts warm and includes waiting for data. The stage is a separate curriculum, so that its weights need no earlier
+stage, and is validated on one short video. A worker uses as many threads as cores it may use.
 
-*Start of a stage.* The same stage through `run_curriculum` in a side process: seconds from the moment that its
-`job.json` is written until the driver hears of the first optimiser step. Ray's own start is that of a `TorchTrainer`
-whose workers, as many and with the same resources, do nothing but say that they have begun, process group and all; it
-is started once before the stage, so that both find warm processes, and once after it, which counts.
+*Start of a stage.* The same stage through `run_curriculum` in a separate process: seconds from writing `job.json` to
+the event of the first optimiser step in the driver. Ray's own start is that of a `TorchTrainer` with the same number of
+workers and resources that write a timestamp and return; it runs once before the stage, as a warm-up of Ray's processes,
+and once after it, which is recorded.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from benchmarks.results import ROOT
 from benchmarks.targets import STAGE, WORKERS
 
 STAGE_NAME = "Vis-Adaptation"
-WHOLE = "whole make demo"
+DEMO = "make demo"
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 CURRICULUM = """name: {name}
@@ -57,7 +56,7 @@ stages:
 
 
 def write_curriculum(folder: Path, name: str, quick: bool) -> Path:
-    """A file with the demo's third stage alone; with the same storage, all of them share one drawn world."""
+    """A curriculum file with the demo's third stage only; files of one storage share the synthetic scenes."""
     path = folder / f"{name}.yaml"
     videos = 4 if quick else 80
     path.write_text(CURRICULUM.format(name=name, stage=STAGE_NAME, root=ROOT, videos=videos))
@@ -65,7 +64,7 @@ def write_curriculum(folder: Path, name: str, quick: bool) -> Path:
 
 
 def shorter(quick: bool) -> list[str]:
-    """Two epochs, of which the second is measured."""
+    """Overrides for two epochs, of which the second is measured."""
     return ["EPOCHS=2", "SCHEDULER_MILESTONES=[2]", *(["CLIPS_PER_EPOCH=4"] if quick else [])]
 
 
@@ -73,21 +72,21 @@ def shorter(quick: bool) -> list[str]:
 
 
 def train(folder: Path, name: str, workers: int, clips: int, cores: list[int], quick: bool) -> dict[str, float]:
-    """Train the stage with the command of the README on these cores; what it records of its last epoch."""
-    words = [sys.executable, "ray_jobs/curriculum.py", "--config", str(write_curriculum(folder, name, quick))]
-    words += ["--storage", str(folder / "storage"), "--workers", str(workers)]
+    """Train the stage on these cores; returns the recorded metrics of its last epoch."""
+    command = [sys.executable, "ray_jobs/curriculum.py", "--config", str(write_curriculum(folder, name, quick))]
+    command += ["--storage", str(folder / "storage"), "--workers", str(workers)]
     for each in (f"BATCH_SIZE={clips}", *shorter(quick)):
-        words += ["--set", each]
+        command += ["--set", each]
     log = folder / f"{name}.log"
     with log.open("w") as output:
         done = subprocess.run(
-            words,
+            command,
             cwd=ROOT,
             env={**os.environ, **QUIET},
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),  # and with it everything that it starts
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),  # inherited by its child processes
         )
     if done.returncode != 0:
         raise SystemExit(f"{name} failed with status {done.returncode}:\n{log.read_text()[-2000:]}")
@@ -95,7 +94,7 @@ def train(folder: Path, name: str, workers: int, clips: int, cores: list[int], q
 
 
 def last_epoch(storage: Path, name: str) -> dict[str, float]:
-    """The metrics that the stage recorded of its last epoch."""
+    """Recorded metrics of the last epoch of the stage."""
     (history,) = (storage / "curricula" / name / STAGE_NAME).glob("*/history.json")
     epochs: dict[str, dict[str, float]] = json.loads(history.read_text())["epochs"]
     return epochs[max(epochs, key=int)]
@@ -136,7 +135,7 @@ def compare_workers(args: argparse.Namespace, folder: Path, recorder: Recorder) 
 
 
 class Stamps:
-    """What the driver shows, as the times when it would be shown."""
+    """User interface of the driver that records timestamps of its calls."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -155,7 +154,7 @@ class Stamps:
         self.seconds["begin"] = (Path(folder) / "job.json").stat().st_mtime
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        """`transfer` comes when a worker has its model, `step` after a step (each of them is recorded)."""
+        """Timestamp of the first `transfer` (a worker has its model) and of the first `step`."""
         if kind == "step" and "step" not in self.seconds:
             self.first = values["metrics"]
         self.seconds.setdefault(kind, time.time())
@@ -165,7 +164,7 @@ class Stamps:
 
 
 def empty_start(workers: int, cpus: float, folder: Path) -> float:
-    """Seconds until all workers of a trainer that trains nothing have begun."""
+    """Seconds until all workers of an empty trainer have started."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -175,34 +174,35 @@ def empty_start(workers: int, cpus: float, folder: Path) -> float:
         rank = ray.train.get_context().get_world_rank()
         (Path(settings["folder"]) / f"begun_{rank}").write_text(repr(time.time()))
 
-    place = Path(tempfile.mkdtemp(dir=folder))
+    own = Path(tempfile.mkdtemp(dir=folder))
     began = time.time()
     TorchTrainer(
         begin,
-        train_loop_config={"folder": str(place)},
+        train_loop_config={"folder": str(own)},
         scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": cpus}),
-        run_config=RunConfig(name="empty", storage_path=str(place)),
+        run_config=RunConfig(name="empty", storage_path=str(own)),
     ).fit()
-    return max(float(file.read_text()) for file in place.glob("begun_*")) - began
+    return max(float(file.read_text()) for file in own.glob("begun_*")) - began
 
 
 def start_side(args: argparse.Namespace) -> dict[str, Any]:
-    """One process with a Ray of its own: an empty trainer, the stage, an empty trainer again."""
+    """Process with a local Ray cluster: an empty trainer, the stage, an empty trainer again."""
     from motip.cluster import connect, disconnect
     from motip.config import load_curriculum
     from motip.curriculum import Options, run_curriculum
     from motip.lineage import Lineage
-    from motip.train.ray_train import place
+    from motip.train.ray_train import plan_resources
 
     folder = Path(args.folder)
     path = write_curriculum(folder, "start", args.quick)
     sets = ["BATCH_SIZE=1", "LOG_EVERY_STEPS=1", *shorter(args.quick), "EPOCHS=1", "SCHEDULER_MILESTONES=[1]"]
     curriculum = load_curriculum(path, [*sets, "CLIPS_PER_EPOCH=4"])
+    # Ray, an empty trainer as warm-up, the stage, and the empty trainer that is recorded.
     began = time.time()
     cluster = connect()
     ray_s = time.time() - began
     try:
-        cpus = place(args.workers, curriculum.stages[0].config, cluster).cpus
+        cpus = plan_resources(args.workers, curriculum.stages[0].config, cluster).cpus
         cold = empty_start(args.workers, cpus, folder)
         stamps = Stamps()
         options = Options(str(ROOT), str(folder / "storage"), args.workers, config_path=str(path))
@@ -210,6 +210,7 @@ def start_side(args: argparse.Namespace) -> dict[str, Any]:
         warm = empty_start(args.workers, cpus, folder)
     finally:
         disconnect()
+    # Seconds since job.json.
     begin = stamps.seconds["begin"]
     first = {name.removeprefix("step/time/"): value for name, value in stamps.first.items() if "step/time/" in name}
     return {
@@ -243,33 +244,33 @@ def start_of_a_stage(args: argparse.Namespace, folder: Path, recorder: Recorder)
             quantity("s of Ray's own start, an empty trainer", own),
         ],
         note=(
-            f"Where it goes: {own:.1f} s until workers begin (an empty trainer), {found['to model'] - own:.1f} s more "
-            f"until they have the model with its parent's weights, {total - found['to model']:.1f} s until the driver "
-            f"hears of the first step, of which in seconds: {parts}. Before the stage: ray.init "
+            f"Breakdown: {own:.1f} s until workers start (an empty trainer), {found['to model'] - own:.1f} s more "
+            f"until they have the model with its initial weights, {total - found['to model']:.1f} s until the event "
+            f"of the first step in the driver, of which in seconds: {parts}. Before the stage: ray.init "
             f"{found['ray.init']:.1f} s; the first trainer of that Ray took {found['empty trainer, cold']:.1f} s."
         ),
     )
 
 
-# ------------------------------------------------------------------------------------------------ the whole demo
+# ------------------------------------------------------------------------------------------------ make demo
 
 
-def whole(folder: Path, recorder: Recorder) -> None:
+def complete_demo(folder: Path, recorder: Recorder) -> None:
     began = time.perf_counter()
-    done = subprocess.run(["make", "demo", f"STORAGE={folder / 'whole'}"], cwd=ROOT, check=False)
+    done = subprocess.run(["make", "demo", f"STORAGE={folder / 'demo'}"], cwd=ROOT, check=False)
     if done.returncode != 0:
         raise SystemExit(f"make demo failed with status {done.returncode}")
     minutes = (time.perf_counter() - began) / 60
-    recorder.add(WHOLE, {"command": "make demo, set-up done"}, None, [quantity("minutes", minutes)])
+    recorder.add(DEMO, {"command": "make demo, set-up done"}, None, [quantity("minutes", minutes)])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ["workers", "start", "whole"]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="some of them")
-    parser.add_argument("--repeats", type=int, default=1, help="of the comparison of workers")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to run")
+    parser.add_argument("--repeats", type=int, default=1, help="repeats of the comparison of workers")
     parser.add_argument(
-        "--workers", type=int, default=min(2, cores_allowed()), help="of the stage whose start is timed"
+        "--workers", type=int, default=min(2, cores_allowed()), help="workers of the stage whose start is timed"
     )
     parser.add_argument("--side", choices=["start"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -290,7 +291,7 @@ def main() -> None:
         if "start" in args.only:
             start_of_a_stage(args, folder, recorder)
         if "whole" in args.only and not args.quick:
-            whole(folder, recorder)
+            complete_demo(folder, recorder)
     recorder.finish()
 
 

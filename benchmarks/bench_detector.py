@@ -1,12 +1,12 @@
-"""CPU seconds of the detector for one frame: ours as tracking runs it against `transformers`' Deformable-DETR R50.
+"""CPU seconds of the detector per frame: ours as in tracking against the Deformable-DETR R50 of `transformers`.
 
-    python -m benchmarks.bench_detector                            # both sizes, as docs/performance.md has them
+    python -m benchmarks.bench_detector                            # both sizes of docs/performance.md
     python -m benchmarks.bench_detector --size 480 854 --repeats 3
     python -m benchmarks.bench_detector --quick                    # a small network, seconds
 
-Both hold the same random weights (ResNet-50, 6 + 6 layers, 300 queries) and see the same frame, one after the other in
-turns; logits, boxes and hidden states are compared in every turn. Ours is `FrameDetector`, made once before; the module
-that training uses is timed beside them. Operations are counted from the module on PyTorch's `meta` device (convolutions
+Both have the same random weights (ResNet-50, 6 + 6 layers, 300 queries) and process the same frame in turn; logits,
+boxes and hidden states are compared in every turn. Ours is `FrameDetector`, created once before; the module used in
+training is timed as well. Operations are counted from the module on PyTorch's `meta` device (convolutions
 and products, two for each multiplication and addition); the ceiling they are compared with is the rate of one packed
 product of 2048 x 1024 x 1024 in the same process.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.machine import Stopwatch
 from benchmarks.records import Recorder, add_flags, quantity
 from motip.model import build_model
 from motip.model.detector import DeformableDetr
@@ -61,7 +61,7 @@ def of_twin(detector: DeformableDetr, spec: ModelSpec) -> Detect:
 
 
 def billions_of_operations(spec: ModelSpec, size: tuple[int, int]) -> float:
-    """Of the products and convolutions; the samples of deformable attention add two for each channel and corner."""
+    """GFLOP of products and convolutions, without the samples of deformable attention."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         build_model(spec).eval().requires_grad_(False).detr(
             torch.zeros(1, 3, *size), torch.zeros(1, *size, dtype=torch.bool)
@@ -79,13 +79,14 @@ def ceiling(dtype: torch.dtype) -> float:
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
+    stopwatch = Stopwatch()
+    with stopwatch:
+        work()
+    return stopwatch.cpu_s[0]
 
 
 def measure(size: tuple[int, int], spec: ModelSpec, repeats: int, recorder: Recorder) -> None:
-    """Time the sides in turns at one size and record them."""
+    """Time the implementations in turn at one size and record the results."""
     model = build_model(spec).eval()
     fill(model, salt=11)
     detector = model.detr
@@ -93,13 +94,15 @@ def measure(size: tuple[int, int], spec: ModelSpec, repeats: int, recorder: Reco
     once = {}
     for name, dtype in OURS.items():
         if can_pack(torch.zeros(1), dtype):
-            started = time.process_time()
-            sides[name] = of_module(FrameDetector(detector, dtype))
-            once[name] = time.process_time() - started
+            stopwatch = Stopwatch()
+            with stopwatch:
+                sides[name] = of_module(FrameDetector(detector, dtype))
+            once[name] = stopwatch.cpu_s[0]
+    # Turns; the first one loads kernels, packs weights and computes constants.
     mask = torch.zeros(1, *size, dtype=torch.bool)
     images = normalise(torch.from_numpy(image(3, *size)).permute(2, 0, 1)[None], mask)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    apart = dict.fromkeys(sides, 0.0)
+    difference = dict.fromkeys(sides, 0.0)
     for turn in range(repeats + 1):
         outputs: dict[str, Outputs] = {}
         for name, detect in sides.items():
@@ -107,12 +110,12 @@ def measure(size: tuple[int, int], spec: ModelSpec, repeats: int, recorder: Reco
             seconds[name].append(taken)
             pairs = zip(outputs[name], outputs["transformers"], strict=True)
             print(f"{size[0]}x{size[1]}, turn {turn}, {name}: {taken:.3f} CPU s", flush=True)
-            apart[name] = max(apart[name], *(float((a.float() - b).abs().max()) for a, b in pairs))
+            difference[name] = max(difference[name], *(float((a.float() - b).abs().max()) for a, b in pairs))
     for name, each in seconds.items():
-        first = each.pop(0)  # kernels are loaded, weights packed, constants made
+        first = each.pop(0)
         if name in once:
             once[name] += first - statistics.median(each)
-    _record(size, spec, seconds, once, apart, recorder)
+    _record(size, spec, seconds, once, difference, recorder)
 
 
 def _record(
@@ -120,7 +123,7 @@ def _record(
     spec: ModelSpec,
     seconds: dict[str, list[float]],
     once: dict[str, float],
-    apart: dict[str, float],
+    difference: dict[str, float],
     recorder: Recorder,
 ) -> None:
     threads = torch.get_num_threads()
@@ -129,13 +132,14 @@ def _record(
     for name, dtype in OURS.items():
         label = work if dtype == torch.float32 else f"{work}, {name}"
         if name not in seconds:
-            recorder.skip(label, "this processor or this build of PyTorch has no packed products in bf16")
+            recorder.skip(label, "no packed bf16 products on this processor or in this build of PyTorch")
             continue
+        # Achieved share of the peak rate.
         most, median = ceiling(dtype), statistics.median(seconds[name])
         recorder.add(
             label,
             configuration={
-                "model": "ResNet-50, 6 + 6 layers, 300 queries" if spec is FULL else "small, for a quick look",
+                "model": "ResNet-50, 6 + 6 layers, 300 queries" if spec is FULL else "small, for a smoke test",
                 "weights": "the same random ones",
                 "dtype": str(dtype).removeprefix("torch."),
                 "threads": threads,
@@ -144,14 +148,14 @@ def _record(
             baseline="transformers' Deformable-DETR R50, float32",
             quantities=[
                 quantity("CPU s", ours=seconds[name], baseline=seconds["transformers"]),
-                quantity("greatest difference", ours=apart[name]),
+                quantity("greatest difference", ours=difference[name]),
                 quantity("CPU s more, once per sequence", ours=once[name]),
             ],
             note=(
                 f"{operations:.0f} GFLOP in products and convolutions: {operations / median:.0f} GFLOP/s, "
-                f"{operations / median / most:.0%} of the {most:.0f} that a large packed product reaches here. "
+                f"{operations / median / most:.0%} of the {most:.0f} of a large packed product on this machine. "
                 f"The module without preparation: {statistics.median(seconds['module']):.2f} CPU s, "
-                f"greatest difference {apart['module']:.1e}."
+                f"greatest difference {difference['module']:.1e}."
             ),
         )
 

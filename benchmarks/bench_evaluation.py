@@ -3,10 +3,10 @@
     python -m benchmarks.bench_evaluation           # the figures of docs/performance.md: 20 000 tracker ids
     python -m benchmarks.bench_evaluation --quick   # seconds: 500 tracker ids
 
-A tracker that loses its objects often writes thousands of short tracks; TrackEval's Identity then solves an assignment
+A tracker that often loses its objects writes thousands of short tracks; TrackEval's Identity then solves an assignment
 over (ground-truth ids + tracker ids) squared. HOTA and CLEAR are TrackEval's classes on both sides. Each measurement
-runs in a process of its own, on the same rows, and both sides must give the same results to 1e-9. Times are those of
-the metrics alone, from similarities that are ready; peak is the highest resident size of the whole process.
+runs in a separate process on the same rows, and both sides must give the same results to 1e-9. Times are those of the
+metrics without the similarities; peak is the highest resident size of the process.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from typing import Any
 
 import numpy as np
 from trackeval.metrics import CLEAR, HOTA, Identity
 
-from benchmarks.machine import memory_mb
+from benchmarks.machine import Stopwatch, memory_mb
 from benchmarks.records import Recorder, add_flags, quantity
 from motip.data.sequence import TrackRows
-from motip.evaluate.metrics import FAMILIES, prepare
+from motip.evaluate.metrics import FAMILIES, prepare_class
 from motip.evaluate.protocols import ScoredSequence
 
 TOLERANCE = 1e-9
@@ -50,16 +49,16 @@ def truth_rows(frames: int, objects: int, rng: np.random.Generator) -> TrackRows
 
 
 def tracker_rows(truth: TrackRows, tracker_ids: int, rng: np.random.Generator) -> TrackRows:
-    """`truth` as a poor tracker sees it: a tenth missed, boxes moved, tracks cut into exactly `tracker_ids` pieces, and
-    in every fifth frame two objects that wear each other's id."""
+    """Output of a poor tracker on `truth`: a tenth missed, noisy boxes, tracks fragmented into exactly `tracker_ids`
+    tracks, and in every fifth frame two objects with swapped ids."""
     seen = np.flatnonzero(rng.random(len(truth)) < 0.9)
     frames, owners = truth.frames[seen], truth.track_ids[seen]
     starts = np.concatenate([[True], owners[1:] != owners[:-1]])
-    wanted = tracker_ids - int(starts.sum())
+    cuts = tracker_ids - int(starts.sum())
     inside = np.flatnonzero(~starts)
-    if not 0 <= wanted <= len(inside):
+    if not 0 <= cuts <= len(inside):
         raise SystemExit(f"{len(seen)} boxes of {starts.sum()} objects cannot be cut into {tracker_ids} tracks")
-    starts[rng.choice(inside, wanted, replace=False)] = True
+    starts[rng.choice(inside, cuts, replace=False)] = True
     ids = np.cumsum(starts) - 1
     for frame in range(0, int(frames.max()) + 1, 5):
         here = np.flatnonzero(frames == frame)
@@ -78,19 +77,17 @@ def run_side(args: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     truth = truth_rows(args.frames, args.objects, rng)
     sequence = ScoredSequence("crowd", truth, tracker_rows(truth, args.tracker_ids, rng))
-    _, _, data = prepare(sequence, ("object",), "object")
+    _, _, data = prepare_class(sequence, ("object",), "object")
     if data["num_tracker_ids"] != args.tracker_ids:
-        raise SystemExit(f"{data['num_tracker_ids']} tracker ids were made, not {args.tracker_ids}")
+        raise SystemExit(f"{data['num_tracker_ids']} tracker ids instead of {args.tracker_ids}")
     before = memory_mb("VmRSS")
-    wall, cpu = [], []
+    stopwatch = Stopwatch()
     for _ in range(args.repeats):
-        started, started_cpu = time.perf_counter(), time.process_time()
-        results = {family: SIDES[args.side][family].eval_sequence(data) for family in PARTS[args.part]}
-        wall.append(time.perf_counter() - started)
-        cpu.append(time.process_time() - started_cpu)
+        with stopwatch:
+            results = {family: SIDES[args.side][family].eval_sequence(data) for family in PARTS[args.part]}
     return {
-        "wall s": wall,
-        "CPU s": cpu,
+        "wall s": stopwatch.wall_s,
+        "CPU s": stopwatch.cpu_s,
         "peak GB": memory_mb("VmHWM") / 1e3,
         "before": before / 1e3,
         "results": {
@@ -113,7 +110,7 @@ def measure(args: argparse.Namespace, side: str, part: str) -> dict[str, Any]:
 
 
 def check_equal(ours: Results, theirs: Results) -> int:
-    """How many numbers agree; ends the program with the first field that does not."""
+    """Number of equal values; raises SystemExit for the first field that differs."""
     compared = 0
     if ours.keys() != theirs.keys():
         raise SystemExit(f"the sides scored different families: {sorted(ours)} and {sorted(theirs)}")
@@ -122,7 +119,7 @@ def check_equal(ours: Results, theirs: Results) -> int:
             raise SystemExit(f"the sides differ in the fields of {family}")
         for name, expected in fields.items():
             if not np.allclose(ours[family][name], expected, rtol=0, atol=TOLERANCE):
-                raise SystemExit(f"the sides disagree on {family} {name}: {ours[family][name]} and {expected}")
+                raise SystemExit(f"the sides differ in {family} {name}: {ours[family][name]} and {expected}")
             compared += np.size(expected)
     return compared
 
@@ -130,10 +127,10 @@ def check_equal(ours: Results, theirs: Results) -> int:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=1000)
-    parser.add_argument("--objects", type=int, default=150, help="in every frame, and ground-truth ids in all")
+    parser.add_argument("--objects", type=int, default=150, help="objects in every frame = number of ground-truth ids")
     parser.add_argument("--tracker-ids", type=int, default=20_000)
-    parser.add_argument("--repeats", type=int, default=3, help="of our side; the median counts")
-    parser.add_argument("--baseline-repeats", type=int, default=1, help="of TrackEval's side, which takes a minute")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of our side; the median is recorded")
+    parser.add_argument("--baseline-repeats", type=int, default=1, help="repeats of TrackEval's side, a minute each")
     add_flags(parser, "100 frames, 500 tracker ids")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)

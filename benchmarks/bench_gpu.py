@@ -1,10 +1,10 @@
-"""The measurements of `gpu_checks.py` on the CUDA card at hand, as records.
+"""Records of the measurements of `gpu_checks.py` on a CUDA GPU.
 
-    python -m benchmarks.bench_gpu           # minutes, on a card
-    python -m benchmarks.bench_gpu --quick   # sizes that mean nothing
+    python -m benchmarks.bench_gpu           # minutes, on a GPU
+    python -m benchmarks.bench_gpu --quick   # smoke test with tiny sizes
 
-On a machine without a card it says that nothing was measured. Training and tracking are compared with the float32 path
-and PyTorch's own deformable attention, attention with `grid_sample` in the same type.
+Without a GPU it records that nothing was measured. Baseline of training and tracking is float32 with PyTorch's own
+deformable attention, that of attention is `grid_sample` in the same type.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLAIN = "float32 with PyTorch's own attention"
 
 
 def add_section(recorder: Recorder, section: str, cases: list[Case], settings: dict[str, Any]) -> None:
-    """The cases of one section of `gpu_checks.Checks`."""
+    """Add the cases of one section of `gpu_checks.Checks`."""
     ADD[section](recorder, cases, settings)
 
 
@@ -37,7 +37,7 @@ def _attention(recorder: Recorder, cases: list[Case], settings: dict[str, Any]) 
             if way in case and way in base:
                 quantities += [
                     quantity(f"{way} ms", 1e3 * case[way]["seconds"], 1e3 * base[way]["seconds"]),
-                    quantity(f"{way}, % of what arithmetic allows", 100 * case[way]["share_of_ceiling"]),
+                    quantity(f"{way}, % of the roofline", 100 * case[way]["share_of_ceiling"]),
                 ]
         work = f"attention, {case['shape']}, {_type(case['dtype'])}, {case['side']}"
         _add(recorder, work, case, settings, "grid_sample", quantities)
@@ -60,7 +60,7 @@ def _launches(recorder: Recorder, cases: list[Case], settings: dict[str, Any]) -
 
 def _memory(recorder: Recorder, cases: list[Case], settings: dict[str, Any]) -> None:
     for case in cases:
-        work = f"worst aerial clip, {case['rung']}, {case['attention']}"
+        work = f"worst aerial clip, {case['fallback']}, {case['attention']}"
         shape = {**settings, "size": list(case["size"]), "frames": 5, "objects": case["objects"], "type": "bf16"}
         _add(recorder, work, case, shape, None, _rates(case, {}, "clips_per_second", "clips/s"))
 
@@ -72,7 +72,7 @@ def _compile(recorder: Recorder, cases: list[Case], settings: dict[str, Any]) ->
         if "first_step_seconds" in case:
             first = cases[0].get("first_step_seconds")
             found.append(quantity("s of the first step", case["first_step_seconds"], first))
-        _add(recorder, work, case, settings, "the step as it is", found)
+        _add(recorder, work, case, settings, "without torch.compile", found)
 
 
 def _tracking(recorder: Recorder, cases: list[Case], settings: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ ADD = {
 
 
 def _rates(case: Case, base: Case, key: str, name: str) -> list[Quantity]:
-    """Rate, and peak of memory where the device counts it."""
+    """Rate, and peak memory if measured."""
     named = {key: (name, 1.0), "peak_bytes": ("peak GB", GB), "peak_reserved": ("reserved GB", GB)}
     return [
         quantity(label, case[each] / unit, base[each] / unit if each in base else None)
@@ -123,16 +123,16 @@ def _type(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
-    add_flags(parser, "sizes that mean nothing")
+    add_flags(parser, "smoke test with tiny sizes")
     args = parser.parse_args()
-    recorder = Recorder("gpu", "On a CUDA card", args)
+    recorder = Recorder("gpu", "On a CUDA GPU", args)
     if torch.cuda.is_available():
         checks = Checks(torch.device("cuda"), args.quick)
         for section in args.only:
             add_section(recorder, section, getattr(checks, section)(), {"median of calls": checks.repeats})
-            recorder.finish()  # a run that is cut off keeps what it has found
+            recorder.finish()  # an interrupted run keeps finished sections
     else:
-        recorder.skip("all of it", "there is no CUDA device")
+        recorder.skip("all sections", "no CUDA device")
     recorder.finish()
 
 

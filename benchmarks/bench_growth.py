@@ -1,17 +1,17 @@
-"""How time and memory grow with the work: frames, objects, image size, ID labels, shards, workers.
+"""Growth of time and memory with frames, objects, image size, ID labels, shards and workers.
 
     python -m benchmarks.bench_growth                      # a few minutes
     python -m benchmarks.bench_growth --only objects       # one kind
     python -m benchmarks.bench_growth --quick              # two sizes of each
 
-Training steps are those of the tiny preset (configs/demo/motip_tiny.yaml) through `motip.train.step.TrainStep`, with
-the optimiser, on clips of noise: CPU time of a step with one clip, and the highest resident memory above that of the
-process with its model. Every size runs in a process of its own. The exponent is the slope of the least-squares line
-through the logarithms (of each repeat by itself, hence its spread): 1 is proportional, 2 quadratic.
+Training steps are those of the tiny preset (configs/demo/motip_tiny.yaml) with `motip.train.step.TrainStep` and the
+optimiser, on clips of noise: CPU time of a step with one clip, and peak resident memory above that of the process with
+its model. Every size runs in a separate process. The exponent is the slope of the least-squares line through the
+logarithms, per repeat: 1 is proportional, 2 quadratic.
 
 Simulated: shards are entries of a manifest with the figures of real ones, without images. The manifest is written, read
-back, checked against its digest, and one epoch of clips is planned. Workers are processes on this machine that exchange
-gradients over loopback (gloo), and share its cores.
+back, checked against its digest, and one epoch of clips is planned. Workers are processes on this machine that reduce
+gradients over loopback (gloo) and share its cores.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from benchmarks.gpu_step import made_up_clip
-from benchmarks.machine import memory_mb
+from benchmarks.gpu_step import noise_clip
+from benchmarks.machine import Stopwatch, memory_mb
 from benchmarks.plots import exponent
 from benchmarks.records import Quantity, Recorder, Values, add_flags, quantity
 from benchmarks.results import ROOT
@@ -41,20 +41,20 @@ from motip.config import load_config, load_curriculum
 from motip.data.clips import PlanVideo, plan_clips
 from motip.data.manifest import Manifest, VideoEntry
 from motip.model import ModelSpec
-from motip.train.collectives import Communicator, SingleProcess, current_communicator
+from motip.train.collectives import ProcessGroup, SingleProcess, current_process_group
 from motip.train.optimizer import build_optimizer
 from motip.train.setup import fresh_model
 from motip.train.step import TrainStep
 
 Figures = dict[str, list[float]]
-"""What was measured at one size, by name: one value per repeat, or a single one."""
+"""Measurements at one size by name: one value per repeat, or a single one."""
 SHARD_BYTES, VIDEO_FRAMES, OBJECTS = 31_166_837, 200, 10
-"""A shard of 200 real BDD100K frames, as `bench_scale` measured it."""
+"""A shard of 200 real BDD100K frames, measured by `bench_scale`."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One clip per training step of the tiny preset; the sizes that one kind of growth varies."""
+class StepSizes:
+    """Sizes of a training step of the tiny preset with one clip."""
 
     frames: int = 5
     objects: int = 20
@@ -64,32 +64,31 @@ class Step:
     queries: int = 100
 
 
-def train(size: Step, steps: int) -> Figures:
-    """CPU seconds of each of some steps after one that loads kernels, and the memory they add."""
+def train(size: StepSizes, steps: int) -> Figures:
+    """CPU seconds of each of `steps` steps after a warm-up step, and the memory they add."""
     step, once = prepared(size, SingleProcess())
     before = memory_mb("VmRSS")
     once()
-    seconds = []
+    stopwatch = Stopwatch()
     for _ in range(steps):
-        began = time.process_time()
-        once()
-        seconds.append(time.process_time() - began)
+        with stopwatch:
+            once()
     check(step)
-    return {"CPU s per clip": seconds, "peak MB": [memory_mb("VmHWM") - before]}
+    return {"CPU s per clip": stopwatch.cpu_s, "peak MB": [memory_mb("VmHWM") - before]}
 
 
-def prepared(size: Step, ranks: Communicator) -> tuple[TrainStep, Callable[[], None]]:
-    """The step, and a call that trains on one and the same clip."""
+def prepared(size: StepSizes, ranks: ProcessGroup) -> tuple[TrainStep, Callable[[], None]]:
+    """The step, and a function that trains on the same clip with every call."""
     sets = {
         "NUM_ID_VOCABULARY": size.labels,
         "DETR_NUM_QUERIES": size.queries,
         "sampler_lengths": [size.frames],
         "MIXED_PRECISION": "no",
-        # The line shall not bend because a lower rung of the memory ladder was taken.
+        # An out-of-memory fallback would change the slope.
         "MEMORY_EFFICIENT": False,
     }
     config = load_config(ROOT / "configs/demo/motip_tiny.yaml", [f"{key}={value}" for key, value in sets.items()])
-    clip = made_up_clip(ModelSpec.from_config(config), size.frames, size.objects, (size.height, size.width))
+    clip = noise_clip(ModelSpec.from_config(config), size.frames, size.objects, (size.height, size.width))
     step = TrainStep(fresh_model(config).train(), config, ranks)
     optimizer = build_optimizer(step.model, config)
 
@@ -103,11 +102,11 @@ def prepared(size: Step, ranks: Communicator) -> tuple[TrainStep, Callable[[], N
 def check(step: TrainStep) -> None:
     counters = step.counters
     if counters.nonfinite_losses or counters.nonfinite_gradients or counters.out_of_memory or counters.lowered:
-        raise SystemExit(f"a step was left out, so the figures are not those of training: {counters}")
+        raise SystemExit(f"a step was skipped, so the figures are not those of training: {counters}")
 
 
 def plan(gigabytes: float) -> Figures:
-    """CPU seconds and memory of a manifest of so many GB of shards, written and read, and of planning an epoch."""
+    """CPU seconds and memory of writing and reading the manifest of `gigabytes` of shards, and of planning an epoch."""
     config = load_curriculum(str(ROOT / "configs/curriculum.yaml")).stages[0].config
     before, began = memory_mb("VmRSS"), time.process_time()
     entries = tuple(map(entry, range(round(gigabytes * 1e9 / SHARD_BYTES))))
@@ -124,18 +123,39 @@ def plan(gigabytes: float) -> Figures:
 def entry(number: int) -> VideoEntry:
     name, boxes = f"{number:06d}", {"car": VIDEO_FRAMES * OBJECTS}
     return VideoEntry(
-        source="bdd100k", dataset="bdd100k", split="train", sequence=name, video=name, segment=0,
-        first_frame=0, last_frame=VIDEO_FRAMES - 1, frames=VIDEO_FRAMES, fps=5.0, width=1280, height=720,
-        labels_sha256=f"{number:064x}", images_sha256=f"{number:064x}", shard=f"bdd100k/train/{name}.parquet",
-        shard_sha256=f"{number:064x}", shard_bytes=SHARD_BYTES, rows_per_group=8, boxes=boxes, ignored={},
-        tracks={"car": OBJECTS}, track_count=OBJECTS, objects=VIDEO_FRAMES * OBJECTS, max_objects=OBJECTS,
-        max_window_ids=OBJECTS, empty_frames=0, image_hashes=(f"{number:080x}",) * 3,
-    )  # fmt: skip
+        source="bdd100k",
+        dataset="bdd100k",
+        split="train",
+        sequence=name,
+        video=name,
+        segment=0,
+        first_frame=0,
+        last_frame=VIDEO_FRAMES - 1,
+        frames=VIDEO_FRAMES,
+        fps=5.0,
+        width=1280,
+        height=720,
+        labels_sha256=f"{number:064x}",
+        images_sha256=f"{number:064x}",
+        shard=f"bdd100k/train/{name}.parquet",
+        shard_sha256=f"{number:064x}",
+        shard_bytes=SHARD_BYTES,
+        rows_per_group=8,
+        boxes=boxes,
+        ignored={},
+        tracks={"car": OBJECTS},
+        track_count=OBJECTS,
+        objects=VIDEO_FRAMES * OBJECTS,
+        max_objects=OBJECTS,
+        max_window_ids=OBJECTS,
+        empty_frames=0,
+        image_hashes=(f"{number:080x}",) * 3,
+    )
 
 
-def work_together(workers: int, steps: int) -> Figures:
-    """Clips/s of all workers together by wall time, their CPU seconds per clip, and the memory of the largest."""
-    # Not the interface that the machine's name leads to: servers of a test listen on loopback.
+def train_in_parallel(workers: int, steps: int) -> Figures:
+    """Total clips/s in wall time, CPU seconds per clip, and peak memory of the largest worker."""
+    # Loopback instead of the interface of the host name.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder:
         start_processes(worker, args=(workers, steps, folder), nprocs=workers, start_method="fork")
@@ -152,7 +172,7 @@ def worker(rank: int, workers: int, steps: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers
     )
-    step, once = prepared(Step(), current_communicator())
+    step, once = prepared(StepSizes(), current_process_group())
     before = memory_mb("VmRSS")
     once()
     torch.distributed.barrier()
@@ -169,7 +189,7 @@ def worker(rank: int, workers: int, steps: int, folder: str) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of growth: its name on the page, the sizes, what is done at one of them, and what else is to be said."""
+    """One kind of growth: name, sizes, measurement of one size, fixed configuration, and note."""
 
     work: str
     sizes: tuple[float, ...]
@@ -184,26 +204,26 @@ KINDS = {
     "frames": Kind(
         "frames per clip",
         (2, 5, 10, 20, 30),
-        lambda size, steps: train(Step(frames=int(size)), steps),
+        lambda size, steps: train(StepSizes(frames=int(size)), steps),
         {**STEP, "objects": 20, "image": "192x256", "ID labels": 50},
-        "Four frames have a gradient, however long the clip is; the others pass the detector without one.",
+        "Four frames have a gradient at every clip length; the others pass the detector without one.",
     ),
     "objects": Kind(
         "objects per frame",
         (10, 30, 100, 300),
-        lambda size, steps: train(Step(objects=int(size), labels=300, queries=300), steps),
+        lambda size, steps: train(StepSizes(objects=int(size), labels=300, queries=300), steps),
         {**STEP, "frames": 5, "image": "192x256", "ID labels": 300, "queries": 300},
     ),
     "image": Kind(
         "thousand pixels per image",
         tuple(SIDES),
-        lambda size, steps: train(Step(height=SIDES[size][0], width=SIDES[size][1]), steps),
+        lambda size, steps: train(StepSizes(height=SIDES[size][0], width=SIDES[size][1]), steps),
         {**STEP, "frames": 5, "objects": 20, "images": [f"{h}x{w}" for h, w in SIDES.values()]},
     ),
     "labels": Kind(
         "ID labels",
         (50, 100, 200, 500),
-        lambda size, steps: train(Step(labels=int(size)), steps),
+        lambda size, steps: train(StepSizes(labels=int(size)), steps),
         {**STEP, "frames": 5, "objects": 20, "image": "192x256"},
     ),
     "shards": Kind(
@@ -217,17 +237,17 @@ KINDS = {
     "workers": Kind(
         "workers on loopback",
         (1, 2, 4),
-        lambda size, steps: work_together(int(size), steps),
+        lambda size, steps: train_in_parallel(int(size), steps),
         {**STEP, "frames": 5, "objects": 20, "image": "192x256", "exchange": "gloo"},
-        "All workers share the cores that the configuration names, so that clips/s can grow up to it only (and "
-        "further where other programs want the cores too: more processes get more of them). What workers cost shows in "
-        "the CPU seconds. [scale.md](scale.md) has the arithmetic to 64.",
+        "All workers share the cores of the configuration, so clips/s can grow up to that number only (or further "
+        "while other programs compete: more processes get more core time). The cost of workers shows in the CPU "
+        "seconds. [scale.md](scale.md) extrapolates to 64.",
     ),
 }
 
 
 def at_each(name: str, sizes: tuple[float, ...], steps: int) -> list[Figures]:
-    """Each size in a process of its own, one after the other: a fork, whose peak of memory is counted from there."""
+    """Measure each size in a forked process, whose peak memory is counted from the fork."""
     found = []
     for size in sizes:
         with ProcessPoolExecutor(1, get_context("fork")) as process:
@@ -243,7 +263,7 @@ def _measured(name: str, size: float, steps: int) -> Figures:
 
 
 def slopes(figure: str, sizes: tuple[float, ...], found: list[Figures]) -> list[Quantity]:
-    """Over all sizes, and over the last two, where what does not depend on the size weighs least."""
+    """Exponent over all sizes, and over the last two, where constant costs weigh least."""
     both = [(f"exponent of {figure}", sizes, found)]
     if len(sizes) > 2:
         both.append((f"exponent of {figure}, last two", sizes[-2:], found[-2:]))
@@ -251,7 +271,7 @@ def slopes(figure: str, sizes: tuple[float, ...], found: list[Figures]) -> list[
 
 
 def exponents(sizes: tuple[float, ...], found: list[Figures], figure: str) -> list[float]:
-    """Of each repeat."""
+    """Exponent of each repeat."""
     return [exponent(list(sizes), list(values))[0] for values in zip(*(each[figure] for each in found), strict=True)]
 
 

@@ -1,13 +1,13 @@
-"""Peak memory and time of one training forward+backward of the ID decoder: ours against nn.MultiheadAttention.
+"""Peak memory and time of one training forward and backward of the ID decoder: ours against nn.MultiheadAttention.
 
-    python -m benchmarks.bench_id_decoder                 # T=30 N=40 G=6, and N=100 for ours alone
+    python -m benchmarks.bench_id_decoder                 # T=30 N=40 G=6, and N=100 for ours only
     python -m benchmarks.bench_id_decoder --quick         # seconds
     python -m benchmarks.bench_id_decoder --objects 100 --sides ours
 
-The baseline is the straightforward reading of the paper: one-hot products for the ID embedding, one attention mask of
-(batch x heads, T*N, T*N) with the relative position bias gathered into it, attention maps returned. Both sides hold the
-same weights and must give the same loss and gradients. Each runs in a process of its own; "peak" is the highest
-resident size during the step minus the resident size before it.
+The baseline is the direct implementation of MOTIP, section 3.3: one-hot products for the ID embedding, one attention
+mask of (batch x heads, T*N, T*N) that includes the relative position bias, attention maps returned. Both have the same
+weights and must give the same loss and gradients. Each runs in a separate process; "peak" is the highest resident size
+during the step minus the resident size before it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import cores_allowed, memory_mb
+from benchmarks.machine import Stopwatch, cores_allowed, memory_mb
 from benchmarks.records import Recorder, add_flags, quantity
 from motip.model.id_decoder import IdDecoder
 from motip.model.spec import ModelSpec
 
 
 class NaiveIdDecoder(nn.Module):
-    """Same keys and numbers as ``IdDecoder``, built from ``nn.MultiheadAttention``."""
+    """Same parameters and results as ``IdDecoder``, built from ``nn.MultiheadAttention``."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -59,7 +58,7 @@ class NaiveIdDecoder(nn.Module):
         pairs: list[tuple[Tensor, Tensor]] = [
             (self.rel_pos_embeds, ours.rel_pos_embeds),
             (self.word_to_embed.weight, ours.word_to_embed.weight),
-            (self.embed_to_word.weight, ours.embed_to_word_layers[0].weight),
+            (self.embed_to_word.weight, ours.embed_to_word_layers[0].weight),  # type: ignore[list-item]
         ]
         for mine, theirs in (
             (self.self_attn, ours.self_attn_layers),
@@ -121,6 +120,7 @@ def make_case(args: argparse.Namespace) -> tuple[IdDecoder, dict[str, Tensor]]:
 
 
 def run_side(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one implementation in this process: times, peak memory, loss and gradient norms."""
     torch.set_num_threads(args.threads)
     decoder, case = make_case(args)
     decoder.train()
@@ -140,21 +140,20 @@ def run_side(args: argparse.Namespace) -> dict[str, Any]:
         target = labels[0].masked_fill(hidden[0], -100)
         return nn.functional.cross_entropy(logits.flatten(0, 2), target.flatten(), ignore_index=-100)
 
-    step(2).backward()  # loads kernels and allocates gradients, so that the figures are the step's own
+    # Warm-up: loads kernels and allocates gradients.
+    step(2).backward()
     before = memory_mb("VmRSS")
-    seconds, cpu_seconds = [], []
+    stopwatch = Stopwatch()
     for _ in range(args.repeats):
         model.zero_grad(set_to_none=False)
         history.grad = objects.grad = None
-        start, cpu_start = time.perf_counter(), time.process_time()
-        loss = step(args.frames)
-        loss.backward()
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu_start)
+        with stopwatch:
+            loss = step(args.frames)
+            loss.backward()
     assert history.grad is not None and objects.grad is not None
     return {
-        "wall s": seconds,
-        "CPU s": cpu_seconds,
+        "wall s": stopwatch.wall_s,
+        "CPU s": stopwatch.cpu_s,
         "peak MB": memory_mb("VmHWM") - before,
         "loss": loss.item(),
         "history_grad": history.grad.norm().item(),
@@ -174,12 +173,12 @@ def measure(args: argparse.Namespace, side: str) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace, recorder: Recorder) -> None:
-    """Run the sides; with both, check that they agree."""
+    """Measure the sides and record them; with both, check that they agree."""
     results = {side: measure(args, side) for side in args.sides}
     ours, naive = results["ours"], results.get("naive", {})
     for name in ("loss", "history_grad", "objects_grad") if naive else ():
         if abs(ours[name] - naive[name]) > 1e-3 * abs(naive[name]):
-            raise SystemExit(f"the sides disagree on {name}: {ours[name]} and {naive[name]}")
+            raise SystemExit(f"the sides differ in {name}: {ours[name]} and {naive[name]}")
     recorder.add(
         f"T={args.frames}, N={args.objects}, G={args.groups}",
         {"threads": args.threads, "layers": 6, "channels": 512, "USE_DECODER_CHECKPOINT": args.checkpoint},
@@ -197,12 +196,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--checkpoint", action="store_true", help="USE_DECODER_CHECKPOINT on our side")
     parser.add_argument("--sides", nargs="+", choices=["naive", "ours"], default=["naive", "ours"])
-    parser.add_argument("--crowd", type=int, default=100, help="objects of a second run, ours alone; 0: none")
+    parser.add_argument("--crowd", type=int, default=100, help="objects of a second run of ours only; 0: none")
     parser.add_argument("--side", choices=["naive", "ours"], help=argparse.SUPPRESS)
     add_flags(parser, "T=10 N=12 G=2, once")
     args = parser.parse_args(argv)
     if "ours" not in args.sides:
-        parser.error("--sides must name ours")
+        parser.error("--sides must include ours")
     if args.quick:
         args.frames, args.objects, args.groups, args.repeats, args.crowd = 10, 12, 2, 1, 0
     return args
@@ -217,7 +216,7 @@ def main() -> None:
     compare(args, recorder)
     if args.crowd and args.objects != args.crowd:
         crowd = copy(args)
-        # The baseline's masks and maps would need six times its memory at 40 objects.
+        # Masks and maps of the baseline would need six times its memory with 40 objects.
         crowd.objects, crowd.sides, crowd.repeats = args.crowd, ["ours"], 1
         compare(crowd, recorder)
     recorder.finish()

@@ -1,4 +1,4 @@
-"""What grows with the number of videos, per piece, on this machine: the figures that docs/scale.md multiplies.
+"""Unit costs of quantities that grow with the number of videos, the basis of docs/scale.md.
 
     python -m benchmarks.bench_scale
 
@@ -54,11 +54,13 @@ def requests() -> list[Quantity]:
 
     def frame(number: int) -> Frame:
         boxes = random.random((OBJECTS, 4)).astype(np.float32) * 500
-        nothing = np.zeros(OBJECTS, np.float32)
-        return Frame(number, random.bytes(FRAME_BYTES), boxes, np.arange(OBJECTS), ("car",) * OBJECTS,
-                     np.zeros(OBJECTS, bool), nothing, nothing)  # fmt: skip
+        zeros = np.zeros(OBJECTS, np.float32)
+        ignored = np.zeros(OBJECTS, bool)
+        image, names = random.bytes(FRAME_BYTES), ("car",) * OBJECTS
+        return Frame(number, image, boxes, np.arange(OBJECTS), names, ignored, zeros, zeros)
 
     with object_store() as store:
+        # A shard, and the requests to read its labels and to open it.
         path = location(f"{store.uri}/shards/video.parquet")
         frames = tuple(frame(number) for number in range(VIDEO_FRAMES))
         write_shard(Sequence("video", "bdd100k", "train", 5.0, 1280, 720, frames), path)
@@ -68,6 +70,7 @@ def requests() -> list[Quantity]:
         store.requests.clear()
         shard = Shard(path)
         opened = len(store.requests)
+        # Requests per clip.
         groups, read = [], []
         for interval in (2, 3):
             for start in range(8):
@@ -121,8 +124,8 @@ def checkpoint() -> list[Quantity]:
     with torch.device("meta"):
         model = build_model(ModelSpec.from_config(config))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    all_of_it = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    stored = 4 * (all_of_it + 2 * trained)  # AdamW keeps two moments of each trained number
+    stored_numbers = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    stored = 4 * (stored_numbers + 2 * trained)  # AdamW stores two moments per trained parameter
     return [quantity("MB of gradients", 4 * trained / 1e6), quantity("MB of a checkpoint", stored / 1e6)]
 
 
@@ -131,7 +134,7 @@ def main() -> None:
     add_flags(parser, "20 videos, 5 points")
     args = parser.parse_args()
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    recorder = Recorder("scale", "What grows with the number of videos, per piece", args)
+    recorder = Recorder("scale", "Unit costs of a growing number of videos", args)
     videos, points = (20, 5) if args.quick else (1000, 300)
     frames = {"frames per video": VIDEO_FRAMES, "objects per frame": OBJECTS}
     recorder.add(f"planning the clips of {videos} videos", frames, None, planning(videos))

@@ -1,16 +1,16 @@
 """One training step of the full network: CPU seconds and peak memory of ours against the naive form.
 
     python -m benchmarks.bench_step                    # the published network at 480x854, a few minutes
-    python -m benchmarks.bench_step --sides ours       # ours alone
+    python -m benchmarks.bench_step --sides ours       # ours only
     python -m benchmarks.bench_step --quick            # a smaller network on small images, seconds
 
 A step is forward, losses, backward, clipping and AdamW on one clip of noise, with
-configs/r50_deformable_detr_motip_dancetrack.yaml. Ours is `motip.train.step.TrainStep` as training runs it; what the
-naive form does and does not do is said in `naive_step`. Each runs in a process of its own. Both hold the same random
-weights, and the learning rate is 0, so that every repeat has the same losses and gradients; they must agree.
+configs/r50_deformable_detr_motip_dancetrack.yaml. Ours is `motip.train.step.TrainStep` as in training; the naive form
+is described in `naive_step`. Each runs in a separate process. Both have the same random weights and a learning rate of
+0, so that every repeat has the same losses and gradients, which must agree.
 
-"peak MB" is the highest resident memory of the whole process: libraries, weights, gradients and the optimiser's moments
-are in it on both sides. A small step goes first, so that kernels are loaded and the moments exist.
+"peak MB" is the highest resident memory of the process, including libraries, weights, gradients and optimiser moments.
+A small warm-up step loads kernels and creates the moments.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_step import made_up_clip
-from benchmarks.machine import memory_mb
+from benchmarks.gpu_step import noise_clip
+from benchmarks.machine import Stopwatch, memory_mb
 from benchmarks.records import Recorder, add_flags, quantity
 from benchmarks.results import ROOT
 from motip.config import Config, load_config
@@ -40,9 +39,9 @@ SIDES = ("naive", "ours")
 SALT = 11
 OBJECTS = 10
 NAIVE_GB = 12.0
-"""Free memory below which the naive form is not started."""
+"""Free memory required by the naive form."""
 SMALLER = ("DETR_ENC_LAYERS=1", "DETR_DEC_LAYERS=2", "NUM_ID_DECODER_LAYERS=2", "DETR_NUM_QUERIES=50")
-Step = Callable[[ClipBatch], dict[str, float]]
+StepFunction = Callable[[ClipBatch], dict[str, float]]
 
 
 def settings(args: argparse.Namespace) -> Config:
@@ -50,9 +49,9 @@ def settings(args: argparse.Namespace) -> Config:
     return load_config(ROOT / CONFIG, [*sets, *(SMALLER if args.quick else ())])
 
 
-def our_step(config: Config) -> Step:
+def our_step(config: Config) -> StepFunction:
+    from motip.data.host_memory import keep_freed_memory
     from motip.train.collectives import SingleProcess
-    from motip.train.host_memory import keep_freed_memory
     from motip.train.optimizer import build_optimizer
     from motip.train.setup import fresh_model
     from motip.train.step import TrainStep
@@ -69,14 +68,14 @@ def our_step(config: Config) -> Step:
     def once(clip: ClipBatch) -> dict[str, float]:
         losses = step.accumulate(clip, torch.arange(clip.images.shape[1]))
         norms = step.apply(optimizer)
-        if losses.skipped or losses.lowered:
-            raise SystemExit(f"the step was left out or made smaller: {losses}")
+        if losses.skipped or losses.retries:
+            raise SystemExit(f"the step was skipped or used a fallback: {losses}")
         return {**losses.values, **norms}
 
     return once
 
 
-def naive_step(config: Config) -> Step:
+def naive_step(config: Config) -> StepFunction:
     from benchmarks.naive_step import NaiveStep
 
     spec = ModelSpec.from_config(config)
@@ -85,24 +84,28 @@ def naive_step(config: Config) -> Step:
 
 
 def run_side(args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of each repeat, and the losses of the last."""
+    """Times of each repeat, peak memory, and metrics of the last repeat."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = settings(args)
     spec = ModelSpec.from_config(config)
     step = our_step(config) if args.side == "ours" else naive_step(config)
-    clip = made_up_clip(spec, args.frames, OBJECTS, (args.height, args.width))
-    step(made_up_clip(spec, 2, OBJECTS, (64, 96)))
+    clip = noise_clip(spec, args.frames, OBJECTS, (args.height, args.width))
+    step(noise_clip(spec, 2, OBJECTS, (64, 96)))
     before = memory_mb("VmRSS")
-    wall, cpu = [], []
-    told: dict[str, float] = {}
+    stopwatch = Stopwatch()
+    metrics: dict[str, float] = {}
     for _ in range(args.repeats):
-        began, cpu_began = time.perf_counter(), time.process_time()
-        told = step(clip)
-        wall.append(time.perf_counter() - began)
-        cpu.append(time.process_time() - cpu_began)
+        with stopwatch:
+            metrics = step(clip)
     peak = memory_mb("VmHWM")
-    return {"CPU s": cpu, "wall s": wall, "peak MB": peak, "MB that a step adds": peak - before, "told": told}
+    return {
+        "CPU s": stopwatch.cpu_s,
+        "wall s": stopwatch.wall_s,
+        "peak MB": peak,
+        "MB that a step adds": peak - before,
+        "metrics": metrics,
+    }
 
 
 def measure(args: argparse.Namespace, side: str) -> dict[str, Any]:
@@ -125,17 +128,17 @@ def measure(args: argparse.Namespace, side: str) -> dict[str, Any]:
 
 
 def differences(ours: dict[str, float], naive: dict[str, float]) -> tuple[float, float]:
-    """The greatest of the losses, and of the gradients' norms as a share.
+    """Greatest difference of the losses, and greatest relative difference of the gradient norms.
 
     Raises:
-        SystemExit: the gradients are not the same.
+        SystemExit: the gradient norms differ by more than 0.1 %.
     """
     losses = [name for name in naive if "loss" in name]
-    apart = max(abs(ours[name] - naive[name]) for name in losses)
-    norms = max(abs(ours[name] / naive[name] - 1) for name in ("detr_grad_norm", "other_grad_norm"))
-    if norms > 1e-3:
+    loss_difference = max(abs(ours[name] - naive[name]) for name in losses)
+    norm_difference = max(abs(ours[name] / naive[name] - 1) for name in ("detr_grad_norm", "other_grad_norm"))
+    if norm_difference > 1e-3:
         raise SystemExit(f"the gradients differ: {ours} and {naive}")
-    return apart, norms
+    return loss_difference, norm_difference
 
 
 def free_gb() -> float:
@@ -155,7 +158,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser, "a smaller network on images of 96x160, once")
     args = parser.parse_args(argv)
     if "ours" not in args.sides:
-        parser.error("--sides must name ours")
+        parser.error("--sides must include ours")
     if args.quick:
         args.height, args.width, args.repeats = 96, 160, 1
     return args
@@ -168,20 +171,22 @@ def main() -> None:
         return
     recorder = Recorder("step", "Training step", args)
     work = f"T={args.frames}, {args.height}x{args.width}, 4 gradient frames, 6 groups, {OBJECTS} objects"
+    # Measure both sides, or ours only if memory is short.
     sides = list(args.sides)
     free = free_gb()
     if "naive" in sides and free < NAIVE_GB and not args.quick:
-        recorder.skip(f"{work}, the naive form", f"not enough memory: {NAIVE_GB:g} GB wanted, {free:.1f} free")
+        recorder.skip(f"{work}, the naive form", f"not enough memory: {NAIVE_GB:g} GB required, {free:.1f} free")
         sides.remove("naive")
     found = {side: measure(args, side) for side in sides}
+    # Compare and record.
     ours, naive = found["ours"], found.get("naive")
     names = ("CPU s", "peak MB", "MB that a step adds", "wall s")
     quantities = [quantity(name, ours[name], naive[name] if naive else None) for name in names]
     if naive:
-        apart, norms = differences(ours["told"], naive["told"])
+        loss_difference, norm_difference = differences(ours["metrics"], naive["metrics"])
         quantities += [
-            quantity("greatest loss difference", apart),
-            quantity("greatest difference of a gradient's norm, share", norms),
+            quantity("greatest loss difference", loss_difference),
+            quantity("greatest difference of a gradient's norm, share", norm_difference),
         ]
     recorder.add(
         work,

@@ -1,11 +1,11 @@
-"""Memory and waiting of the data path over a large shard set: Ray Data actors, object store, a simulated training step.
+"""Memory and waiting time of the data path on a large shard set: Ray Data actors, object store, simulated steps.
 
     python -m benchmarks.bench_stream_memory [--gigabytes 2] [--lengths 5 30] [--step 0.5] [--steps 120]
 
-Shards are written first: 200-frame videos of 1280x720 JPEGs (noise on smooth ground, as large as real frames), as many
-as the size asks for. Then --steps clips of each length are taken in steps that sleep for --step seconds, like a
-worker that waits for its device. Reported: latency of the first batch, share of the time spent waiting, RSS of the
-decoding actors in the first quarter and in the last (growth means a leak), object store use and spilled bytes.
+Shards are written first: 200-frame videos of 1280x720 JPEGs (noise on a smooth background, as large as real frames), up
+to --gigabytes. Then --steps clips of each length are consumed in steps that sleep for --step seconds, like a worker
+waiting for its device. Recorded: latency of the first batch, share of the time spent waiting, RSS of the decoding
+actors in the first and the last quarter (growth indicates a leak), object store use and spilled bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,14 +32,14 @@ from motip.data.stream import clip_dataset, iterate
 
 CLASSES = {"bdd": ClassMap(("pedestrian", "car"), {"car": ("car",)})}
 FRAMES = 200
-PICTURES = 32
+IMAGES = 32
 
 
-def pictures() -> list[bytes]:
+def jpeg_images() -> list[bytes]:
     """JPEGs of 1280x720 with about 190 kB each."""
     rng = np.random.default_rng(0)
     encoded = []
-    for _ in range(PICTURES):
+    for _ in range(IMAGES):
         ground = cv2.resize(
             rng.integers(0, 256, (9, 16, 3), dtype=np.uint8), (1280, 720), interpolation=cv2.INTER_CUBIC
         )
@@ -47,15 +48,16 @@ def pictures() -> list[bytes]:
     return encoded
 
 
-def write_world(folder: Path, gigabytes: float) -> list[SimpleNamespace]:
-    encoded = pictures()
+def write_shards(folder: Path, gigabytes: float) -> list[Any]:
+    """Write shards of about `gigabytes`; returns their manifest entries."""
+    encoded = jpeg_images()
     per_video = FRAMES * sum(map(len, encoded)) / len(encoded)
     boxes = np.array([[100 + 60 * k, 200, 180 + 60 * k, 300] for k in range(12)], np.float32)
     flags = np.zeros(12, np.int8)
     entries = []
     for number in range(max(1, round(gigabytes * 2**30 / per_video))):
         frames = tuple(
-            Frame(n, encoded[(n + 7 * number) % PICTURES], boxes, np.arange(12), ("car",) * 12, flags > 0, flags, flags)
+            Frame(n, encoded[(n + 7 * number) % IMAGES], boxes, np.arange(12), ("car",) * 12, flags > 0, flags, flags)
             for n in range(FRAMES)
         )
         name = f"v{number:03d}"
@@ -72,11 +74,11 @@ def status_kb(pid: str, field: str) -> int:
     return 0
 
 
-class Watch:
-    """Resident memory of the decoding actors and use of the object store, every half second.
+class MemorySampler:
+    """Resident memory of the decoding actors and use of the object store, sampled every half second.
 
-    RssAnon and RssFile are the actors' own; pages of the object store that they map count as RssShmem and are bounded
-    and reported apart.
+    RssAnon and RssFile are private to the actors; mapped pages of the object store count as RssShmem and are reported
+    separately.
     """
 
     def __init__(self) -> None:
@@ -86,7 +88,7 @@ class Watch:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MemorySampler:
         self._thread.start()
         return self
 
@@ -113,14 +115,14 @@ def _actor_processes() -> Iterator[str]:
         if entry.name.isdigit():
             try:
                 title = (entry / "cmdline").read_bytes()
-            except OSError:  # ended while we were looking
+            except OSError:  # the process has ended meanwhile
                 continue
             if b"MapWorker" in title or b"_DecodeActor" in title:
                 yield entry.name
 
 
 def spilled_bytes() -> int:
-    """What the object store has written to disk since it started."""
+    """Bytes that the object store has spilled to disk since its start."""
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
@@ -131,7 +133,7 @@ def spilled_bytes() -> int:
 def run(options: argparse.Namespace, folder: Path, recorder: Recorder) -> None:
     import ray
 
-    entries = write_world(folder, options.gigabytes)
+    entries = write_shards(folder, options.gigabytes)
     gigabytes = sum(path.stat().st_size for path in folder.rglob("*.parquet")) / 2**30
     print(f"{len(entries)} shards, {gigabytes:.2f} GiB", flush=True)
     for length in options.lengths:
@@ -146,7 +148,7 @@ def run(options: argparse.Namespace, folder: Path, recorder: Recorder) -> None:
             "s per step": options.step,
             "decoding actors": options.actors,
         }
-        # A cluster for each length: the store's figures are counted from its start.
+        # One cluster per length: the counters of the store start with it.
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         try:
             figures = measure(options, loader, list(plan.clips))
@@ -156,9 +158,9 @@ def run(options: argparse.Namespace, folder: Path, recorder: Recorder) -> None:
 
 
 def measure(options: argparse.Namespace, loader: ClipLoader, rows: list[ClipRef]) -> dict[str, float]:
-    """Figures of one run by name; memory is that of all decoding actors together, without the store's pages."""
+    """Measurements of one run by name; memory is the sum over decoding actors without pages of the store."""
     waited: list[float] = []
-    with Watch() as watch:
+    with MemorySampler() as memory:
         begin = mark = time.perf_counter()
         dataset = clip_dataset(rows, loader, actors=options.actors, actor_cpus=0.5)
         for _ in iterate(dataset, rows, batch_size=1):
@@ -168,12 +170,12 @@ def measure(options: argparse.Namespace, loader: ClipLoader, rows: list[ClipRef]
         total = time.perf_counter() - begin
         spilled = spilled_bytes()
     first, later = waited[0], sum(waited[1:])
-    quarter = len(watch.actors_mb) // 4
+    quarter = len(memory.actors_mb) // 4
     return {
         "waiting, % of the time": 100 * later / (total - first),
-        "actors' MB, first quarter": max(watch.actors_mb[: quarter + 1]),
-        "actors' MB, last quarter": max(watch.actors_mb[-quarter - 1 :]),
-        "object store, most MB": max(watch.store_mb),
+        "actors' MB, first quarter": max(memory.actors_mb[: quarter + 1]),
+        "actors' MB, last quarter": max(memory.actors_mb[-quarter - 1 :]),
+        "object store, most MB": max(memory.store_mb),
         "spilled MB": spilled / 2**20,
         "s to the first batch": first,
     }
@@ -183,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the shard set (default: %(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[5, 30], help="frames per clip")
-    parser.add_argument("--steps", type=int, default=120, help="clips to take (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="clips to consume (default: %(default)s)")
     parser.add_argument("--step", type=float, default=0.5, help="seconds a step takes (default: %(default)s)")
     parser.add_argument("--actors", type=int, default=2, help="decoding actors (default: %(default)s)")
     add_flags(parser, "T=5, 0.05 GiB, 12 clips")

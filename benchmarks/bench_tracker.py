@@ -1,21 +1,20 @@
-"""Milliseconds per frame of the tracker without the detector: ours against the naive form, same ids asserted.
+"""Milliseconds per frame of the tracker without the detector: ours against the naive form; equal ids are asserted.
 
     python -m benchmarks.bench_tracker                  # the figures of docs/performance.md
-    python -m benchmarks.bench_tracker --objects 200    # a crowd, with 200 ID labels
+    python -m benchmarks.bench_tracker --objects 200    # crowded scene, with 200 ID labels
     python -m benchmarks.bench_tracker --quick          # seconds
 
-The naive form is the straightforward reading of the paper: in every frame the whole history (29 frames) goes through
-trajectory modelling and through `nn.MultiheadAttention` in each of the 6 layers, attention maps included, and each
-detection is handled in a Python loop. Ours projects a detection once, when it becomes history. Both hold the same
-full-size weights (256 + 256 channels, 6 layers, 50 ID labels or one per object), see the same detections and must give
-the same ids.
+The naive form is a direct implementation of MOTIP: in every frame the complete history (29 frames) passes trajectory
+modelling and `nn.MultiheadAttention` in each of the 6 layers, with attention maps, and detections are handled in Python
+loops. Ours projects a detection once, when it becomes history. Both have the same full-size weights (256 + 256
+channels, 6 layers, 50 ID labels or one per object), process the same detections and must give the same ids.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_id_decoder import NaiveIdDecoder
-from benchmarks.machine import cores_allowed
+from benchmarks.machine import Stopwatch, cores_allowed
 from benchmarks.records import Recorder, add_flags, quantity
 from motip.model import ModelSpec, build_model
 from motip.model.motip import MOTIP
@@ -33,15 +32,16 @@ from tests.parity import recipe
 
 HISTORY = 29
 CROWD = 100
-"""From so many objects on a third of the frames is timed: the naive form takes seconds for each."""
+"""Number of objects from which a third of the frames is timed: the naive form takes seconds per frame."""
 SETTINGS = TrackerSettings(memory_rule="published", newborn_order="query", mask_unused_labels=False, newborn_thresh=0.5)
-Detections = tuple[Tensor, Tensor, Tensor]
+FrameDetections = tuple[Tensor, Tensor, Tensor]
 
 
 class NaiveTracker:
-    """Full recomputation and per-detection loops; enough of the published rules for objects that stay in view."""
+    """Full recomputation and per-detection loops; the published rules needed for objects that stay in view."""
 
     def __init__(self, model: MOTIP) -> None:
+        assert model.trajectory_modeling is not None and model.id_decoder is not None
         self.modelling = model.trajectory_modeling
         self.decoder = NaiveIdDecoder(model.spec)
         self.decoder.copy_from(model.id_decoder)
@@ -112,7 +112,7 @@ class NaiveTracker:
 
 
 def full_size_model(labels: int = 50) -> MOTIP:
-    """A full-size ID half whose decoder follows features; the detector, which is not run, as small as it gets."""
+    """Full-size ID half with weights that match features, and a minimal detector that is not run."""
     small: dict[str, Any] = {"num_queries": 4, "enc_layers": 1, "dec_layers": 1, "dim_feedforward": 32}
     spec = ModelSpec(backbone="tiny_gn", num_id_vocabulary=labels, **small)
     model = build_model(spec).eval()
@@ -120,33 +120,39 @@ def full_size_model(labels: int = 50) -> MOTIP:
     return model
 
 
-def script(objects: int, frames: int) -> list[Detections]:
-    """300 queries per frame, `objects` of them confident, in another order each frame."""
+def scripted_detections(objects: int, frames: int) -> list[FrameDetections]:
+    """300 queries per frame, `objects` of them confident, in random order."""
     rng = np.random.default_rng(0)
-    looks = torch.from_numpy(rng.choice([-1.0, 1.0], (objects, 256))).float()
+    appearance = torch.from_numpy(rng.choice([-1.0, 1.0], (objects, 256))).float()
     detections = []
     for _ in range(frames):
         where = torch.from_numpy(rng.permutation(300)[:objects])
         logits, boxes = torch.full((300, 1), -5.0), torch.rand(300, 4)
         embeds = torch.randn(300, 256)
         logits[where], boxes[where] = 3.0, torch.tensor([0.5, 0.5, 0.1, 0.1])
-        embeds[where] = looks + torch.randn(objects, 256) * 0.05
+        embeds[where] = appearance + torch.randn(objects, 256) * 0.05
         detections.append((logits, boxes, embeds))
     return detections
 
 
 def timed(
-    update: Callable[[Detections], list[int]], frames: list[Detections]
+    update: Callable[[FrameDetections], list[int]], frames: list[FrameDetections]
 ) -> tuple[list[float], list[float], list[list[int]]]:
     """Wall and CPU milliseconds of each frame once the history is full, and the ids of every frame."""
     ids = [update(frame) for frame in frames[:HISTORY]]
-    wall, cpu = [], []
+    stopwatch = Stopwatch()
     for frame in frames[HISTORY:]:
-        started, started_cpu = time.perf_counter(), time.process_time()
-        ids.append(update(frame))
-        wall.append(1000 * (time.perf_counter() - started))
-        cpu.append(1000 * (time.process_time() - started_cpu))
-    return wall, cpu, ids
+        with stopwatch:
+            ids.append(update(frame))
+    return [1000 * each for each in stopwatch.wall_s], [1000 * each for each in stopwatch.cpu_s], ids
+
+
+def _naive_ids(tracker: NaiveTracker, frame: FrameDetections) -> list[int]:
+    return tracker.update(*frame)
+
+
+def _our_ids(tracker: Tracker, frame: FrameDetections) -> list[int]:
+    return tracker.update(*frame).ids.tolist()
 
 
 def main() -> None:
@@ -164,20 +170,20 @@ def main() -> None:
     for objects in args.objects:
         model = full_size_model(max(50, objects))
         count = args.frames if objects < CROWD else -(-args.frames // 3)
-        frames = script(objects, HISTORY + count)
+        frames = scripted_detections(objects, HISTORY + count)
         naive, ours = NaiveTracker(model), Tracker(model, SETTINGS, (1080, 1920))
-        # Interleaving would share caches between the two; each runs alone instead.
-        naive_ms, naive_cpu, naive_ids = timed(lambda frame, tracker=naive: tracker.update(*frame), frames)
-        ours_ms, ours_cpu, ours_ids = timed(lambda frame, tracker=ours: tracker.update(*frame).ids.tolist(), frames)
+        # Not interleaved, so that the two do not share caches.
+        naive_ms, naive_cpu, naive_ids = timed(partial(_naive_ids, naive), frames)
+        ours_ms, ours_cpu, ours_ids = timed(partial(_our_ids, ours), frames)
         if naive_ids != ours_ids:
-            raise SystemExit(f"the two trackers disagree with {objects} objects")
+            raise SystemExit(f"the ids of the two trackers differ with {objects} objects")
         recorder.add(
             f"{objects} objects",
             {"history": HISTORY, "threads": args.threads, "ID labels": max(50, objects), "frames timed": count},
             "the naive form with nn.MultiheadAttention",
             [
                 quantity("ms per frame", ours_ms, naive_ms),
-                # The steadier figure where other programs share the cores.
+                # Steadier while other programs share the cores.
                 quantity("CPU ms per frame", ours_cpu, naive_cpu),
             ],
         )

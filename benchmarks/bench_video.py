@@ -1,14 +1,15 @@
-"""Frames per second of drawing tracks and encoding 1080p video, without detector and decoding, against plain ways.
+"""Frames per second of drawing tracks and encoding 1080p video, without detector and decoding, against baselines.
 
     python -m benchmarks.bench_video                        # 300 frames, 30 objects
     python -m benchmarks.bench_video --objects 100 --frames 120
 
-Ours is what `motip track` does with a frame and its tracks: trails, boxes with rims, labels, bar, H.264 in yuv420p that
-plays in a browser. The others draw boxes and labels with bare OpenCV calls and write with `cv2.VideoWriter` (MPEG-4
-part 2, which browsers do not play; its wheels have no H.264 encoder) or with PyAV as its documentation shows it (H.264,
-x264's default preset). Wall time is what counts on a free machine; CPU time per frame tells more on a busy one.
+Ours is the output path of `motip track`: trails, boxes with rims, labels, status bar, H.264 in yuv420p that plays in a
+browser. The baselines draw boxes and labels with plain OpenCV calls and write with `cv2.VideoWriter` (MPEG-4 part 2,
+which browsers do not play; its wheels have no H.264 encoder) or with PyAV as in its documentation (H.264, default
+preset of x264). Wall time is relevant on an idle machine; CPU time per frame is more reliable on a busy one.
 
-The picture is the real 1080p clip of the samples (MOTIP_SAMPLES_DIR) played forth and back; without it a drawn one.
+The image is the real 1080p clip of the samples (MOTIP_SAMPLES_DIR) played forward and backward; without it a synthetic
+one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +25,7 @@ import av
 import cv2
 import numpy as np
 
+from benchmarks.machine import Stopwatch
 from benchmarks.records import Recorder, add_flags, quantity
 from motip.data.video_reader import open_source
 from motip.report.drawing import DrawnTracks, Painter
@@ -36,20 +37,20 @@ FPS = Fraction(30)
 NAMES = ("pedestrian", "car")
 
 
-def pictures() -> tuple[list[np.ndarray], str]:
-    """Frames to be shown forth and back, and where they are from."""
+def source_frames() -> tuple[list[np.ndarray], str]:
+    """Frames of one cycle, and their description for the record."""
     clip = Path(os.environ.get("MOTIP_SAMPLES_DIR", ROOT / "../shared/samples")) / "video" / "street_8_frames.mp4"
     if clip.is_file():
         frames = [image for _, image in open_source(str(clip))]
         if frames[0].shape == (HEIGHT, WIDTH, 3):
-            return [*frames, *frames[-2:0:-1]], f"real street, {len(frames)} frames forth and back"
+            return [*frames, *frames[-2:0:-1]], f"real street, {len(frames)} frames forward and backward"
     coarse = np.random.default_rng(0).integers(0, 255, (68, 140, 3), dtype=np.uint8)
-    ground = cv2.resize(coarse, (WIDTH + 160, HEIGHT), interpolation=cv2.INTER_CUBIC)
-    return [ground[:, shift : shift + WIDTH].copy() for shift in range(0, 160, 8)], "drawn, moving sideways"
+    background = cv2.resize(coarse, (WIDTH + 160, HEIGHT), interpolation=cv2.INTER_CUBIC)
+    return [background[:, shift : shift + WIDTH].copy() for shift in range(0, 160, 8)], "synthetic, moving sideways"
 
 
 def tracks(number: int, objects: int) -> DrawnTracks:
-    """Boxes that wander over the picture, each at its own pace."""
+    """Boxes that move over the image at different speeds."""
     ids = np.arange(objects)
     x = (97 * ids + number * (2 + ids % 5)) % (WIDTH - 120)
     y = 60 + (211 * ids + number * (ids % 3)) % (HEIGHT - 300)
@@ -57,14 +58,14 @@ def tracks(number: int, objects: int) -> DrawnTracks:
     return DrawnTracks(ids, boxes, ids % 2, (0.5 + 0.49 * np.cos(ids)).astype(np.float32))
 
 
-def naive_picture(image: np.ndarray, shown: DrawnTracks) -> np.ndarray:
-    picture = image.copy()
+def draw_naively(image: np.ndarray, shown: DrawnTracks) -> np.ndarray:
+    drawn = image.copy()
     for track_id, box, class_id, score in zip(shown.ids, shown.boxes_xyxy, shown.class_ids, shown.scores, strict=True):
         x0, y0, x1, y1 = map(int, box)
-        cv2.rectangle(picture, (x0, y0), (x1, y1), (0, 255, 0), 2)
+        cv2.rectangle(drawn, (x0, y0), (x1, y1), (0, 255, 0), 2)
         text = f"{track_id} {NAMES[class_id]} {score:.2f}"
-        cv2.putText(picture, text, (x0, y0 - 4), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 255, 0), 2)
-    return picture
+        cv2.putText(drawn, text, (x0, y0 - 4), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 255, 0), 2)
+    return drawn
 
 
 def ours(path: Path, frames: list[np.ndarray], count: int, objects: int) -> None:
@@ -78,8 +79,8 @@ def ours(path: Path, frames: list[np.ndarray], count: int, objects: int) -> None
 def with_opencv(path: Path, frames: list[np.ndarray], count: int, objects: int) -> None:
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), float(FPS), (WIDTH, HEIGHT))
     for number in range(count):
-        picture = naive_picture(frames[number % len(frames)], tracks(number, objects))
-        writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        drawn = draw_naively(frames[number % len(frames)], tracks(number, objects))
+        writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
     writer.release()
 
 
@@ -88,12 +89,12 @@ def with_pyav(path: Path, frames: list[np.ndarray], count: int, objects: int) ->
         stream = container.add_stream("libx264", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for number in range(count):
-            picture = naive_picture(frames[number % len(frames)], tracks(number, objects))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            drawn = draw_naively(frames[number % len(frames)], tracks(number, objects))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(drawn, format="rgb24")))
         container.mux(stream.encode(None))
 
 
-def drawing_alone(path: Path, frames: list[np.ndarray], count: int, objects: int) -> None:
+def drawing_only(path: Path, frames: list[np.ndarray], count: int, objects: int) -> None:
     painter = Painter(NAMES)
     for number in range(count):
         painter.draw(frames[number % len(frames)], tracks(number, objects), "frame   tracks   fps")
@@ -108,14 +109,15 @@ QUANTITIES = ("frames/s", "CPU ms per frame", "MB per 100 frames")
 
 
 def measure(work: Work, frames: list[np.ndarray], args: argparse.Namespace) -> list[list[float]]:
-    """Each of QUANTITIES, once per repeat."""
+    """Values of each of QUANTITIES, one per repeat."""
     found: list[list[float]] = [[] for _ in QUANTITIES]
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "out.mp4"
-            wall, cpu = time.perf_counter(), time.process_time()
-            work(path, frames, args.frames, args.objects)
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            stopwatch = Stopwatch()
+            with stopwatch:
+                work(path, frames, args.frames, args.objects)
+            wall, cpu = stopwatch.wall_s[0], stopwatch.cpu_s[0]
             size = path.stat().st_size / 1e6 if path.is_file() else 0.0
         for values, value in zip(
             found, (args.frames / wall, 1000 * cpu / args.frames, 100 * size / args.frames), strict=True
@@ -133,7 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.frames, args.repeats = 20, 1
-    frames, what = pictures()
+    frames, what = source_frames()
     recorder = Recorder("video", "Drawing tracks and writing 1080p video", args)
     settings = {"size": f"{WIDTH}x{HEIGHT}", "frames": args.frames, "picture": what}
     mine = measure(ours, frames, args)
@@ -142,8 +144,8 @@ def main() -> None:
         recorder.add(
             f"{args.objects} tracks, against {name}", settings, name, [quantity(*figure) for figure in figures]
         )
-    drawing = measure(drawing_alone, frames, args)
-    recorder.add(f"{args.objects} tracks, drawing alone", settings, None, [quantity(QUANTITIES[1], drawing[1])])
+    drawing = measure(drawing_only, frames, args)
+    recorder.add(f"{args.objects} tracks, drawing only", settings, None, [quantity(QUANTITIES[1], drawing[1])])
     recorder.finish()
 
 

@@ -1,7 +1,7 @@
-"""A training step out of the model rooms alone: no configuration, no Ray, no data set. For `gpu_checks.py`.
+"""Training step of `gpu_checks.py` without configuration, Ray or dataset.
 
-What `motip.train.step.TrainStep` does with one clip on one card, on made-up clips; it needs torch, torchvision, numpy
-and scipy, so that it runs on a machine that has no more than that.
+Equivalent to `motip.train.step.TrainStep` for one clip on one GPU, on synthetic clips; requires torch, torchvision,
+numpy and scipy only.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ TINY = ModelSpec(
 
 
 @dataclass(frozen=True)
-class Rung:
-    """As `motip.train.oom.Rung`, which cannot be imported without the configuration; a test holds them together."""
+class Fallback:
+    """Same fields as `motip.train.oom.OomFallback`, whose import needs the configuration; a test compares them."""
 
     name: str
     plan: FramePlan
@@ -53,16 +53,16 @@ class Rung:
     scale: float = 1.0
 
 
-RUNGS = (
-    Rung("as configured", FramePlan(4, 5), True),
-    Rung("detector recomputed", FramePlan(4, 2, recompute=True), True),
-    Rung("one image at a time", FramePlan(4, 1, recompute=True), True),
-    Rung("image at 75%", FramePlan(4, 1, recompute=True), True, 0.75),
+FALLBACKS = (
+    Fallback("as configured", FramePlan(4, 5), True),
+    Fallback("detector recomputed", FramePlan(4, 2, recompute=True), True),
+    Fallback("one image at a time", FramePlan(4, 1, recompute=True), True),
+    Fallback("image at 75%", FramePlan(4, 1, recompute=True), True, 0.75),
 )
-"""The memory ladder of configs/visdrone_stage2.yaml for clips of five frames."""
+"""Out-of-memory fallbacks of configs/visdrone_stage2.yaml for clips of five frames."""
 
 
-def made_up_clip(spec: ModelSpec, frames: int, objects: int, size_hw: tuple[int, int]) -> ClipBatch:
+def noise_clip(spec: ModelSpec, frames: int, objects: int, size_hw: tuple[int, int]) -> ClipBatch:
     """One clip of noise with the same objects in every frame, on the host."""
     rng = np.random.default_rng(0)
     settings = IdSettings(
@@ -83,7 +83,7 @@ def made_up_clip(spec: ModelSpec, frames: int, objects: int, size_hw: tuple[int,
         classes=[[classes] * frames],
         ignore_cxcywh=[[torch.empty(0, 4)] * frames],
         slots=IdSlots(**{name: torch.from_numpy(getattr(slots, name))[None] for name in SLOT_FIELDS}),
-        names=["made up"],
+        names=["noise"],
         weights=torch.ones(1),
         distractors=slots.distractors,
         dropped=slots.dropped,
@@ -91,11 +91,11 @@ def made_up_clip(spec: ModelSpec, frames: int, objects: int, size_hw: tuple[int,
 
 
 class Step:
-    """A model with its optimiser; a call trains it on one clip, moved to the device with every call.
+    """A model with its optimiser; each call moves one clip to the device and trains on it.
 
     Args:
-        half: type that autocast uses, None for float32.
-        compiled: keywords of ``torch.compile`` for the detector, None to run it as it is.
+        half: autocast type, None for float32.
+        compiled: arguments of ``torch.compile`` for the detector; None: not compiled.
     """
 
     def __init__(
@@ -111,20 +111,21 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=5e-4)
         self.criterion = DetectionCriterion()
 
-    def __call__(self, batch: ClipBatch, rung: Rung) -> float:
+    def __call__(self, batch: ClipBatch, fallback: Fallback) -> float:
         """The loss before the step."""
-        loss = self._loss(batch, rung)
+        loss = self._loss(batch, fallback)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 0.1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    def _loss(self, batch: ClipBatch, rung: Rung) -> Tensor:
+    def _loss(self, batch: ClipBatch, fallback: Fallback) -> Tensor:
         model, length = self.model, batch.images.shape[1]
         decoder, modeling = model.id_decoder, model.trajectory_modeling
         assert decoder is not None and modeling is not None
-        decoder.spec = replace(decoder.spec, use_decoder_checkpoint=rung.recompute_decoder)
+        decoder.spec = replace(decoder.spec, use_decoder_checkpoint=fallback.recompute_decoder)
+        # Targets, and the clip on the device.
         targets = DetectionTargets.from_frames(
             [frame for clip in batch.boxes_cxcywh for frame in clip],
             [frame for clip in batch.classes for frame in clip],
@@ -134,22 +135,23 @@ class Step:
         batch = replace(batch, boxes_cxcywh=[], classes=[], ignore_cxcywh=[]).to(self.device)
         slots = batch.slots
         assert slots is not None
+        # Detection loss, then ID loss of all frames but the first.
         past, now = slice(0, length - 1), slice(1, length)
         with torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None):
-            output = detect_frames(model, batch, list(range(length)), rung.plan)
+            output = detect_frames(model, batch, list(range(length)), fallback.plan)
             found = self.criterion(output, targets, sum(targets.counts))
             match = found.matching_last
             before = slot_features(output.outputs, targets, match, slots.trajectory_ann, slots.trajectory_masks, past)
-            asked = slot_features(output.outputs, targets, match, slots.unknown_ann, slots.unknown_masks, now)
+            unknown = slot_features(output.outputs, targets, match, slots.unknown_ann, slots.unknown_masks, now)
             logits = decoder(
                 modeling(before[0]),
                 slots.trajectory_labels[:, :, past],
                 before[1],
                 range(length - 1),
-                asked[0],
-                asked[1],
+                unknown[0],
+                unknown[1],
                 range(1, length),
             )
             count = float(count_supervised(slots.unknown_masks).sum())
-            identity = id_loss(logits, slots.unknown_labels[:, :, now], asked[1], count)
+            identity = id_loss(logits, slots.unknown_labels[:, :, now], unknown[1], count)
         return found.total + identity

@@ -1,19 +1,18 @@
-"""The plain training step that `bench_step` compares with: the papers read straight, built of PyTorch's own parts.
+"""Naive training step, the baseline of `bench_step`: a direct implementation of the papers with PyTorch's own modules.
 
-What somebody writes who wants the right result first. It saves where anyone would: frozen parameters (conv1 and layer1
-of the backbone) have no gradient, so that PyTorch keeps nothing for them, and frames without gradient run under
-`no_grad`. Beyond that nothing is done for speed or memory:
+Frozen parameters (conv1 and layer1 of the backbone) have no gradient and frames without gradient run under `no_grad`;
+otherwise it is not optimised for speed or memory:
 
-* frame after frame goes through the whole detector, torchvision's ResNet-50 with its own frozen batch norm;
-* deformable attention is one `grid_sample` per level, the samples of all levels kept side by side and then weighted;
+* frames pass the detector one by one, with torchvision's ResNet-50 and frozen batch norm;
+* deformable attention is one `grid_sample` per level; the samples of all levels are concatenated and then weighted;
 * `nn.MultiheadAttention` for the queries, heads on every decoder layer of every frame;
 * costs, Hungarian matching and losses frame by frame and layer by layer, with torchvision's loss functions;
 * ID slots are looked up group by group and frame by frame; the ID decoder is the one of `bench_id_decoder`, with
   attention maps and masks materialised;
-* PyTorch's AdamW as it comes.
+* PyTorch's AdamW with default options.
 
-Only what is the same arithmetic in any form is shared with `motip`: MLP heads, the sine position encoding, the inverse
-sigmoid and the feed-forward layers of trajectory modelling. Parameters have the published names.
+Shared with `motip` are modules without alternatives: MLP heads, sine position encoding, inverse sigmoid, and the
+feed-forward layers of trajectory modelling. Parameters have the published names.
 """
 
 from __future__ import annotations
@@ -63,10 +62,10 @@ class NaiveDeformableAttention(nn.Module):
         reference = reference[:, :, None, :, None]
         if reference.shape[-1] == 2:
             sizes = torch.tensor([[width, height] for height, width in shapes])
-            places = reference + offsets / sizes[:, None]
+            locations = reference + offsets / sizes[:, None]
         else:
-            places = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
-        grids = (2 * places - 1).transpose(1, 2).flatten(0, 1)  # (B*heads, Q, levels, points, 2)
+            locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
+        grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B*heads, Q, levels, points, 2)
         sampled = []
         levels = value.split([height * width for height, width in shapes], 1)
         for number, (level, shape) in enumerate(zip(levels, shapes, strict=True)):
@@ -146,8 +145,8 @@ class _Backbone(nn.Module):
         return [*maps, body.layer4(maps[-1])]
 
 
-class Found(NamedTuple):
-    """Of one frame: logits (L,Q,C) and boxes (L,Q,4) of the L decoder layers, hidden states (Q,D) of the last."""
+class FrameOutput(NamedTuple):
+    """Outputs of one frame: logits (L,Q,C) and boxes (L,Q,4) of the L decoder layers, last hidden states (Q,D)."""
 
     logits: Tensor
     boxes: Tensor
@@ -167,7 +166,7 @@ class NaiveDetector(nn.Module):
         self.input_proj = nn.ModuleList(nn.Sequential(each, nn.GroupNorm(32, dim)) for each in projections)
         self.backbone = nn.ModuleList([_Backbone(), SinePositionEncoding(dim)])
 
-    def forward(self, image: Tensor, mask: Tensor) -> Found:
+    def forward(self, image: Tensor, mask: Tensor) -> FrameOutput:
         """image (3,H,W) normalised, mask (H,W) True on padding."""
         backbone, position_of = self.backbone
         maps = backbone(image[None])
@@ -186,7 +185,7 @@ class NaiveDetector(nn.Module):
             pixels = layer(pixels, position, centres, shapes, padding)
         return self._decode(pixels, shapes, padding, ratios)
 
-    def _decode(self, pixels: Tensor, shapes: Shapes, padding: Tensor, ratios: Tensor) -> Found:
+    def _decode(self, pixels: Tensor, shapes: Shapes, padding: Tensor, ratios: Tensor) -> FrameOutput:
         query, target = self.query_embed.weight[None].chunk(2, -1)
         reference = self.transformer.reference_points(query).sigmoid()
         logits, boxes = [], []
@@ -203,16 +202,16 @@ class NaiveDetector(nn.Module):
             boxes.append(change.sigmoid()[0])
             logits.append(class_head(target)[0])
             reference = boxes[-1][None].detach()
-        return Found(torch.stack(logits), torch.stack(boxes), target[0])
+        return FrameOutput(torch.stack(logits), torch.stack(boxes), target[0])
 
 
 def _ratio(mask: Tensor) -> Tensor:
-    """mask (1,h,w) -> (1,2), the share of the width and of the height that is no padding."""
+    """mask (1,h,w) -> (1,2), unpadded share of width and height."""
     return torch.stack([(~mask[:, 0]).float().mean(1), (~mask[:, :, 0]).float().mean(1)], -1)
 
 
 def _centres(shapes: Shapes, ratios: Tensor) -> Tensor:
-    """Each pixel's centre in the coordinates of each level: (1, S, levels, 2)."""
+    """Pixel centres in the coordinates of each level: (1, S, levels, 2)."""
     found = []
     for level, (height, width) in enumerate(shapes):
         y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
@@ -238,16 +237,16 @@ class NaiveStep:
         self.max_norm = max_norm
         self.detr_parameters = [parameter for parameter in self.detr.parameters() if parameter.requires_grad]
         self.other_parameters = [*self.modeling.parameters(), *self.decoder.parameters()]
-        # A rate of 0: all the arithmetic, and the same weights in every repeat.
+        # Learning rate 0: complete arithmetic, equal weights in every repeat.
         self.optimizer = torch.optim.AdamW(
             [*self.detr_parameters, *self.other_parameters], lr=0.0, weight_decay=weight_decay
         )
 
     def __call__(self, batch: ClipBatch, order: list[int]) -> dict[str, float]:
         """Losses by published name, and both gradient norms before clipping."""
-        found: list[Found | None] = [None] * len(order)
-        for place, frame in enumerate(order):
-            with torch.set_grad_enabled(place < self.train_frames):
+        found: list[FrameOutput | None] = [None] * len(order)
+        for position, frame in enumerate(order):
+            with torch.set_grad_enabled(position < self.train_frames):
                 image = (batch.images[0, frame].float() / 255 - MEAN) / DEVIATION
                 mask = batch.masks[0, frame]
                 found[frame] = self.detr(image.masked_fill(mask, 0.0), mask)
@@ -263,11 +262,11 @@ class NaiveStep:
         }
         self.optimizer.step()
         self.optimizer.zero_grad()
-        told = {"loss": loss, "detr_loss": detection, "id_loss": identity, **losses, **norms}
-        return {name: float(value.detach()) for name, value in told.items()}
+        metrics = {"loss": loss, "detr_loss": detection, "id_loss": identity, **losses, **norms}
+        return {name: float(value.detach()) for name, value in metrics.items()}
 
     def _id_loss(self, batch: ClipBatch, hidden: list[Tensor], matched: list[Tensor]) -> Tensor:
-        """Of the objects of every frame but the first, among the groups' labels and "newborn"."""
+        """ID loss of the objects of all frames but the first."""
         slots = batch.slots
         assert slots is not None
         history = _features(hidden, matched, slots.trajectory_ann[0], slots.trajectory_masks[0])
@@ -277,9 +276,9 @@ class NaiveStep:
         logits = self.decoder(
             self.modeling(history), labels, slots.trajectory_masks[0], objects, slots.unknown_masks[0]
         )
-        wanted = slots.unknown_labels[0].masked_fill(slots.unknown_masks[0], -100)[:, 1:]
-        count = int((wanted >= 0).sum())
-        summed = F.cross_entropy(logits[:, 1:].flatten(0, 2), wanted.flatten(), reduction="sum", ignore_index=-100)
+        labels_now = slots.unknown_labels[0].masked_fill(slots.unknown_masks[0], -100)[:, 1:]
+        count = int((labels_now >= 0).sum())
+        summed = F.cross_entropy(logits[:, 1:].flatten(0, 2), labels_now.flatten(), reduction="sum", ignore_index=-100)
         return summed / max(count, 1)
 
 
@@ -297,9 +296,9 @@ def _features(hidden: list[Tensor], matched: list[Tensor], annotation: Tensor, m
 
 
 def detection_losses(
-    frames: list[Found], boxes_cxcywh: list[Tensor], classes: list[Tensor]
+    frames: list[FrameOutput], boxes_cxcywh: list[Tensor], classes: list[Tensor]
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Losses of every layer by published name, and per frame the query that the last layer gives each object."""
+    """Losses of every layer by published name, and per frame the matched queries of the objects in the last layer."""
     objects = max(1, sum(len(each) for each in boxes_cxcywh))
     losses: dict[str, Tensor] = {}
     matched: list[Tensor] = []
@@ -317,25 +316,25 @@ def detection_losses(
 
 
 def _frame_losses(
-    logits: Tensor, boxes: Tensor, wanted_boxes: Tensor, wanted_classes: Tensor
+    logits: Tensor, boxes: Tensor, target_boxes: Tensor, target_classes: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
     corners = box_convert(boxes, "cxcywh", "xyxy")
-    wanted_corners = box_convert(wanted_boxes, "cxcywh", "xyxy")
+    target_corners = box_convert(target_boxes, "cxcywh", "xyxy")
     with torch.no_grad():
-        probability = logits.sigmoid()[:, wanted_classes]
+        probability = logits.sigmoid()[:, target_classes]
         positive = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
         negative = 0.75 * probability**2 * -(1 - probability + 1e-8).log()
-        distance = torch.cdist(boxes, wanted_boxes, p=1)
-        cost = 5 * distance + 2 * (positive - negative) - 2 * generalized_box_iou(corners, wanted_corners)
+        distance = torch.cdist(boxes, target_boxes, p=1)
+        cost = 5 * distance + 2 * (positive - negative) - 2 * generalized_box_iou(corners, target_corners)
     found, of_objects = (torch.from_numpy(each) for each in linear_sum_assignment(cost.numpy()))
-    wanted = torch.zeros_like(logits)
-    wanted[found, wanted_classes[of_objects]] = 1.0
-    overlap = torch.diag(generalized_box_iou(corners[found], wanted_corners[of_objects]))
-    queries = torch.empty(len(wanted_boxes), dtype=torch.long)
+    one_hot = torch.zeros_like(logits)
+    one_hot[found, target_classes[of_objects]] = 1.0
+    overlap = torch.diag(generalized_box_iou(corners[found], target_corners[of_objects]))
+    queries = torch.empty(len(target_boxes), dtype=torch.long)
     queries[of_objects] = found
     losses = {
-        "loss_ce": sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2, reduction="sum"),
-        "loss_bbox": (boxes[found] - wanted_boxes[of_objects]).abs().sum(),
+        "loss_ce": sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2, reduction="sum"),
+        "loss_bbox": (boxes[found] - target_boxes[of_objects]).abs().sum(),
         "loss_giou": (1 - overlap).sum(),
     }
     return losses, queries

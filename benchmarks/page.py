@@ -1,4 +1,4 @@
-"""Pages of the measurements: docs/performance.md (targets), docs/performance-details.md (every table) and their plots.
+"""Renderer of docs/performance.md (targets), docs/performance-details.md (every table) and their plots.
 
     python -m benchmarks.page
 
@@ -38,25 +38,25 @@ ORDER = (
     "growth",
     "scale",
 )
-"""Of the sections; others follow by name."""
+"""Order of the sections; others follow by name."""
 
 HEAD = """\
 # Performance
 
 *Written by `python -m benchmarks.page` from the results in [performance](performance); do not edit by hand.
-`make bench` measures everything again on this machine, `python -m benchmarks --only tracker` one claim.*
+`make bench` runs all benchmarks on this machine, `python -m benchmarks --only tracker` one of them.*
 """
 
 DETAILS_HEAD = """\
 # Performance: every measurement
 
 *Written by `python -m benchmarks.page` from the results in [performance](performance); do not edit by hand. The targets
-and what was not measured are in [performance.md](performance.md).*
+and the missing measurements are in [performance.md](performance.md).*
 """
 
 
 def render(machines: list[Machine], notes: Path = NOTES) -> str:
-    """The page of targets: per machine one row per target, what was not measured, and links to the details."""
+    """The page of targets: per machine one row per target and the missing measurements; links to the details."""
     parts = [HEAD, _note(notes, "head")]
     for machine in machines:
         parts += [f"## Targets: {machine.heading()}", _target_table(machine), *_not_measured(machine)]
@@ -105,14 +105,14 @@ def _note(notes: Path, name: str) -> str:
 
 
 def _target_table(machine: Machine) -> str:
-    heads = ["work", "quantity", "ours", "baseline", "ratio", "to reach", "verdict", "measured on"]
+    heads = ["work", "quantity", "ours", "baseline", "ratio", "target", "verdict", "measured on"]
     return _table(heads, [_target_row(target, machine) for target in _targets_of(machine)])
 
 
 def _targets_of(machine: Machine) -> list[Target]:
-    """Those asked of this kind of machine, and what else was measured on it."""
-    has_card = machine.hardware["gpu"] is not None
-    return [target for target in TARGETS if target.card == has_card or _found(target, machine)]
+    """Targets of this kind of machine, and others that were measured on it."""
+    has_gpu = machine.hardware["gpu"] is not None
+    return [target for target in TARGETS if target.gpu == has_gpu or _found(target, machine)]
 
 
 def _target_row(target: Target, machine: Machine) -> list[str]:
@@ -122,9 +122,9 @@ def _target_row(target: Target, machine: Machine) -> list[str]:
     record, one = found
     verdict = target.verdict(one.ours.median, one.ratio)
     base = shown(one.baseline.median) if one.baseline else ""
-    said = verdict if verdict == "met" else f"**{verdict}**"
+    marked = verdict if verdict == "met" else f"**{verdict}**"
     figures = [shown(one.ours.median), base, _ratio(one.ratio)]
-    return [target.label, target.quantity, *figures, target.text(), said, record.date]
+    return [target.label, target.quantity, *figures, target.text(), marked, record.date]
 
 
 def _found(target: Target, machine: Machine) -> tuple[Record, Quantity] | None:
@@ -142,15 +142,15 @@ def _not_measured(machine: Machine) -> list[str]:
         if _found(target, machine) is None:
             missing.setdefault(target.claim, []).append(f"{target.label} ({target.quantity})")
     lines = [
-        f"* {'; '.join(labels)}: `python -m benchmarks --only {claim}` has not run here."
+        f"* {'; '.join(labels)}: `python -m benchmarks --only {claim}` has not run on this machine."
         for claim, labels in missing.items()
     ]
-    for claim in machine.claims.values():
-        lines += [f"* {claim.title}, {work}: {reason}." for work, reason in claim.not_measured.items()]
+    for measured in machine.claims.values():
+        lines += [f"* {measured.title}, {work}: {reason}." for work, reason in measured.not_measured.items()]
     if machine.hardware["gpu"] is None:
-        asked = [f"{each.label.lower()} {each.text()} ({each.quantity})" for each in TARGETS if each.card]
-        lines.append(f"* Anything on CUDA, as this machine has no card. Asked of one: {'; '.join(asked)}.")
-    return ["**Not measured here:**", "\n".join(lines)] if lines else []
+        labels = [f"{each.label} {each.text()} ({each.quantity})" for each in TARGETS if each.gpu]
+        lines.append(f"* CUDA, as this machine has no GPU. Targets on one: {'; '.join(labels)}.")
+    return ["**Not measured on this machine:**", "\n".join(lines)] if lines else []
 
 
 def _section(name: str, machines: list[Machine], note: str) -> list[str]:
@@ -164,13 +164,13 @@ def _section(name: str, machines: list[Machine], note: str) -> list[str]:
 
 
 def _with_records(name: str, machines: list[Machine]) -> list[tuple[Machine, Claim]]:
-    """The claim on each machine that has measured it."""
+    """The claim on each machine that has records of it."""
     found = [(machine, machine.claims.get(name)) for machine in machines]
     return [(machine, claim) for machine, claim in found if claim is not None and claim.records]
 
 
 def _claim(claim: Claim) -> Iterator[str]:
-    """Records that follow each other and were taken by one command share a table."""
+    """Tables of a claim; consecutive records of one command share a table."""
     groups: list[list[Record]] = []
     for record in claim.records:
         if groups and _key(groups[-1][0]) == _key(record):
@@ -185,9 +185,9 @@ def _claim(claim: Claim) -> Iterator[str]:
                 yield f"![Cost against {record.work}](pictures/{plots.file_name(record.work)})"
                 yield _point_table(record)
             own = {name: value for name, value in record.configuration.items() if name not in _shared(group)}
-            said = " ".join([*([_settings(own) + "."] if own else []), record.note]).strip()
-            if said:
-                yield f"*{record.work}*: {said}" if len(group) > 1 else said
+            text = " ".join([*([_settings(own) + "."] if own else []), record.note]).strip()
+            if text:
+                yield f"*{record.work}*: {text}" if len(group) > 1 else text
 
 
 def _key(record: Record) -> tuple[str, str, str | None]:
@@ -195,18 +195,18 @@ def _key(record: Record) -> tuple[str, str, str | None]:
 
 
 def _origin(claim: Claim, group: list[Record]) -> str:
-    """Command, date, load, baseline, and the configuration that the group shares."""
+    """Command, date, load, baseline, and the shared configuration of the group."""
     loads = [value for record in group for value in record.load]
     load = f"load {min(loads):g}" + (f" to {max(loads):g}" if max(loads) > min(loads) else "")
-    said = [f"`{group[0].command}`", group[0].date, load]
-    said += [_settings(_shared(group))] if _shared(group) else []
-    said += [f"PyTorch {claim.versions['torch']}"] if "torch" in claim.versions else []
+    parts = [f"`{group[0].command}`", group[0].date, load]
+    parts += [_settings(_shared(group))] if _shared(group) else []
+    parts += [f"PyTorch {claim.versions['torch']}"] if "torch" in claim.versions else []
     against = f" Baseline: {group[0].baseline}." if group[0].baseline else ""
-    return "; ".join(said) + "." + against
+    return "; ".join(parts) + "." + against
 
 
 def _shared(group: list[Record]) -> dict[str, Any]:
-    """What all records of the group have in their configuration."""
+    """Configuration entries common to all records of the group."""
     return {
         name: value
         for name, value in group[0].configuration.items()

@@ -1,4 +1,4 @@
-"""One picture per kind of growth: every measured quantity against the size, both axes logarithmic, with its line."""
+"""Log-log plots of the growth benchmark: measured quantities against size, with fitted lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def exponent(sizes: list[float], values: list[float]) -> tuple[float, float]:
 
 
 def draw(machines: list[Machine], folder: Path) -> list[Path]:
-    """A picture for each kind of growth that some machine has a record of."""
+    """Write one plot per kind of growth with a record on any machine; returns the paths."""
     works: dict[str, list[tuple[str, Record]]] = {}
     for machine in machines:
         claim = machine.claims.get(CLAIM)
@@ -38,14 +38,14 @@ def draw(machines: list[Machine], folder: Path) -> list[Path]:
 
 
 def _range(values: list[float]) -> tuple[float, float]:
-    """Of an axis: at least a factor of ten, so that what does not grow looks flat."""
+    """Limits of an axis, at least a factor of ten apart, so that constant quantities appear flat."""
     low, high = min(values) / 1.2, max(values) * 1.2
     widen = max(1.0, math.sqrt(10 * low / high))
     return low / widen, high * widen
 
 
 def _picture(work: str, records: list[tuple[str, Record]], path: Path) -> Path:
-    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+    from matplotlib.figure import Figure  # without pyplot, which would search for a display
 
     names = [name for name in records[0][1].points[0] if name != "at"]
     figure = Figure(figsize=(3.4 * len(names), 2.6), layout="constrained")
@@ -67,6 +67,6 @@ def _picture(work: str, records: list[tuple[str, Record]], path: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     with atomic_write(path) as temporary:
-        # No version of the library in the file: the same figures are the same bytes.
+        # Without the library version in the file, equal figures give equal bytes.
         figure.savefig(temporary, dpi=100, metadata={"Software": None})
     return path

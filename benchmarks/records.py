@@ -1,11 +1,11 @@
-"""One form for every measured claim, and how a script writes it.
+"""Benchmark records: data classes, JSON form, and the recorder used by the scripts.
 
     recorder = Recorder("tracker", "Tracker without the detector", args)  # notes date, command, load
     recorder.add("20 objects", {"threads": 1}, "the naive form", [quantity("ms per frame", ours, baseline)])
     recorder.finish()  # prints the table, writes --json
 
-Every `bench_NAME.py` makes one claim, NAME, of some records. It takes `--json FILE` and `--quick` (`add_flags`); with
-neither it measures what the page shows. Ratios are ours / baseline, of the medians of the same run.
+Every `bench_NAME.py` records one claim, NAME. It accepts `--json FILE` and `--quick` (`add_flags`); without flags it
+measures the figures of the page. Ratios are ours / baseline, of the medians of the same run.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Values:
     """Median and spread of n repeats."""
 
     median: float
-    least: float
-    most: float
+    minimum: float
+    maximum: float
     repeats: int
 
     @classmethod
@@ -42,12 +42,12 @@ class Values:
     def text(self) -> str:
         if self.repeats == 1:
             return shown(self.median)
-        return f"{shown(self.median)} ({shown(self.least)} to {shown(self.most)}, n={self.repeats})"
+        return f"{shown(self.median)} ({shown(self.minimum)} to {shown(self.maximum)}, n={self.repeats})"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One thing that was measured, on our side and, where there is one, on the baseline's; the name has the unit."""
+    """One measured quantity of ours and of the baseline, if any; the name includes the unit."""
 
     name: str
     ours: Values
@@ -62,15 +62,15 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Record:
-    """One piece of work.
+    """Results of one piece of work.
 
     Attributes:
         work: its name, unique within the claim.
-        configuration: everything that is needed to do it again.
+        configuration: everything needed to repeat it.
         load: load average before and after.
-        baseline: name of what ours is compared with, None where there is nothing.
+        baseline: name of the implementation ours is compared with, or None.
         note: a sentence for the page.
-        points: for work that grows, the sizes in order, one quantity or size a key; `points[n]["at"]` is the size.
+        points: for growing work, quantities by name for each size in order; `points[n]["at"]` is the size.
     """
 
     work: str
@@ -86,7 +86,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Claim:
-    """The records of one script's run, and what it could not measure: work and reason."""
+    """Records of one run of a script; `not_measured` maps work to the reason."""
 
     name: str
     title: str
@@ -100,9 +100,9 @@ def quantity(name: str, ours: Sequence[float] | float, baseline: Sequence[float]
     return Quantity(name, Values.of(ours), None if baseline is None else Values.of(baseline))
 
 
-def add_flags(parser: argparse.ArgumentParser, quick: str = "seconds; the figures mean nothing") -> None:
+def add_flags(parser: argparse.ArgumentParser, quick: str = "smoke test, seconds; meaningless figures") -> None:
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
 
 
 class Recorder:
@@ -122,7 +122,7 @@ class Recorder:
         note: str = "",
         points: Sequence[dict[str, float]] = (),
     ) -> None:
-        """The record is printed at once, so that a run that ends early has shown what it found."""
+        """Add a record and print it immediately, so that an interrupted run has printed its results."""
         before, self._load = self._load, load()
         record = Record(
             work=work,
@@ -150,7 +150,7 @@ class Recorder:
 
 
 def command() -> str:
-    """How this program was called, without the file it writes to."""
+    """Command line of this program without `--json`."""
     words = iter(sys.argv[1:])
     kept = []
     for word in words:
@@ -162,7 +162,7 @@ def command() -> str:
 
 
 def as_json(claim: Claim) -> dict[str, Any]:
-    """With what follows from the figures (ratio, target, verdict) written out for other readers."""
+    """The claim as JSON values, including derived ones (ratio, target, verdict)."""
     return {
         "claim": claim.name,
         "title": claim.title,
@@ -174,7 +174,7 @@ def as_json(claim: Claim) -> dict[str, Any]:
 
 
 def from_json(found: dict[str, Any]) -> Claim:
-    """The other way round; ratio, target and verdict are found anew."""
+    """Inverse of `as_json`; ratio, target and verdict are derived again."""
     return Claim(
         name=found["claim"],
         title=found["title"],
@@ -186,7 +186,7 @@ def from_json(found: dict[str, Any]) -> Claim:
 
 
 def shown(value: float) -> str:
-    """Three digits that count, whole numbers from a thousand on."""
+    """Three significant digits; integers from 1000 on."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -217,7 +217,7 @@ def _quantity_as_json(claim: str, work: str, one: Quantity) -> dict[str, Any]:
 
 
 def _values_as_json(values: Values) -> dict[str, float]:
-    return {"median": values.median, "min": values.least, "max": values.most, "n": values.repeats}
+    return {"median": values.median, "min": values.minimum, "max": values.maximum, "n": values.repeats}
 
 
 def _record_from_json(found: dict[str, Any]) -> Record:
@@ -241,7 +241,7 @@ def _record_from_json(found: dict[str, Any]) -> Record:
 
 
 def _lines(claim: str, record: Record) -> list[str]:
-    """A record for the terminal."""
+    """Lines of a record for the terminal."""
     before, after = record.load
     against = f", against {record.baseline}" if record.baseline else ""
     lines = [f"  {record.work}{against} (load {before:g} to {after:g})"]

@@ -1,4 +1,4 @@
-"""The results of one machine: one JSON file, in which what is measured again takes the place of the old figures."""
+"""Results per machine: one JSON file, in which new measurements replace old ones."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FOLDER = ROOT / "docs" / "performance"
 
 @dataclass
 class Machine:
-    """What was measured on one machine.
+    """Measurements of one machine.
 
     Attributes:
         name: stem of the file.
-        hardware: as `benchmarks.machine.hardware` gives it.
+        hardware: from `benchmarks.machine.hardware`.
         claims: by name.
     """
 
@@ -32,12 +32,12 @@ class Machine:
 
     def heading(self) -> str:
         found = self.hardware
-        card = f"{found['gpu']['name']} ({found['gpu']['memory_gb']} GB), " if found["gpu"] else ""
-        return f"{card}{found['cpu']}, {found['cores']} cores, {found['memory_gb']} GB"
+        gpu = f"{found['gpu']['name']} ({found['gpu']['memory_gb']} GB), " if found["gpu"] else ""
+        return f"{gpu}{found['cpu']}, {found['cores']} cores, {found['memory_gb']} GB"
 
 
 def this_machine(folder: Path = FOLDER) -> Machine:
-    """This machine with what was measured on it before."""
+    """This machine with its previous measurements."""
     found = hardware()
     path = folder / f"{machine_name(found)}.json"
     machine = read(path) if path.is_file() else Machine(path.stem, found, {})
@@ -54,13 +54,13 @@ def read(path: Path) -> Machine:
         raise MotipError(
             f"not a results file: {type(error).__name__} {error}",
             where=path,
-            expected="what python -m benchmarks wrote",
+            expected="a file written by python -m benchmarks",
             fix="restore it from the repository, or delete it and measure again",
         ) from error
 
 
 def read_all(folder: Path = FOLDER) -> list[Machine]:
-    """By name, so that the page is always the same."""
+    """All machines, sorted by name for a deterministic page."""
     return [read(path) for path in sorted(folder.glob("*.json"))]
 
 
@@ -75,17 +75,16 @@ def document(machine: Machine) -> dict[str, Any]:
 
 
 def merge(machine: Machine, claim: Claim) -> None:
-    """Put a claim among those of the machine.
+    """Add a claim to those of the machine.
 
-    What the same script measured before with other arguments stays beside it with its date, unless it is the same
-    work.
+    Records of the same script with other arguments and of other work are kept with their date.
 
     Raises:
-        MotipError: it comes from a quick run, whose figures mean nothing.
+        MotipError: the claim is from a quick run.
     """
     if claim.quick:
         raise MotipError(
-            "a quick run is a test of the script, not a measurement",
+            "a quick run is a smoke test of the script, not a measurement",
             where=f"claim {claim.name}",
             fix="measure without --quick",
         )
@@ -97,7 +96,7 @@ def merge(machine: Machine, claim: Claim) -> None:
 
 
 def _others(before: Claim, claim: Claim) -> list[Record]:
-    """Records of another command and of other work; they name the versions that they were made with."""
+    """Records of another command and of other work, with the versions they were measured with."""
     commands = {record.command for record in claim.records}
     works = {record.work for record in claim.records}
     kept = [record for record in before.records if record.command not in commands and record.work not in works]

@@ -1,4 +1,4 @@
-"""What was to be reached: one row per quantity, found in the records by claim, work and quantity."""
+"""Performance targets: one per quantity, matched to records by claim, work and quantity."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ class Target:
 
     Args:
         claim: name of the script without `bench_`.
-        label: the work in words, for the table.
-        work, quantity: as the script's record calls them.
-        card: asked of machines with a CUDA card, and of no other; without it the other way round.
+        label: description of the work for the table.
+        work, quantity: names in the record of the script.
+        of: the value the limit applies to.
+        way: direction of the limit.
+        limit: bound.
+        gpu: applies to machines with a CUDA GPU only; otherwise to machines without.
     """
 
     claim: str
@@ -24,14 +27,14 @@ class Target:
     of: Literal["ratio", "ours"]
     way: Literal["at most", "at least"]
     limit: float
-    card: bool = False
+    gpu: bool = False
 
     def text(self) -> str:
         sign = "≤" if self.way == "at most" else "≥"
         return f"{sign} {self.limit:g}" + (" x baseline" if self.of == "ratio" else "")
 
     def verdict(self, ours: float, ratio: float | None) -> str:
-        """`met`, `missed`, or `no baseline` where a ratio is asked for and only our side was measured."""
+        """`met`, `missed`, or `no baseline` for a ratio without a measured baseline."""
         value = ours if self.of == "ours" else ratio
         if value is None:
             return "no baseline"
@@ -68,13 +71,13 @@ TARGETS = (
     Target("evaluation", "All metrics, memory", "all three, 20000 ids", "peak GB", "ours", "at most", 3),
     Target("demo", "Two workers on two cores against one on one", WORKERS, "clips/s", "ratio", "at least", 1.5),
     Target("demo", "Start of a stage", STAGE, "s beyond Ray's own start", "ours", "at most", 20),
-    Target("demo", "Whole `make demo`", "whole make demo", "minutes", "ours", "at most", 10),
-    Target("gpu", "Training on a card", "training step, bf16, triton", "clips/s", "ratio", "at least", 2, card=True),
-    Target("gpu", "Tracking on a card", "tracking, bf16, auto", "frames/s", "ratio", "at least", 3, card=True),
-    Target("gpu", "Vis-Specialist's worst clip on a card", AERIAL, "reserved GB", "ours", "at most", 22, card=True),
+    Target("demo", "`make demo`, from start to end", "make demo", "minutes", "ours", "at most", 10),
+    Target("gpu", "Training on a GPU", "training step, bf16, triton", "clips/s", "ratio", "at least", 2, gpu=True),
+    Target("gpu", "Tracking on a GPU", "tracking, bf16, auto", "frames/s", "ratio", "at least", 3, gpu=True),
+    Target("gpu", "Worst clip of Vis-Specialist on a GPU", AERIAL, "reserved GB", "ours", "at most", 22, gpu=True),
 )
 
 
 def target_of(claim: str, work: str, quantity: str) -> Target | None:
-    wanted = (claim, work, quantity)
-    return next((each for each in TARGETS if (each.claim, each.work, each.quantity) == wanted), None)
+    key = (claim, work, quantity)
+    return next((each for each in TARGETS if (each.claim, each.work, each.quantity) == key), None)

@@ -1,4 +1,4 @@
-"""The script for a CUDA card, without one: it runs from end to end, and its stand-ins are what they stand for."""
+"""gpu_checks without a GPU: smoke test on the CPU; its copies of configuration and fallbacks equal the originals."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 
 from benchmarks.attention_cost import Ceilings, Shape, as_dict, backward_cost, forward_cost
 from benchmarks.bench_gpu import add_section
-from benchmarks.gpu_step import AERIAL, RUNGS
+from benchmarks.gpu_step import AERIAL, FALLBACKS
 from benchmarks.records import Recorder
 from benchmarks.targets import TARGETS
 from motip.config import load_config
 from motip.model import ModelSpec
-from motip.train.oom import ladder
+from motip.train.oom import oom_fallbacks
 
 _BARE = """
 import runpy, sys
@@ -29,16 +29,16 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def test_the_stand_ins_are_those_of_the_aerial_stage(repo_root: Path) -> None:
+def test_spec_and_fallbacks_equal_those_of_the_aerial_stage(repo_root: Path) -> None:
     config = load_config(repo_root / "configs/visdrone_stage2.yaml", ["sampler_lengths=[5]"])
     assert ModelSpec.from_config(config) == AERIAL
-    assert [(rung.name, rung.plan, rung.recompute_decoder, rung.scale) for rung in RUNGS] == [
-        (rung.name, rung.plan, rung.recompute_decoder, rung.scale) for rung in ladder(config)
+    assert [(each.name, each.plan, each.recompute_decoder, each.scale) for each in FALLBACKS] == [
+        (each.name, each.plan, each.recompute_decoder, each.scale) for each in oom_fallbacks(config)
     ]
 
 
 @pytest.mark.timeout(900)
-def test_the_script_runs_where_there_is_only_torch(repo_root: Path, tmp_path: Path) -> None:
+def test_script_runs_with_torch_only(repo_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.json"
     script = repo_root / "benchmarks/gpu_checks.py"
     sections = ["attention", "training", "launches", "memory", "tracking"]
@@ -55,26 +55,26 @@ def test_the_script_runs_where_there_is_only_torch(repo_root: Path, tmp_path: Pa
     assert all(case["forward"]["seconds"] > 0 and case["greatest_difference"] < 0.05 for case in attention)
     losses = [case["first_loss"] for case in report["training"]]
     assert max(losses) - min(losses) < 0.05 * losses[0]
-    assert [case["rung"] for case in report["memory"]] == [rung.name for rung in RUNGS] * 2
-    # The same gradients on each rung but the last, hence the same loss.
-    assert len({round(case["first_loss"], 3) for case in report["memory"][: len(RUNGS) - 1]}) == 1
+    assert [case["fallback"] for case in report["memory"]] == [each.name for each in FALLBACKS] * 2
+    # All fallbacks but the last give the same gradients, hence the same loss.
+    assert len({round(case["first_loss"], 3) for case in report["memory"][: len(FALLBACKS) - 1]}) == 1
     assert all(case["boxes_per_frame"] > 0 for case in report["tracking"])
-    assert all(case["wall_seconds"] > 0 == case["launches"] for case in report["launches"]), "there is no card here"
+    assert all(case["wall_seconds"] > 0 == case["launches"] for case in report["launches"]), "no GPU here"
     recorder = as_records(report)
     assert len(recorder.claim.records) == sum(len(report[section]) for section in sections) - 1  # ceilings
     assert all(record.quantities for record in recorder.claim.records)
 
 
 def as_records(report: dict) -> Recorder:
-    recorder = Recorder("gpu", "On a card", argparse.Namespace(quick=True, json=None))
+    recorder = Recorder("gpu", "On a GPU", argparse.Namespace(quick=True, json=None))
     for section, cases in report.items():
         if section not in ("machine", "tiny"):
             add_section(recorder, section, cases, {})
     return recorder
 
 
-def test_what_a_card_would_report_becomes_records() -> None:
-    """Rates against the first case, gigabytes, and what found no memory among the things not measured."""
+def test_cases_become_records() -> None:
+    """Ratios are to the first case, memory is in GB, and out-of-memory cases are recorded as not measured."""
     step = {"size": (480, 864), "objects": 20, "clips_per_second": 2.0, "peak_bytes": 10e9, "peak_reserved": 12e9}
     clip = {"size": (672, 1100), "objects": 200, "attention": "triton"}
     frames = {"size": (1080, 1920), "attention": "grid_sample", "frames_per_second": 4.0}
@@ -84,8 +84,8 @@ def test_what_a_card_would_report_becomes_records() -> None:
             {**step, "half": "torch.bfloat16", "attention": "triton", "clips_per_second": 5.0, "peak_bytes": 5e9},
         ],
         "memory": [
-            {**clip, "rung": "as configured", "out_of_memory": "tried 4 GB"},
-            {**clip, "rung": "one image at a time", "clips_per_second": 1.0, "peak_reserved": 21e9},
+            {**clip, "fallback": "as configured", "out_of_memory": "tried 4 GB"},
+            {**clip, "fallback": "one image at a time", "clips_per_second": 1.0, "peak_reserved": 21e9},
         ],
         "tracking": [
             {**frames, "dtype": "FP32"},
@@ -103,24 +103,24 @@ def test_what_a_card_would_report_becomes_records() -> None:
     assert found["tracking, bf16, auto", "frames/s"].ratio == 2.5
     assert found["training step, bf16, torch.compile inductor", "s of the first step"].ratio == 60
     assert claim.not_measured == {"worst aerial clip, as configured, triton": "out of memory: tried 4 GB"}
-    # The targets of a card are found among the records by these very names.
-    asked = [(target.work, target.quantity) for target in TARGETS if target.claim == "gpu"]
-    assert len(asked) == 3 and [each for each in asked if each not in found] == []
+    # The names of the GPU targets match those of the records.
+    names = [(target.work, target.quantity) for target in TARGETS if target.claim == "gpu"]
+    assert len(names) == 3 and [each for each in names if each not in found] == []
 
 
-def test_a_count_by_hand() -> None:
+def test_costs_against_a_count_by_hand() -> None:
     """Two samples of two channels on a map of six pixels, for one query of one head."""
     shape = Shape([(2, 3)], queries=1, heads=1, channels=2, points=2)
     assert shape.samples == 2
-    ahead = forward_cost(shape)
-    assert ahead.flops == 2 * (4 * 2 * 2 + 24)
-    assert ahead.bytes == 4 * (6 * 2 + 2 + 2 * 2 + 2)  # map, output, locations, weights
-    assert ahead.gathered == 2 * 4 * 2 * 4
-    back = backward_cost(shape)
+    forward = forward_cost(shape)
+    assert forward.flops == 2 * (4 * 2 * 2 + 24)
+    assert forward.bytes == 4 * (6 * 2 + 2 + 2 * 2 + 2)  # map, output, locations, weights
+    assert forward.sampled == 2 * 4 * 2 * 4
+    backward = backward_cost(shape)
     # map and incoming gradient read, the map's gradient cleared and written, locations and weights read and written
-    assert back.bytes == 4 * (6 * 2 + 2 + 2 * 6 * 2 + 2 * (2 * 2 + 2))
+    assert backward.bytes == 4 * (6 * 2 + 2 + 2 * 6 * 2 + 2 * (2 * 2 + 2))
     assert backward_cost(shape, 2).bytes == 2 * (6 * 2 + 2) + 6 * 2 * (8 + 4 + 2) + 4 * 2 * (2 * 2 + 2)
-    assert back.gathered == 2 * ahead.gathered
-    least = Ceilings(memory=1e3, cache=1e9, flops=1e9).least_seconds(ahead)
-    assert least == ahead.bytes / 1e3
-    assert as_dict(ahead, Ceilings(1e3, 1e9, 1e9), 2 * least)["share_of_ceiling"] == 0.5
+    assert backward.sampled == 2 * forward.sampled
+    least = Ceilings(memory=1e3, cache=1e9, flops=1e9).least_seconds(forward)
+    assert least == forward.bytes / 1e3
+    assert as_dict(forward, Ceilings(1e3, 1e9, 1e9), 2 * least)["share_of_ceiling"] == 0.5

@@ -1,4 +1,4 @@
-"""The performance pages follow from the results in docs/performance/ and list what was not measured."""
+"""Performance pages: rendered from the results in docs/performance/, including what was not measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.results import FOLDER, Machine, document, read, read_all
 from benchmarks.targets import TARGETS
 
 CPU = {"cpu": "Some CPU", "cores": 2, "memory_gb": 16, "gpu": None}
-CARD = {**CPU, "gpu": {"name": "Some card", "memory_gb": 80, "cuda": "12.8"}}
+GPU = {**CPU, "gpu": {"name": "Some GPU", "memory_gb": 80, "cuda": "12.8"}}
 
 
 def record(work: str, *quantities: object, configuration: dict[str, object] | None = None, **more: object) -> Record:
@@ -25,7 +25,7 @@ def machine(*claims: Claim, hardware: dict[str, object] = CPU) -> Machine:
     return Machine("some-cpu", hardware, {claim.name: claim for claim in claims})
 
 
-def test_pages_are_the_generated_ones() -> None:
+def test_pages_are_up_to_date() -> None:
     machines = read_all()
     assert page.PAGE.read_text() == page.render(machines), "run python -m benchmarks.page"
     assert page.DETAILS.read_text() == page.render_details(machines), "run python -m benchmarks.page"
@@ -39,13 +39,13 @@ def test_page_of_targets_is_short_and_links_every_measurement() -> None:
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
-def test_results_say_what_follows_from_them(file: Path) -> None:
-    """Ratios, targets and verdicts in the file are those of the figures and of today's targets."""
+def test_derived_values_in_results_are_up_to_date(file: Path) -> None:
+    """Ratios, targets and verdicts in the file follow from its figures and the current targets."""
     assert json.loads(file.read_text()) == document(read(file))
     assert not any(claim.quick for claim in read(file).claims.values())
 
 
-def test_pictures_of_growth_are_there() -> None:
+def test_growth_plots_exist() -> None:
     having = [each.claims[plots.CLAIM] for each in read_all() if plots.CLAIM in each.claims]
     drawn = [each.work for claim in having for each in claim.records]
     assert drawn
@@ -74,24 +74,24 @@ def test_a_target_is_met_or_missed_by_its_record() -> None:
     assert any("Tracker, 200 objects (ms per frame)" in line and "--only tracker" in line for line in lines)
 
 
-def test_targets_of_a_card_are_asked_of_a_card() -> None:
-    tables = [page.render([machine(hardware=hardware)]) for hardware in (CPU, CARD)]
+def test_gpu_targets_apply_to_machines_with_a_gpu() -> None:
+    tables = [page.render([machine(hardware=hardware)]) for hardware in (CPU, GPU)]
     rows = [sum("| not measured |" in line for line in text.splitlines()) for text in tables]
-    with_card = sum(target.card for target in TARGETS)
-    assert rows == [len(TARGETS) - with_card, with_card]
-    assert "this machine has no card" in tables[0] and "this machine has no card" not in tables[1]
+    of_gpu = sum(target.gpu for target in TARGETS)
+    assert rows == [len(TARGETS) - of_gpu, of_gpu]
+    assert "this machine has no GPU" in tables[0] and "this machine has no GPU" not in tables[1]
 
 
-def test_what_a_script_left_out_and_notes_are_on_the_page(tmp_path: Path) -> None:
+def test_skipped_work_and_notes_are_on_the_page(tmp_path: Path) -> None:
     (tmp_path / "data.md").write_text("Written by hand.\n")
-    claim = Claim("data", "Data", {}, records=[record("T=5, Ray Data", quantity("s", 1.0), note="Said by the script.")])
+    claim = Claim("data", "Data", {}, records=[record("T=5, Ray Data", quantity("s", 1.0), note="Note of the script.")])
     claim.not_measured["T=30"] = "no time"
     assert "* Data, T=30: no time." in page.render([machine(claim)], tmp_path)
     text = page.render_details([machine(claim)], tmp_path)
-    assert text.index("Said by the script.") < text.index("Written by hand.")
+    assert text.index("Note of the script.") < text.index("Written by hand.")
 
 
-def test_a_record_with_points_gets_a_picture_and_a_table(tmp_path: Path) -> None:
+def test_record_with_points_has_a_plot_and_a_table(tmp_path: Path) -> None:
     points = ({"at": 2.0, "s": 1.0, "MB": 10.0}, {"at": 4.0, "s": 2.0, "MB": 11.0}, {"at": 8.0, "s": 4.1, "MB": 12.0})
     growth = Claim("growth", "Growth", {}, records=[record("frames", quantity("exponent of s", 1.0), points=points)])
     text = page.render_details([machine(growth)])
@@ -105,14 +105,14 @@ def test_a_record_with_points_gets_a_picture_and_a_table(tmp_path: Path) -> None
 
 def test_two_machines_have_two_tables() -> None:
     claim = Claim("video", "Video", {}, records=[record("work", quantity("s", 1.0))])
-    machines = [machine(claim), machine(claim, hardware=CARD)]
+    machines = [machine(claim), machine(claim, hardware=GPU)]
     details = page.render_details(machines)
     assert page.render(machines).count("## Targets: ") == 2
-    assert details.count("## Video") == 1 and details.count("**Some card") == 1
+    assert details.count("## Video") == 1 and details.count("**Some GPU") == 1
 
 
-def test_the_whole_configuration_is_on_the_page() -> None:
-    """What records share stands above their table, what they do not share below it."""
+def test_configuration_is_on_the_page() -> None:
+    """Shared entries are above the table of the records, others below it."""
     records = [
         record(name, quantity("s", 1.0), configuration={"threads": 3, "size": [4, size]})
         for name, size in (("small", 5), ("large", 50))

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: which scripts there are, one process each, and what a failure costs."""
+"""`python -m benchmarks`: discovery of scripts, one process each, handling of failures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_scripts_are_found_by_name(scripts: Path) -> None:
     assert {target.claim for target in TARGETS if target.claim not in runner.names()} == set()
 
 
-def test_some_can_be_chosen() -> None:
+def test_selection_by_name() -> None:
     known = ["data", "growth", "tracker"]
     assert runner.chosen([], known) == known
     assert runner.chosen(["tracker", "data"], known) == ["data", "tracker"]
@@ -56,29 +56,29 @@ def test_some_can_be_chosen() -> None:
         runner.chosen(["trakcer"], known)
 
 
-def test_each_runs_in_a_process_of_its_own(scripts: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_each_script_runs_in_a_separate_process(scripts: Path, capfd: pytest.CaptureFixture[str]) -> None:
     claim = runner.measured("good", False, package="fake", root=scripts.parent)
     assert claim.records[0].configuration["size"] == 100 and not claim.quick
     assert runner.measured("good", True, package="fake", root=scripts.parent).quick
     assert runner.measured("bad", False, package="fake", root=scripts.parent) is None
     assert "the two sides disagree" in capfd.readouterr().err
-    # A script that writes no records has not measured anything, whatever its exit status.
+    # A script that writes no records has failed, even with exit status 0.
     assert runner.measured("silent", False, package="fake", root=scripts.parent) is None
 
 
-def test_one_that_fails_does_not_stop_the_others() -> None:
+def test_failed_script_does_not_stop_the_others() -> None:
     claims = {name: Claim(name, name, {}) for name in ("first", "last")}
     kept: list[Claim] = []
     assert runner.run(["first", "broken", "last"], claims.get, kept.append) == ["broken"]
     assert kept == list(claims.values())
 
 
-def test_the_list_says_what_was_not_measured() -> None:
+def test_list_marks_scripts_that_were_not_measured() -> None:
     machine = Machine("box", {"cpu": "C", "cores": 2, "memory_gb": 4, "gpu": None}, {})
     assert runner.listing(["data"], machine).splitlines()[1].split() == ["data", "not", "measured", "here"]
 
 
-def test_an_unknown_name_is_one_readable_error(repo_root: Path) -> None:
+def test_unknown_name_is_an_error(repo_root: Path) -> None:
     words = [sys.executable, "-m", "benchmarks", "--only", "nothing"]
     done = subprocess.run(words, cwd=repo_root, capture_output=True, text=True)
     assert done.returncode == 2 and "no such benchmark" in done.stderr and "Traceback" not in done.stderr
