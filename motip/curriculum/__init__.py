@@ -1,4 +1,4 @@
-"""The stage graph: what is done, what is stale, what runs next, and the hand-over between stages."""
+"""Curriculum: stage graph, stage records, training of stages, and domain scores after each stage."""
 
 from motip.curriculum.records import Options, StageRecord
 from motip.curriculum.run import CurriculumResult, run_curriculum

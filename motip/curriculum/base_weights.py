@@ -1,4 +1,4 @@
-"""Where a stage's weights come from: an earlier stage, a given file, or fresh initialisation."""
+"""Initial weights of a stage: best checkpoint of an earlier stage, a given file, or fresh initialisation."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from pathlib import Path
 from motip.config import Curriculum, Stage, load_config
 from motip.curriculum.records import Options, StageRecord
 from motip.errors import MotipError
-from motip.lineage.record_file import read_record, record_fresh, record_place
+from motip.lineage.record_file import read_record, record_fresh, record_path_of
 from motip.model import ModelSpec
 from motip.storage.atomic import digest
-from motip.storage.paths import Location, local_copy, location, sha256, whole_file
+from motip.storage.paths import Location, atomic_output, local_copy, location, sha256
 from motip.train.setup import fresh_model
 from motip.train.stage_job import Parent
-from motip.weights.pretrained import plan_transfer, read_weights, save_checkpoint
+from motip.weights import plan_transfer, read_weights, save_checkpoint
 
 
 def check_given_weights(curriculum: Curriculum, options: Options) -> None:
-    """Read weights that are given as a file now, not after an hour of conversion."""
+    """Validate the given weights files before the conversion starts, which may take hours.
+
+    Raises:
+        MotipError: a file is missing or damaged, does not fit the stage's model, or its lineage record does not match.
+    """
     for stage in curriculum.stages:
         if curriculum.parent_of(stage) is None and not stage.initialise:
             named = stage.weights or stage.config.DETR_PRETRAIN
@@ -36,10 +40,10 @@ def check_given_weights(curriculum: Curriculum, options: Options) -> None:
 
 
 def find_weights(named: str, stage: Stage, options: Options) -> Location:
-    """A weights file: absolute, under the data root, beside the curriculum file, or under the working directory.
+    """Path of a weights file: absolute, under the data root, beside the curriculum file, or in the working directory.
 
     Raises:
-        MotipError: it is nowhere.
+        MotipError: the file is in none of these places.
     """
     candidates: list[Location] = [location(named)]
     if isinstance(candidates[0], Path) and not candidates[0].is_absolute():
@@ -49,7 +53,7 @@ def find_weights(named: str, stage: Stage, options: Options) -> Location:
         if candidate.is_file():
             return candidate
     raise MotipError(
-        f"the weights that stage {stage.name} starts from are not there",
+        f"the weights that stage {stage.name} starts from do not exist",
         where=f"DETR_PRETRAIN of {stage.config.name} ({stage.config.origin('DETR_PRETRAIN')})"
         if stage.weights is None
         else f"weights of stage {stage.name} in {options.config_path or 'the curriculum file'}",
@@ -61,7 +65,7 @@ def find_weights(named: str, stage: Stage, options: Options) -> Location:
 
 
 def parent_of(curriculum: Curriculum, stage: Stage, records: list[StageRecord], options: Options) -> Parent | None:
-    """What the stage starts from: an earlier stage's best checkpoint, a given file, or fresh weights."""
+    """Weights the stage starts from: an earlier stage's best checkpoint, a given file, fresh weights, or None."""
     earlier = curriculum.parent_of(stage)
     if earlier is not None:
         record = next(record for record in records if record.stage == earlier.name)
@@ -76,15 +80,15 @@ def parent_of(curriculum: Curriculum, stage: Stage, records: list[StageRecord], 
 
 
 def fresh_weights(stage: Stage, options: Options) -> Location:
-    """Saved, freshly initialised weights of the configuration that `initialise` names; made once."""
+    """Path of the freshly initialised weights of the configuration named by `initialise`; created once per storage."""
     config = load_config(str(stage.initialise))
     spec = ModelSpec.from_config(config)
     identity = digest({"spec": spec.to_dict(), "seed": config.SEED, "classes": config.class_names})
     path = location(options.storage) / "weights" / f"{config.name}_{identity[:12]}.pth"
-    record = record_place(path)
+    record = record_path_of(path)
     if not path.is_file():
-        record.unlink(missing_ok=True)  # of weights that are gone
-        with whole_file(path) as temporary:
+        record.unlink(missing_ok=True)  # it belongs to weights that were deleted
+        with atomic_output(path) as temporary:
             save_checkpoint(
                 temporary,
                 model=fresh_model(config),
@@ -93,7 +97,7 @@ def fresh_weights(stage: Stage, options: Options) -> Location:
                 epoch=-1,
                 step=0,
             )
-    # Also where a run was killed between the two.
+    # Separate check: a run may have been killed between writing weights and record.
     if not record.is_file():
         record_fresh(path, sha256(path), config.SEED)
     return path

@@ -1,4 +1,4 @@
-"""Which domains the model of each stage has seen, and which stage taught it each of them."""
+"""Domains that the model of each stage has seen, and the stage in which it learned each of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from motip.config import Curriculum, Stage
 
 
 def scored_sources(curriculum: Curriculum) -> dict[str, list[str]]:
-    """Domain to the sources that show it in a val split, in the order of the file."""
+    """Domain -> its sources with a val split, in the order of the curriculum file."""
     found: dict[str, list[str]] = {}
     for name, source in curriculum.sources.items():
         if "val" in source.splits:
@@ -14,8 +14,8 @@ def scored_sources(curriculum: Curriculum) -> dict[str, list[str]]:
     return found
 
 
-def descent(curriculum: Curriculum, stage: Stage) -> list[Stage]:
-    """The stages that the stage's weights come from, oldest first, and the stage itself."""
+def ancestry(curriculum: Curriculum, stage: Stage) -> list[Stage]:
+    """The stages behind a stage's weights, oldest first, ending with the stage itself."""
     chain = [stage]
     while (earlier := curriculum.parent_of(chain[0])) is not None:
         chain.insert(0, earlier)
@@ -23,16 +23,16 @@ def descent(curriculum: Curriculum, stage: Stage) -> list[Stage]:
 
 
 def starts_from_given_weights(stage: Stage) -> bool:
-    """Whether a stage without an earlier one starts from trained weights rather than from fresh ones."""
+    """Whether a stage without a parent stage starts from a trained weights file, not from fresh weights."""
     return stage.initialise is None and bool(stage.weights or stage.config.DETR_PRETRAIN)
 
 
 def base_domains(curriculum: Curriculum, root: Stage) -> frozenset[str]:
-    """Domains that the weights a curriculum starts from have seen.
+    """Domains that the base weights of a curriculum were trained on.
 
-    `domains.base` says so. Without it they are the listed domains that no stage teaches: the first entry of a stage's
-    data is what it teaches, further entries may be replay of what the base weights know. Fresh weights know nothing,
-    so with them only domains that no stage trains on at all count, to be scored all the same.
+    `domains.base` of the file if given. Else the listed domains that no stage trains on as the first entry of its data;
+    further entries may be replay of domains of the base weights. For fresh weights: the domains that no stage trains
+    on at all, which are then scored zero-shot.
     """
     if curriculum.domains.base is not None:
         return frozenset(curriculum.domains.base)
@@ -42,22 +42,22 @@ def base_domains(curriculum: Curriculum, root: Stage) -> frozenset[str]:
 
 
 def seen_after(curriculum: Curriculum, stage: Stage) -> frozenset[str]:
-    """Domains that the stage's model has seen: the base weights' and those any stage up to it trains on."""
-    chain = descent(curriculum, stage)
+    """Domains that the stage's model has seen: the base weights' and those of every stage up to this one."""
+    chain = ancestry(curriculum, stage)
     trained = {_domain(curriculum, mix.source) for each in chain for mix in each.data}
     return base_domains(curriculum, chain[0]) | trained
 
 
-def learned_from(curriculum: Curriculum, stage: Stage, base: str | None) -> dict[str, str]:
-    """Domain to the last stage, up to this one, that taught it.
+def learned_in(curriculum: Curriculum, stage: Stage, base: str | None) -> dict[str, str]:
+    """Domain -> the last stage, up to this one, that learned it.
 
-    A stage teaches the domain of the first entry of its data, and that of a further entry if its model has not seen it
-    before. What it replays beside that keeps the stage that taught it.
+    A stage learns the domain of the first entry of its data, and that of a further entry if its model has not seen it
+    before. Replayed domains keep the stage that learned them.
 
     Args:
-        base: name of the base weights, None where they have no scores.
+        base: row name of the base weights, None if they have no scores.
     """
-    chain = descent(curriculum, stage)
+    chain = ancestry(curriculum, stage)
     seen = set(base_domains(curriculum, chain[0]))
     learned = dict.fromkeys(sorted(seen), base) if base is not None else {}
     for each in chain:

@@ -1,4 +1,4 @@
-"""Tell what the domains' scores are: one line on the screen, metrics of the runs, table, CSV and heat map."""
+"""Report of the domain scores: console line, MLflow metrics, table, CSV and heat map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from motip.config import Domains
-from motip.curriculum.domain_scores import Row
+from motip.curriculum.domain_scores import DomainScores
 from motip.curriculum.score_table import score_rows
 from motip.evaluate.domain_matrix import DomainMatrix, Forgetting
 from motip.lineage import Lineage
@@ -21,30 +21,31 @@ from motip.storage.paths import Location, read_json, write_bytes, write_json
 
 @dataclass(frozen=True)
 class DomainReport:
-    """The matrix so far with the rows it is made of, what each stage lost, and the backward transfer.
+    """The domain matrix so far, its rows, forgetting per stage, and backward transfer.
 
     Attributes:
-        transfer: stage -> mean change of the domains learned before it; None where there is none.
-        folder: of the curriculum; the table, CSV and heat map lie there.
+        transfer: stage -> backward transfer, the mean change over the domains learned before it; None if undefined.
+        settings: the `domains:` block of the curriculum file.
+        folder: the curriculum's folder, to which table, CSV and heat map are written.
     """
 
     matrix: DomainMatrix
-    rows: Mapping[str, Row]
+    rows: Mapping[str, DomainScores]
     transfer: Mapping[str, float | None]
-    wanted: Domains
+    settings: Domains
     folder: Location
 
     def lost(self, stage: str) -> list[Forgetting]:
-        """What a stage lost beyond what is allowed."""
-        return self.matrix.forgotten(stage, self.wanted.allowed_loss, self.wanted.each_class)
+        """Losses of a stage that exceed `allowed_loss`."""
+        return self.matrix.forgotten(stage, self.settings.allowed_loss, self.settings.each_class)
 
     def lost_text(self, *stages: str) -> str:
-        """All that the stages lost, in one line; `nothing` where that is so."""
+        """All losses of the stages in one line, or `nothing`."""
         lost = [each for stage in stages for each in self.lost(stage)]
         return "; ".join(each.describe(self.matrix.metric) for each in lost) or "nothing"
 
     def line(self, stage: str) -> str:
-        """A row for the screen, with what it cost."""
+        """One row as a console line, with the number of tracked videos and the seconds spent."""
         row = self.rows[stage]
         effort = "scored before" if row.reused else f"{row.tracked} of {row.videos} videos tracked, {row.seconds:.0f} s"
         cells = " · ".join(self._cell(stage, domain) for domain in row.scores)
@@ -54,15 +55,15 @@ class DomainReport:
         classes = [column for column in self.matrix.columns(classes=True) if column[0] == domain and column[1]]
         values = [(column[1], self.matrix.value(stage, column)) for column in classes]
         inside = [f"{name} {value:.1f}" for name, value in values if value is not None]
-        lacking = self.rows[stage].lacking.get(domain, ())
-        if lacking:
-            inside.append(f"the model has no {' and no '.join(lacking)}")
-        unseen = "" if self.matrix.is_known(stage, domain) else " (zero-shot)"
+        missing = self.rows[stage].missing_classes.get(domain, ())
+        if missing:
+            inside.append(f"the model has no {' and no '.join(missing)}")
+        unseen = "" if self.matrix.is_trained_on(stage, domain) else " (zero-shot)"
         details = f" ({', '.join(inside)})" if inside else ""
         return f"{domain}{unseen} {self.matrix.values[stage][domain]:.1f}{details}"
 
-    def tell(self, lineage: Lineage, stage: str, stage_run: str | None, curriculum_run: str) -> dict[str, str]:
-        """Tell both runs what they have not been told of a row; returns what they know now (``Row.told``).
+    def record(self, lineage: Lineage, stage: str, stage_run: str | None, curriculum_run: str) -> dict[str, str]:
+        """Record a row in both runs unless it is recorded already; returns the new ``DomainScores.mlflow_synced``.
 
         The stage's run gets ``R/<domain>``, ``R/<domain>/<class>`` and ``backward_transfer``; the curriculum's gets the
         same as curves over the stages, and ``R/<stage>/<domain>``.
@@ -73,12 +74,12 @@ class DomainReport:
         if transfer is not None:
             values["backward_transfer"] = transfer
         forgotten = self.lost_text(stage)
-        told: dict[str, str] = {}
+        synced: dict[str, str] = {}
         for run, metrics in ((stage_run, values), (curriculum_run, {**values, **cells})):
             if run is None:
                 continue
-            told[run] = digest([metrics, forgotten])
-            if row.told.get(run) == told[run]:
+            synced[run] = digest([metrics, forgotten])
+            if row.mlflow_synced.get(run) == synced[run]:
                 continue
             lineage.log_metrics(run, metrics, step)
             if run == stage_run:
@@ -86,19 +87,19 @@ class DomainReport:
                 lineage.log_dict(run, row.scores_json(), "domains/scores.json")
                 header, lines = score_rows(row.scores)
                 lineage.log_table(run, header, lines, "evaluation/domains.json")
-        return told
+        return synced
 
     def publish(self, lineage: Lineage, run_id: str) -> None:
-        """Table, CSV and heat map into the folder and the curriculum's run, unless they are there as they are."""
+        """Write table, CSV and heat map to the folder and the curriculum's run, unless they are up to date."""
         matrix = self.matrix
         content = {
             **matrix.to_json(),
-            "allowed_loss": self.wanted.allowed_loss,
-            "each_class": self.wanted.each_class,
-            "videos": self.wanted.videos,
+            "allowed_loss": self.settings.allowed_loss,
+            "each_class": self.settings.each_class,
+            "videos": self.settings.videos,
             "backward_transfer": dict(self.transfer),
             "forgotten": {stage: self.lost_text(stage) for stage in matrix.stages},
-            "lacking": {stage: row.lacking for stage, row in self.rows.items()},
+            "lacking": {stage: row.missing_classes for stage, row in self.rows.items()},
             "rows": {stage: row.inputs for stage, row in self.rows.items()},
             "run_id": run_id,
         }
@@ -108,18 +109,18 @@ class DomainReport:
         header, rows = self.table()
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
-        figure = heat_map(matrix, self.wanted.allowed_loss, self.wanted.each_class)
+        figure = heat_map(matrix, self.settings.allowed_loss, self.settings.each_class)
         lineage.log_table(run_id, header, rows, "domains/matrix.json")
         lineage.log_text(run_id, text.getvalue(), "domains/matrix.csv")
         lineage.log_figure(run_id, figure, "domains/heatmap.png")
         lineage.set_tags(run_id, {Tag.FORGOTTEN: self.lost_text(*matrix.stages)})
         write_bytes(self.folder / "domains.csv", text.getvalue().encode())
         write_bytes(self.folder / "domains.png", png_of(figure))
-        # Written last: with it, nothing is written or told again.
+        # Written last: its digest marks everything above as done.
         write_json(path, {**content, "digest": identity})
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Header and rows, one row per stage: domains with their classes, backward transfer, what was forgotten."""
+        """Header and one row per stage: domains with their classes, backward transfer, forgotten domains."""
         columns = self.matrix.columns(classes=True)
         header = ["stage", *(f"{domain} {name}".rstrip() for domain, name in columns), "backward transfer", "forgotten"]
         rows: list[list[Any]] = []

@@ -1,4 +1,4 @@
-"""Score one model on the locked videos of some domains, and keep the outcome beside its checkpoint."""
+"""Scores of one model on the locked validation videos of several domains, stored beside its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from motip.curriculum.stage import Session
 from motip.curriculum.stage_inputs import protocol_for
 from motip.data.manifest import Manifest, VideoEntry
 from motip.data.sequence import ClassMap
-from motip.evaluate.domain_matrix import thin
-from motip.evaluate.evaluation import Subject, Work, evaluate, labelled
+from motip.evaluate.domain_matrix import subsample
+from motip.evaluate.evaluation import EvalJob, ModelUnderTest, evaluate, evaluation_folder, has_labels
 from motip.evaluate.scores import Scores
 from motip.storage.atomic import digest
-from motip.storage.paths import Location, location, read_json, write_json
+from motip.storage.paths import Location, read_json, write_json
 from motip.track.settings import TrackerSettings
-from motip.train.ray_train import pick_device
+from motip.train.ray_train import device_from_config
 from motip.weights.class_names import canonical_name
 
 FORMAT = 1
-"""Part of every row's identity; raised when what a row holds comes to mean something else."""
-TELL_EVERY_S = 10.0
+"""Part of every row's identity; incremented when the meaning of a stored row changes."""
+PROGRESS_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
 class DomainSet:
-    """The locked val videos of some domains, and the rules they are scored by whatever model it is.
+    """The locked val videos of some domains, with class maps and protocols that do not depend on the model.
 
     Attributes:
-        sources: domain to its sources that have labels of the curriculum's classes.
-        class_maps, protocols: by source. A source is scored on those classes of the curriculum that it maps.
-        unlabelled: domains without a single such label.
+        sources: domain -> its sources that have labels of the curriculum's classes.
+        class_maps, protocols: by source. A source is scored on the curriculum's classes that it maps.
+        unlabelled: domains without such a label.
     """
 
     sources: dict[str, tuple[str, ...]]
@@ -44,17 +44,19 @@ class DomainSet:
     unlabelled: tuple[str, ...]
 
     def identity(self) -> list[Any]:
-        """All that scores on it follow from, beside the model."""
+        """Everything that scores depend on, except the model; JSON-able."""
         return [
             {domain: list(names) for domain, names in self.sources.items()},
             sorted([*video.identity, video.shard_sha256] for video in self.videos),
-            {name: [list(each.names), {key: list(raws) for key, raws in each.mapping.items()}]
-             for name, each in self.class_maps.items()},
+            {
+                name: [list(each.names), {key: list(raws) for key, raws in each.mapping.items()}]
+                for name, each in self.class_maps.items()
+            },
             self.protocols,
-        ]  # fmt: skip
+        ]
 
-    def lacking(self, classes: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Domain to the classes it is scored on that a model with ``classes`` does not have."""
+    def missing_classes(self, classes: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Domain -> the classes it is scored on that a model with ``classes`` does not have."""
         own = {canonical_name(name) for name in classes}
         found = {
             domain: tuple(
@@ -68,7 +70,7 @@ class DomainSet:
 
 
 def domain_set(curriculum: Curriculum, manifest: Manifest, domains: Iterable[str]) -> DomainSet:
-    """What is scored for some domains; `domains.videos` of the curriculum thins out each source."""
+    """Videos, class maps and protocols for some domains; `domains.videos` of the curriculum subsamples each source."""
     classes = list(dict.fromkeys(name for stage in curriculum.stages for name in stage.config.class_names))
     listed = scored_sources(curriculum)
     wanted = set(domains)
@@ -81,10 +83,10 @@ def domain_set(curriculum: Curriculum, manifest: Manifest, domains: Iterable[str
             mapping = {each: raws for each, raws in curriculum.sources[name].classes.items() if each in classes}
             class_map = ClassMap(tuple(each for each in classes if each in mapping), mapping)
             own = manifest.of(name, "val")
-            if not labelled(own, class_map):
+            if not has_labels(own, class_map):
                 continue
             if curriculum.domains.videos is not None:
-                own = thin(own, curriculum.domains.videos, mapping, int(manifest.settings.get("seed", 0)))
+                own = subsample(own, curriculum.domains.videos, mapping, int(manifest.settings.get("seed", 0)))
             kept.append(name)
             class_maps[name] = class_map
             videos += own
@@ -99,45 +101,48 @@ def domain_set(curriculum: Curriculum, manifest: Manifest, domains: Iterable[str
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model's scores in every domain it was scored in.
+class DomainScores:
+    """One model's scores in several domains: a row of the domain matrix.
 
     Attributes:
-        name: the stage, or the base weights.
-        inputs: digest of all the scores follow from.
-        classes: the model's own.
-        lacking: domain to the classes it is scored on that the model does not have; they are missed, and count 0.
-        settings: how it tracked.
+        name: name of the stage, or of the base weights.
+        inputs: digest of everything the scores depend on.
+        classes: the model's classes.
+        missing_classes: domain -> classes it is scored on that the model does not have; their scores are 0.
+        settings: tracker settings.
         scores: domain -> source -> scores.
-        tracked: videos that were tracked for it rather than found tracked.
-        told: run id to the digest of what that run was told of this row.
+        tracked: videos tracked for this row; the tracks of the others were reused.
+        mlflow_synced: run id -> digest of what of this row is recorded in that run.
+        reused: read from disk, not computed by this run.
     """
 
     name: str
     inputs: str
     sha256: str
     classes: tuple[str, ...]
-    lacking: dict[str, tuple[str, ...]]
+    missing_classes: dict[str, tuple[str, ...]]
     settings: dict[str, Any]
     scores: dict[str, dict[str, Scores]]
     videos: int
     tracked: int
     seconds: float
     notes: tuple[str, ...] = ()
-    told: dict[str, str] = field(default_factory=dict)
+    mlflow_synced: dict[str, str] = field(default_factory=dict)
     reused: bool = False
 
     def save(self, path: Location) -> None:
+        """Write the row as JSON; ``missing_classes`` is stored as ``lacking``, the key of version 0.1."""
         values = {key: value for key, value in self.__dict__.items() if key not in ("scores", "reused")}
+        values["lacking"] = values.pop("missing_classes")
         write_json(path, {**values, "format": FORMAT, "scores": self.scores_json()})
 
     def scores_json(self) -> dict[str, dict[str, Any]]:
-        """Plain values, by domain and source."""
+        """JSON-able scores by domain and source."""
         return {domain: {name: each.to_json() for name, each in own.items()} for domain, own in self.scores.items()}
 
     @classmethod
-    def load(cls, path: Location, inputs: str) -> Row | None:
-        """The row kept at ``path``, if it has these inputs."""
+    def load(cls, path: Location, inputs: str) -> DomainScores | None:
+        """The row stored at ``path`` if it has these inputs; version 0.1 wrote ``mlflow_synced`` as ``told``."""
         stored = read_json(path) if path.is_file() else {}
         if stored.get("format") != FORMAT or stored.get("inputs") != inputs:
             return None
@@ -147,60 +152,65 @@ class Row:
         }
         values = {key: value for key, value in stored.items() if key != "format"}
         values["classes"], values["notes"] = tuple(values["classes"]), tuple(values["notes"])
-        values["lacking"] = {domain: tuple(names) for domain, names in values["lacking"].items()}
+        lacking = values.pop("lacking")
+        values["missing_classes"] = {domain: tuple(names) for domain, names in lacking.items()}
+        if "told" in values:
+            values["mlflow_synced"] = values.pop("told")
         return cls(**values, scores=scores, reused=True)
 
 
-def scored_row(
+def score_domains(
     session: Session,
     name: str,
     config: Config,
     sha256: str,
     domains: DomainSet,
     path: Location,
-    subject: Callable[[], Subject],
+    load_model: Callable[[], ModelUnderTest],
     named: Sequence[str] | None = None,
-) -> Row:
-    """The row of a model: as kept at ``path``, else tracked and scored; the caller saves it.
+) -> DomainScores:
+    """The row of a model: read from ``path`` if up to date, else tracked and scored; the caller saves it.
 
-    Tracks lie where the evaluation job puts and looks for them, so each video is tracked once for both.
+    Tracks share the folder of the evaluation job, so each video is tracked once for both.
 
     Args:
-        config: of the stage the model comes from, or goes into.
-        sha256: of the weights file.
-        subject: reads the model; called only where something is to be tracked or scored.
-        named: the model's classes where the stage says them (PRETRAIN_CLASSES) and not the file: the file's digest does
-            not know them.
+        config: configuration of the stage that trained the model, or that starts from it.
+        sha256: digest of the weights file.
+        load_model: loads the model; called only if the row is computed.
+        named: the model's classes as given by the stage (PRETRAIN_CLASSES), None if the file names them. Part of the
+            row's identity, since the digest of the file does not cover them.
 
     Raises:
         MotipError: weights or shards are missing or damaged, or files cannot be written.
     """
     settings = asdict(TrackerSettings.from_config(config))
+    # stored row
     inputs = digest([FORMAT, sha256, settings, domains.identity(), *([] if named is None else [list(named)])])
-    kept = Row.load(path, inputs)
-    if kept is not None:
-        # A file's keys are sorted; domains stand in the order of the curriculum.
-        return replace(kept, name=name, scores={domain: kept.scores[domain] for domain in domains.sources})
+    stored = DomainScores.load(path, inputs)
+    if stored is not None:
+        # JSON keys are sorted; restore the curriculum's order of domains.
+        return replace(stored, name=name, scores={domain: stored.scores[domain] for domain in domains.sources})
+    # new row
     begin = time.monotonic()
-    loaded = subject()
+    model = load_model()
     session.ui.note(f"{name}: scoring {len(domains.videos)} videos of {', '.join(domains.sources)}")
-    work = Work(
+    work = EvalJob(
         videos=domains.videos,
         storage=session.options.storage,
-        folder=location(session.options.storage) / "evaluations" / sha256[:12],
+        folder=evaluation_folder(session.options.storage, sha256),
         split="val",
         cluster=session.cluster,
         device=_device(config, session),
-        on_video=_Teller(session, name),
+        on_video=_ProgressNotes(session, name),
     )
-    done = evaluate(loaded, work, domains.class_maps, domains.protocols)
-    return Row(
+    done = evaluate(model, work, domains.class_maps, domains.protocols)
+    return DomainScores(
         name=name,
         inputs=inputs,
         sha256=sha256,
-        classes=loaded.classes,
-        lacking=domains.lacking(loaded.classes),
-        settings=asdict(loaded.settings),
+        classes=model.classes,
+        missing_classes=domains.missing_classes(model.classes),
+        settings=asdict(model.settings),
         scores={domain: {each: done.scores[each] for each in own} for domain, own in domains.sources.items()},
         videos=done.videos,
         tracked=done.videos - done.reused,
@@ -211,12 +221,12 @@ def scored_row(
 
 def _device(config: Config, session: Session) -> str:
     if session.cluster is None:
-        return str(pick_device(config))
+        return str(device_from_config(config))
     return "cuda" if config.DEVICE != "cpu" and session.cluster.gpus >= 1 else "cpu"
 
 
-class _Teller:
-    """Says how far the tracking is, every ten seconds."""
+class _ProgressNotes:
+    """Notes the progress of the tracking every ``PROGRESS_EVERY_S`` seconds."""
 
     def __init__(self, session: Session, name: str) -> None:
         self._session = session
@@ -224,6 +234,6 @@ class _Teller:
         self._last = time.monotonic()
 
     def __call__(self, video: VideoEntry, done: int, total: int) -> None:
-        if time.monotonic() - self._last >= TELL_EVERY_S:
+        if time.monotonic() - self._last >= PROGRESS_EVERY_S:
             self._last = time.monotonic()
             self._session.ui.note(f"{self._name}: tracked {done} of {total} videos, {video.source}/{video.video}")

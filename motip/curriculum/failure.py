@@ -1,4 +1,4 @@
-"""What is still done when something has failed; none of it may hide why."""
+"""Clean-up after a failure that must not hide the original error."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def beside_a_failure(what: str) -> Iterator[None]:
-    """Log what goes wrong in here instead of raising it: the error that is on its way is the one to be seen.
+def log_exceptions(what: str) -> Iterator[None]:
+    """Log exceptions of the block as warnings instead of raising them: the original error must reach the user.
 
     Args:
-        what: could not be done, for the log.
+        what: what could not be done, for the log.
     """
     try:
         yield
     except Exception as error:
-        told = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
-        _log.warning("%s: %s", what, told)
+        reason = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
+        _log.warning("%s: %s", what, reason)
 
 
-def tell_failure(lineage: Lineage, run_id: str, error: BaseException) -> None:
-    """End a run as FAILED, or as interrupted where ``error`` is no failure but somebody's wish; raises nothing."""
-    with beside_a_failure(f"MLflow could not be told how run {run_id} ended"):
+def mark_run_failed(lineage: Lineage, run_id: str, error: BaseException) -> None:
+    """End a run as FAILED, or as KILLED if ``error`` is an interruption (Ctrl-C, SystemExit); never raises."""
+    with log_exceptions(f"the end of run {run_id} could not be recorded in MLflow"):
         if isinstance(error, Exception):
             lineage.finish(run_id, "FAILED")
         else:

@@ -1,63 +1,58 @@
-"""After every stage: score all domains its model has seen, say what was forgotten, and stop where that is asked for."""
+"""Forgetting tracker: scores all seen domains after every stage, reports losses, and optionally stops the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 from motip.config import Config, Curriculum, Stage
 from motip.config.curriculum_file import BASE
 from motip.curriculum.domain_history import (
+    ancestry,
     base_domains,
-    descent,
-    learned_from,
+    learned_in,
     scored_sources,
     seen_after,
     starts_from_given_weights,
 )
 from motip.curriculum.domain_report import DomainReport
-from motip.curriculum.domain_scores import Row, domain_set, scored_row
+from motip.curriculum.domain_scores import DomainScores, domain_set, score_domains
 from motip.curriculum.records import StageRecord
 from motip.curriculum.stage import Session
 from motip.errors import MotipError
 from motip.evaluate.domain_matrix import DomainMatrix
-from motip.evaluate.evaluation import Subject
-from motip.storage.paths import Location, local_copy, location
+from motip.evaluate.evaluation import ModelUnderTest
+from motip.storage.paths import Location, absolute, local_copy, location
 from motip.track.settings import TrackerSettings
 from motip.train.stage_job import Parent
 from motip.weights.export import load_for_tracking
 
 
-class DomainWatch:
-    """The matrix R[stage][domain] of one run of a curriculum, row by row.
+class ForgettingTracker:
+    """The matrix R[stage][domain] of one curriculum run, built row by row.
 
-    Each row is kept in ``domains.json`` beside its checkpoint and reused as long as nothing it follows from changes.
-    The matrix lies in the curriculum's folder as ``domains.json``, ``domains.csv`` and ``domains.png``.
+    Each row is stored in ``domains.json`` beside its checkpoint and reused while its inputs are unchanged. The matrix
+    is written to the curriculum's folder as ``domains.json``, ``domains.csv`` and ``domains.png``.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._curriculum = session.curriculum
-        self._wanted = session.curriculum.domains
-        storage = location(session.options.storage)
-        absolute = storage.resolve() if isinstance(storage, Path) else storage
-        self._folder = absolute / "curricula" / session.curriculum.name
-        self._rows: dict[str, Row] = {}
+        self._settings = session.curriculum.domains
+        self._folder = absolute(session.options.storage) / "curricula" / session.curriculum.name
+        self._rows: dict[str, DomainScores] = {}
         self._seen: dict[str, frozenset[str]] = {}
         self._before: dict[str, list[str]] = {}
-        self._base_of: dict[str, str] = {}  # first stage of a descent -> row of the weights it starts from
-        self._noted: set[str] = set()
+        self._base_of: dict[str, str] = {}  # first stage of an ancestry -> row of the weights it starts from
+        self._noted_unlabelled: set[str] = set()
 
     def before(self, stage: Stage, parent: Parent | None) -> None:
-        """Score the weights a descent starts from, where they are given and have seen a domain that is listed.
+        """Score the given base weights that a first stage starts from, if they have seen a listed domain.
 
         Raises:
             MotipError: shards are missing or damaged.
         """
-        if self._wanted.score == "none" or parent is None or self._curriculum.parent_of(stage) is not None:
+        if self._settings.score == "none" or parent is None or self._curriculum.parent_of(stage) is not None:
             return
         seen = base_domains(self._curriculum, stage)
         if not starts_from_given_weights(stage):
@@ -68,105 +63,123 @@ class DomainWatch:
             folder = self._folder / BASE / parent.sha256[:12]
             try:
                 self._add(
-                    *(name, stage.config, parent.sha256, seen, [], folder, lambda: base_subject(stage, parent)),
+                    name,
+                    stage.config,
+                    parent.sha256,
+                    seen=seen,
+                    before=[],
+                    folder=folder,
+                    load_model=lambda: load_base_model(stage, parent),
                     named=stage.config.PRETRAIN_CLASSES,
                 )
             except _NoTracker as error:
-                self._session.ui.note(f"{name}: not scored, and nothing is compared with it: {error.what}")
+                self._session.ui.note(f"{name}: not scored, no stage is compared with it: {error.what}")
         if name in self._rows:
             self._base_of[stage.name] = name
 
     def after(self, stage: Stage, record: StageRecord) -> None:
-        """Score a finished stage's checkpoint and judge what it lost.
+        """Score a finished stage's checkpoint and check its losses.
 
         Raises:
-            MotipError: weights or shards are damaged; or it lost more than allowed and `domains.on_loss` is `stop`.
+            MotipError: weights or shards are damaged; or a loss exceeds `allowed_loss` and `domains.on_loss` is `stop`.
         """
-        if self._wanted.score == "none":
+        if self._settings.score == "none":
             return
-        earlier = [each.name for each in descent(self._curriculum, stage)]
+        earlier = [each.name for each in ancestry(self._curriculum, stage)]
         before = [name for name in (self._base_of.get(earlier[0], ""), *earlier[:-1]) if name in self._rows]
         seen = seen_after(self._curriculum, stage)
         folder = location(record.checkpoint).parent
         self._add(
-            *(stage.name, stage.config, record.sha256, seen, before, folder),
-            lambda: stage_subject(stage, record),
-            record.run_id,
+            stage.name,
+            stage.config,
+            record.sha256,
+            seen=seen,
+            before=before,
+            folder=folder,
+            load_model=lambda: load_stage_model(stage, record),
+            run_id=record.run_id,
         )
         if stage.name in self._rows:
-            self._judge(stage)
+            self._check_losses(stage)
 
     def finish(self) -> DomainReport | None:
-        """Write the whole matrix if it is not written yet; None where nothing was scored."""
+        """Write the complete matrix if it is not written yet; returns the report, None if nothing was scored."""
         if not self._rows:
             return None
         self._publish()
         return self.report()
 
     def report(self) -> DomainReport:
-        """The rows so far."""
+        """Report of the rows so far."""
         scores = {name: row.scores for name, row in self._rows.items()}
-        matrix = DomainMatrix.from_sources(scores, self._wanted.metric, known=self._seen, before=self._before)
+        matrix = DomainMatrix.from_sources(scores, self._settings.metric, trained_on=self._seen, ancestors=self._before)
         transfer = {name: self._backward_transfer(matrix, name) for name in matrix.stages}
-        return DomainReport(matrix, self._rows, transfer, self._wanted, self._folder)
+        return DomainReport(matrix, self._rows, transfer, self._settings, self._folder)
 
     def _backward_transfer(self, matrix: DomainMatrix, name: str) -> float | None:
         stage = next((stage for stage in self._curriculum.stages if stage.name == name), None)
         if stage is None:
             return None
-        base = self._base_of.get(descent(self._curriculum, stage)[0].name)
-        return matrix.backward_transfer(learned_from(self._curriculum, stage, base), name)
+        base = self._base_of.get(ancestry(self._curriculum, stage)[0].name)
+        return matrix.backward_transfer(learned_in(self._curriculum, stage, base), name)
 
     def _add(
         self,
         name: str,
         config: Config,
         sha256: str,
-        seen: Iterable[str],
+        *,
+        seen: frozenset[str],
         before: list[str],
         folder: Location,
-        subject: Callable[[], Subject],
+        load_model: Callable[[], ModelUnderTest],
         run_id: str | None = None,
         named: Sequence[str] | None = None,
     ) -> None:
-        """Score a model, where there is something to score it on, and tell MLflow, the folders and the screen."""
-        seen = frozenset(seen)
-        listed = [each for each in scored_sources(self._curriculum) if self._wanted.score == "all" or each in seen]
+        """Score a model on its domains, if any has labelled videos, and record the row on disk and in MLflow.
+
+        Args:
+            seen: domains that the model has seen; the others are scored only with `score: all`, as zero-shot.
+            before: rows of the model's ancestors, which it is compared with.
+        """
+        listed = [each for each in scored_sources(self._curriculum) if self._settings.score == "all" or each in seen]
         domains = domain_set(self._curriculum, self._session.manifest, listed)
         self._note_unlabelled(domains.unlabelled)
         if not domains.videos:
             return
         path = folder / "domains.json"
-        row = scored_row(self._session, name, config, sha256, domains, path, subject, named)
+        row = score_domains(self._session, name, config, sha256, domains, path, load_model, named)
         self._rows[name], self._seen[name], self._before[name] = row, seen, before
         report = self.report()
         self._session.ui.note(report.line(name))
-        told = report.tell(self._session.lineage, name, run_id, self._session.run_id)
-        if not row.reused or told != row.told:
+        synced = report.record(self._session.lineage, name, run_id, self._session.run_id)
+        if not row.reused or synced != row.mlflow_synced:
             self._publish()
-            # Written last: a row counts as scored once all who are to know it have been told.
-            replace(row, told=told).save(path)
+            # Written last: a row counts as scored once it is recorded everywhere.
+            replace(row, mlflow_synced=synced).save(path)
 
     def _publish(self) -> None:
         self.report().publish(self._session.lineage, self._session.run_id)
 
     def _note_unlabelled(self, domains: Sequence[str]) -> None:
-        for domain in [name for name in domains if name not in self._noted]:
-            self._noted.add(domain)
-            self._session.ui.note(f"domain {domain} is not scored: no val video of it has a label of the classes")
+        for domain in [name for name in domains if name not in self._noted_unlabelled]:
+            self._noted_unlabelled.add(domain)
+            self._session.ui.note(f"domain {domain} is not scored: no val video has a label of its classes")
 
-    def _judge(self, stage: Stage) -> None:
+    def _check_losses(self, stage: Stage) -> None:
+        # warnings
         report = self.report()
-        lost, metric, allowed = report.lost(stage.name), report.matrix.metric, self._wanted.allowed_loss
+        lost, metric, allowed = report.lost(stage.name), report.matrix.metric, self._settings.allowed_loss
         for each in lost:
             self._session.ui.note(f"warning: {stage.name} forgot {each.describe(metric)}, allowed {allowed:g}")
         if not lost:
             return
         names = list(dict.fromkeys(each.domain for each in lost))
-        remedy = _replay(self._curriculum, names)
-        if self._wanted.on_loss == "warn":
+        remedy = _replay_advice(self._curriculum, names)
+        if self._settings.on_loss == "warn":
             self._session.ui.note(f"{stage.name}: against forgetting, {remedy}")
             return
+        # stop
         self._publish()
         self._session.ui.note(f"domains so far as CSV and heat map: {self._folder}/domains.csv, domains.png")
         raise MotipError(
@@ -174,26 +187,26 @@ class DomainWatch:
             where=f"domains in {self._session.options.config_path or 'the curriculum file'}",
             found=report.lost_text(stage.name),
             expected=f"at most {allowed:g} points lost in a domain seen before (allowed_loss)",
-            fix=f"{remedy}; or go on as it is with a higher allowed_loss or `on_loss: warn` (the stage stays finished "
+            fix=f"{remedy}; or continue with a higher allowed_loss or `on_loss: warn` (the stage stays finished "
             "and is trained again only if its inputs change)",
         )
 
 
 class _NoTracker(MotipError):
-    """Base weights that are no whole tracker, or do not say what they are."""
+    """Base weights without a complete tracker, or without classes or architecture in the file."""
 
 
-def stage_subject(stage: Stage, record: StageRecord) -> Subject:
-    """A stage's best checkpoint, tracking with the stage's own settings."""
+def load_stage_model(stage: Stage, record: StageRecord) -> ModelUnderTest:
+    """The best checkpoint of a stage, with the stage's tracker settings."""
     model, classes, _ = load_for_tracking(local_copy(location(record.checkpoint)))
-    return Subject(model, record.sha256, TrackerSettings.from_config(stage.config), classes)
+    return ModelUnderTest(model, record.sha256, TrackerSettings.from_config(stage.config), classes)
 
 
-def base_subject(stage: Stage, parent: Parent) -> Subject:
-    """Given weights, tracking with the settings they carry, else with those of the stage they go into.
+def load_base_model(stage: Stage, parent: Parent) -> ModelUnderTest:
+    """Given weights, with the tracker settings stored in the file, else with those of the stage that starts from them.
 
     Raises:
-        MotipError: the weights hold a detector only, or do not say which classes and architecture they are of.
+        MotipError: the file holds only a detector, or neither names its classes and architecture.
     """
     path = local_copy(location(parent.path))
     named = stage.config.PRETRAIN_CLASSES
@@ -209,13 +222,12 @@ def base_subject(stage: Stage, parent: Parent) -> Subject:
             raise _NoTracker(error.what, where=error.where, found=error.found) from error
     if named is not None and len(named) == len(classes):
         classes = tuple(named)
-    values = {**stage.config.to_dict(), **meta["thresholds"]}
-    settings = TrackerSettings.from_config(cast(Config, SimpleNamespace(**values)))
-    return Subject(model, parent.sha256, settings, classes)
+    settings = TrackerSettings.from_keys({**stage.config.to_dict(), **meta["thresholds"]})
+    return ModelUnderTest(model, parent.sha256, settings, classes)
 
 
-def _replay(curriculum: Curriculum, domains: Sequence[str]) -> str:
-    """What to add to a stage's data so that it keeps the domains."""
+def _replay_advice(curriculum: Curriculum, domains: Sequence[str]) -> str:
+    """Advice against forgetting the domains: the replay entries to add to the stage's data."""
     sources = [
         name
         for domain in domains

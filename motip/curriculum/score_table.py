@@ -1,4 +1,4 @@
-"""Scores of several data sources as one table, for the runs' evaluation tables."""
+"""Scores of several sources as one table, for the evaluation tables in MLflow."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from motip.evaluate.scores import Scores
 
 
 def score_rows(scores: Mapping[str, Mapping[str, Scores]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of text: for each domain and source its classes, then the means.
+    """Header and text rows: for each domain and source one row per class, then the averages.
 
     Args:
-        scores: domain -> source -> scores; with "" as the only domain the table has no column for it.
+        scores: domain -> source -> scores; the domain "" gets no domain column.
     """
     header: list[str] = []
     rows: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""A stage's data chosen from the manifest, and everything that goes into it named by one digest."""
+"""Training job of a stage: its videos, chosen from the manifest, and the digest that identifies its inputs."""
 
 from __future__ import annotations
 
@@ -6,54 +6,57 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from motip.config import Config, Curriculum, Source, Stage
+from motip.config import Curriculum, Source, Stage
 from motip.curriculum.records import FORMAT, Options
 from motip.data.clip_loader import plan_videos
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
 from motip.errors import MotipError
+from motip.evaluate.protocols import PLAN_CLASSES, PROTOCOLS
 from motip.lineage import DataUsed
 from motip.storage.atomic import digest
 from motip.train.stage_job import Parent, StageJob
 
-SPEED_ONLY = frozenset(
+NON_IDENTITY_KEYS = frozenset(
     {"_name", "NUM_WORKERS", "PREFETCH_FACTOR", "LOG_EVERY_STEPS", "root_path", "OUTPUT_DIR", "OUTPUTS_DIR"}
     | {"CHECKPOINT_EVERY_STEPS", "CHECKPOINT_EVERY_MINUTES", "CHECKPOINTS_KEPT", "EPOCH_CHECKPOINTS_KEPT"}
     | {"COLLECTIVE_TIMEOUT_S", "PROGRESS_TIMEOUT_S", "NONFINITE_LIMIT", "WORKER_RESTARTS", "RESIZE_EVERY_S"}
 )
-"""Keys that change how fast or where a stage runs, not what comes out: they do not make it stale."""
+"""Configuration keys that affect speed or paths but no result: a change does not make a stage stale."""
 
-PACE_ONLY = SPEED_ONLY - {"OUTPUT_DIR", "OUTPUTS_DIR"}
-"""Those of them that may change when a stage that was cut off goes on: in another folder it begins anew."""
-
-PLANNED_CLASSES = {"pedestrian", "car"}
-"""The class list, beside its own, that the BDD100K and VisDrone protocols are defined for here."""
+RESUMABLE_KEYS = NON_IDENTITY_KEYS - {"OUTPUT_DIR", "OUTPUTS_DIR"}
+"""Those keys that may differ when an interrupted stage resumes; in another output folder it starts over."""
 
 
 def stage_job(
     curriculum: Curriculum, stage: Stage, parent: Parent | None, manifest: Manifest, options: Options
 ) -> tuple[StageJob, list[VideoEntry]]:
-    """The stage with its data chosen and its inputs named by one digest."""
+    """The stage's job, whose ``inputs`` digest identifies everything that affects its result, and its training videos.
+
+    Raises:
+        MotipError: no validation video, fewer training videos than asked for, or no trainable clip.
+    """
+    # videos
     config = stage.config
     train = training_videos(stage, manifest)
     val: list[VideoEntry] = []
-    judges = stage.val if stage.val is not None else tuple(mix.source for mix in stage.data)
-    for name in judges:
+    for name in stage.validation_sources:
         val += manifest.of(name, "val")
     if not val:
         raise MotipError(
             f"stage {stage.name} has no validation videos",
-            where="sources: " + ", ".join(judges),
+            where="sources: " + ", ".join(stage.validation_sources),
             expected="at least one labelled sequence in the val split",
             fix="give the source a `val` split; the best checkpoint is chosen on it",
         )
-    used = list(dict.fromkeys([*(mix.source for mix in stage.data), *judges]))
+    used = list(dict.fromkeys([*(mix.source for mix in stage.data), *stage.validation_sources]))
     classes = {name: dict(curriculum.sources[name].classes) for name in used}
     weights = {mix.source: mix.weight for mix in stage.data}
+    # identity: a change in any of these makes the stage stale
     identity = {
         "format": FORMAT,
         "stage": stage.name,
         "best": stage.best,
-        "config": {key: value for key, value in config.to_dict().items() if key not in SPEED_ONLY},
+        "config": {key: value for key, value in config.to_dict().items() if key not in NON_IDENTITY_KEYS},
         "train": entries_digest(train),
         "val": entries_digest(val),
         "classes": classes,
@@ -66,7 +69,7 @@ def stage_job(
         train=(),
         weights=weights,
         val=tuple(val),
-        protocols={name: protocol_of(curriculum.sources[name], config) for name in used},
+        protocols={name: protocol_for(curriculum.sources[name], config.class_names) for name in used},
         classes=classes,
         storage=options.storage,
         parent=parent,
@@ -78,7 +81,7 @@ def stage_job(
 
 
 def training_videos(stage: Stage, manifest: Manifest) -> list[VideoEntry]:
-    """The videos that the stage's mix takes of each source, source after source."""
+    """Training videos selected by the stage's data mix, source by source."""
     return [
         video
         for mix in stage.data
@@ -88,23 +91,16 @@ def training_videos(stage: Stage, manifest: Manifest) -> list[VideoEntry]:
     ]
 
 
-def protocol_of(source: Source, config: Config) -> str:
-    """The benchmark's own rules where they are defined for the trained classes, else `plain`."""
-    return protocol_for(source, config.class_names)
-
-
 def protocol_for(source: Source, class_names: Collection[str]) -> str:
-    """The benchmark's own rules where they are defined for these classes, else `plain`."""
-    names = set(class_names)
-    if source.format == "motchallenge":
-        return "motchallenge" if names == {"pedestrian"} else "plain"
-    return source.format if names == PLANNED_CLASSES else "plain"
+    """Name of the format's own protocol if it has one and it is defined for these classes, else `plain`."""
+    defined_for = {"pedestrian"} if source.format == "motchallenge" else set(PLAN_CLASSES)
+    return source.format if source.format in PROTOCOLS and set(class_names) == defined_for else "plain"
 
 
 def job_facts(job: StageJob) -> dict[str, Any]:
-    """What whoever judges the stage later must know beside its configuration: which videos, which classes, which rules.
+    """Facts beside the configuration that later evaluations need: validation sources, class maps, protocols.
 
-    Kept as ``job.json`` in the stage's folder.
+    Written as ``job.json`` to the stage's folder.
     """
     return {
         "stage": job.stage,
@@ -116,7 +112,7 @@ def job_facts(job: StageJob) -> dict[str, Any]:
 
 
 def datasets(train: list[VideoEntry], val: tuple[VideoEntry, ...]) -> list[DataUsed]:
-    """What the stage reads, source by source, for MLflow's dataset inputs."""
+    """Datasets that the stage reads, one per source and split, for MLflow's dataset inputs."""
     used: list[DataUsed] = []
     for context, entries in (("training", train), ("validation", list(val))):
         for source in sorted({entry.source for entry in entries}):

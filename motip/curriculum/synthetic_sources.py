@@ -1,4 +1,4 @@
-"""Sources that are drawn rather than recorded: the demo's input, written in the raw formats under the storage."""
+"""Synthetic sources: the demo dataset, rendered in the raw formats under the storage."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 from motip.config import Curriculum, Source
-from motip.demo import write_world
+from motip.demo import write_demo_dataset
 from motip.storage.paths import location
 
 
-def with_worlds(curriculum: Curriculum, storage: str, note: Callable[[str], None]) -> Curriculum:
-    """Draw the synthetic sources, if any, under the storage; their roots then point there."""
+def with_synthetic_sources(curriculum: Curriculum, storage: str, note: Callable[[str], None]) -> Curriculum:
+    """Render the synthetic sources, if any, under the storage; returns the curriculum with their roots set."""
     sources: dict[str, Source] = {}
     for name, source in curriculum.sources.items():
         if source.synthetic is None:
             sources[name] = source
             continue
-        # Raw files are drawn once on the driver's disk, also where the shards go to an object store.
-        place = location(storage)
-        root = (place if isinstance(place, Path) else Path("~/motip").expanduser()).resolve() / "worlds" / name
-        world = source.synthetic
+        # Raw files stay on the driver's disk, also if the shards go to an object store.
+        base = location(storage)
+        root = (base if isinstance(base, Path) else Path("~/motip").expanduser()).resolve() / "worlds" / name
+        synthetic = source.synthetic
         splits = {
-            split: {"sequences": count, "frames": world.frames_of(split), "crowd": world.crowd}
-            for split, count in world.sequences.items()
+            split: {"sequences": count, "frames": synthetic.frames_of(split), "crowd": synthetic.crowd}
+            for split, count in synthetic.sequences.items()
         }
-        report = write_world(root, seed=world.seed, domains={world.domain: splits}, size=world.size)
-        note(f"world {name}: {report.frames} frames {'drawn' if report.written else 'drawn before'}, {report.root}")
-        drawn = report.source(world.domain)
-        sources[name] = source.model_copy(update={"root": drawn["root"], "fps": drawn["fps"]})
+        report = write_demo_dataset(root, seed=synthetic.seed, domains={synthetic.domain: splits}, size=synthetic.size)
+        state = "rendered" if report.written else "already rendered"
+        note(f"synthetic source {name}: {report.frames} frames {state}, {report.root}")
+        rendered = report.source(synthetic.domain)
+        sources[name] = source.model_copy(update={"root": rendered["root"], "fps": rendered["fps"]})
     return curriculum.model_copy(update={"sources": sources})

@@ -1,9 +1,8 @@
-"""Where every checkpoint came from: runs, data, parents and scores in MLflow, which is spoken to in this room only."""
+"""Lineage of checkpoints in MLflow: runs, datasets, parents and scores. The only package that imports MLflow."""
 
-from motip.lineage.null import NullLineage
 from motip.lineage.provenance import provenance
 from motip.lineage.recorder import Lineage
 from motip.lineage.steps import DataUsed, LineageStep
 from motip.lineage.verify import FileCheck
 
-__all__ = ["DataUsed", "FileCheck", "Lineage", "LineageStep", "NullLineage", "provenance"]
+__all__ = ["DataUsed", "FileCheck", "Lineage", "LineageStep", "provenance"]

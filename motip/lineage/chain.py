@@ -1,4 +1,4 @@
-"""Read the lineage back: the chain of steps behind a run, from tags, parameters, metrics and inputs alone."""
+"""Reads the chain of steps behind a run back from MLflow: tags, parameters, metrics and inputs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from motip.errors import MotipError
-from motip.lineage.record_file import at_hand, parse_record
-from motip.lineage.steps import CheckpointPlace, DataUsed, LineageStep, changes
+from motip.lineage.record_file import SUFFIX, parse_record, with_local_path
+from motip.lineage.steps import CheckpointLocation, DataUsed, LineageStep, changes
 from motip.lineage.tags import Tag, join_params
 
 if TYPE_CHECKING:
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
     from motip.lineage.store import Store
 
 DOMAIN_PREFIX = "R/"
-"""Metrics of a stage's run with one more word after this are its scores by domain."""
+"""Prefix of a stage's scores by domain: ``R/<domain>``; a second slash begins a class."""
 
 
-def checkpoint_place(checkpoint: Path | str, storage: Path) -> CheckpointPlace:
-    """The address to record: also relative to the storage, so that the whole storage can be moved."""
+def checkpoint_location(checkpoint: Path | str, storage: Path) -> CheckpointLocation:
+    """Location to record: absolute, and relative to the storage so that the storage can be moved."""
     if "://" in str(checkpoint):
-        return CheckpointPlace(str(checkpoint), "")
+        return CheckpointLocation(str(checkpoint), "")
     path = Path(checkpoint).expanduser().resolve()
-    return CheckpointPlace(str(path), str(path.relative_to(storage)) if path.is_relative_to(storage) else "")
+    return CheckpointLocation(str(path), str(path.relative_to(storage)) if path.is_relative_to(storage) else "")
 
 
-def walk(store: Store, run_id: str) -> list[LineageStep]:
+def read_chain(store: Store, run_id: str) -> list[LineageStep]:
     """The chain of steps that led to ``run_id``, oldest first.
 
-    Before the first stage that a run is known of stands what the record beside its weights told when it began.
+    The steps before the first recorded run come from the lineage record beside its weights, as stored in that run.
 
     Args:
-        run_id: a stage, or a curriculum (which stands for its last stage).
+        run_id: run of a stage, or of a curriculum, which stands for its last stage.
 
     Raises:
-        MotipError: no such run, a curriculum without stages, a chain that bites its tail.
+        MotipError: no such run, a curriculum without stages, a cyclic chain.
     """
     client = store.client()
     run: Run | None = stage_run(store, client, run_id)
@@ -49,7 +49,7 @@ def walk(store: Store, run_id: str) -> list[LineageStep]:
     while run is not None:
         if run.info.run_id in seen:
             raise MotipError(
-                "the lineage runs in a circle", where=f"run {run.info.run_id}", fix="the tags of this run were changed"
+                "the lineage is cyclic", where=f"run {run.info.run_id}", fix="restore the changed tags of this run"
             )
         seen.add(run.info.run_id)
         before = _run_before(store, client, run)
@@ -63,7 +63,7 @@ def walk(store: Store, run_id: str) -> list[LineageStep]:
 
 
 def curriculum_of(store: Store, run_id: str) -> str:
-    """Name of the curriculum that a run is, or is a stage of; MotipError where it is neither."""
+    """Curriculum name recorded in a run or its parent run; MotipError if there is none."""
     client = store.client()
     run = stage_run(store, client, run_id)
     parent = client.get_run(run.data.tags[Tag.PARENT_RUN]) if Tag.PARENT_RUN in run.data.tags else run
@@ -79,7 +79,7 @@ def curriculum_of(store: Store, run_id: str) -> str:
 
 
 def stage_run(store: Store, client: MlflowClient, run_id: str) -> Run:
-    """The run itself, or the last stage of a curriculum; MotipError where there is none."""
+    """The run, or for a curriculum's run that of its last stage; MotipError if there is none."""
     try:
         run = client.get_run(run_id)
     except Exception as error:
@@ -108,13 +108,13 @@ def stage_run(store: Store, client: MlflowClient, run_id: str) -> Run:
 
 
 def _run_before(store: Store, client: MlflowClient, run: Run) -> Run | None:
-    """The run that made the weights this one started from: by its id, else by the digest of the weights."""
+    """The run that wrote the weights this run started from, found by id, else by the digest of the weights."""
     tags = run.data.tags
     if tags.get(Tag.FROM_RUN):
         try:
             return client.get_run(tags[Tag.FROM_RUN])
         except Exception as error:
-            # Removed for good from the database: the digest may still find the run in a copy of it.
+            # The run was purged from the database; the digest may still match a copy of it.
             if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
                 raise
     if not re.fullmatch(r"[0-9a-f]{64}", tags.get(Tag.FROM_SHA256, "")):
@@ -128,16 +128,17 @@ def _run_before(store: Store, client: MlflowClient, run: Run) -> Run | None:
 
 
 def _given_weights(run: Run) -> list[LineageStep]:
-    """The steps before a run that started from a file: those of the record beside it, else the file alone."""
+    """Steps before a run that started from a given file: those of its lineage record, else the file alone."""
     tags = run.data.tags
-    place = _place(tags, Tag.FROM_PATH, Tag.FROM_RELATIVE, Tag.FROM_SHA256)
-    if place is None:
+    location = _location(tags, Tag.FROM_PATH, Tag.FROM_RELATIVE, Tag.FROM_SHA256)
+    if location is None:
         return []
-    told = join_params({key: value for key, value in tags.items() if key.startswith(Tag.FROM_RECORD)})
-    if told:
-        steps = parse_record(json.loads(told[Tag.FROM_RECORD]), place.sha256, f"record of {Path(place.path).name}")
-        return at_hand(steps, place)
-    return [LineageStep("weights", Path(place.path).stem, checkpoint=place)]
+    record = join_params({key: value for key, value in tags.items() if key.startswith(Tag.FROM_RECORD)})
+    if record:
+        name = f"{Path(location.path).stem}{SUFFIX}"
+        steps = parse_record(json.loads(record[Tag.FROM_RECORD]), location.sha256, name)
+        return with_local_path(steps, location)
+    return [LineageStep("weights", Path(location.path).stem, checkpoint=location)]
 
 
 def _step(run: Run, config_before: Mapping[str, str]) -> LineageStep:
@@ -153,8 +154,8 @@ def _step(run: Run, config_before: Mapping[str, str]) -> LineageStep:
         started=run.info.start_time,
         data_digest=tags.get(Tag.DATA_SHA256, ""),
         data=_data(run),
-        came_from=_place(tags, Tag.FROM_PATH, Tag.FROM_RELATIVE, Tag.FROM_SHA256),
-        checkpoint=_place(tags, Tag.CHECKPOINT_PATH, Tag.CHECKPOINT_RELATIVE, Tag.CHECKPOINT_SHA256),
+        came_from=_location(tags, Tag.FROM_PATH, Tag.FROM_RELATIVE, Tag.FROM_SHA256),
+        checkpoint=_location(tags, Tag.CHECKPOINT_PATH, Tag.CHECKPOINT_RELATIVE, Tag.CHECKPOINT_SHA256),
         config=config,
         config_changes=changes(config_before, config),
         seed=tags.get(Tag.SEED, ""),
@@ -174,7 +175,7 @@ def _is_domain(metric: str) -> bool:
 
 
 def _own_params(params: Mapping[str, str]) -> dict[str, str]:
-    """Parameters that stand in the YAML, long ones joined."""
+    """Parameters that are configuration keys, long values joined."""
     return {key: value for key, value in join_params(params).items() if not key.startswith("_")}
 
 
@@ -189,7 +190,7 @@ def _data(run: Run) -> tuple[DataUsed, ...]:
     return tuple(sorted(used, key=lambda data: (data.context, data.name)))
 
 
-def _place(tags: Mapping[str, str], path: str, relative: str, sha256: str) -> CheckpointPlace | None:
+def _location(tags: Mapping[str, str], path: str, relative: str, sha256: str) -> CheckpointLocation | None:
     if not tags.get(path):
         return None
-    return CheckpointPlace(tags[path], tags.get(relative, ""), tags.get(sha256, ""))
+    return CheckpointLocation(tags[path], tags.get(relative, ""), tags.get(sha256, ""))

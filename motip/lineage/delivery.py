@@ -1,4 +1,4 @@
-"""Hand what a run tells to MLflow: metrics, tags, artifacts, tables, models, the end."""
+"""Sends queued entries to MLflow: metrics, tags, artifacts, tables, models, run status."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 BATCH_METRICS = 1000
-"""MLflow takes at most this many metrics in one request."""
-
+"""Maximum number of metrics in one request to MLflow."""
 
 ATTACHED = ("artifact", "table")
-"""Kinds of entries without which the curves and the end of a run are whole."""
+"""Kinds of entries that are set aside when refused; a refusal of any other kind raises."""
 
 
-def refusal_of_all(store: Store) -> Unreachable | None:
-    """Why MLflow takes nothing now, where it refuses a mere question too; None where it answers one.
+def probe_server(store: Store) -> Unreachable | None:
+    """The reason why MLflow accepts nothing now, found by reading the experiment; None if that succeeds.
 
-    A proxy says 403 or 404 of everything while the MLflow behind it is started again.
+    A proxy answers 403 or 404 to every request while the MLflow behind it restarts.
     """
     try:
         with store.errors():
@@ -33,13 +32,13 @@ def refusal_of_all(store: Store) -> Unreachable | None:
     except Unreachable as error:
         return error
     except Exception as error:
-        told = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
-        return Unreachable(f"it refuses everything: {told}")
+        reason = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
+        return Unreachable(f"it refuses every request: {reason}")
     return None
 
 
 def batch_of(entries: list[Entry], most: int) -> list[Entry]:
-    """Up to ``most`` metric entries from the front (one request takes many points), else the first entry."""
+    """Up to ``most`` metric entries from the front, which fit one request; else the first entry alone."""
     batch: list[Entry] = []
     points = 0
     for entry in entries[:most]:
@@ -50,22 +49,24 @@ def batch_of(entries: list[Entry], most: int) -> list[Entry]:
     return batch or entries[:1]
 
 
-def hand_over(store: Store, spool: Spool, run_id: str, entries: list[Entry]) -> None:
-    """Deliver entries of one kind. Safe to repeat: an answer may get lost after the server has acted.
+def send_entries(store: Store, spool: Spool, run_id: str, entries: list[Entry]) -> None:
+    """Send entries of one kind. Idempotent: a response may be lost after the server has acted.
 
     Raises:
-        Unreachable: MLflow cannot take them now.
-        MotipError: it never will.
+        Unreachable: MLflow cannot accept them now.
+        MotipError: MLflow refuses them permanently.
     """
     entry = entries[0]
     with store.errors():
         client = store.client()
+        # many entries in few requests
         if entry["kind"] == "metrics":
             from mlflow.entities import Metric
 
             points = [Metric(*point) for each in entries for point in each["points"]]
             for start in range(0, len(points), BATCH_METRICS):
                 client.log_batch(run_id, metrics=points[start : start + BATCH_METRICS])
+        # one entry
         elif entry["kind"] == "tags":
             from mlflow.entities import RunTag
 
@@ -84,21 +85,21 @@ def hand_over(store: Store, spool: Spool, run_id: str, entries: list[Entry]) -> 
             client.set_terminated(run_id, entry["status"], entry["time"])
 
 
-def hand_over_points(store: Store, spool: Spool, run_id: str, entry: Entry) -> bool:
-    """Deliver the points of a refused entry one by one; the entry keeps those that are refused.
+def send_points(store: Store, spool: Spool, run_id: str, entry: Entry) -> bool:
+    """Send the points of a refused entry one by one; the entry keeps the refused ones.
 
     Returns:
-        Whether all were taken.
+        Whether all were accepted.
 
     Raises:
-        Unreachable: MLflow cannot take them now; the entry is as it was.
+        Unreachable: MLflow cannot accept them now; the entry is unchanged.
     """
     if len(entry["points"]) < 2:
         return False
     try:
         with store.errors():
             if find_run(store.client(), run_id) is None:
-                return False  # it is not the points that are refused
+                return False  # the run is gone, so each point would be refused
     except Unreachable:
         raise
     except Exception:
@@ -106,7 +107,7 @@ def hand_over_points(store: Store, spool: Spool, run_id: str, entry: Entry) -> b
     refused = []
     for point in entry["points"]:
         try:
-            hand_over(store, spool, run_id, [{**entry, "points": [point]}])
+            send_entries(store, spool, run_id, [{**entry, "points": [point]}])
         except Unreachable:
             raise
         except Exception:
@@ -116,10 +117,10 @@ def hand_over_points(store: Store, spool: Spool, run_id: str, entry: Entry) -> b
 
 
 def _list_table(listed: str, name: str) -> str:
-    """The list of a run's tables with one more, as MLflow keeps it; empty where nothing is to change.
+    """MLflow's list of a run's tables with one more, as JSON; "" if the tag is not to be changed.
 
-    A list without room stays as it is, also one that was cut and cannot be read: the file is attached all the same,
-    only MLflow's page of tables does not offer it.
+    The tag stays unchanged if the list is unreadable or would exceed the tag's size: the table is attached anyway, but
+    MLflow's page of tables does not show it.
     """
     try:
         tables = json.loads(listed)
@@ -134,9 +135,9 @@ def _attach(client: MlflowClient, spool: Spool, run_id: str, entry: Entry) -> No
     path = spool.file_of(entry) if entry.get("kept") else entry["path"]
     if path is None:
         raise MotipError(
-            "the file that was kept for this artifact is missing",
+            "the stored file of this artifact is missing",
             where=spool.folder,
             found=entry["path"],
-            fix="attach it by hand, if it is still anywhere (mlflow artifacts log-artifact)",
+            fix="attach it by hand if there is another copy (mlflow artifacts log-artifact)",
         )
     client.log_artifact(run_id, str(path), entry["folder"] or None)

@@ -1,4 +1,4 @@
-"""Which process drives a run, so that another one can ask whether it still lives."""
+"""Identity of the process that drives a run, and a check whether it is still alive."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ if TYPE_CHECKING:
 _PROC = Path("/proc")
 _DRIVER = re.compile(r"(?P<host>.+)/(?P<pid>[1-9]\d*)/(?P<start>\d*)")
 _PYTHON = re.compile(r"python|^ray::", re.IGNORECASE)
-"""Command lines of processes that can be a driver; Ray gives its workers names of its own."""
+"""Command lines of processes that can be a driver; Ray renames its workers."""
 
 
 def this_driver() -> str:
-    """This process: host name, process id, and start time in clock ticks since boot, which a reused id does not share.
+    """This process as ``host/pid/start``; the start time, in clock ticks since boot, distinguishes a reused pid.
 
-    The start time is empty where there is no /proc.
+    The start time is empty on systems without /proc.
     """
     return f"{socket.gethostname()}/{os.getpid()}/{_start(os.getpid()) or ''}"
 
 
-def driver_lives(driver: str) -> bool:
-    """Whether the process that ``this_driver`` named is still there.
+def driver_is_alive(driver: str) -> bool:
+    """Whether the process named by ``this_driver`` is alive.
 
     Returns:
-        True only for a process of this host with that id and start time: what runs on another host cannot be seen
-        from here, and an empty or unknown name is nobody's. Where there are no start times the process must at least
-        look like Python: an id that something else uses now would refuse a stage for ever.
+        True only for a process of this host with that pid and start time; False for other hosts, whose processes cannot
+        be checked, and for malformed names. Without start times the process must be a Python process, since a reused
+        pid would block the stage forever.
     """
-    told = _DRIVER.fullmatch(driver)
-    if told is None or told["host"] != socket.gethostname():
+    match = _DRIVER.fullmatch(driver)
+    if match is None or match["host"] != socket.gethostname():
         return False
-    pid = int(told["pid"])
-    if not told["start"]:
+    pid = int(match["pid"])
+    if not match["start"]:
         return _start(os.getpid()) is None and _exists(pid) and _PYTHON.search(_command(pid)) is not None
-    return _start(pid) == told["start"]
+    return _start(pid) == match["start"]
 
 
-def driven_elsewhere(run: Run) -> bool:
-    """Whether another process of this host, that lives, is at it; one that has ended it may do what it wants."""
+def driven_by_another(run: Run) -> bool:
+    """Whether another live process of this host drives the run; a run that has ended is driven by none."""
     driver = run.data.tags.get(Tag.DRIVER, "")
-    return run.info.status == "RUNNING" and driver != this_driver() and driver_lives(driver)
+    return run.info.status == "RUNNING" and driver != this_driver() and driver_is_alive(driver)
 
 
 def _start(pid: int) -> str | None:
-    """Field 22 of the process's status; None for one that is not there or has ended and waits for its parent."""
+    """Start time (field 22 of /proc/PID/stat); None if the process does not exist or is a zombie."""
     try:
-        # A name is whatever bytes its process chose.
+        # The process name may contain any bytes.
         status = (_PROC / str(pid) / "stat").read_bytes().decode(errors="replace")
     except OSError:
         return None
-    # The name, in brackets, may hold brackets and blanks itself.
+    # The name, in parentheses, may contain parentheses and spaces.
     fields = status.rpartition(")")[2].split()
     return None if len(fields) < 20 or fields[0] in ("Z", "X") else fields[19]
 
@@ -74,11 +74,11 @@ def _exists(pid: int) -> bool:
 
 
 def _command(pid: int) -> str:
-    """The command line of a process; empty where it cannot be told, or the process has ended."""
-    ask = ["ps", "-p", str(pid), "-o", "stat=", "-o", "command="]
+    """Command line of a process; empty if unknown or if the process has ended."""
+    query = ["ps", "-p", str(pid), "-o", "stat=", "-o", "command="]
     try:
-        told = subprocess.run(ask, capture_output=True, timeout=20, check=False).stdout
+        output = subprocess.run(query, capture_output=True, timeout=20, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    state, _, command = told.decode(errors="replace").strip().partition(" ")
+    state, _, command = output.decode(errors="replace").strip().partition(" ")
     return "" if state.startswith("Z") else command.strip()

@@ -1,4 +1,4 @@
-"""What a result depends on beside its inputs: the code, the packages, the machine. And what must not be recorded."""
+"""Provenance of results (code, packages, machine), and redaction of secrets."""
 
 from __future__ import annotations
 
@@ -13,34 +13,42 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    *("motip-curriculum", "torch", "torchvision", "ray", "mlflow", "numpy", "scipy", "pyarrow"),
-    *("opencv-python", "trackeval", "safetensors"),
+    "motip-curriculum",
+    "torch",
+    "torchvision",
+    "ray",
+    "mlflow",
+    "numpy",
+    "scipy",
+    "pyarrow",
+    "opencv-python",
+    "trackeval",
+    "safetensors",
 )
-"""Distributions whose version can change a result."""
+"""Distributions whose version can affect a result."""
 
 COMMIT_VARIABLE = "MOTIP_GIT_COMMIT"
-"""Where a submitted job, which runs in a copy without history, is told its commit (``<sha>`` or ``<sha>-dirty``)."""
+"""Variable with the commit of a submitted job, whose copy has no git history (``<sha>`` or ``<sha>-dirty``)."""
 
 REDACTED = "<redacted>"
 _SECRET_KEY = re.compile(
     r"(^|[_.\-])(token|secret|password|passwd|credentials?|api[_\-]?key|access[_\-]?key(_id)?|private[_\-]?key)s?$",
     re.IGNORECASE,
 )
-# What stands behind must have one width: "ttps" is the end of https.
+# A lookbehind must have a fixed width: "ttps" is the end of https.
 _USERINFO = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)"
     r"(?!(?<=http://|ttps://)(\[[0-9A-Fa-f:.]+\]|[^/?#\s\"'@:\[\]]+)(:\d{0,5})?[/?#])"
     r"(?=[^/?#\s\"']*[:@])[^\s\"']*@",
     re.IGNORECASE,
 )
-"""User and password, up to the last @ of the address: a password that nobody encoded may hold any of / ? # @.
+"""User and password, up to the last @ of the address: an unencoded password may contain any of / ? # @.
 
-There is no user, and an @ later on belongs to the path,
+An address has no user, and a later @ belongs to the path,
 
-* where neither a colon nor an @ stands before the first slash: ``s3://bucket/data@v2``;
-* in http and https, where nothing but a host and the digits of a port stand before it: ``http://h:5000/x@y``. Their
-  clients end the host at the first slash, whatever follows. Those of databases do not, and in
-  ``postgresql://u:12/ss@host`` the digits begin a password.
+* if neither a colon nor an @ precedes the first slash: ``s3://bucket/data@v2``;
+* in http and https, if only a host and the digits of a port precede it: ``http://h:5000/x@y``. HTTP clients end the
+  host at the first slash. Database clients do not: in ``postgresql://u:12/ss@host`` the digits begin a password.
 """
 
 _SIGNED_QUERY = re.compile(
@@ -48,14 +56,14 @@ _SIGNED_QUERY = re.compile(
     r"|(access|secret|api|private|account)[_\-]?key(_id)?)=[^\s\"']*",
     re.IGNORECASE,
 )
-"""A query with a parameter whose name ends like these (``sslpassword``), whole."""
+"""The entire query of an address if a parameter's name ends like these (``sslpassword``)."""
 
 
 def provenance() -> dict[str, Any]:
-    """Facts about code and machine, free of secrets: the environment is never dumped.
+    """Facts about code and machine without secrets; the environment is never recorded.
 
     Returns:
-        ``git`` {commit, dirty} (None where unknown), ``python``, ``versions`` {distribution: version}, ``hardware``
+        ``git`` {commit, dirty} (None if unknown), ``python``, ``versions`` {distribution: version}, ``hardware``
         {platform, processor, cpus, memory_gib, gpus}.
     """
     return {
@@ -73,10 +81,10 @@ def provenance() -> dict[str, Any]:
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """``value`` without what would let a reader in, at any depth.
+    """``value`` without secrets, at any depth.
 
-    That is: values of keys whose name says secret; in addresses, the user and password before the last @ (after a host
-    with a port, in http and https, an @ is none of theirs) and a query with a signature or a secret in it.
+    Replaced are: values of keys with a secret's name; in addresses, user and password before the last @ (see
+    ``_USERINFO``) and a query that contains a signature or a secret.
     """
     if key and _SECRET_KEY.search(key) and isinstance(value, str) and value:
         return REDACTED
@@ -90,9 +98,9 @@ def redact(value: Any, key: str = "") -> Any:
 
 
 def _git() -> dict[str, Any]:
-    told = os.environ.get(COMMIT_VARIABLE, "")
-    if re.fullmatch(r"[0-9a-f]{7,64}(-dirty)?", told):
-        return {"commit": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
+    given = os.environ.get(COMMIT_VARIABLE, "")
+    if re.fullmatch(r"[0-9a-f]{7,64}(-dirty)?", given):
+        return {"commit": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return {"commit": None, "dirty": None}
@@ -127,13 +135,13 @@ def _memory_gib() -> float | None:
 
 
 def _gpus() -> list[str]:
-    """Names and memory as the driver tells them: asking through torch would take memory on every device."""
+    """Names and memory from nvidia-smi; a query through torch would allocate memory on every device."""
     listed = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
     return listed.splitlines() if listed else []
 
 
 def _output(command: list[str]) -> str | None:
-    """What a program prints, or None where it is not installed or fails."""
+    """Standard output of a program, None if it is not installed or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,6 +1,6 @@
-"""The record that lies beside a weights file and tells every step that led to it, without a database.
+"""Lineage record beside a weights file: every step that led to it, readable without a database.
 
-``NAME.lineage.json`` belongs to ``NAME.safetensors`` or ``NAME.pth`` and holds that file's sha256.
+``NAME.lineage.json`` belongs to ``NAME.safetensors`` or ``NAME.pth`` and contains that file's sha256.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from motip.errors import MotipError
-from motip.lineage.steps import CheckpointPlace, LineageStep, from_json, here, to_json
+from motip.lineage.steps import CheckpointLocation, LineageStep, current_environment, from_json, to_json
 from motip.storage.atomic import sha256_file
 from motip.storage.paths import Location, location, read_json, write_json
 
@@ -20,14 +20,14 @@ FORMAT = 1
 SUFFIX = ".lineage.json"
 
 
-def record_place(weights: Location | str) -> Location:
-    """Where the record of a weights file lies, whether there is one or not."""
-    place = location(weights)
-    return place.parent / f"{place.stem}{SUFFIX}"
+def record_path_of(weights: Location | str) -> Location:
+    """Path of the record of a weights file, whether it exists or not."""
+    path = location(weights)
+    return path.parent / f"{path.stem}{SUFFIX}"
 
 
-def record_text(steps: SequenceOf[LineageStep]) -> dict[str, Any]:
-    """What a record holds: the steps oldest first, and the sha256 of the file that the last one wrote."""
+def record_json(steps: SequenceOf[LineageStep]) -> dict[str, Any]:
+    """Content of a record: the steps, oldest first, and the sha256 of the file written by the last one."""
     last = steps[-1].checkpoint
     assert last is not None
     newest = max((number for number, step in enumerate(steps) if step.config), default=-1)
@@ -39,39 +39,39 @@ def record_text(steps: SequenceOf[LineageStep]) -> dict[str, Any]:
 
 
 def write_record(weights: Location | str, steps: SequenceOf[LineageStep]) -> Location:
-    """Write the record of a weights file whose last step is ``steps[-1]``; returns its place."""
-    place = record_place(weights)
-    write_json(place, record_text(steps))
-    return place
+    """Write the record of a weights file whose last step is ``steps[-1]``; returns its path."""
+    path = record_path_of(weights)
+    write_json(path, record_json(steps))
+    return path
 
 
 def read_record(weights: Location | str, sha256: str) -> list[LineageStep]:
-    """The steps that led to a weights file, oldest first; empty where no record lies beside it.
+    """The steps that led to a weights file, oldest first; empty if it has no record.
 
     Args:
-        sha256: of the weights file.
+        sha256: digest of the weights file.
 
     Raises:
-        MotipError: the record cannot be understood, or is of another file.
+        MotipError: the record is invalid, or belongs to another file.
     """
-    place = record_place(weights)
-    return parse_record(read_json(place), sha256, place) if place.is_file() else []
+    path = record_path_of(weights)
+    return parse_record(read_json(path), sha256, path) if path.is_file() else []
 
 
 def parse_record(stored: Any, sha256: str, where: Location | str) -> list[LineageStep]:
-    """The steps of a record that was read already; see :func:`read_record`."""
+    """The steps in the content of a record; see :func:`read_record`."""
     name = Path(str(where)).name
     if not isinstance(stored, dict) or stored.get("format") != FORMAT or not stored.get("steps"):
         raise MotipError(
-            "this is no lineage record that can be read here",
+            "invalid lineage record",
             where=where,
             found=f"format {stored.get('format')!r}" if isinstance(stored, dict) else type(stored).__name__,
             expected=f"what motip weights export writes, format {FORMAT}",
-            fix="export the weights again, or remove the record: the chain then begins with the weights",
+            fix="export the weights again, or remove the record: the chain then starts with the weights",
         )
     if stored.get("weights_sha256") != sha256:
         raise MotipError(
-            "the lineage record beside the weights is of another file",
+            "the lineage record beside the weights belongs to another file",
             where=where,
             found=f"weights with sha256 {sha256}",
             expected=f"sha256 {stored.get('weights_sha256')}",
@@ -86,38 +86,39 @@ def parse_record(stored: Any, sha256: str, where: Location | str) -> list[Lineag
 
 
 def record_fresh(weights: Location, sha256: str, seed: int) -> None:
-    """The record of weights that were drawn from a seed: the beginning of a chain."""
-    place = CheckpointPlace(weights.name, "", sha256)
-    write_record(weights, [LineageStep("initialised", weights.stem, checkpoint=place, seed=str(seed), **here())])
+    """Write the record of freshly initialised weights, the start of a chain."""
+    checkpoint = CheckpointLocation(weights.name, "", sha256)
+    step = LineageStep("initialised", weights.stem, checkpoint=checkpoint, seed=str(seed), **current_environment())
+    write_record(weights, [step])
 
 
 def record_export(
-    written: Path, source: CheckpointPlace, before: SequenceOf[LineageStep], dtype: str | None = None
+    written: Path, source: CheckpointLocation, before: SequenceOf[LineageStep], dtype: str | None = None
 ) -> tuple[Path, list[LineageStep]]:
-    """Write the record of weights that were exported just now; returns its place and all its steps.
+    """Write the record of newly exported weights; returns its path and all its steps.
 
     Args:
-        source: the checkpoint they come from.
-        before: the steps that led to it.
-        dtype: that floats were stored in, where that was asked for.
+        source: the exported checkpoint.
+        before: the steps that led to the checkpoint.
+        dtype: dtype that floats were converted to, None if unchanged.
     """
     step = LineageStep(
         "export",
         written.stem,
         came_from=source,
-        checkpoint=CheckpointPlace(written.name, "", sha256_file(written)),
+        checkpoint=CheckpointLocation(written.name, "", sha256_file(written)),
         config_changes={} if dtype is None else {"dtype": ("as trained", dtype)},
-        **here(),
+        **current_environment(),
     )
     steps = [*before, step]
     return Path(str(write_record(written, steps))), steps
 
 
-def at_hand(steps: SequenceOf[LineageStep], place: CheckpointPlace) -> list[LineageStep]:
-    """The steps of a record, the last of them with the place where its file lies now."""
-    return [*steps[:-1], replace(steps[-1], checkpoint=place)]
+def with_local_path(steps: SequenceOf[LineageStep], checkpoint: CheckpointLocation) -> list[LineageStep]:
+    """The steps of a record, the last one with the current location of its file."""
+    return [*steps[:-1], replace(steps[-1], checkpoint=checkpoint)]
 
 
-def as_text(steps: SequenceOf[LineageStep]) -> str:
-    """A record in one line, for a tag."""
-    return json.dumps(record_text(steps), sort_keys=True, separators=(",", ":"))
+def record_line(steps: SequenceOf[LineageStep]) -> str:
+    """The content of a record as one line, for a tag."""
+    return json.dumps(record_json(steps), sort_keys=True, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""Read the scores of a recorded stage back from its run."""
+"""Reads the scores of a stage back from its MLflow run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunScores:
-    """What a stage's run holds of its scores.
+    """Scores recorded in a stage's run.
 
     Attributes:
-        stage, run_id: of the stage.
-        files: name -> JSON of every file under ``scores/``.
-        best: the ``best_`` metrics without the prefix; empty while the stage runs.
+        files: file name -> JSON of every file under ``scores/``.
+        best: ``best_`` metrics without the prefix; empty while the stage runs.
     """
 
     stage: str
@@ -33,10 +32,10 @@ class RunScores:
 
 
 def read_scores(store: Store, run_id: str) -> RunScores:
-    """Scores of a stage, or of the last stage of a curriculum.
+    """Scores of a stage's run, or of the last stage of a curriculum's run.
 
     Raises:
-        MotipError: no such run, or none of its epochs was scored.
+        MotipError: no such run, or a run without scored epochs.
     """
     client = store.client()
     run = stage_run(store, client, run_id)

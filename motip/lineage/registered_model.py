@@ -1,4 +1,4 @@
-"""Checkpoints as MLflow models that stay where they are: address and sha256 instead of an upload."""
+"""Checkpoints as external MLflow models: path and sha256 are registered, the weights are not uploaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
 
 REGISTERED = "motip-curriculum"
-"""Name in the model registry; each stage has an alias in it."""
+"""Name in the model registry; each stage has an alias."""
 
 
 def alias_of(stage: str) -> str:
@@ -24,7 +24,7 @@ def alias_of(stage: str) -> str:
 
 
 def find_run(client: MlflowClient, run_id: str) -> Run | None:
-    """The run, or None where MLflow does not have it any more: another database, or the run was deleted."""
+    """The run, or None if it was deleted or is not in this database."""
     try:
         run = client.get_run(run_id)
     except Exception as error:
@@ -35,15 +35,15 @@ def find_run(client: MlflowClient, run_id: str) -> Run | None:
 
 
 def latest_model(client: MlflowClient, run_id: str | None) -> str:
-    """Id of the model that a run put out last, or an empty string, also where the run is not there any more."""
+    """Id of the last model a run registered, "" if there is none or the run is gone."""
     run = find_run(client, run_id) if run_id else None
     return str(run.data.tags.get(Tag.MODEL, "")) if run is not None else ""
 
 
 def register(store: Store, run_id: str, uri: str, sha256: str, step: int) -> None:
-    """Make the checkpoint a model of the run, a version of the registered model and what the stage's alias means.
+    """Register the checkpoint as a model of the run, a version of the registered model and the stage's alias.
 
-    Telling it twice makes one model: a repeated call goes on where the first was cut off.
+    Idempotent: a repeated call completes an interrupted one and creates no second model.
     """
     client = store.client()
     run = client.get_run(run_id)
@@ -68,7 +68,7 @@ def _existing(client: MlflowClient, model_id: str, sha256: str) -> LoggedModel |
 
 
 def _create(store: Store, client: MlflowClient, run_id: str, stage: str, uri: str, sha256: str) -> LoggedModel:
-    """What ``mlflow.create_external_model`` does, with this client: that function follows MLflow's global address."""
+    """Same as ``mlflow.create_external_model``, which would use MLflow's global tracking address, with this client."""
     from mlflow.models.utils import get_external_mlflow_model_spec
 
     model = client.create_logged_model(
@@ -94,7 +94,7 @@ def _set_alias(store: Store, client: MlflowClient, run_id: str, stage: str, mode
     versions = client.search_model_versions(f"name = '{REGISTERED}' and run_id = '{run_id}'")
     version = next((each for each in versions if each.tags.get("sha256") == sha256), None)
     if version is None:
-        # Without a server, MLflow resolves models:/ through its global address, which this room never sets.
+        # Without a server, MLflow resolves models:/ through its global address, which is never set here.
         source = f"models:/{model.model_id}" if store.is_server else model.artifact_location
         version = client.create_model_version(
             REGISTERED, source, run_id, tags={"stage": stage, "sha256": sha256}, model_id=model.model_id

@@ -1,4 +1,4 @@
-"""What could not be delivered yet, in files: one queue per run, kept in order, shared by all processes."""
+"""Spool of undelivered entries: one ordered queue file per run, shared by all processes."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ Entry = dict[str, Any]
 
 
 class Spool:
-    """Queues under ``folder``: ``<run id>.jsonl``, files that entries refer to under ``files/``.
+    """Queues ``<run id>.jsonl`` under ``folder``; files that entries refer to are under ``files/``.
 
-    What the server refuses for good (its run was deleted, a value it does not take) goes to
-    ``<run id>.rejected.jsonl`` so that it neither blocks the rest nor vanishes.
+    Entries that the server refuses permanently (deleted run, invalid value) move to ``<run id>.rejected.jsonl``: they
+    neither block the others nor get lost.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._said = False
+        self._warned = False
 
-    def waiting(self, run_id: str) -> bool:
-        """Whether something of this run has not been delivered."""
+    def has_entries(self, run_id: str) -> bool:
+        """Whether a run has undelivered entries."""
         try:
             return self._queue(run_id).stat().st_size > 0
-        except (FileNotFoundError, NotADirectoryError):  # nothing was kept, or another process has delivered it
+        except (FileNotFoundError, NotADirectoryError):  # nothing queued, or delivered by another process
             return False
 
     def runs(self) -> list[str]:
-        """Runs that have something waiting."""
+        """Ids of runs with undelivered entries."""
         names = [path.stem for path in sorted(self.folder.glob("*.jsonl")) if not path.stem.endswith(".rejected")]
-        return [name for name in names if self.waiting(name)]
+        return [name for name in names if self.has_entries(name)]
 
     def count(self, run_id: str) -> int:
-        """Entries waiting for this run."""
+        """Number of undelivered entries of a run."""
         with self._locked(run_id):
             return len(self._read(run_id))
 
     def rejected(self, run_id: str) -> Path:
-        """Where that goes which never can be delivered, each entry with its reason."""
+        """File of a run's refused entries, each with the reason."""
         return self._queue(f"{run_id}.rejected")
 
     def append(self, run_id: str, entry: Entry) -> None:
-        """Queue an entry; it is on disk when this returns."""
+        """Queue an entry; it is synced to disk on return."""
         with self._locked(run_id), self._queue(run_id).open("ab+") as stream:
-            self._cut_loose_end(stream)
+            self._truncate_partial_line(stream)
             stream.write(json.dumps(entry).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
 
     def keep_file(self, path: Path) -> str:
-        """A copy of ``path``, under the same name, that lasts until the entry with it is delivered.
+        """Copy a file into the spool, where it stays until its entry is delivered.
 
         Returns:
-            Its place relative to the folder, so that the folder can be moved.
+            Path of the copy relative to the spool folder, so that the folder can be moved.
         """
         kept = Path("files") / uuid.uuid4().hex / path.name
         (self.folder / kept).parent.mkdir(parents=True, exist_ok=True)
@@ -70,22 +70,22 @@ class Spool:
         return str(kept)
 
     def file_of(self, entry: Entry) -> Path | None:
-        """Where the kept file of an entry is now; None where it is missing."""
-        told = Path(entry["path"])
-        # Spools once held absolute paths, which end alike.
-        places = [self.folder / "files" / told.parent.name / told.name, *([told] if told.is_absolute() else [])]
-        return next((place for place in places if place.is_file()), None)
+        """Current path of an entry's file; None if it is missing."""
+        recorded = Path(entry["path"])
+        # Older spools recorded absolute paths with the same last two parts.
+        candidates = [self.folder / "files" / recorded.parent.name / recorded.name]
+        candidates += [recorded] if recorded.is_absolute() else []
+        return next((path for path in candidates if path.is_file()), None)
 
     def replay(self, run_id: str, deliver: Callable[[list[Entry]], int], refused: Callable[[Entry], str]) -> int:
-        """Deliver what waits, oldest first, while no other process touches the queue.
+        """Deliver queued entries, oldest first, with the queue locked against other processes.
 
         Args:
-            deliver: takes the entries, delivers from the front, returns how many it delivered; fewer than one means
-                that the front cannot be delivered now.
-            refused: for the front entry that was not delivered: the reason if it never can be, else "".
+            deliver: delivers entries from the front and returns how many; 0 if the first cannot be delivered now.
+            refused: for a first entry that was not delivered: the reason if it is refused permanently, else "".
 
         Returns:
-            The number of entries still waiting.
+            The number of entries still queued.
         """
         delivered: list[Entry] = []
         with self._locked(run_id):
@@ -103,13 +103,13 @@ class Spool:
                     stream.write(json.dumps({**entries[0], "reason": reason}) + "\n")
                 entries = entries[1:]
             self._write(run_id, entries)
-            # Not before the queue is written: an entry that is found there again finds its file too.
+            # After the queue is written: an entry that is still queued after a crash needs its file.
             for entry in delivered:
                 self._drop_file(entry)
             return len(entries)
 
     def withdraw(self, run_id: str, kind: str) -> None:
-        """Take back what waits of one kind; all else keeps its order."""
+        """Remove queued entries of one kind; the others keep their order."""
         with self._locked(run_id):
             entries = self._read(run_id)
             kept = [entry for entry in entries if entry["kind"] != kind]
@@ -126,15 +126,15 @@ class Spool:
 
     @contextlib.contextmanager
     def _locked(self, run_id: str) -> Iterator[None]:
-        """Keep other processes out of a queue. Some mounts have no locks (logged): what they hold is used without."""
+        """Lock a queue against other processes. On mounts without locks it is used unlocked, with a warning."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{run_id}.lock").open("w") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX)
             except OSError as error:
-                if not self._said:
-                    self._said = True
-                    _log.warning("going on without a lock: %s cannot be locked (%s)", self.folder, error.strerror)
+                if not self._warned:
+                    self._warned = True
+                    _log.warning("continuing without a lock: %s cannot be locked (%s)", self.folder, error.strerror)
             yield
 
     def _read(self, run_id: str) -> list[Entry]:
@@ -142,17 +142,17 @@ class Spool:
         if not queue.exists():
             return []
         with queue.open("rb+") as stream:
-            self._cut_loose_end(stream)
+            self._truncate_partial_line(stream)
             stream.seek(0)
             return [_entry(line) for line in stream.read().splitlines()]
 
     @staticmethod
-    def _cut_loose_end(stream: BinaryIO) -> None:
-        """Remove a last line without its end: a process was killed while writing it, and nobody relies on it."""
+    def _truncate_partial_line(stream: BinaryIO) -> None:
+        """Remove an incomplete last line, left by a process that was killed while writing it."""
         if stream.seek(0, os.SEEK_END) == 0:
             return
         stream.seek(-1, os.SEEK_END)
-        if stream.read(1) != b"\n":  # only then is a queue, which may be long, read
+        if stream.read(1) != b"\n":  # the queue, which may be long, is read only then
             stream.seek(0)
             stream.truncate(stream.read().rfind(b"\n") + 1)
             stream.seek(0, os.SEEK_END)
@@ -167,7 +167,7 @@ class Spool:
 
 
 def _entry(line: bytes) -> Entry:
-    """What a line of a queue says; a damaged one becomes an entry that is refused, and so set aside."""
+    """The entry in a line of a queue; a damaged line becomes an entry of kind "damaged", which is set aside."""
     try:
         entry = json.loads(line)
     except ValueError:

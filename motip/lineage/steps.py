@@ -1,4 +1,4 @@
-"""One step of a chain of weights, as it is read back from runs and from the records beside weights files."""
+"""Steps of a chain of weights, as read back from MLflow runs and from lineage records."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from motip.lineage.provenance import provenance
 from motip.lineage.tags import Tag
 
 HEADLINES = ("HOTA", "DetA", "AssA", "MOTA", "IDF1", "IDSW")
-"""Scores that a record beside weights keeps; the run has them all."""
+"""Scores stored in a lineage record; the MLflow run has all."""
 
-_PLACE = re.compile(r"^(/|~|[A-Za-z]:\\|[A-Za-z][A-Za-z0-9+.\-]*://)")
+_PATH_OR_URI = re.compile(r"^(/|~|[A-Za-z]:\\|[A-Za-z][A-Za-z0-9+.\-]*://)")
 
 
 @dataclass(frozen=True, slots=True)
 class DataUsed:
-    """A data set that went into a stage.
+    """A dataset used by a stage.
 
     Attributes:
-        name: such as ``bdd100k/train``.
+        name: ``<source>/<split>``, such as ``bdd100k/train``.
         sha256: full hex digest over its content.
-        context: what it was used for (training, validation).
-        source: where it came from, JSON-able.
-        profile: counts worth showing (videos, frames, boxes), JSON-able.
+        context: use of the dataset (training, validation).
+        source: origin, JSON-able.
+        profile: counts for display (videos, frames, boxes), JSON-able.
     """
 
     name: str
@@ -36,8 +36,8 @@ class DataUsed:
     profile: Mapping[str, Any] = field(default_factory=dict)
 
 
-class CheckpointPlace(NamedTuple):
-    """Where a checkpoint is: absolute path or URI, the same relative to the storage (or empty), sha256."""
+class CheckpointLocation(NamedTuple):
+    """Location of a checkpoint: absolute path or URI, path relative to the storage (or ""), sha256."""
 
     path: str
     relative: str
@@ -49,16 +49,15 @@ class LineageStep:
     """One step in a chain.
 
     Attributes:
-        kind: ``stage`` (a recorded run), ``initialised`` (fresh weights drawn from a seed), ``export`` (written in
-            another form), ``checkpoint`` (trained, but its run is not known any more) or ``weights`` (a file that
-            nothing is known of).
-        config: parameters, values as text; empty where unknown.
-        config_changes: parameter to (value in the step before, value here), None where it is absent.
-        scores: the ``best_`` metrics, without the prefix.
-        domains: domain to HOTA (or the metric the curriculum names) of the stage's best checkpoint.
-        came_from / checkpoint: path, path relative to the storage, sha256; empty where unknown.
-        record: file that told of this step; empty where its run did. Places are then names without folders.
-        note: what must stand beside it.
+        kind: ``stage`` (a recorded run), ``initialised`` (fresh weights from a seed), ``export`` (exported weights),
+            ``checkpoint`` (trained, but its run was not found) or ``weights`` (a file without a record).
+        config: parameters, values as text; empty if unknown.
+        config_changes: parameter -> (value in the step before, value here), None where it is absent.
+        scores: ``best_`` metrics without the prefix.
+        domains: domain -> HOTA (or the curriculum's metric) of the stage's best checkpoint.
+        came_from / checkpoint: weights that the step started from / wrote; None if unknown.
+        record: lineage record that this step was read from, "" if read from a run. Its locations are bare file names.
+        note: remark to show with the step.
     """
 
     kind: str
@@ -68,8 +67,8 @@ class LineageStep:
     started: int = 0
     data_digest: str = ""
     data: tuple[DataUsed, ...] = ()
-    came_from: CheckpointPlace | None = None
-    checkpoint: CheckpointPlace | None = None
+    came_from: CheckpointLocation | None = None
+    checkpoint: CheckpointLocation | None = None
     config: Mapping[str, str] = field(default_factory=dict)
     config_changes: Mapping[str, tuple[str | None, str | None]] = field(default_factory=dict)
     seed: str = ""
@@ -85,8 +84,8 @@ class LineageStep:
     note: str = ""
 
 
-def here() -> dict[str, Any]:
-    """The fields of a step that say which code on which machine: those of this process."""
+def current_environment() -> dict[str, Any]:
+    """The fields of a step about code and machine, for this process."""
     facts = provenance()
     git = facts["git"]
     return {
@@ -99,7 +98,7 @@ def here() -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
-    """Parameters that differ; nothing where one side is not known."""
+    """Parameters that differ; empty if one side is unknown."""
     if not before or not after:
         return {}
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
@@ -107,10 +106,10 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, tu
 
 
 def to_json(step: LineageStep, *, with_config: bool) -> dict[str, Any]:
-    """Plain values to hand on: files by name and digest, since their folders are this machine's business.
+    """JSON-able values of a step; files by name and digest, without the folders of this machine.
 
     Args:
-        with_config: the configuration too; the newest step needs it, for what comes after it to be compared with.
+        with_config: include the configuration; needed for the newest step, which the next step is compared with.
     """
     values: dict[str, Any] = {
         "kind": step.kind,
@@ -125,9 +124,9 @@ def to_json(step: LineageStep, *, with_config: bool) -> dict[str, Any]:
         ],
         "came_from": _named(step.came_from),
         "checkpoint": _named(step.checkpoint),
-        "config": {key: _nameless(value) for key, value in step.config.items()} if with_config else {},
+        "config": {key: _without_folders(value) for key, value in step.config.items()} if with_config else {},
         "config_changes": {
-            key: [None if value is None else _nameless(value) for value in pair]
+            key: [None if value is None else _without_folders(value) for value in pair]
             for key, pair in step.config_changes.items()
         },
         "seed": step.seed,
@@ -145,22 +144,22 @@ def to_json(step: LineageStep, *, with_config: bool) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any], record: str) -> LineageStep:
-    """Inverse of ``to_json``; ``record`` is the file it was read from."""
+    """Inverse of ``to_json``; ``record`` is the name of the file it was read from."""
     known = dict(values)
     for key in ("came_from", "checkpoint"):
         if key in known:
-            known[key] = CheckpointPlace(known[key]["name"], "", known[key]["sha256"])
+            known[key] = CheckpointLocation(known[key]["name"], "", known[key]["sha256"])
     known["data"] = tuple(DataUsed(**each) for each in known.get("data", ()))
     known["config_changes"] = {key: (pair[0], pair[1]) for key, pair in known.get("config_changes", {}).items()}
     return LineageStep(**known, record=record)
 
 
-def _named(place: CheckpointPlace | None) -> dict[str, str] | None:
-    return None if place is None else {"name": _last(place.path), "sha256": place.sha256}
+def _named(location: CheckpointLocation | None) -> dict[str, str] | None:
+    return None if location is None else {"name": _last(location.path), "sha256": location.sha256}
 
 
-def _nameless(value: str) -> str:
-    return _last(value) if _PLACE.match(value) else value
+def _without_folders(value: str) -> str:
+    return _last(value) if _PATH_OR_URI.match(value) else value
 
 
 def _last(path: str) -> str:
@@ -168,8 +167,8 @@ def _last(path: str) -> str:
 
 
 def provenance_tags() -> dict[str, str]:
-    """What a run tells of this process, in MLflow's tags."""
-    facts = here()
+    """MLflow tags with code and machine of this process."""
+    facts = current_environment()
     tags = {
         Tag.PYTHON: facts["python"],
         Tag.VERSIONS: json.dumps(facts["versions"], sort_keys=True),
@@ -178,6 +177,6 @@ def provenance_tags() -> dict[str, str]:
         Tag.GIT_DIRTY: facts["git_dirty"],
     }
     if facts["git_commit"]:
-        # MLflow's own name for it, which its UI shows as the version.
+        # The tag that MLflow's UI shows as the version.
         tags["mlflow.source.git.commit"] = facts["git_commit"]
     return tags

@@ -1,4 +1,4 @@
-"""The MLflow server or database: where it is, its first start, and what its errors mean."""
+"""MLflow server or database: address, creation, and classification of its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from motip.errors import MotipError
 from motip.lineage.provenance import redact
-from motip.lineage.relocate import follow, moved_from, present, resolving_client
+from motip.lineage.relocate import artifact_path, previous_location, relocating_client, rewrite_locations
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,51 +25,61 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _LOGIN = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
-"""MLflow error codes of a name, password or token that is not accepted. It may have expired, and be renewed."""
+"""MLflow error codes of refused credentials, which may have expired and can be renewed."""
 
-_PASSING = {
-    *_LOGIN,
-    *("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"),
-    *("RESOURCE_EXHAUSTED", "CANCELLED", "ABORTED"),
+_TRANSIENT = _LOGIN | {
+    "INTERNAL_ERROR",
+    "TEMPORARILY_UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "REQUEST_LIMIT_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "CANCELLED",
+    "ABORTED",
 }
-"""MLflow error codes that another try may not meet."""
+"""MLflow error codes of transient errors."""
 
+_TRANSIENT_STATUS = (401, 408, 425, 429)
+_TRANSIENT_S3 = ("ExpiredToken", "RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling")
+"""HTTP statuses below 500, and codes of object stores, of transient errors."""
 
-_PASSING_STATUS = (401, 408, 425, 429)
-_PASSING_S3 = ("ExpiredToken", "RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling")
-"""HTTP statuses below 500, and codes of object stores, that another try may not meet."""
-
-_LASTING_OS = {
-    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
-    *(errno.EINVAL, errno.EFBIG),
+_PERMANENT_OS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EFBIG,
 }
-"""Errors of a file system that do not pass by themselves; a full or read-only disk, or one that is away, does."""
+"""File system errors that are permanent; others are transient, such as those of a full, read-only or absent disk."""
 
-_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""Errors of a file system that is there to be read only."""
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Errors of writing to a readable file system."""
 
 _TRANSPORTS = ("requests", "urllib3", "botocore", "boto3", "google", "azure")
-"""Packages whose errors mean that something between here and an artifact store failed."""
+"""Packages whose errors mean that the connection to a server or artifact store failed."""
 
 
 class Unreachable(Exception):
-    """The tracking server or database cannot be used now; a later try may succeed.
+    """The tracking server or database cannot be used now; a retry may succeed.
 
     Args:
-        answers: it is there, but cannot take what it was given: others may fare better.
-        login: it is there, but does not know who is asking.
+        server_up: the server responds, but cannot accept this entry; other entries may succeed.
+        login: the server responds, but refuses the credentials.
     """
 
-    def __init__(self, text: str, *, answers: bool = False, login: bool = False) -> None:
+    def __init__(self, text: str, *, server_up: bool = False, login: bool = False) -> None:
         super().__init__(f"the login is not accepted; an expired token? {text}" if login else text)
-        self.answers = answers
+        self.server_up = server_up
         self.login = login
 
 
 class Store:
-    """A client made on first use, from explicit addresses: nothing depends on MLflow's global state.
+    """MLflow client created on first use from explicit addresses, independent of MLflow's global state.
 
-    Can be pickled into workers; each process makes its own client.
+    Picklable; each process creates its own client.
     """
 
     def __init__(self, tracking_uri: str | None, storage: Path | str, experiment: str) -> None:
@@ -95,7 +105,7 @@ class Store:
 
     @property
     def _database(self) -> Path | None:
-        """The file that is spoken to without a server."""
+        """The SQLite file, None for a server or another database."""
         return Path(self.uri.removeprefix("sqlite:///").partition("?")[0]) if self.uri.startswith("sqlite:") else None
 
     @property
@@ -104,38 +114,42 @@ class Store:
         return self._experiment_id
 
     def client(self) -> MlflowClient:
-        """The client; the first call of all processes creates the database and the experiment once.
+        """The client; the first call of all processes creates the database and the experiment.
 
-        What is there already can be read in a storage that cannot be written to.
+        An existing database can be read in a read-only storage.
 
         Raises:
             Unreachable: the server does not answer.
-            MotipError: the address is not one that MLflow understands, or access is refused.
+            MotipError: the address is invalid, or access is refused.
         """
         if self._client is None:
-            with quiet_mlflow(), self._first_start(), self.errors():
-                client = resolving_client(self.uri, self._present)
+            with quiet_mlflow(), self._creation_lock(), self.errors():
+                client = relocating_client(self.uri, self._artifact_path)
                 self._experiment_id = self._find_experiment(client)
                 self._client = client
         return self._client
 
-    def follow(self) -> None:
-        """Make the database of a storage that was moved tell of the new place; for what is about to start a run.
+    def update_locations(self) -> None:
+        """Update the artifact locations in the database of a moved storage; called before a run is started.
 
         Raises:
             Unreachable, MotipError: as ``client``; or the database cannot be changed.
         """
         client = self.client()
-        with self._first_start(reading=False):
+        with self._creation_lock(reading=False):
             if self._database is None or self._database.parent != self.folder:
                 return
             with self.errors():
                 recorded = str(client.get_experiment(self._experiment_id).artifact_location)
-            if moved_from(recorded, self._artifacts) is not None:
-                follow(self._database, recorded, self._artifacts)
+            if previous_location(recorded, self._artifacts) is not None:
+                rewrite_locations(self._database, recorded, self._artifacts)
 
-    def patiently(self, action: Callable[[], Result], patience: float) -> Result:
-        """The result of ``action``, tried again for ``patience`` seconds while the server is away."""
+    def retry(self, action: Callable[[], Result], patience: float) -> Result:
+        """The result of ``action``, retried for ``patience`` seconds while the server is unreachable.
+
+        Raises:
+            MotipError: the server stays unreachable, refuses the request, or refuses the credentials (no retries).
+        """
         deadline, pause = time.monotonic() + patience, 0.5
         while True:
             try:
@@ -143,9 +157,9 @@ class Store:
                     return action()
             except Unreachable as error:
                 if error.login:
-                    # Somebody sits before a start, and no waiting renews a password.
+                    # Interactive start: fail immediately, since retrying cannot fix credentials.
                     raise MotipError(
-                        f"MLflow does not let us in: {str(error)[:300]}",
+                        f"MLflow refuses the credentials: {str(error)[:300]}",
                         where=self.shown_uri,
                         fix="renew MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
                     ) from error
@@ -163,19 +177,19 @@ class Store:
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn what MLflow and its transports raise into Unreachable or into a MotipError."""
+        """Translate errors of MLflow and its transports into Unreachable or MotipError."""
         try:
             yield
         except (Unreachable, MotipError):
             raise
         except Exception as error:
             text = str(redact(str(error)))
-            passing = _is_passing(error)
-            if passing is None:
+            transient = _is_transient(error)
+            if transient is None:
                 raise
-            if passing:
+            if transient:
                 login = _is_login(error)
-                raise Unreachable(text, answers=_answers(error) and not login, login=login) from error
+                raise Unreachable(text, server_up=_server_up(error) and not login, login=login) from error
             raise MotipError(
                 f"MLflow refuses: {text[:500]}",
                 where=self.shown_uri,
@@ -203,24 +217,27 @@ class Store:
             )
         return str(found.experiment_id)
 
-    def _present(self, place: str) -> Path | None:
-        """Where artifacts recorded at ``place`` are in this storage; None where MLflow is to deal with them."""
-        beside = self._database is not None and self._database.parent == self.folder
-        return present(place, self._artifacts) if beside and place.startswith(("/", "file:///")) else None
+    def _artifact_path(self, recorded: str) -> Path | None:
+        """Folder in this storage of artifacts recorded at a location; None leaves the location to MLflow."""
+        own_database = self._database is not None and self._database.parent == self.folder
+        if not own_database or not recorded.startswith(("/", "file:///")):
+            return None
+        return artifact_path(recorded, self._artifacts)
 
     @contextlib.contextmanager
-    def _first_start(self, *, reading: bool = True) -> Iterator[None]:
-        """One process at a time creates the schema: simultaneous migrations of a new database break it.
+    def _creation_lock(self, *, reading: bool = True) -> Iterator[None]:
+        """Lock for creating the schema: simultaneous migrations of a new database corrupt it.
 
         Args:
-            reading: a database that is there is enough; the lock is left out where it cannot be written.
+            reading: an existing database in a read-only folder is used without the lock.
 
         Raises:
-            MotipError: the folder cannot be written to.
+            MotipError: the folder is not writable.
         """
         if self.is_server:
             yield
             return
+        # lock file
         folder = self.folder
         if self._database is not None:
             folder = self._database.parent
@@ -228,15 +245,16 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             stream = (folder / ".first-start.lock").open("w")
         except OSError as error:
-            there = self._database is not None and self._database.is_file()
-            if not (reading and there and error.errno in _NO_RIGHT):
+            exists = self._database is not None and self._database.is_file()
+            if not (reading and exists and error.errno in _READ_ONLY):
                 raise MotipError(
-                    f"cannot keep the MLflow database here: {error.strerror or error}",
+                    f"cannot write the MLflow database here: {error.strerror or error}",
                     where=folder,
                     expected="a writable folder",
                     fix="choose another --storage, or set MLFLOW_TRACKING_URI to a server",
                 ) from error
             stream = None
+        # lock
         with stream or contextlib.nullcontext():
             if stream is not None:
                 fcntl.flock(stream, fcntl.LOCK_EX)
@@ -244,7 +262,7 @@ class Store:
 
 
 def local_storage(storage: Path | str) -> Path:
-    """The folder for the database and the spool: ``storage`` itself, or ~/motip where storage is a remote URI."""
+    """Folder for the database and the spool: ``storage`` itself, or ~/motip if it is a remote URI."""
     text = str(storage)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
@@ -255,7 +273,7 @@ def local_storage(storage: Path | str) -> Path:
 
 @contextlib.contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    """No telemetry, short waits for a server that is away (the spool does the waiting), no migration chatter."""
+    """No telemetry, short timeouts for an unreachable server (entries are spooled), no log lines of migrations."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -273,7 +291,7 @@ def quiet_mlflow() -> Iterator[None]:
 
 
 def _absolute(uri: str | None, storage: Path) -> str:
-    """The address with every path in it absolute: a relative database would follow the working directory."""
+    """The address with absolute paths: a relative database would depend on the working directory."""
     if uri is None:
         return f"sqlite:///{storage / 'mlflow' / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):
@@ -281,7 +299,7 @@ def _absolute(uri: str | None, storage: Path) -> str:
         return f"sqlite:///{(storage / path).resolve()}{mark}{options}"
     if "://" not in uri or uri.startswith("file:"):
         raise MotipError(
-            "MLflow no longer keeps runs in plain folders",
+            "MLflow no longer stores runs in plain folders",
             where="MLFLOW_TRACKING_URI",
             found=uri,
             expected="an address such as http://host:5000 or sqlite:////data/mlflow.db",
@@ -290,19 +308,19 @@ def _absolute(uri: str | None, storage: Path) -> str:
     return uri
 
 
-def _is_passing(error: Exception) -> bool | None:
-    """Whether another try may succeed; None for an error that comes neither from MLflow nor from the way to it."""
+def _is_transient(error: Exception) -> bool | None:
+    """Whether a retry may succeed; None for errors that come neither from MLflow nor from the connection."""
     code, status = getattr(error, "error_code", None), _http_status(error)
     if status is not None:
-        return status >= 500 or status in _PASSING_STATUS or _s3_code(error) in _PASSING_S3
+        return status >= 500 or status in _TRANSIENT_STATUS or _s3_code(error) in _TRANSIENT_S3
     if code is not None:
-        return code in _PASSING
+        return code in _TRANSIENT
     module, name = type(error).__module__, type(error).__name__
     if module.startswith("sqlalchemy."):
         return name in ("OperationalError", "TimeoutError")
     if isinstance(error, (ConnectionError, TimeoutError)) or module.split(".")[0] in _TRANSPORTS:
         return True
-    return error.errno not in _LASTING_OS if isinstance(error, OSError) else None
+    return error.errno not in _PERMANENT_OS if isinstance(error, OSError) else None
 
 
 def _is_login(error: Exception) -> bool:
@@ -310,19 +328,19 @@ def _is_login(error: Exception) -> bool:
     return status == 401 or (status is None and getattr(error, "error_code", None) in _LOGIN)
 
 
-def _answers(error: Exception) -> bool:
-    """Whether the error is that of somebody who was reached: a status, or a local file system."""
+def _server_up(error: Exception) -> bool:
+    """Whether the error comes from a reachable server (it has a status) or from a local file system."""
     if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] in _TRANSPORTS:
         return _http_status(error) is not None
     return isinstance(error, OSError) or _http_status(error) is not None
 
 
 def _http_status(error: BaseException) -> int | None:
-    """The status that a server or an object store refused with, also where a transport wrapped it in its own error."""
+    """HTTP status of an error from a server or object store, also if a transport wrapped it in its own error."""
     if hasattr(error, "error_code"):
-        # MLflow calls a status without a code of its own, such as 413 from a proxy, an internal error.
-        told = re.search(r"failed with error code (\d{3}) ", str(error))
-        return int(told[1]) if told else None
+        # MLflow reports a status that has no error code, such as 413 from a proxy, as an internal error.
+        match = re.search(r"failed with error code (\d{3}) ", str(error))
+        return int(match[1]) if match else None
     response = getattr(error, "response", None)
     facts = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
     for status in (
@@ -340,7 +358,7 @@ def _http_status(error: BaseException) -> int | None:
 
 def _s3_code(error: BaseException | None) -> str:
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # raised again while it is handled, an error is its own context
+    while error is not None and id(error) not in seen:  # an error re-raised while handled is its own context
         seen.add(id(error))
         response = getattr(error, "response", None)
         if isinstance(response, dict):

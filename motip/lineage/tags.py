@@ -1,4 +1,4 @@
-"""Names of the tags that the lineage is read back from, and parameters within MLflow's limits."""
+"""Tag names of the lineage, and parameters split to fit MLflow's limits."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_VALUE = 6000
-"""Characters that MLflow keeps of a parameter's value; longer ones it would cut without an error."""
+"""Maximum characters of a parameter's value; MLflow truncates longer ones without an error."""
 MAX_TAG = 8000
-"""Characters that MLflow keeps of a tag's value; it cuts longer ones in the same way."""
+"""Maximum characters of a tag's value, truncated in the same way."""
 PART = ".part"
 
 
 class Tag:
-    """Tag names; all but MLflow's own parent tag stand under ``motip.``."""
+    """Tag names; all but MLflow's own tags begin with ``motip.``."""
 
     PARENT_RUN = "mlflow.parentRunId"
     KIND = "motip.kind"
@@ -46,7 +46,7 @@ class Tag:
 
 
 def split_params(config: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters as MLflow takes them: strings as they are, all else as JSON, long ones in ``KEY.part2`` …"""
+    """Parameters for MLflow: strings unchanged, other values as JSON, long values split into ``KEY.part2`` …"""
     params = {}
     for key, value in config.items():
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
@@ -57,7 +57,7 @@ def split_params(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def join_params(params: Mapping[str, str]) -> dict[str, str]:
-    """The inverse of ``split_params``, values still as text."""
+    """Inverse of ``split_params``; values stay text."""
     joined = {key: value for key, value in params.items() if PART not in key}
     for key in joined:
         number = 2

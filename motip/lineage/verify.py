@@ -1,4 +1,4 @@
-"""Whether the files of a chain are still what its runs recorded: weights by their sha256, data by their shards."""
+"""Verification of a chain's files against the recorded digests: weights by sha256, data by shards."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from motip.data.manifest import Manifest, VideoEntry, entries_digest, make_entry
 from motip.data.sequence import Frame
 from motip.data.shards import Shard, image_bytes, labels_digest, shard_path
 from motip.errors import MotipError
-from motip.lineage.steps import CheckpointPlace, DataUsed, LineageStep
+from motip.lineage.steps import CheckpointLocation, DataUsed, LineageStep
 from motip.storage.paths import Location, location, sha256
-from motip.storage.retries import passing
+from motip.storage.retries import is_transient
 
 SAME, CHANGED, MISSING = "same", "changed", "missing"
 
 
 @dataclass(frozen=True, slots=True)
 class FileCheck:
-    """A file, or all shards of a data set, against the recorded digest.
+    """Result of comparing a file, or all shards of a dataset, with the recorded digest.
 
     Attributes:
         stage: step that wrote the weights or read the data.
-        path: of the file; for a data set its name and number of videos, for a broken one the shard or the manifest.
+        path: path of the file; for an intact dataset its name and number of videos, else the shard or the manifest.
         state: same, changed or missing.
         what: weights or data.
     """
@@ -40,17 +40,17 @@ class FileCheck:
     what: str = "weights"
 
 
-def verify(
+def verify_chain(
     steps: SequenceOf[LineageStep], storage: Path, shards: Location | str, *, data: bool = True
 ) -> list[FileCheck]:
-    """Every weights file of the chain, and every data set of its stages, with its digest computed anew.
+    """Recompute the digest of every weights file and every dataset of a chain.
 
-    Files that only a record tells of are known by name, not by place, and are left out.
+    Files known only from a lineage record have no path and are not checked.
 
     Args:
-        storage: folder that recorded relative paths are looked for in, after the recorded absolute ones.
-        shards: folder or URI that holds ``shards/``.
-        data: read the shards too.
+        storage: folder for recorded relative paths, tried after the recorded absolute ones.
+        shards: folder or URI that contains ``shards/``.
+        data: also read the shards.
     """
     checks = [check for step in steps for check in _weights(step, storage)]
     if data:
@@ -62,22 +62,22 @@ def verify(
 
 
 def _weights(step: LineageStep, storage: Path) -> list[FileCheck]:
-    place = step.checkpoint
-    if place is None or not place.sha256 or (step.record and "/" not in place.path):
+    recorded = step.checkpoint
+    if recorded is None or not recorded.sha256 or (step.record and "/" not in recorded.path):
         return []
-    path, found = _digest_of(place, storage)
-    return [FileCheck(step.stage, path, place.sha256, found, _state(place.sha256, found))]
+    path, found = _digest_of(recorded, storage)
+    return [FileCheck(step.stage, path, recorded.sha256, found, _state(recorded.sha256, found))]
 
 
-def _digest_of(place: CheckpointPlace, storage: Path) -> tuple[str, str]:
-    """Where the file is now and its sha256; an empty digest if it is nowhere."""
-    candidates: list[Location] = [location(place.path)]
-    if place.relative:
-        candidates.append(storage / place.relative)
+def _digest_of(recorded: CheckpointLocation, storage: Path) -> tuple[str, str]:
+    """Current path of a file and its sha256; recorded path and "" if it is missing."""
+    candidates: list[Location] = [location(recorded.path)]
+    if recorded.relative:
+        candidates.append(storage / recorded.relative)
     for path in candidates:
         if path.is_file():
             return str(path), sha256(path)
-    return place.path, ""
+    return recorded.path, ""
 
 
 def _state(expected: str, found: str) -> str:
@@ -85,15 +85,15 @@ def _state(expected: str, found: str) -> str:
 
 
 def _earlier_storages(steps: SequenceOf[LineageStep]) -> list[Location]:
-    """Where the storage was when the stages ran: their checkpoints are recorded with both paths."""
-    places = [step.checkpoint for step in steps if step.checkpoint is not None and step.checkpoint.relative]
-    roots = [place.path.removesuffix(place.relative).rstrip("/") for place in places]
+    """Storage paths at the time the stages ran, from the two recorded paths of their checkpoints."""
+    recorded = [step.checkpoint for step in steps if step.checkpoint is not None and step.checkpoint.relative]
+    roots = [each.path.removesuffix(each.relative).rstrip("/") for each in recorded]
     return [location(root) for root in dict.fromkeys(roots)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Video:
-    """What became of a video: its content now (None where it cannot be read) and its shard against what is known."""
+    """State of a video: its current manifest entry (None if unreadable), and its shard compared with the record."""
 
     entry: VideoEntry | None
     path: Location
@@ -103,21 +103,21 @@ class _Video:
 
 
 class _Shards:
-    """Looks at each shard once, however many stages read it."""
+    """Checks each shard once, even if several stages read it."""
 
     def __init__(self, storages: SequenceOf[Location]) -> None:
-        self._storage = next((place for place in storages if manifest_path(place).is_file()), storages[0])
+        self._storage = next((each for each in storages if manifest_path(each).is_file()), storages[0])
         self._videos: dict[tuple[str, str, str], _Video] = {}
-        there = manifest_path(self._storage).is_file()
-        videos = Manifest.load(self._storage).videos if there else ()
+        exists = manifest_path(self._storage).is_file()
+        videos = Manifest.load(self._storage).videos if exists else ()
         self._entries: dict[tuple[str, str, str], VideoEntry] = {entry.identity: entry for entry in videos}
 
     def check(self, stage: str, used: DataUsed) -> Iterator[FileCheck]:
-        """One check for a data set that is whole, else one for everything that is wrong with it."""
+        """One check for an intact dataset, else one per defect."""
         source, _, split = used.name.partition("/")
         names = list(used.source.get("videos", ()))
         if not names:
-            return  # recorded without its videos: by whoever uses the lineage without shards
+            return  # recorded without its videos, as by callers without shards
         videos = [self._video(source, split, name) for name in names]
         known = [video.entry for video in videos if video.entry is not None]
         digest = entries_digest(known) if known else ""
@@ -146,25 +146,25 @@ class _Shards:
         return _Video(entry, path, _state(entry.shard_sha256, found), entry.shard_sha256, found)
 
     def _unlisted(self, identity: tuple[str, str, str]) -> _Video:
-        """A video that the manifest has no more, since a later curriculum asked for fewer: its shard speaks for it."""
+        """A video no longer in the manifest, since a later curriculum uses fewer; checked by its shard alone."""
         shard = "{}/{}/{}.parquet".format(*identity)
         path = shard_path(self._storage, shard)
         if not path.is_file():
             return _Video(None, path, MISSING)
         try:
             opened = Shard(path)
-            header, held = opened.header, _digests(opened)
+            header, digests = opened.header, _digests(opened)
         except (MotipError, OSError, ValueError, pa.ArrowException) as error:
-            if passing(error):
+            if is_transient(error):
                 raise
             return _Video(None, path, CHANGED, found=sha256(path))
-        if held != (header.labels_sha256, header.images_sha256):
+        if digests != (header.labels_sha256, header.images_sha256):
             return _Video(None, path, CHANGED, found=sha256(path))
         return _Video(make_entry(header, shard=shard, shard_sha256="", shard_bytes=0), path, SAME)
 
 
 def _digests(shard: Shard) -> tuple[str, str]:
-    """Of the labels and the images that a shard holds, from its rows: no record has the sha256 of the file itself."""
+    """Digests of a shard's labels and images, computed from its rows: the file's own sha256 is recorded nowhere."""
     images = hashlib.sha256()
 
     def frames() -> Iterator[Frame]:

@@ -1,4 +1,4 @@
-"""Domains after every stage: which are scored, what is kept and told, and what happens when one is forgotten."""
+"""Domain scores after every stage: which domains, what is stored and recorded, and reactions to forgetting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import motip.evaluate.evaluation as evaluate_run
 from motip.config import load_config, load_curriculum
 from motip.curriculum import domain_scores
-from motip.curriculum.domain_history import base_domains, learned_from, seen_after
+from motip.curriculum.domain_history import base_domains, learned_in, seen_after
 from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap, TrackRows
 from motip.data.shards import read_labels
@@ -24,7 +24,7 @@ from motip.lineage import Lineage
 from motip.storage.atomic import sha256_file
 from motip.track.settings import TrackerSettings
 from motip.train.setup import fresh_model
-from motip.weights.pretrained import save_checkpoint
+from motip.weights import save_checkpoint
 from tests.helpers.small_curriculum import STAGE, run
 
 SOURCES = """name: small
@@ -66,7 +66,7 @@ def write(folder: Path, domains: str = "") -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory):
-    """Two stages trained and all three domains scored, with a real MLflow database."""
+    """Two trained stages and scores of all three domains, with an MLflow database."""
     folder = tmp_path_factory.mktemp("domains")
     path = write(folder)
     config = load_config(folder / "one.yaml")
@@ -85,9 +85,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def again(finished, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
-    """Run the finished curriculum once more with other `domains:` and a tracker that is told what it finds.
+    """Run the finished curriculum again with other `domains:` and a scripted tracker.
 
-    Without scores from before; training is not repeated.
+    Earlier scores are deleted; training is not repeated.
     """
     calls: list[tuple[str, str]] = []
 
@@ -133,7 +133,7 @@ def again(finished, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
 
 
 def truth(video: VideoEntry, storage: str, classes: tuple[str, ...], blind: dict[str, set[str]]) -> TrackRows:
-    """The labels of a video as a tracker's rows, without the classes it is blind to in the video's source."""
+    """The labels of a video as tracker rows, without the classes it is blind to in the video's source."""
     raws = {name: value for name, value in RAWS[video.source].items() if name in classes}
     class_map = ClassMap(classes, raws)
     parts = []
@@ -153,7 +153,7 @@ def artifact(finished, run_id: str, name: str) -> bytes:
     return Path(client_of(finished.lineage).download_artifacts(run_id, name)).read_bytes()
 
 
-# ---- what is scored -----------------------------------------------------------------------------------------------
+# ---- scores ---------------------------------------------------------------------------------------------------------
 
 
 def test_each_row_has_the_domains_its_model_has_seen(finished) -> None:
@@ -173,7 +173,7 @@ def test_each_row_has_the_domains_its_model_has_seen(finished) -> None:
 
 
 def test_mlflow_has_metrics_table_and_heat_map(finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    # MLflow's own reader of tables asks its global address, whatever its client was made with.
+    # MLflow's load_table uses the global address, not that of its client.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", finished.lineage.tracking_uri)
     client, run_id, matrix = client_of(finished.lineage), finished.result.run_id, finished.result.domains.matrix
     parent = client.get_run(run_id).data
@@ -192,7 +192,7 @@ def test_mlflow_has_metrics_table_and_heat_map(finished, monkeypatch: pytest.Mon
     assert set(json.loads(artifact(finished, stage, "domains/scores.json"))) == {"dance", "ground", "aerial"}
 
 
-def test_a_finished_curriculum_is_neither_tracked_nor_told_again(finished, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_curriculum_is_neither_tracked_nor_recorded_again(finished, monkeypatch: pytest.MonkeyPatch) -> None:
     def tracked(*_: object) -> None:
         raise AssertionError("tracked again")
 
@@ -208,8 +208,8 @@ def test_a_finished_curriculum_is_neither_tracked_nor_told_again(finished, monke
     assert (folder / "domains.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_class_the_model_does_not_have_counts_as_missed(again) -> None:
-    """The base knows pedestrians only; the mean over the domain's classes is that of all rows."""
+def test_a_class_missing_in_the_model_scores_zero(again) -> None:
+    """The base model has pedestrians only; the mean is over the domain's classes in all rows."""
     domains, ui, _ = again("domains: {score: all}\n")
     matrix = domains.matrix
     assert matrix.by_class["base"]["ground"] == {"pedestrian": pytest.approx(100), "car": 0.0}
@@ -218,10 +218,10 @@ def test_a_class_the_model_does_not_have_counts_as_missed(again) -> None:
     assert matrix.values["Ground"]["dance"] == pytest.approx(100)
     line = next(note for note in ui.notes if note.startswith("base: HOTA"))
     assert "ground (zero-shot) 50.0 (pedestrian 100.0, car 0.0, the model has no car)" in line
-    assert not matrix.is_known("Ground", "aerial") and matrix.is_known("Aerial", "aerial")
+    assert not matrix.is_trained_on("Ground", "aerial") and matrix.is_trained_on("Aerial", "aerial")
 
 
-def test_a_zero_shot_value_is_no_earlier_value(again) -> None:
+def test_a_zero_shot_value_is_not_compared_with(again) -> None:
     blind = {"Ground": {"aerial": {"pedestrian"}}, "Aerial": {"aerial": {"pedestrian"}}}
     domains, ui, _ = again("domains: {score: all}\n", blind)
     assert domains.matrix.values["base"]["aerial"] == pytest.approx(50)
@@ -229,7 +229,7 @@ def test_a_zero_shot_value_is_no_earlier_value(again) -> None:
     assert not [note for note in ui.notes if note.startswith("warning")]
 
 
-def test_fewer_videos_of_each_source_are_the_same_ones(again) -> None:
+def test_subsampled_videos_are_the_same_for_all_stages(again) -> None:
     _, _, calls = again("domains: {videos: 1}\n")
     by_stage = {stage: sorted(video for name, video in calls if name == stage) for stage, _ in calls}
     assert [len(videos) for videos in by_stage.values()] == [1, 2, 3]
@@ -238,13 +238,13 @@ def test_fewer_videos_of_each_source_are_the_same_ones(again) -> None:
     assert len(more) == 1 + 2 + 2 and not set(calls) & set(more)
 
 
-def test_nothing_is_scored_where_that_is_asked_for(again, finished) -> None:
+def test_score_none_scores_nothing(again, finished) -> None:
     domains, _, calls = again("domains: {score: none}\n")
     assert domains is None and calls == []
     assert not list((finished.storage / "curricula").rglob("domains.json"))
 
 
-def test_an_interrupted_scoring_goes_on(again, finished) -> None:
+def test_interrupted_scoring_resumes(again, finished) -> None:
     with pytest.raises(RuntimeError, match="power cut"):
         again(dies=4)
     domains, _, calls = again(fresh=False)
@@ -252,20 +252,20 @@ def test_an_interrupted_scoring_goes_on(again, finished) -> None:
     assert domains.matrix.stages == ("base", "Ground", "Aerial")
 
 
-def test_other_weights_are_scored_anew(again, finished) -> None:
+def test_a_row_with_other_inputs_is_scored_again(again, finished) -> None:
     again()
     row = Path(finished.result.records[0].checkpoint).parent / "domains.json"
     row.write_text(row.read_text().replace(json.loads(row.read_text())["inputs"], "of other weights"))
     _, ui, calls = again(fresh=False)
-    assert calls == []  # the tracks are those of the weights
+    assert calls == []  # the tracks depend on the weights only
     assert sum("scored before" in note for note in ui.notes) == 2
     assert any(note.startswith("Ground: HOTA") and "0 of 4 videos tracked" in note for note in ui.notes)
 
 
-# ---- what was forgotten -------------------------------------------------------------------------------------------
+# ---- forgetting -----------------------------------------------------------------------------------------------------
 
 
-def test_a_lost_domain_and_a_lost_class_are_said(again, finished) -> None:
+def test_a_lost_domain_and_a_lost_class_are_reported(again, finished) -> None:
     lost = {"Ground": {"dance": {"pedestrian"}}, "Aerial": {"ground": {"pedestrian"}}}
     domains, ui, _ = again("", lost, lineage=finished.lineage)
     warnings = [note for note in ui.notes if note.startswith("warning")]
@@ -285,8 +285,8 @@ def test_a_lost_domain_and_a_lost_class_are_said(again, finished) -> None:
     assert tags["motip.forgotten"] == "nothing"
 
 
-def test_a_class_lost_behind_a_class_won_is_seen(again) -> None:
-    """The mean over the classes stays where it was; only the classes by themselves show the loss."""
+def test_a_lost_class_is_reported_although_the_mean_is_unchanged(again) -> None:
+    """The mean over the classes is unchanged; only the per-class values show the loss."""
     blind = {"Ground": {"ground": {"car"}}, "Aerial": {"ground": {"pedestrian"}}}
     _, ui, _ = again("", blind)
     assert [note for note in ui.notes if note.startswith("warning")] == [
@@ -296,7 +296,7 @@ def test_a_class_lost_behind_a_class_won_is_seen(again) -> None:
     assert not [note for note in ui.notes if note.startswith("warning")]
 
 
-def test_stop_ends_the_curriculum_and_the_stage_stays_finished(again, finished) -> None:
+def test_on_loss_stop_stops_the_curriculum_and_the_stage_stays_finished(again, finished) -> None:
     lost = {"Ground": {"dance": {"pedestrian"}}}
     with pytest.raises(MotipError, match="forgot what was learned before: dance") as caught:
         again("domains: {on_loss: stop}\n", lost, lineage=finished.lineage)
@@ -308,7 +308,7 @@ def test_stop_ends_the_curriculum_and_the_stage_stays_finished(again, finished) 
     assert json.loads((folder / "stage.json").read_text())["status"] == "finished"
     rows = (finished.storage / "curricula/small/domains.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["stage", "base", "Ground"]
-    # Judged again without tracking, and let through once more loss is allowed.
+    # Checked again without tracking, and accepted with a larger allowed loss.
     with pytest.raises(MotipError, match="dance"):
         again("domains: {on_loss: stop}\n", lost, fresh=False)
     domains, _, calls = again(
@@ -318,8 +318,8 @@ def test_stop_ends_the_curriculum_and_the_stage_stays_finished(again, finished) 
     assert client.get_run(finished.result.run_id).info.status == "FINISHED"
 
 
-def test_weights_that_cannot_track_have_no_row(tmp_path: Path) -> None:
-    """A detector alone is a valid start of a curriculum; nothing can be lost that was not there."""
+def test_base_weights_without_a_tracker_have_no_row(tmp_path: Path) -> None:
+    """A detector alone is a valid start of a curriculum; it has no scores to lose."""
     path = write(tmp_path, "domains: {score: all, videos: 1}\n")
     config = load_config(tmp_path / "one.yaml", ["ONLY_DETR=True"])
     save_checkpoint(
@@ -332,7 +332,7 @@ def test_weights_that_cannot_track_have_no_row(tmp_path: Path) -> None:
     assert result.domains.transfer["Ground"] is None
 
 
-# ---- which domains are seen ---------------------------------------------------------------------------------------
+# ---- domain history -------------------------------------------------------------------------------------------------
 
 
 def planned(tmp_path: Path, stages: str, domains: str = "", sources: str = SOURCES.split("stages:")[0]):
@@ -347,27 +347,27 @@ REPLAY = (
 )
 
 
-def test_a_replayed_domain_keeps_the_stage_that_taught_it(tmp_path: Path) -> None:
+def test_a_replayed_domain_keeps_the_stage_that_learned_it(tmp_path: Path) -> None:
     curriculum = planned(tmp_path, REPLAY)
     a, b = curriculum.stages
     assert base_domains(curriculum, a) == {"dance"}
     assert seen_after(curriculum, a) == {"dance", "ground"}
-    assert learned_from(curriculum, b, "base") == {"dance": "base", "ground": "A", "aerial": "B"}
+    assert learned_in(curriculum, b, "base") == {"dance": "base", "ground": "A", "aerial": "B"}
 
 
-def test_fresh_weights_have_seen_only_what_nobody_trains(tmp_path: Path) -> None:
+def test_fresh_weights_have_seen_only_untrained_domains(tmp_path: Path) -> None:
     a, b = (curriculum := planned(tmp_path, REPLAY.replace("weights: b.pth", "initialise: one.yaml"))).stages
     assert base_domains(curriculum, a) == set()
-    assert learned_from(curriculum, b, None) == {"dance": "A", "ground": "A", "aerial": "B"}
+    assert learned_in(curriculum, b, None) == {"dance": "A", "ground": "A", "aerial": "B"}
 
 
-def test_the_file_may_say_what_the_base_has_seen(tmp_path: Path) -> None:
+def test_base_domains_can_be_given_in_the_file(tmp_path: Path) -> None:
     a, _ = (curriculum := planned(tmp_path, REPLAY, "domains: {base: [ground]}\n")).stages
     assert base_domains(curriculum, a) == {"ground"}
-    assert learned_from(curriculum, a, "base") == {"ground": "A", "dance": "A"}
+    assert learned_in(curriculum, a, "base") == {"ground": "A", "dance": "A"}
 
 
-def test_a_stage_that_starts_anew_has_seen_nothing_of_the_stages_above_it(tmp_path: Path) -> None:
+def test_a_stage_with_its_own_base_weights_has_not_seen_earlier_stages(tmp_path: Path) -> None:
     curriculum = planned(
         tmp_path,
         "  - {name: A, config: two.yaml, data: [{source: ground, videos: 1}], weights: b.pth}\n"
@@ -381,29 +381,29 @@ def test_a_stage_that_starts_anew_has_seen_nothing_of_the_stages_above_it(tmp_pa
     [
         ("domains: {allowed: 5}\n", "unknown key allowed"),
         ("domains: 5\n", "block of"),
-        ("domains: {metric: HTOA}\n", "no metric"),
+        ("domains: {metric: HTOA}\n", "unknown metric"),
         ("domains: {allowed_loss: -1}\n", "allowed_loss"),
         ("domains: {on_loss: shout}\n", "on_loss"),
         ("domains: {videos: 0}\n", "videos"),
         ("domains: {base: [sea]}\n", "base"),
     ],
 )
-def test_wrong_keys_are_refused(tmp_path: Path, domains: str, words: str) -> None:
+def test_invalid_domain_settings_are_an_error(tmp_path: Path, domains: str, words: str) -> None:
     with pytest.raises(MotipError, match=words) as caught:
         planned(tmp_path, REPLAY, domains)
     assert "curriculum.yaml" in str(caught.value)
 
 
-def test_a_base_domain_nobody_can_score_and_a_stage_called_base_are_refused(tmp_path: Path) -> None:
+def test_an_unscorable_base_domain_and_a_stage_named_base_are_errors(tmp_path: Path) -> None:
     no_dance = "name: small\nsources:\n  ground:" + SOURCES.split("  ground:")[1].split("stages:")[0]
     stage = "  - {name: A, config: two.yaml, data: [{source: ground, videos: 1}], weights: b.pth}\n"
-    with pytest.raises(MotipError, match="no source shows the domain dance"):
+    with pytest.raises(MotipError, match="no source of the domain dance"):
         planned(tmp_path, stage, "domains: {base: [dance]}\n", no_dance)
     with pytest.raises(MotipError, match="name of the base weights"):
         planned(tmp_path, stage.replace("name: A", "name: base"))
 
 
-def test_the_row_of_given_weights_follows_from_the_classes_the_stage_says_they_have(
+def test_the_row_of_given_weights_depends_on_the_classes_given_by_the_stage(
     finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curriculum = load_curriculum(finished.path)
@@ -413,21 +413,21 @@ def test_the_row_of_given_weights_follows_from_the_classes_the_stage_says_they_h
     found = {"scores": finished.result.domains.rows["base"].scores["dance"], "videos": 2, "reused": 2, "notes": ()}
     monkeypatch.setattr(domain_scores, "evaluate", lambda *_, **__: SimpleNamespace(**found))
 
-    def row(named: tuple[str, ...] | None) -> domain_scores.Row:
+    def row(named: tuple[str, ...] | None) -> domain_scores.DomainScores:
         subject = SimpleNamespace(classes=named or ("pedestrian",), settings=TrackerSettings())
         config = curriculum.stages[0].config
         path = tmp_path / "domains.json"
-        made = domain_scores.scored_row(session, "base", config, "0" * 64, domains, path, lambda: subject, named)  # type: ignore[arg-type,return-value]
+        made = domain_scores.score_domains(session, "base", config, "0" * 64, domains, path, lambda: subject, named)  # type: ignore[arg-type,return-value]
         made.save(path)
         return made
 
-    assert row(None).lacking == {} and row(None).reused
+    assert row(None).missing_classes == {} and row(None).reused
     other = row(("dancer",))
-    assert not other.reused and other.lacking == {"dance": ("pedestrian",)}
+    assert not other.reused and other.missing_classes == {"dance": ("pedestrian",)}
     assert row(("dancer",)).reused and not row(None).reused
 
 
-def test_base_weights_are_known_by_their_digest(finished) -> None:
+def test_base_weights_are_identified_by_their_digest(finished) -> None:
     sha256 = sha256_file(finished.folder / "base.pth")
     run(finished.path, finished.storage, lineage=finished.lineage)
     assert (finished.storage / "curricula/small/base" / sha256[:12] / "domains.json").is_file()

@@ -1,4 +1,4 @@
-"""The demo teaches: a shortened chain beats its base weights in the domains it enters, by a wide margin."""
+"""Learning in the demo: a shortened curriculum beats its base weights in new domains by a wide margin."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.helpers.small_curriculum import ROOT, run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def test_each_domain_is_learned_when_a_stage_enters_it(tmp_path: Path) -> None:
-    """Ten minutes of one core. The seed is fixed; the margins are about half of what whole stages gain."""
+def test_each_domain_is_learned_by_its_first_stage(tmp_path: Path) -> None:
+    """Ten minutes of one core. The seed is fixed; the margins are about half the gain of full-length stages."""
     path = ROOT / "configs" / "demo" / "curriculum.yaml"
     overrides = ("SEED=5", "EPOCHS=4", "EVALUATE_EVERY_EPOCHS=4", "SCHEDULER_MILESTONES=[3]")
     result, _, _ = run(path, tmp_path, overrides=overrides)

@@ -1,4 +1,4 @@
-"""What a training says in words is kept in order, over restarts: in the stage's folder and in its run's artifacts."""
+"""Notes of a training, in the stage's folder and its run's artifacts, in order and across restarts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from motip.curriculum.stage import Keeper
+from motip.curriculum.stage_recorder import StageRecorder
 from motip.lineage import Lineage
-from motip.report.stage_history import epochs_told
+from motip.report.stage_history import epochs_synced
 from motip.storage.paths import write_json
 from motip.train.ray_train import FitResult
 from motip.train.step import TrainStep
@@ -26,12 +26,12 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lineage(storage: Path) -> Lineage:
-    """On one database for all tests: creating it takes seconds."""
+    """Shares one database among all tests: creating it takes seconds."""
     return Lineage(storage=storage)
 
 
-def keeper(lineage: Lineage, run_id: str, folder: Path) -> Keeper:
-    return Keeper(lineage, run_id, QuietUi(), folder)
+def stage_recorder(lineage: Lineage, run_id: str, folder: Path) -> StageRecorder:
+    return StageRecorder(lineage, run_id, QuietUi(), folder)
 
 
 def attached(lineage: Lineage, run_id: str) -> list[str]:
@@ -46,62 +46,62 @@ def without_times(path: Path) -> list[str]:
     return [re.sub(r"^\S+\+00:00:? ", "", line) for line in lines]
 
 
-def said(step: int) -> dict[str, Any]:
-    return {"step": step, "text": f"clips left out: video {step} (3 frames,\n 9 objects)"}
+def note(step: int) -> dict[str, Any]:
+    return {"step": step, "text": f"clips skipped: video {step} (3 frames,\n 9 objects)"}
 
 
 def line(step: int) -> str:
-    return f"step {step}: clips left out: video {step} (3 frames, 9 objects)"
+    return f"step {step}: clips skipped: video {step} (3 frames, 9 objects)"
 
 
 METRICS = {"step": 9, "metrics": {"step/loss": 1.0}}
 
 
-def test_notes_are_delivered_with_the_next_record_and_a_restart_adds_to_them(lineage: Lineage, tmp_path: Path) -> None:
+def test_notes_are_delivered_with_the_next_event_and_extended_after_a_restart(lineage: Lineage, tmp_path: Path) -> None:
     folder = tmp_path / "stage"
     run_id = lineage.start_curriculum("demo", {})
-    first = keeper(lineage, run_id, folder)
-    first("note", said(1))
-    first("note", said(2))
-    assert without_times(folder / "notes.txt") == [line(1), line(2)], "on disk at once"
+    first = stage_recorder(lineage, run_id, folder)
+    first("note", note(1))
+    first("note", note(2))
+    assert without_times(folder / "notes.txt") == [line(1), line(2)], "written immediately"
     first("step", METRICS)
     assert attached(lineage, run_id) == [line(1), line(2)]
-    first("note", said(3))  # and the process dies
-    second = keeper(lineage, run_id, folder)
-    second("note", {"text": "said before the first step"})
+    first("note", note(3))  # and the process dies
+    second = stage_recorder(lineage, run_id, folder)
+    second("note", {"text": "before the first step"})
     second.deliver_notes()
-    assert attached(lineage, run_id) == [line(1), line(2), line(3), "said before the first step"]
+    assert attached(lineage, run_id) == [line(1), line(2), line(3), "before the first step"]
     assert without_times(folder / "notes.txt") == attached(lineage, run_id)
 
 
-def test_notes_are_not_sent_again_and_again(lineage: Lineage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_notes_are_sent_once(lineage: Lineage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = lineage.start_curriculum("demo", {})
     sent: list[str] = []
     monkeypatch.setattr(lineage, "log_text", lambda run_id, text, name: sent.append(name))
-    keeping = keeper(lineage, run_id, tmp_path / "stage")
-    keeping("step", METRICS)
+    recorder = stage_recorder(lineage, run_id, tmp_path / "stage")
+    recorder("step", METRICS)
     assert sent == []
-    keeping("note", said(1))
+    recorder("note", note(1))
     for kind in ("step", "epoch", "step"):
-        keeping(kind, METRICS)
-    keeping.deliver_notes()
+        recorder(kind, METRICS)
+    recorder.deliver_notes()
     assert sent == ["notes.txt"]
 
 
-def test_notes_told_while_the_server_is_away_arrive_later(lineage: Lineage, storage: Path, tmp_path: Path) -> None:
+def test_notes_written_during_an_outage_are_delivered_later(lineage: Lineage, storage: Path, tmp_path: Path) -> None:
     run_id = lineage.start_curriculum("demo", {})
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        away = Lineage(f"http://127.0.0.1:{listener.getsockname()[1]}", storage, rest=60)
-    keeping = keeper(away, run_id, tmp_path / "stage")
+        unreachable = Lineage(f"http://127.0.0.1:{listener.getsockname()[1]}", storage, retry_interval=60)
+    recorder = stage_recorder(unreachable, run_id, tmp_path / "stage")
     for step in (1, 2, 3):
-        keeping("note", said(step))
-        keeping("step", METRICS)
+        recorder("note", note(step))
+        recorder("step", METRICS)
     assert lineage.flush() == 0
     assert attached(lineage, run_id) == [line(1), line(2), line(3)]
 
 
-def test_a_skipped_clip_is_named_in_mlflow_also_where_the_stage_then_fails(
+def test_a_skipped_clip_is_recorded_in_mlflow_also_if_the_stage_fails(
     lineage: Lineage, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_files(tmp_path)
@@ -119,7 +119,8 @@ def test_a_skipped_clip_is_named_in_mlflow_also_where_the_stage_then_fails(
     monkeypatch.setattr(TrainStep, "_losses", real)
     (stored,) = (storage / "curricula").rglob("notes.txt")
     (text,) = without_times(stored)
-    assert re.match(r"step 1: epoch 1, step 1: clips left out: rank 0: out of memory on the last rung; .*objects", text)
+    expected = r"step 1: epoch 1, step 1: clips skipped: rank 0: out of memory with the last fallback; .*objects"
+    assert re.match(expected, text)
 
     result, _, _ = run(path, storage, lineage=lineage)
     run_id = result.records[0].run_id
@@ -133,31 +134,31 @@ def test_a_skipped_clip_is_named_in_mlflow_also_where_the_stage_then_fails(
     assert names <= set(metrics)
 
 
-def test_a_note_that_cannot_be_written_yet_is_written_with_the_next_record(lineage: Lineage, tmp_path: Path) -> None:
+def test_an_unwritable_note_is_written_with_the_next_event(lineage: Lineage, tmp_path: Path) -> None:
     folder = tmp_path / "stage"
-    (folder / "notes.txt").mkdir(parents=True)  # nothing can be written to this name
+    (folder / "notes.txt").mkdir(parents=True)  # blocks writing to this name
     run_id = lineage.start_curriculum("demo", {})
-    each = keeper(lineage, run_id, folder)
+    each = stage_recorder(lineage, run_id, folder)
     each._notes_file = folder / "notes.txt"
-    each("note", said(1))
+    each("note", note(1))
     (folder / "notes.txt").rmdir()
     each("step", METRICS)
     assert without_times(folder / "notes.txt") == [line(1)]
 
 
-def test_an_epoch_that_was_stored_but_not_told_of_is_made_up(lineage: Lineage, tmp_path: Path) -> None:
+def test_a_stored_but_unrecorded_epoch_is_backfilled(lineage: Lineage, tmp_path: Path) -> None:
     """kill -9 between storing an epoch and delivering its metrics must not lose them."""
     folder = tmp_path / "stage"
     run_id = lineage.start_curriculum("demo", {})
     write_json(folder / "stage.json", {"status": "running", "stage": "one"})
     epochs = {0: {"train/loss": 3.0, "HOTA": 1.0}, 1: {"train/loss": 2.0, "HOTA": 2.0}}
     stored = FitResult(epochs, {0: 10, 1: 20})
-    first = keeper(lineage, run_id, folder)
+    first = stage_recorder(lineage, run_id, folder)
     first("epoch", {"epoch": 0, "step": 10, "metrics": epochs[0]})  # the next is stored, and the process dies
-    second = keeper(lineage, run_id, folder)
-    second.make_up(stored)
-    second.make_up(stored)
+    second = stage_recorder(lineage, run_id, folder)
+    second.backfill(stored)
+    second.backfill(stored)
     client = lineage._store.client()
     assert [(each.step, each.value) for each in client.get_metric_history(run_id, "HOTA")] == [(10, 1.0), (20, 2.0)]
-    assert epochs_told(folder) == {0, 1}
-    assert attached(lineage, run_id) == ["step 20: metrics of epoch 2 recorded only when the stage went on"]
+    assert epochs_synced(folder) == {0, 1}
+    assert attached(lineage, run_id) == ["step 20: metrics of epoch 2 recorded only when the stage resumed"]

@@ -1,4 +1,4 @@
-"""What a stage leaves behind where a process dies at an awkward moment: nothing is lost, nothing is done twice."""
+"""End of a stage: kills, failures and simultaneous starts lose no result and repeat no work."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from motip.curriculum import stage as stage_module
-from motip.curriculum.records import InUse, claim, release
+from motip.curriculum.records import InUse, acquire_lock, release_lock
 from motip.errors import MotipError, exit_on_error, find_motip_error
-from motip.lineage import Lineage, NullLineage
+from motip.lineage import Lineage
+from tests.helpers.null_lineage import NullLineage
 from tests.helpers.small_curriculum import CURRICULUM, QuietUi, run, write_files
 
 
@@ -28,8 +29,10 @@ def one_stage(folder: Path) -> Path:
     return path
 
 
-def test_an_end_that_mlflow_was_not_told_of_is_told_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """kill -9 between the stage's record and the last words to MLflow."""
+def test_a_result_missing_in_mlflow_is_recorded_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 between writing the stage record and recording the result in MLflow."""
     path, storage = one_stage(tmp_path), tmp_path / "storage"
     lineage = Lineage(storage=storage)
     real, calls = Lineage.log_stage_result, []
@@ -50,16 +53,18 @@ def test_an_end_that_mlflow_was_not_told_of_is_told_later(tmp_path: Path, monkey
 
     again, ui, _ = run(path, storage, lineage=lineage)
     assert ui.begun == [] and again.records[0].skipped
-    told = client.get_run(run_id)
-    assert told.info.status == "FINISHED" and "best_HOTA" in told.data.metrics
+    recorded = client.get_run(run_id)
+    assert recorded.info.status == "FINISHED" and "best_HOTA" in recorded.data.metrics
     alias = client.get_model_version_by_alias("motip-curriculum", "bdd-foundation")
     assert alias.run_id == run_id
     run(path, storage, lineage=lineage)
-    assert len(calls) == 2, "told once"
+    assert len(calls) == 2, "recorded once"
 
 
-def test_a_cut_off_stage_goes_on_with_another_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only says how fast or how patiently a stage runs may change between two attempts."""
+def test_an_interrupted_stage_resumes_with_other_resumable_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys about speed and timeouts may change between two attempts."""
     path, storage = one_stage(tmp_path), tmp_path / "storage"
     lineage = Lineage(storage=storage)
     monkeypatch.setattr(QuietUi, "record", _interrupt)
@@ -73,7 +78,7 @@ def test_a_cut_off_stage_goes_on_with_another_pace(tmp_path: Path, monkeypatch: 
     assert any("NUM_WORKERS 1 -> 2" in value for key, value in runs[0].data.tags.items() if "resumed" in key)
 
 
-def test_a_stage_that_another_process_trains_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_in_training_by_another_process_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, storage = one_stage(tmp_path), tmp_path / "storage"
     monkeypatch.setattr(QuietUi, "record", _interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -100,7 +105,7 @@ def _interrupt(self: QuietUi, kind: str, values: dict[str, Any]) -> None:
     raise KeyboardInterrupt
 
 
-def test_what_mlflow_refuses_of_an_end_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_refused_by_mlflow_is_noted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, storage = one_stage(tmp_path), tmp_path / "storage"
     run(path, storage)
     (stored,) = (storage / "curricula").rglob("stage.json")
@@ -116,16 +121,16 @@ def test_what_mlflow_refuses_of_an_end_stops_nobody(tmp_path: Path, monkeypatch:
     assert not [note for note in again.notes if "missing in MLflow" in note]
 
 
-def test_of_two_starts_at_once_one_drives(tmp_path: Path) -> None:
-    """Both find the stage free; only one may go on. What fails in a process that lives on does not stay in use."""
+def test_of_two_simultaneous_starts_one_gets_the_lock(tmp_path: Path) -> None:
+    """Both find the lock free, one gets it. After a failure the lock is released while the process lives."""
     path = tmp_path / "stage.json"
     start = f"""
 import sys, pathlib
-from motip.curriculum.records import InUse, claim
+from motip.curriculum.records import InUse, acquire_lock
 sys.stdin.readline()
 try:
-    claim(pathlib.Path({str(path)!r}), "stage")
-    print("drives", flush=True)
+    acquire_lock(pathlib.Path({str(path)!r}), "stage")
+    print("acquired", flush=True)
 except InUse:
     print("refused", flush=True)
 sys.stdin.read()
@@ -134,17 +139,17 @@ sys.stdin.read()
     for each in processes:
         each.stdin.write("go\n")  # type: ignore[union-attr]
         each.stdin.flush()  # type: ignore[union-attr]
-    said = sorted(each.stdout.readline().strip() for each in processes)  # type: ignore[union-attr]
+    printed = sorted(each.stdout.readline().strip() for each in processes)  # type: ignore[union-attr]
     for each in processes:
         each.communicate(timeout=30)
-    assert said == ["drives", "refused"]
-    claim(path, "stage")
-    release(path)
+    assert printed == ["acquired", "refused"]
+    acquire_lock(path, "stage")
+    release_lock(path)
     assert "driver" not in json.loads(path.read_text())
 
 
-def tidy_up(lineage: Lineage) -> None:
-    """Somebody deletes the runs in MLflow, and the folder of their artifacts: from now on it refuses."""
+def delete_runs(lineage: Lineage) -> None:
+    """Delete the runs in MLflow and the folder of their artifacts: later entries are refused."""
     for each in lineage._find_runs(""):
         lineage._store.client().delete_run(each.info.run_id)
     artifacts = lineage._store.folder / "artifacts"
@@ -153,16 +158,16 @@ def tidy_up(lineage: Lineage) -> None:
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("CUDA error: device-side assert"), KeyboardInterrupt()])
-def test_why_a_training_ended_is_seen_though_nobody_takes_it(
+def test_the_original_error_is_raised_if_it_cannot_be_recorded(
     failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither MLflow, nor the record of the stage, which a full disk cut off."""
+    """MLflow refuses, and the stage record was truncated by a full disk."""
     path, storage = one_stage(tmp_path), tmp_path / "storage"
     lineage = Lineage(storage=storage)
 
     def fails(job: Any, placement: Any, folder: str, on_record: Any) -> None:
         on_record("note", {"text": "a worker was lost"})
-        tidy_up(lineage)
+        delete_runs(lineage)
         (Path(folder) / "stage.json").write_text("")
         raise failure
 
@@ -170,17 +175,17 @@ def test_why_a_training_ended_is_seen_though_nobody_takes_it(
     with pytest.raises(type(failure)) as caught:
         run(path, storage, lineage=lineage)
     assert caught.value is failure and find_motip_error(failure) is None
-    told = [message for message in caplog.messages if "MLflow refuses" in message]
-    assert len(told) == 3 and "set aside" in told[0], "notes, stage, curriculum"
-    assert any("stays in use" in message and "not a JSON file" in message for message in caplog.messages)
+    refused = [message for message in caplog.messages if "MLflow refuses" in message]
+    assert len(refused) == 3 and "set aside" in refused[0], "notes, stage, curriculum"
+    assert any("stays locked" in message and "not a JSON file" in message for message in caplog.messages)
 
 
-def test_ctrl_c_stays_ctrl_c_though_mlflow_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_its_exit_code_if_mlflow_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, storage = one_stage(tmp_path), tmp_path / "storage"
     lineage = Lineage(storage=storage)
 
     def interrupt(self: QuietUi, kind: str, values: dict[str, Any]) -> None:
-        tidy_up(lineage)
+        delete_runs(lineage)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(QuietUi, "record", interrupt)
@@ -189,10 +194,10 @@ def test_ctrl_c_stays_ctrl_c_though_mlflow_refuses(tmp_path: Path, monkeypatch: 
     assert end.value.code == 130
 
 
-def test_notes_of_a_training_that_did_not_fail_are_not_lost_in_silence(
+def test_undeliverable_notes_of_a_successful_training_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow refuses them, and the disk has no room to set them aside."""
+    """MLflow refuses them, and a full disk prevents setting them aside."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -202,19 +207,19 @@ def test_notes_of_a_training_that_did_not_fail_are_not_lost_in_silence(
 
     def ends(job: Any, placement: Any, folder: str, on_record: Any) -> None:
         on_record("note", {"text": "a worker was lost"})
-        tidy_up(lineage)
+        delete_runs(lineage)
         monkeypatch.setattr(shutil, "copyfile", full)
 
     monkeypatch.setattr(stage_module, "fit", ends)
-    with pytest.raises(MotipError, match="cannot be kept either: No space left"):
+    with pytest.raises(MotipError, match="cannot be spooled: No space left"):
         run(path, storage, lineage=lineage)
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_curriculum_that_is_refused_a_stage_ends_its_run_if_it_is_its_own(
-    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, somebody: str
+def test_a_curriculum_refused_a_stage_ends_only_its_own_run(
+    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_driver: str
 ) -> None:
-    """Of two starts in the same second both may hold the run to be theirs; the one that trains still needs it."""
+    """Two simultaneous starts may share the curriculum's run; the process that trains still needs it."""
     path, storage = one_stage(tmp_path), tmp_path / "storage"
     lineage = Lineage(storage=storage)
     monkeypatch.setattr(QuietUi, "record", _interrupt)
@@ -224,42 +229,44 @@ def test_a_curriculum_that_is_refused_a_stage_ends_its_run_if_it_is_its_own(
     record = json.loads(stored.read_text())
     (curriculum,) = lineage._find_runs("tags.`motip.kind` = 'curriculum'")
     assert record["curriculum_run"] == curriculum.info.run_id
-    stored.write_text(json.dumps({**record, "driver": somebody, **({} if shared else {"curriculum_run": "another"})}))
+    stored.write_text(
+        json.dumps({**record, "driver": other_driver, **({} if shared else {"curriculum_run": "another"})})
+    )
     with pytest.raises(InUse):
         run(path, storage, lineage=lineage)
     (curriculum,) = lineage._find_runs("tags.`motip.kind` = 'curriculum'")
     assert curriculum.info.status == ("RUNNING" if shared else "KILLED")
 
 
-def test_who_claims_a_stage_is_known_before_its_run_is(tmp_path: Path) -> None:
+def test_the_lock_names_the_curriculum_run_before_the_stage_has_one(tmp_path: Path) -> None:
     code = f"""
 import pathlib
-from motip.curriculum.records import claim
-claim(pathlib.Path({str(tmp_path / "stage.json")!r}), "stage", under="its curriculum")
+from motip.curriculum.records import acquire_lock
+acquire_lock(pathlib.Path({str(tmp_path / "stage.json")!r}), "stage", parent_run_id="its curriculum")
 print(flush=True)
 input()
 """
     with Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, text=True) as other:
         other.stdout.readline()  # type: ignore[union-attr]
         with pytest.raises(InUse) as refused:
-            claim(tmp_path / "stage.json", "stage", under="another curriculum")
+            acquire_lock(tmp_path / "stage.json", "stage", parent_run_id="another curriculum")
         other.communicate("\n", timeout=30)
-    assert refused.value.under == "its curriculum"
+    assert refused.value.parent_run_id == "its curriculum"
 
 
-def test_a_stage_that_another_process_finishes_meanwhile_stays_finished(
+def test_a_stage_finished_by_another_process_meanwhile_stays_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, storage = one_stage(tmp_path), tmp_path / "storage"
     first, _, _ = run(path, storage)
     (stored,) = (storage / "curricula").rglob("stage.json")
     before = stored.read_text()
-    # As this start saw it, a moment before the other one was done.
+    # The state that this start saw, just before the other process finished.
     monkeypatch.setattr(stage_module, "finished_record", lambda *_: None)
     again, ui, _ = run(path, storage)
     assert ui.begun == [] and again.records[0].skipped and again.records[0].sha256 == first.records[0].sha256
     assert stored.read_text() == before
-    # Weights that are not what they were are trained again.
+    # Changed weights are trained again.
     Path(first.records[0].checkpoint).write_bytes(b"other")
-    assert claim(stored, "stage", inputs=first.records[0].inputs) is None
+    assert acquire_lock(stored, "stage", inputs=first.records[0].inputs) is None
     assert json.loads(stored.read_text())["status"] == "running"

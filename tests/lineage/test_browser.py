@@ -11,7 +11,7 @@ import pytest
 from motip.lineage import Lineage
 from tests.helpers.browser import browser
 from tests.helpers.mlflow_server import compared, comparison, only_differences, row, serving
-from tests.lineage.test_recorder import CONFIG, run_stage
+from tests.lineage.test_recorder import CONFIG, record_stage
 
 STAGES = {
     "BDD-Foundation": (0.0007, 16, 41.25),
@@ -24,7 +24,7 @@ STAGES = {
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_the_comparison_of_four_stages_shows_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_of_four_stages_shows_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     storage = tmp_path / "storage"
     lineage = Lineage(None, storage)
@@ -32,17 +32,17 @@ def test_the_comparison_of_four_stages_shows_what_differs(tmp_path: Path, monkey
     start: dict | None = None
     for stage, (rate, words, hota) in STAGES.items():
         config = {**CONFIG, "LR": rate, "NUM_ID_VOCABULARY": words, "SEED": 29}
-        start = run_stage(lineage, storage, parent, stage, config, start, {"HOTA": hota})
+        start = record_stage(lineage, storage, parent, stage, config, start, {"HOTA": hota})
         lineage.log_metrics(start["run_id"], {"HOTA": hota - 2}, 9)  # the last epoch, not the best
-    steps = [step for step in lineage.walk(parent) if step.kind == "stage"]
+    steps = [step for step in lineage.chain(parent) if step.kind == "stage"]
     runs = [step.run_id for step in steps]
     _, link = lineage.compare_url_hint(runs)
 
     (tmp_path / "server").mkdir()
     with browser(tmp_path) as window, serving(tmp_path / "server", storage / "mlflow" / "mlflow.db") as server:
         page = comparison(server.address, runs, "1")
-        assert link.partition("/#/")[2] == page.partition("/#/")[2]  # the link that the main job prints
-        window.look(1500, 1400, "light")
+        assert link.partition("/#/")[2] == page.partition("/#/")[2]  # the link printed by the main job
+        window.set_screen(1500, 1400, "light")
         rows = compared(window, page, ["LR", "NUM_ID_VOCABULARY", "SEED", "best_HOTA", "HOTA"], len(runs))
         assert rows["LR"] == ["0.0007", "0.0005", "0.0003", "0.0002"]
         assert rows["NUM_ID_VOCABULARY"] == ["16", "16", "64", "64"]
@@ -55,7 +55,7 @@ def test_the_comparison_of_four_stages_shows_what_differs(tmp_path: Path, monkey
         }
         text = window.run("return document.body.innerText")
         assert all(stage in text for stage in STAGES) and "SEED" not in text
-        window.picture(tmp_path / "compare.png", 1400)
+        window.screenshot(tmp_path / "compare.png", 1400)
     pixels = cv2.imread(str(tmp_path / "compare.png"))
     assert pixels is not None and pixels.shape[:2] == (1400, 1500)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100  # a page with content, not a blank one

@@ -1,4 +1,4 @@
-"""Lineage in a real MLflow on SQLite: runs, inputs, models, the walk back, the spool, simultaneous first starts."""
+"""Lineage in MLflow on SQLite: runs, inputs, models, chains, spool, simultaneous first starts."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ import pytest
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from motip.errors import MotipError
-from motip.lineage import DataUsed, Lineage, NullLineage, provenance
+from motip.lineage import DataUsed, Lineage, provenance
 from motip.lineage.provenance import REDACTED, redact
-from motip.lineage.relocate import follow
+from motip.lineage.relocate import rewrite_locations
 from motip.lineage.tags import MAX_VALUE, Tag, join_params, split_params
 from motip.storage.atomic import sha256_file
 from tests.helpers.mlflow_server import free_port
+from tests.helpers.null_lineage import NullLineage
 
 DIGEST = "d" * 64
 CONFIG = {"LR": 1e-4, "NUM_CLASSES": 2, "sampler_lengths": [5, 8], "SEED": 42, "DETR_PRETRAIN": None, "NAME": "bdd"}
 
 
 @pytest.fixture(autouse=True)
-def own_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database that MLflow has just created; tests copy it, because creating one takes seconds."""
+    """A newly created database; tests copy it, since creating one takes seconds."""
     storage = tmp_path_factory.mktemp("template")
     Lineage(None, storage)._store.client()
     return storage / "mlflow" / "mlflow.db"
@@ -51,7 +52,7 @@ def storage(tmp_path: Path, empty_database: Path) -> Path:
     (tmp_path / "storage" / "mlflow").mkdir(parents=True)
     with sqlite3.connect(tmp_path / "storage" / "mlflow" / "mlflow.db") as target:
         sqlite3.connect(empty_database).backup(target)
-        # The experiment in the template keeps its artifacts beside the template.
+        # The template's experiment has its artifacts beside the template.
         old, new = empty_database.parent.as_uri(), (tmp_path / "storage" / "mlflow").as_uri()
         target.execute("update experiments set artifact_location = replace(artifact_location, ?, ?)", (old, new))
     return tmp_path / "storage"
@@ -59,7 +60,7 @@ def storage(tmp_path: Path, empty_database: Path) -> Path:
 
 @pytest.fixture
 def lineage(storage: Path) -> Lineage:
-    return Lineage(None, storage, patience=2, rest=0.2)
+    return Lineage(None, storage, patience=2, retry_interval=0.2)
 
 
 def weights(storage: Path, name: str, content: str = "weights") -> tuple[Path, str]:
@@ -69,10 +70,10 @@ def weights(storage: Path, name: str, content: str = "weights") -> tuple[Path, s
     return path, sha256_file(path)
 
 
-def run_stage(
+def record_stage(
     lineage: Lineage, storage: Path, parent: str, stage: str, config: dict, start: dict | None, scores: dict
 ) -> dict:
-    """A finished stage; returns what the next one starts from."""
+    """Record a finished stage; returns the parent checkpoint of the next one."""
     run_id = lineage.start_stage(parent, stage, config, DIGEST, start)
     path, sha256 = weights(storage, stage)
     lineage.log_stage_result(run_id, path, sha256, scores, step=7)
@@ -88,7 +89,7 @@ def history(lineage: Lineage, run_id: str, name: str) -> dict[int, float]:
     return {point.step: point.value for point in client_of(lineage).get_metric_history(run_id, name)}
 
 
-# ---- runs ---------------------------------------------------------------------------------------------------------
+# ---- runs -----------------------------------------------------------------------------------------------------------
 
 
 def test_database_and_artifacts_lie_under_the_storage(lineage: Lineage, storage: Path, tmp_path: Path) -> None:
@@ -101,13 +102,13 @@ def test_database_and_artifacts_lie_under_the_storage(lineage: Lineage, storage:
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
-def test_importing_the_room_does_not_import_mlflow() -> None:
+def test_importing_the_package_does_not_import_mlflow() -> None:
     code = "import motip.lineage, sys; motip.lineage.Lineage(None, '/nowhere'); print('mlflow' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 
 
-def test_a_stage_records_what_went_in(lineage: Lineage) -> None:
+def test_a_stage_records_its_inputs(lineage: Lineage) -> None:
     parent = lineage.start_curriculum("demo", {"stages": ["bdd"]}, {"owner": "me"})
     used = DataUsed("bdd100k/train", "e" * 64, source={"root": "bdd100k"}, profile={"videos": 56})
     run_id = lineage.start_stage(parent, "BDD-Foundation", CONFIG, DIGEST, None, datasets=[used])
@@ -133,8 +134,8 @@ def test_a_stage_records_what_went_in(lineage: Lineage) -> None:
 
 def test_a_result_becomes_an_external_model_with_an_alias(lineage: Lineage, storage: Path) -> None:
     parent = lineage.start_curriculum("demo", {})
-    first = run_stage(lineage, storage, parent, "BDD-Foundation", CONFIG, None, {"HOTA": 41.5, "dance/HOTA": 60})
-    second = run_stage(lineage, storage, parent, "BDD-Refinement", CONFIG, first, {"HOTA": 44})
+    first = record_stage(lineage, storage, parent, "BDD-Foundation", CONFIG, None, {"HOTA": 41.5, "dance/HOTA": 60})
+    second = record_stage(lineage, storage, parent, "BDD-Refinement", CONFIG, first, {"HOTA": 44})
     client = client_of(lineage)
     run = client.get_run(first["run_id"])
     assert run.data.metrics == {"best_HOTA": 41.5, "best_dance/HOTA": 60.0}
@@ -145,14 +146,14 @@ def test_a_result_becomes_an_external_model_with_an_alias(lineage: Lineage, stor
     version = client.get_model_version_by_alias("motip-curriculum", "bdd-foundation")
     assert (version.run_id, version.tags["sha256"]) == (first["run_id"], first["sha256"])
     assert client.get_model_version_by_alias("motip-curriculum", "bdd-refinement").run_id == second["run_id"]
-    # The next stage has the model as its input, and the weights were not copied into MLflow.
+    # The next stage has the model as input; the weights were not uploaded.
     inputs = client.get_run(second["run_id"]).inputs.model_inputs
     assert [each.model_id for each in inputs] == [model.model_id]
     stored = list((storage / "mlflow" / "artifacts").rglob("*.pth"))
     assert stored == []
 
 
-def test_telling_a_result_twice_makes_one_model(lineage: Lineage, storage: Path) -> None:
+def test_logging_a_result_twice_registers_one_model(lineage: Lineage, storage: Path) -> None:
     parent = lineage.start_curriculum("demo", {})
     run_id = lineage.start_stage(parent, "vis", CONFIG, DIGEST, None)
     path, sha256 = weights(storage, "vis")
@@ -170,7 +171,7 @@ def test_telling_a_result_twice_makes_one_model(lineage: Lineage, storage: Path)
     )
 
 
-def test_one_run_per_stage_however_often_it_is_cut_off(lineage: Lineage, storage: Path) -> None:
+def test_an_interrupted_stage_keeps_one_run(lineage: Lineage, storage: Path) -> None:
     parent = lineage.start_curriculum("demo", {"stages": ["a"]})
     run_id = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
     lineage.log_metrics(run_id, {"loss": 3.0}, step=1)
@@ -191,14 +192,14 @@ def test_one_run_per_stage_however_often_it_is_cut_off(lineage: Lineage, storage
     again.finish(parent)
     assert client_of(again).get_run(run_id).info.status == "FINISHED"
 
-    # Other inputs, or a finished run, make a new one; the finished one only where that is asked for.
+    # Other inputs or a finished run start a new run, unless reopen_finished is set.
     assert again.start_stage(parent, "a", {**CONFIG, "LR": 1}, DIGEST, None) != run_id
     assert again.start_curriculum("demo", {"stages": ["a"]}, reopen_finished=True) == parent
     again.finish(parent)
     assert again.start_curriculum("demo", {"stages": ["a"]}) != parent
 
 
-def test_resuming_with_other_parameters_is_refused_by_name(lineage: Lineage) -> None:
+def test_resuming_with_other_parameters_is_an_error_that_names_them(lineage: Lineage) -> None:
     parent = lineage.start_curriculum("demo", {})
     run_id = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
     with pytest.raises(MotipError, match="started with other parameters: LR") as error:
@@ -206,7 +207,7 @@ def test_resuming_with_other_parameters_is_refused_by_name(lineage: Lineage) -> 
     assert "LR=0.0001" in str(error.value)
 
 
-def _go_on(storage: str, config: dict, start: dict, run_id: str) -> tuple[str, list[str]]:
+def _resume_stage(storage: str, config: dict, start: dict, run_id: str) -> tuple[str, list[str]]:
     warned: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
@@ -218,14 +219,14 @@ def _go_on(storage: str, config: dict, start: dict, run_id: str) -> tuple[str, l
     return found, warned
 
 
-def test_a_stage_goes_on_in_a_new_run_where_its_run_is_gone(lineage: Lineage, storage: Path) -> None:
+def test_a_stage_continues_in_a_new_run_if_its_run_is_missing(lineage: Lineage, storage: Path) -> None:
     parent = lineage.start_curriculum("demo", {})
-    start = run_stage(lineage, storage, parent, "a", CONFIG, None, {"HOTA": 1.0})
+    start = record_stage(lineage, storage, parent, "a", CONFIG, None, {"HOTA": 1.0})
     run_id = lineage.start_stage(parent, "b", CONFIG, DIGEST, start)
-    # A process of its own, as after an interruption: this one holds the deleted file open.
+    # In another process, as after an interruption: this one has the deleted file open.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         (storage / "mlflow" / "mlflow.db").unlink()
-        found, warned = pool.apply(_go_on, (str(storage), CONFIG, start, run_id))
+        found, warned = pool.apply(_resume_stage, (str(storage), CONFIG, start, run_id))
     assert found != run_id
     assert len(warned) == 1 and run_id in warned[0]
     with sqlite3.connect(storage / "mlflow" / "mlflow.db") as database:
@@ -233,12 +234,12 @@ def test_a_stage_goes_on_in_a_new_run_where_its_run_is_gone(lineage: Lineage, st
         assert database.execute("select count(*) from runs where run_uuid = ?", (run_id,)).fetchone() == (0,)
 
 
-def test_a_run_that_was_deleted_in_mlflow_is_not_continued(lineage: Lineage, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_deleted_run_is_not_resumed(lineage: Lineage, caplog: pytest.LogCaptureFixture) -> None:
     parent = lineage.start_curriculum("demo", {})
     run_id = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
     client_of(lineage).delete_run(run_id)
     assert lineage.start_stage(parent, "a", CONFIG, DIGEST, None, resume_run_id=run_id) != run_id
-    assert f"the run {run_id} that this stage began is not in MLflow" in caplog.text
+    assert f"the run {run_id} of this stage is not in MLflow" in caplog.text
 
 
 def test_five_hundred_parameters_and_a_long_one(lineage: Lineage) -> None:
@@ -253,11 +254,11 @@ def test_five_hundred_parameters_and_a_long_one(lineage: Lineage) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x", "x" * MAX_VALUE, "x" * (MAX_VALUE + 1), "x" * (3 * MAX_VALUE)])
-def test_long_parameters_come_back_whole(text: str) -> None:
+def test_long_parameters_are_split_and_joined(text: str) -> None:
     assert join_params(split_params({"KEY": text, "OTHER": 1})) == {"KEY": text, "OTHER": "1"}
 
 
-def test_figures_texts_and_not_a_number(lineage: Lineage) -> None:
+def test_figures_texts_and_nan(lineage: Lineage) -> None:
     from matplotlib.figure import Figure
 
     run_id = lineage.start_curriculum("demo", {})
@@ -274,26 +275,28 @@ def test_figures_texts_and_not_a_number(lineage: Lineage) -> None:
         lineage.log_metrics(run_id, {"no*such*name": 1.0}, step=0)
 
 
-# ---- the walk back ------------------------------------------------------------------------------------------------
+# ---- chains ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def chain(lineage: Lineage, storage: Path) -> tuple[str, list[dict]]:
-    """A curriculum of three stages from base weights that no run made."""
+    """A curriculum of three stages from base weights without a run."""
     parent = lineage.start_curriculum("demo", {"stages": 3})
     base, sha256 = weights(storage, "dance")
     start: dict = {"path": str(base), "sha256": sha256, "run_id": None}
     made = []
     for number, stage in enumerate(["bdd-foundation", "bdd-refinement", "vis-adaptation"]):
         config = {**CONFIG, "LR": 1e-4 / 2**number, **({"AUG": True} if number == 2 else {})}
-        start = run_stage(lineage, storage, parent, stage, config, start, {"HOTA": 40 + number, "aerial/HOTA": number})
+        start = record_stage(
+            lineage, storage, parent, stage, config, start, {"HOTA": 40 + number, "aerial/HOTA": number}
+        )
         made.append(start)
     return parent, made
 
 
-def test_walk_tells_the_whole_chain(lineage: Lineage, chain: tuple[str, list[dict]]) -> None:
+def test_chain_returns_all_steps(lineage: Lineage, chain: tuple[str, list[dict]]) -> None:
     parent, made = chain
-    steps = lineage.walk(made[-1]["run_id"])
+    steps = lineage.chain(made[-1]["run_id"])
     assert [step.stage for step in steps] == ["checkpoint_best", "bdd-foundation", "bdd-refinement", "vis-adaptation"]
     assert [step.kind for step in steps] == ["weights", "stage", "stage", "stage"]
     for before, after in itertools.pairwise(steps):
@@ -307,21 +310,21 @@ def test_walk_tells_the_whole_chain(lineage: Lineage, chain: tuple[str, list[dic
     assert (steps[3].data_digest, steps[3].seed, steps[3].data[0].sha256) == (DIGEST, "42", DIGEST)
     assert steps[3].versions["mlflow"]
     assert steps[3].hardware["cpus"] >= 1
-    assert lineage.walk(parent) == steps
+    assert lineage.chain(parent) == steps
 
 
-def test_walk_finds_the_maker_of_weights_by_their_digest(lineage: Lineage, storage: Path) -> None:
+def test_chain_finds_the_run_of_weights_by_their_digest(lineage: Lineage, storage: Path) -> None:
     parent = lineage.start_curriculum("demo", {})
-    first = run_stage(lineage, storage, parent, "a", CONFIG, None, {"HOTA": 1})
-    second = run_stage(lineage, storage, parent, "b", CONFIG, {**first, "run_id": None}, {"HOTA": 2})
-    assert [step.run_id for step in lineage.walk(second["run_id"])] == [first["run_id"], second["run_id"]]
+    first = record_stage(lineage, storage, parent, "a", CONFIG, None, {"HOTA": 1})
+    second = record_stage(lineage, storage, parent, "b", CONFIG, {**first, "run_id": None}, {"HOTA": 2})
+    assert [step.run_id for step in lineage.chain(second["run_id"])] == [first["run_id"], second["run_id"]]
 
 
 def test_verify_names_changed_and_missing_files(lineage: Lineage, chain: tuple[str, list[dict]]) -> None:
     _, made = chain
     run_id = made[-1]["run_id"]
     assert [check.state for check in lineage.verify(run_id)] == ["same"] * 4
-    Path(made[0]["path"]).write_text("somebody trained over it")
+    Path(made[0]["path"]).write_text("overwritten")
     Path(made[1]["path"]).unlink()
     checks = lineage.verify(run_id)
     assert [check.state for check in checks] == ["same", "changed", "missing", "same"]
@@ -329,27 +332,27 @@ def test_verify_names_changed_and_missing_files(lineage: Lineage, chain: tuple[s
     assert (checks[1].stage, checks[1].path) == ("bdd-foundation", made[0]["path"])
 
 
-def test_walk_and_verify_after_the_storage_was_moved(
+def test_chain_and_verify_after_the_storage_was_moved(
     lineage: Lineage, chain: tuple[str, list[dict]], storage: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     parent, made = chain
     last, elsewhere = made[-1]["run_id"], tmp_path / "else where"
     lineage.log_dict(last, {"scores": {"HOTA": 42}}, "scores/epoch_0.json")
-    steps = lineage.walk(last)
+    steps = lineage.chain(last)
     shutil.move(storage, elsewhere)
-    storage.write_text("nothing can be made here any more")
-    _artifact_repos_cache.clear()  # a new process has none
+    storage.write_text("a file blocks the old location")
+    _artifact_repos_cache.clear()  # as in a new process
     moved = Lineage(None, elsewhere, patience=2)
-    assert moved.walk(last) == steps
+    assert moved.chain(last) == steps
     checks = moved.verify(last)
     assert [check.state for check in checks] == ["same"] * 4
     assert all(check.path.startswith(str(elsewhere)) for check in checks)
 
     assert moved.scores(last).files == {"epoch_0.json": {"scores": {"HOTA": 42}}}
     moved.log_text(last, "added to an old run", "late.txt")
-    # The curriculum goes on as if nothing had been: the same run of it, a new stage with artifacts and a model.
+    # The curriculum resumes in the same run with a new stage, its artifacts and its model.
     assert moved.start_curriculum("demo", {"stages": 3}) == parent
-    new = run_stage(moved, elsewhere, parent, "vis-specialisation", CONFIG, made[-1], {"HOTA": 50})
+    new = record_stage(moved, elsewhere, parent, "vis-specialisation", CONFIG, made[-1], {"HOTA": 50})
     artifacts = elsewhere / "mlflow" / "artifacts"
     for run_id, name in ((last, "late.txt"), (last, "config.json"), (new["run_id"], "config.json")):
         assert (artifacts / run_id / "artifacts" / name).is_file()
@@ -357,13 +360,11 @@ def test_walk_and_verify_after_the_storage_was_moved(
     for stage in ("vis-adaptation", "vis-specialisation"):
         version = client_of(moved).get_model_version_by_alias("motip-curriculum", stage)
         assert version.source.startswith(artifacts.as_uri())
-    assert storage.is_file(), "nothing was written to the old place"
+    assert storage.is_file(), "nothing was written to the old location"
     assert sum("the storage was moved from" in message for message in caplog.messages) == 1
 
 
-def test_artifacts_that_did_not_move_with_the_database_are_found(
-    lineage: Lineage, storage: Path, tmp_path: Path
-) -> None:
+def test_artifacts_left_at_the_old_location_are_found(lineage: Lineage, storage: Path, tmp_path: Path) -> None:
     stayed, moved_too = (lineage.start_curriculum(name, {}) for name in ("one", "two"))
     shutil.copytree(storage, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "mlflow" / "artifacts" / stayed)
@@ -375,7 +376,7 @@ def test_artifacts_that_did_not_move_with_the_database_are_found(
         )
 
 
-def test_a_moved_database_that_cannot_be_changed_names_both_places(
+def test_the_error_of_a_read_only_moved_database_names_both_locations(
     storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.move(storage, tmp_path / "new")
@@ -383,26 +384,26 @@ def test_a_moved_database_that_cannot_be_changed_names_both_places(
     really = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda path, **how: really(f"file:{path}?mode=ro", uri=True, **how))
     with pytest.raises(MotipError, match="readonly database") as error:
-        follow(new.parent / "mlflow.db", old.as_uri(), new)
+        rewrite_locations(new.parent / "mlflow.db", old.as_uri(), new)
     assert str(old) in str(error.value) and str(new) in str(error.value)
 
 
-def test_walk_of_nothing(lineage: Lineage) -> None:
+def test_chain_of_an_unknown_run_is_an_error(lineage: Lineage) -> None:
     with pytest.raises(MotipError, match="no such run"):
-        lineage.walk("0" * 32)
+        lineage.chain("0" * 32)
     parent = lineage.start_curriculum("demo", {})
     with pytest.raises(MotipError, match="no stage yet"):
-        lineage.walk(parent)
+        lineage.chain(parent)
 
 
-def test_walk_in_a_circle_ends(lineage: Lineage, chain: tuple[str, list[dict]]) -> None:
+def test_a_cyclic_chain_is_an_error(lineage: Lineage, chain: tuple[str, list[dict]]) -> None:
     _, made = chain
     client_of(lineage).set_tag(made[0]["run_id"], Tag.FROM_RUN, made[2]["run_id"])
-    with pytest.raises(MotipError, match="runs in a circle"):
-        lineage.walk(made[2]["run_id"])
+    with pytest.raises(MotipError, match="is cyclic"):
+        lineage.chain(made[2]["run_id"])
 
 
-def test_compare_hint_opens_a_page_on_loopback(lineage: Lineage, storage: Path) -> None:
+def test_compare_hint_is_a_page_on_loopback(lineage: Lineage, storage: Path) -> None:
     command, url = lineage.compare_url_hint(["a" * 32, "b" * 32])
     assert command == f"mlflow ui --backend-store-uri sqlite:///{storage}/mlflow/mlflow.db --host 127.0.0.1 --port 5000"
     page, _, query = url.partition("?")
@@ -411,7 +412,7 @@ def test_compare_hint_opens_a_page_on_loopback(lineage: Lineage, storage: Path) 
     assert (runs, experiments) == (["a" * 32, "b" * 32], ["1"])
 
 
-# ---- addresses, errors, secrets -----------------------------------------------------------------------------------
+# ---- addresses, errors, secrets -------------------------------------------------------------------------------------
 
 
 def test_addresses_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,31 +424,31 @@ def test_addresses_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://example.invalid:5000")
     assert Lineage(None, tmp_path).tracking_uri == "http://example.invalid:5000"
     for bad in ("./mlruns", "file:///tmp/mlruns"):
-        with pytest.raises(MotipError, match="no longer keeps runs in plain folders"):
+        with pytest.raises(MotipError, match="no longer stores runs in plain folders"):
             Lineage(bad, tmp_path)
 
 
-def test_a_server_that_is_away_at_the_start_is_one_clear_error(tmp_path: Path) -> None:
-    away = Lineage(f"http://user:pa55word@127.0.0.1:{free_port()}", tmp_path, patience=1)
+def test_an_unreachable_server_at_the_start_is_an_error(tmp_path: Path) -> None:
+    unreachable = Lineage(f"http://user:pa55word@127.0.0.1:{free_port()}", tmp_path, patience=1)
     with pytest.raises(MotipError, match="MLflow cannot be reached") as error:
-        away.start_curriculum("demo", {})
+        unreachable.start_curriculum("demo", {})
     assert "pa55word" not in str(error.value)
     assert "MLFLOW_TRACKING_URI" in str(error.value)
 
 
-def test_a_file_that_is_no_database_is_one_clear_error(tmp_path: Path) -> None:
+def test_an_invalid_database_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "mlflow").mkdir()
     (tmp_path / "mlflow" / "mlflow.db").write_text("not a database, but long enough to look at" * 50)
     with pytest.raises(MotipError, match="not a database"):
         Lineage(None, tmp_path, patience=1).start_curriculum("demo", {})
 
 
-def test_unknown_end_state(lineage: Lineage) -> None:
+def test_an_unknown_end_state_is_an_error(lineage: Lineage) -> None:
     with pytest.raises(MotipError, match="unknown end state"):
         lineage.finish("0" * 32, "DONE")
 
 
-def test_planted_secrets_are_nowhere(lineage: Lineage, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_not_recorded(lineage: Lineage, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "s3cr3t-value"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
     monkeypatch.setenv("MY_TOKEN", secret)
@@ -467,12 +468,12 @@ def test_planted_secrets_are_nowhere(lineage: Lineage, storage: Path, monkeypatc
     assert client_of(lineage).get_run(run_id).data.params["WANDB_TOKEN"] == REDACTED
 
 
-def test_redaction_leaves_ordinary_values_alone() -> None:
+def test_redaction_keeps_values_without_secrets() -> None:
     config = {"NUM_TOKENS": 5, "KEY": "a@b", "root_path": "s3://bucket/data?x=1", "LIST": [1, "x", None]}
     assert redact(config) == config
 
 
-def test_provenance_has_facts_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provenance_does_not_record_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOMETHING_PRIVATE", "do-not-record")
     monkeypatch.setenv("MOTIP_GIT_COMMIT", "0123456789abcdef0123456789abcdef01234567-dirty")
     facts = provenance()
@@ -491,27 +492,27 @@ def test_null_lineage_has_the_same_methods() -> None:
     assert inspect.signature(Lineage).parameters.keys() == inspect.signature(NullLineage).parameters.keys()
     null = NullLineage()
     assert null.start_stage(null.start_curriculum("a", {}), "b", {}, DIGEST, None) == "null-2-b"
-    with pytest.raises(MotipError, match="no lineage was kept"):
-        null.walk("x")
+    with pytest.raises(MotipError, match="no lineage was recorded"):
+        null.chain("x")
 
 
-# ---- the spool ----------------------------------------------------------------------------------------------------
+# ---- the spool ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_logged_while_the_server_is_away_arrives_later(
+def test_entries_logged_during_an_outage_are_delivered_later(
     lineage: Lineage, storage: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     parent = lineage.start_curriculum("demo", {})
     run_id = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
-    away = Lineage(f"http://127.0.0.1:{free_port()}", storage, rest=60)
+    unreachable = Lineage(f"http://127.0.0.1:{free_port()}", storage, retry_interval=60)
     started = time.monotonic()
     with caplog.at_level(logging.WARNING):
         for step in range(300):
-            away.log_metrics(run_id, {"loss": 300.0 - step, "lr": 0.1}, step)
+            unreachable.log_metrics(run_id, {"loss": 300.0 - step, "lr": 0.1}, step)
     path, sha256 = weights(storage, "a")
-    away.log_stage_result(run_id, path, sha256, {"HOTA": 50})
-    away.log_text(run_id, "tracks", "report/tracks.txt")
-    away.finish(run_id)
+    unreachable.log_stage_result(run_id, path, sha256, {"HOTA": 50})
+    unreachable.log_text(run_id, "tracks", "report/tracks.txt")
+    unreachable.finish(run_id)
     assert time.monotonic() - started < 30
     assert sum("cannot be used now" in record.message for record in caplog.records) == 1
     assert history(lineage, run_id, "loss") == {}
@@ -519,21 +520,19 @@ def test_what_is_logged_while_the_server_is_away_arrives_later(
     assert lineage.flush() == 0
     assert history(lineage, run_id, "loss") == {step: 300.0 - step for step in range(300)}
     run = client_of(lineage).get_run(run_id)
-    assert (run.info.status, run.data.metrics["best_HOTA"], run.data.tags[Tag.CHECKPOINT_SHA256]) == (
-        *("FINISHED", 50.0),
-        sha256,
-    )
+    assert (run.info.status, run.data.metrics["best_HOTA"]) == ("FINISHED", 50.0)
+    assert run.data.tags[Tag.CHECKPOINT_SHA256] == sha256
     assert len(run.outputs.model_outputs) == 1
     attached = client_of(lineage).download_artifacts(run_id, "report/tracks.txt")
     assert Path(attached).read_text() == "tracks"
     assert not list((storage / "mlflow" / "spool").rglob("*.txt"))
 
 
-def test_points_keep_the_time_at_which_they_were_logged(lineage: Lineage, storage: Path) -> None:
+def test_spooled_points_keep_their_timestamps(lineage: Lineage, storage: Path) -> None:
     run_id = lineage.start_curriculum("demo", {})
-    away = Lineage(f"http://127.0.0.1:{free_port()}", storage, rest=60)
+    unreachable = Lineage(f"http://127.0.0.1:{free_port()}", storage, retry_interval=60)
     before = time.time() * 1000
-    away.log_metrics(run_id, {"loss": 1.0}, 5)
+    unreachable.log_metrics(run_id, {"loss": 1.0}, 5)
     after = time.time() * 1000
     time.sleep(0.3)
     lineage.flush()
@@ -541,24 +540,24 @@ def test_points_keep_the_time_at_which_they_were_logged(lineage: Lineage, storag
     assert before - 1 <= point.timestamp <= after + 1
 
 
-def test_what_waits_goes_out_before_what_is_new(lineage: Lineage, storage: Path) -> None:
+def test_spooled_entries_are_delivered_before_new_ones(lineage: Lineage, storage: Path) -> None:
     run_id = lineage.start_curriculum("demo", {})
-    away = Lineage(f"http://127.0.0.1:{free_port()}", storage, rest=60)
-    away.set_tags(run_id, {"state": "old"})
+    unreachable = Lineage(f"http://127.0.0.1:{free_port()}", storage, retry_interval=60)
+    unreachable.set_tags(run_id, {"state": "old"})
     lineage.set_tags(run_id, {"state": "new"})
     assert client_of(lineage).get_run(run_id).data.tags["state"] == "new"
     assert lineage.flush() == 0
     assert client_of(lineage).get_run(run_id).data.tags["state"] == "new"
 
 
-def test_what_mlflow_never_takes_is_set_aside_and_named(
+def test_permanently_refused_entries_are_set_aside_with_a_warning(
     lineage: Lineage, storage: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_id = lineage.start_curriculum("demo", {})
-    away = Lineage(f"http://127.0.0.1:{free_port()}", storage, rest=60)
-    away.set_tags(run_id, {"good": "1"})
-    away.log_metrics(run_id, {"no*such*name": 1.0}, 0)
-    away.set_tags(run_id, {"better": "2"})
+    unreachable = Lineage(f"http://127.0.0.1:{free_port()}", storage, retry_interval=60)
+    unreachable.set_tags(run_id, {"good": "1"})
+    unreachable.log_metrics(run_id, {"no*such*name": 1.0}, 0)
+    unreachable.set_tags(run_id, {"better": "2"})
     with caplog.at_level(logging.WARNING):
         assert lineage.flush() == 0
     assert client_of(lineage).get_run(run_id).data.tags["better"] == "2"
@@ -568,14 +567,14 @@ def test_what_mlflow_never_takes_is_set_aside_and_named(
     assert lineage.flush() == 0
 
 
-def test_lineage_travels_into_workers(lineage: Lineage) -> None:
+def test_lineage_can_be_pickled(lineage: Lineage) -> None:
     run_id = lineage.start_curriculum("demo", {})
     copy = pickle.loads(pickle.dumps(lineage))  # noqa: S301  (our own bytes)
     copy.log_metrics(run_id, {"loss": 1.0}, 1)
     assert history(lineage, run_id, "loss") == {1: 1.0}
 
 
-# ---- many processes -----------------------------------------------------------------------------------------------
+# ---- many processes -------------------------------------------------------------------------------------------------
 
 
 def _first_start(storage: str) -> str:
@@ -586,7 +585,7 @@ def _first_start(storage: str) -> str:
     return run_id if lineage.flush() == 0 else ""
 
 
-def test_eight_first_starts_make_one_sound_database(tmp_path: Path) -> None:
+def test_eight_simultaneous_first_starts_create_one_valid_database(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(8) as pool:
         runs = pool.map(_first_start, [str(tmp_path)] * 8, chunksize=1)
     assert len(set(runs)) == 8

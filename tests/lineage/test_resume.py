@@ -1,4 +1,4 @@
-"""A stage that was cut off goes on in its run: what may differ then, and whose run it is."""
+"""Resuming the run of an interrupted stage: changed keys, and runs driven by other processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 from motip.errors import MotipError
 from motip.lineage import Lineage
-from motip.lineage.driver_process import driver_lives, this_driver
+from motip.lineage.driver_process import driver_is_alive, this_driver
 from motip.lineage.spool import Spool
 from motip.lineage.store import Store, Unreachable
 from motip.lineage.tags import MAX_VALUE, Tag, join_params
@@ -26,7 +26,7 @@ from tests.lineage.test_recorder import CONFIG, DIGEST, client_of
 
 
 @pytest.fixture(autouse=True)
-def own_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -37,20 +37,22 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lineage(storage: Path) -> Lineage:
-    """On one database for all tests: creating it takes seconds. Each test has a curriculum of its own."""
-    return Lineage(None, storage, patience=2, rest=0.2)
+    """Shares one database among all tests: creating it takes seconds. Each test has its own curriculum."""
+    return Lineage(None, storage, patience=2, retry_interval=0.2)
 
 
-def test_a_resume_may_change_what_changes_no_result_and_names_it(lineage: Lineage, storage: Path) -> None:
-    parent = lineage.start_curriculum("free", {})
+def test_a_resume_may_change_resumable_keys_and_records_them(lineage: Lineage, storage: Path) -> None:
+    parent = lineage.start_curriculum("resumable", {})
     config = {**CONFIG, "NUM_WORKERS": 4, "PLACES": {"data": "/a"}, "_name": "one"}
-    free = {"NUM_WORKERS", "PLACES", "EXTRA", "_name"}
-    run_id = lineage.start_stage(parent, "a", config, DIGEST, None, free=free)
+    resumable = {"NUM_WORKERS", "PLACES", "EXTRA", "_name"}
+    run_id = lineage.start_stage(parent, "a", config, DIGEST, None, resumable_keys=resumable)
 
     again = Lineage(None, storage)
     now = {**config, "NUM_WORKERS": 1, "PLACES": {"data": "/b" * MAX_VALUE}, "EXTRA": 2, "_name": "two"}
-    assert again.start_stage(parent, "a", now, DIGEST, None, run_id, free=free) == run_id
-    assert again.start_stage(parent, "a", {**now, "PLACES": {}}, DIGEST, None, free=free) == run_id, "found by inputs"
+    assert again.start_stage(parent, "a", now, DIGEST, None, run_id, resumable_keys=resumable) == run_id
+    assert again.start_stage(parent, "a", {**now, "PLACES": {}}, DIGEST, None, resumable_keys=resumable) == run_id, (
+        "found by inputs"
+    )
     run = client_of(again).get_run(run_id)
     assert (run.data.params["NUM_WORKERS"], run.data.params["EXTRA"]) == ("4", "2")
     assert join_params(run.data.params)["PLACES"] == '{"data": "/a"}'
@@ -61,22 +63,22 @@ def test_a_resume_may_change_what_changes_no_result_and_names_it(lineage: Lineag
     assert json.loads(Path(client_of(again).download_artifacts(run_id, "config.json")).read_text())["NUM_WORKERS"] == 1
 
     with pytest.raises(MotipError, match="started with other parameters: LR\n") as refused:
-        again.start_stage(parent, "a", {**now, "LR": 1}, DIGEST, None, run_id, free=free)
+        again.start_stage(parent, "a", {**now, "LR": 1}, DIGEST, None, run_id, resumable_keys=resumable)
     assert "NUM_WORKERS" not in str(refused.value)
 
 
-# ---- whose run it is ----------------------------------------------------------------------------------------------
+# ---- drivers --------------------------------------------------------------------------------------------------------
 
 
-def _begin_a_stage(storage: str, stage: str, told: Connection) -> None:
-    """Another driver on the same storage; it lives until it is killed."""
+def _begin_a_stage(storage: str, stage: str, connection: Connection) -> None:
+    """Another driver on the same storage, running until killed."""
     lineage = Lineage(None, storage)
     parent = lineage.start_curriculum("two drivers", {})
-    told.send((parent, lineage.start_stage(parent, stage, CONFIG, DIGEST, None), this_driver()))
+    connection.send((parent, lineage.start_stage(parent, stage, CONFIG, DIGEST, None), this_driver()))
     time.sleep(600)
 
 
-def test_a_stage_whose_driver_lives_is_not_cut_off_by_another(lineage: Lineage, storage: Path) -> None:
+def test_a_stage_with_a_live_driver_is_not_interrupted_by_another(lineage: Lineage, storage: Path) -> None:
     own = lineage.start_curriculum("two drivers", {})
     before = lineage.start_stage(own, "Mine", CONFIG, DIGEST, None)
     here, there = multiprocessing.Pipe()
@@ -87,9 +89,11 @@ def test_a_stage_whose_driver_lives_is_not_cut_off_by_another(lineage: Lineage, 
         parent, run_id, driver = here.recv()
         assert parent == own
         tags = client_of(lineage).get_run(run_id).data.tags
-        assert tags[Tag.DRIVER] == driver and driver_lives(driver)
-        assert client_of(lineage).get_run(own).data.tags[Tag.DRIVER] == this_driver(), "the parent is still this one's"
-        # The other one has left this one's stage alone, and this one leaves the other's, but not its own of before.
+        assert tags[Tag.DRIVER] == driver and driver_is_alive(driver)
+        assert client_of(lineage).get_run(own).data.tags[Tag.DRIVER] == this_driver(), (
+            "the parent run is still driven by this process"
+        )
+        # Neither process interrupts the other's stage; this one interrupts its own earlier stage.
         assert client_of(lineage).get_run(before).info.status == "RUNNING"
         assert lineage.start_curriculum("two drivers", {}) == own
         assert client_of(lineage).get_run(run_id).info.status == "RUNNING"
@@ -97,15 +101,15 @@ def test_a_stage_whose_driver_lives_is_not_cut_off_by_another(lineage: Lineage, 
     finally:
         other.kill()
         other.join(60)
-    assert not driver_lives(driver)
+    assert not driver_is_alive(driver)
     assert lineage.start_curriculum("two drivers", {}) == own
     assert client_of(lineage).get_run(run_id).info.status == "KILLED"
     assert client_of(lineage).get_run(own).data.tags[Tag.DRIVER] == this_driver()
     assert lineage.start_stage(own, "Theirs", CONFIG, DIGEST, None) == run_id
-    assert client_of(lineage).get_run(run_id).data.tags[Tag.DRIVER] == this_driver(), "renewed by whoever goes on"
+    assert client_of(lineage).get_run(run_id).data.tags[Tag.DRIVER] == this_driver(), "updated by the resuming process"
 
 
-def test_a_run_without_a_driver_or_of_another_host_counts_as_cut_off(lineage: Lineage) -> None:
+def test_a_run_without_a_local_driver_counts_as_interrupted(lineage: Lineage) -> None:
     parent = lineage.start_curriculum("no driver", {})
     runs = [lineage.start_stage(parent, stage, CONFIG, DIGEST, None) for stage in ("a", "b")]
     client_of(lineage).delete_tag(runs[0], Tag.DRIVER)
@@ -114,17 +118,17 @@ def test_a_run_without_a_driver_or_of_another_host_counts_as_cut_off(lineage: Li
     assert [client_of(lineage).get_run(run_id).info.status for run_id in runs] == ["KILLED", "KILLED"]
 
 
-def test_a_driver_is_known_by_host_id_and_start_time() -> None:
+def test_a_driver_is_identified_by_host_pid_and_start_time() -> None:
     host, pid, start = this_driver().split("/")
     assert (host, pid) == (socket.gethostname(), str(os.getpid()))
-    assert driver_lives(this_driver())
-    assert not driver_lives(f"{host}/{pid}/{int(start) + 1}"), "the id was used again"
-    assert not driver_lives(f"another-{host}/{pid}/{start}")
+    assert driver_is_alive(this_driver())
+    assert not driver_is_alive(f"{host}/{pid}/{int(start) + 1}"), "a reused pid"
+    assert not driver_is_alive(f"another-{host}/{pid}/{start}")
     for unknown in ("", "nonsense", f"{host}/{pid}", f"{host}/{pid}/", f"{host}/x/{start}", f"{host}/0/{start}"):
-        assert not driver_lives(unknown), unknown
+        assert not driver_is_alive(unknown), unknown
 
 
-def test_a_process_that_ended_does_not_live_though_its_parent_has_not_asked() -> None:
+def test_a_zombie_is_not_alive() -> None:
     child = subprocess.Popen(
         [
             sys.executable,
@@ -138,11 +142,11 @@ def test_a_process_that_ended_does_not_live_though_its_parent_has_not_asked() ->
     assert child.stdin is not None and child.stdout is not None
     driver = child.stdout.readline().strip()
     try:
-        assert driver_lives(driver)
+        assert driver_is_alive(driver)
     finally:
         child.stdin.close()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert not driver_lives(driver)
+    assert not driver_is_alive(driver)
     child.wait(60)
     child.stdout.close()
 
@@ -152,59 +156,59 @@ def test_without_proc_a_driver_has_no_start_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("motip.lineage.driver_process._PROC", tmp_path)
     assert this_driver() == f"{socket.gethostname()}/{os.getpid()}/"
     monkeypatch.setattr("motip.lineage.driver_process._command", lambda pid: "/usr/bin/Python -m pytest")
-    assert driver_lives(this_driver())
-    assert not driver_lives(full), "that start time cannot be compared"
+    assert driver_is_alive(this_driver())
+    assert not driver_is_alive(full), "the start time cannot be compared"
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(60)
-    assert not driver_lives(f"{socket.gethostname()}/{ended.pid}/")
+    assert not driver_is_alive(f"{socket.gethostname()}/{ended.pid}/")
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="no ps here")
-def test_without_proc_an_id_that_something_else_uses_now_is_nobody(
+def test_without_proc_a_reused_pid_of_another_program_is_not_alive(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("motip.lineage.driver_process._PROC", tmp_path)
     python = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     sleep = subprocess.Popen(["sleep", "60"])
     try:
-        assert driver_lives(f"{socket.gethostname()}/{python.pid}/")
-        assert not driver_lives(f"{socket.gethostname()}/{sleep.pid}/")
+        assert driver_is_alive(f"{socket.gethostname()}/{python.pid}/")
+        assert not driver_is_alive(f"{socket.gethostname()}/{sleep.pid}/")
         python.kill()
         os.waitid(os.P_PID, python.pid, os.WEXITED | os.WNOWAIT)
-        assert not driver_lives(f"{socket.gethostname()}/{python.pid}/"), "ended, though nobody has asked"
-        assert driver_lives(this_driver())
+        assert not driver_is_alive(f"{socket.gethostname()}/{python.pid}/"), "a zombie"
+        assert driver_is_alive(this_driver())
         monkeypatch.setenv("PATH", str(tmp_path))
-        assert not driver_lives(this_driver()), "without ps it cannot be told"
+        assert not driver_is_alive(this_driver()), "unknown without ps"
     finally:
         for process in (python, sleep):
             process.kill()
             process.wait(60)
 
 
-def test_a_process_with_a_name_of_any_bytes_has_a_start_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_start_time_of_a_process_with_a_non_utf8_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("motip.lineage.driver_process._PROC", tmp_path)
     (tmp_path / "77").mkdir()
     fields = " ".join(str(number) for number in range(4, 53))
     (tmp_path / "77" / "stat").write_bytes(b"77 (a\xff\xfe) b) S " + fields.encode() + b"\n")
-    assert driver_lives(f"{socket.gethostname()}/77/22")
-    assert not driver_lives(f"{socket.gethostname()}/77/23")
+    assert driver_is_alive(f"{socket.gethostname()}/77/22")
+    assert not driver_is_alive(f"{socket.gethostname()}/77/23")
     (tmp_path / "77" / "stat").write_bytes(b"77 (cut off")
-    assert not driver_lives(f"{socket.gethostname()}/77/22")
+    assert not driver_is_alive(f"{socket.gethostname()}/77/22")
 
 
-# ---- runs of others -----------------------------------------------------------------------------------------------
+# ---- runs of other processes ----------------------------------------------------------------------------------------
 
 
-def test_an_unfinished_stage_of_a_living_process_is_not_taken_over(lineage: Lineage, somebody: str) -> None:
+def test_an_unfinished_stage_of_a_live_process_is_not_taken_over(lineage: Lineage, other_driver: str) -> None:
     parent = lineage.start_curriculum("taken over", {})
     theirs = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
     client = client_of(lineage)
-    client.set_tag(theirs, Tag.DRIVER, somebody)
+    client.set_tag(theirs, Tag.DRIVER, other_driver)
     assert lineage.start_stage(parent, "a", CONFIG, DIGEST, None) != theirs
     run = client.get_run(theirs)
-    assert (run.info.status, run.data.tags[Tag.DRIVER]) == ("RUNNING", somebody)
+    assert (run.info.status, run.data.tags[Tag.DRIVER]) == ("RUNNING", other_driver)
     assert Tag.RESUMED not in run.data.tags
-    # Once it has ended there, whoever wants may go on, though that process does something else now.
+    # After its end any process may resume it, also while the first process lives.
     client.set_terminated(theirs, "FAILED")
     for run_id in [each.info.run_id for each in lineage._find_runs(f"tags.`{Tag.PARENT_RUN}` = '{parent}'")]:
         if run_id != theirs:
@@ -212,43 +216,43 @@ def test_an_unfinished_stage_of_a_living_process_is_not_taken_over(lineage: Line
     assert lineage.start_stage(parent, "a", CONFIG, DIGEST, None) == theirs
 
 
-def test_the_parent_run_of_a_living_process_is_left_to_it(lineage: Lineage, somebody: str) -> None:
+def test_a_parent_run_of_a_live_process_is_ended_by_that_process_only(lineage: Lineage, other_driver: str) -> None:
     parent = lineage.start_curriculum("left", {})
     client = client_of(lineage)
-    client.set_tag(parent, Tag.DRIVER, somebody)
+    client.set_tag(parent, Tag.DRIVER, other_driver)
     assert lineage.start_curriculum("left", {}) == parent
     stage = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
     lineage.finish(stage)
     lineage.mark_interrupted(parent)
     lineage.finish(parent)
     run = client.get_run(parent)
-    assert (run.info.status, run.data.tags[Tag.DRIVER]) == ("RUNNING", somebody)
+    assert (run.info.status, run.data.tags[Tag.DRIVER]) == ("RUNNING", other_driver)
     assert Tag.INTERRUPTED not in run.data.tags
     assert client.get_run(stage).info.status == "FINISHED"
-    # It is this one's to end when the other has gone.
-    client.set_tag(parent, Tag.DRIVER, somebody + "0")
+    # This process can end it once the other has exited.
+    client.set_tag(parent, Tag.DRIVER, other_driver + "0")
     lineage.finish(parent)
     assert client.get_run(parent).info.status == "FINISHED"
 
 
-def test_an_end_that_still_waits_does_not_end_the_run_that_goes_on(
+def test_a_spooled_end_does_not_end_a_resumed_run(
     lineage: Lineage, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow is away at the end of one job and for the first moment of the next, and back within its patience."""
+    """MLflow is unreachable at the end of one job and at the start of the next, and back within its patience."""
     parent = lineage.start_curriculum("late end", {})
     run_id = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
 
-    def away(self: Store) -> None:
-        raise Unreachable("away")
+    def unreachable(self: Store) -> None:
+        raise Unreachable("unreachable")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "client", away)
+        patched.setattr(Store, "client", unreachable)
         lineage.log_text(run_id, "kept", "late.txt")
         lineage.finish(run_id, "FAILED")
         lineage.finish(parent, "FAILED")
-    again = Lineage(None, storage, patience=5, rest=0.1)
+    again = Lineage(None, storage, patience=5, retry_interval=0.1)
     with monkeypatch.context() as patched:
-        patched.setattr(again, "flush", lambda: 2)  # not back yet
+        patched.setattr(again, "flush", lambda: 2)  # still unreachable
         assert again.start_curriculum("late end", {}) == parent
         assert again.start_stage(parent, "a", CONFIG, DIGEST, None, resume_run_id=run_id) == run_id
     again.log_metrics(run_id, {"loss": 1.0}, 1)
@@ -257,7 +261,7 @@ def test_an_end_that_still_waits_does_not_end_the_run_that_goes_on(
     assert Path(client_of(again).download_artifacts(run_id, "late.txt")).read_text() == "kept"
 
 
-def test_a_queue_that_cannot_be_used_refuses_no_start(
+def test_an_unusable_queue_does_not_prevent_a_start(
     lineage: Lineage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     parent = lineage.start_curriculum("no queue", {})
@@ -266,8 +270,8 @@ def test_a_queue_that_cannot_be_used_refuses_no_start(
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Spool, "withdraw", read_only)
-    monkeypatch.setattr(Spool, "waiting", lambda *_: True)
-    lineage._find_runs("")  # the client is there
+    monkeypatch.setattr(Spool, "has_entries", lambda *_: True)
+    lineage._find_runs("")  # creates the client
     lineage._reopen(parent)
     assert "Read-only file system" in caplog.text
     assert client_of(lineage).get_run(parent).info.status == "RUNNING"

@@ -1,4 +1,4 @@
-"""Secrets planted in the environment of a whole training are nowhere afterwards: output, files, database."""
+"""Secrets in the environment of a training appear neither in its output nor in files or database."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 from motip.errors import MotipError
 from motip.lineage.provenance import redact
 from motip.storage import paths
-from motip.storage.retries import retried
+from motip.storage.retries import with_retries
 from tests.helpers.small_curriculum import write_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def planted() -> dict[str, str]:
-    """Variables as users have them; every value is one that could stand nowhere by chance."""
+    """Variables as users set them, with random values that cannot occur by chance."""
     secret = secrets.token_hex
     return {
         "AWS_ACCESS_KEY_ID": "AKIA" + secret(8).upper(),
@@ -37,7 +37,7 @@ def planted() -> dict[str, str]:
 
 
 def needles(variables: dict[str, str]) -> list[str]:
-    """What must not be found: the values, and the password inside an address."""
+    """Strings that must not occur: the values, and the password inside an address."""
     return [value.partition("me:")[2].partition("@")[0] or value for value in variables.values()]
 
 
@@ -82,14 +82,14 @@ def job(script: str, *arguments: object, **variables: str) -> subprocess.Complet
         ("https://h/x?X-Amz-Security-Token=pass&a=1", "https://h/x?<redacted>"),
         ("https://h/x?a=1&AWSSecretKey=pass", "https://h/x?<redacted>"),
         ("https://h/x?sv=1&sig=pass", "https://h/x?<redacted>"),
-        # It ends where the address ends: the words, and the values of JSON, around it stay.
+        # The match ends with the address: words and JSON values around it are unchanged.
         ("see mysql://u:pa/ss@h/d, mail me@home", "see mysql://<redacted>@h/d, mail me@home"),
         ("see http://host:5000/ or ask me@home", "see http://host:5000/ or ask me@home"),
         ('{"a": "ftp://u:p/s@h", "b": "me@home"}', '{"a": "ftp://<redacted>@h", "b": "me@home"}'),
         ("'ftp://u:p@s@h' 'me@home'", "'ftp://<redacted>@h' 'me@home'"),
     ],
 )
-def test_an_address_loses_its_secret_and_nothing_around_it(address: str, shown: str) -> None:
+def test_redact_removes_the_secret_of_an_address_only(address: str, shown: str) -> None:
     assert redact(address) == shown
     assert redact(shown) == shown
 
@@ -97,16 +97,24 @@ def test_an_address_loses_its_secret_and_nothing_around_it(address: str, shown: 
 @pytest.mark.parametrize(
     "address",
     [
-        *("s3://bucket/data@v2/x?y=a@b", "https://host/picture@2x.png", "http://127.0.0.1:5000/#/compare?runs=1"),
-        *("http://h:5000/x@y", "HTTPS://host:8443/?mail=a@b", "http://[::1]:5000/#/x@y", "http://h:/x@y"),
-        *("sqlite:////data/me@home/mlflow.db", "file:///a:b/c@d", "me@home", "https://host/x?page=2&config=big"),
+        "s3://bucket/data@v2/x?y=a@b",
+        "https://host/picture@2x.png",
+        "http://127.0.0.1:5000/#/compare?runs=1",
+        "http://h:5000/x@y",
+        "HTTPS://host:8443/?mail=a@b",
+        "http://[::1]:5000/#/x@y",
+        "http://h:/x@y",
+        "sqlite:////data/me@home/mlflow.db",
+        "file:///a:b/c@d",
+        "me@home",
+        "https://host/x?page=2&config=big",
     ],
 )
-def test_an_address_without_a_secret_stays(address: str) -> None:
+def test_an_address_without_a_secret_is_unchanged(address: str) -> None:
     assert redact(address) == address
 
 
-def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
+def test_the_search_finds_planted_secrets(tmp_path: Path) -> None:
     variables = planted()
     assert len(set(needles(variables))) == len(variables)
     for index, word in enumerate(needles(variables)):
@@ -114,29 +122,29 @@ def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
     assert len(found_in(tmp_path, needles(variables))) == len(variables)
 
 
-def test_a_training_leaves_no_secret_behind(tmp_path: Path) -> None:
+def test_a_training_writes_no_secret(tmp_path: Path) -> None:
     variables = planted()
-    path, place = write_files(tmp_path), tmp_path / "storage"
-    done = job("curriculum.py", "--config", path, "--data-root", tmp_path, "--storage", place, "--workers", 0,
-               "--until", "BDD-Foundation", **variables)  # fmt: skip
+    path, storage = write_files(tmp_path), tmp_path / "storage"
+    options = ["--config", path, "--data-root", tmp_path, "--storage", storage, "--workers", 0]
+    done = job("curriculum.py", *options, "--until", "BDD-Foundation", **variables)
     assert done.returncode == 0, done.stderr[-3000:]
-    database = place / "mlflow" / "mlflow.db"
+    database = storage / "mlflow" / "mlflow.db"
     with sqlite3.connect(database) as opened:
         (params,) = opened.execute("select count(*) from params").fetchone()
-    assert params > 50 and list((place / "mlflow" / "artifacts").rglob("config.json"))
+    assert params > 50 and list((storage / "mlflow" / "artifacts").rglob("config.json"))
     assert [word for word in needles(variables) if word in done.stdout + done.stderr] == []
     assert found_in(tmp_path, needles(variables)) == []
 
 
-def test_an_error_message_holds_none_either(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """An object store that cannot be reached, at an address with a password in it."""
+def test_an_error_message_contains_no_secret(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An unreachable object store at an address with a password."""
     variables = planted()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(paths, "retried", functools.partial(retried, for_s=0.5))
+    monkeypatch.setattr(paths, "with_retries", functools.partial(with_retries, for_s=0.5))
     paths.s3.cache_clear()
     try:
-        with pytest.raises(MotipError, match="S3 answered with an error") as refused:
+        with pytest.raises(MotipError, match="S3 request failed") as refused:
             paths.location("s3://bucket/motip").exists()
     finally:
         paths.s3.cache_clear()

@@ -1,4 +1,4 @@
-"""Lineage through a real MLflow server on loopback, also while it goes away."""
+"""Lineage through an MLflow server on loopback, with an outage."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 from motip.lineage import Lineage
 from tests.helpers.mlflow_server import Server, serving
-from tests.lineage.test_recorder import CONFIG, client_of, history, run_stage
+from tests.lineage.test_recorder import CONFIG, client_of, history, record_stage
 
 
 @pytest.fixture(autouse=True)
-def own_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -51,14 +51,14 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_whole_chain_through_a_server(server: Server, tmp_path: Path) -> None:
+def test_a_chain_through_a_server(server: Server, tmp_path: Path) -> None:
     storage = tmp_path / "storage"
     lineage = Lineage(server.address, storage)
     parent = lineage.start_curriculum("demo", {})
-    first = run_stage(lineage, storage, parent, "bdd-foundation", CONFIG, None, {"HOTA": 1})
-    second = run_stage(lineage, storage, parent, "bdd-refinement", {**CONFIG, "LR": 5e-5}, first, {"HOTA": 2})
+    first = record_stage(lineage, storage, parent, "bdd-foundation", CONFIG, None, {"HOTA": 1})
+    second = record_stage(lineage, storage, parent, "bdd-refinement", {**CONFIG, "LR": 5e-5}, first, {"HOTA": 2})
     lineage.finish(parent)
-    assert [step.stage for step in lineage.walk(parent)] == ["bdd-foundation", "bdd-refinement"]
+    assert [step.stage for step in lineage.chain(parent)] == ["bdd-foundation", "bdd-refinement"]
     assert [check.state for check in lineage.verify(parent)] == ["same", "same"]
     version = client_of(lineage).get_model_version_by_alias("motip-curriculum", "bdd-refinement")
     assert (version.run_id, version.source.startswith("models:/")) == (second["run_id"], True)
@@ -68,10 +68,8 @@ def test_a_whole_chain_through_a_server(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("away_s", [5, pytest.param(60, marks=pytest.mark.slow)])
-def test_eight_processes_and_a_server_that_goes_away_lose_nothing(
-    server: Server, tmp_path: Path, away_s: float
-) -> None:
+@pytest.mark.parametrize("outage_s", [5, pytest.param(60, marks=pytest.mark.slow)])
+def test_eight_processes_lose_nothing_during_an_outage(server: Server, tmp_path: Path, outage_s: float) -> None:
     lineage = Lineage(server.address, tmp_path / "storage")
 
     def outage(run_id: str) -> None:
@@ -79,9 +77,9 @@ def test_eight_processes_and_a_server_that_goes_away_lose_nothing(
         while time.monotonic() < deadline and len(history(lineage, run_id, "loss_0")) < 20:
             time.sleep(0.2)
         server.stop()
-        time.sleep(away_s)
+        time.sleep(outage_s)
         server.start()
 
     run_id = _write_from_processes(lineage, server.address, tmp_path / "storage", 8, 500, meanwhile=outage)
-    # The queue's lock file is made by its first use: without it the outage would have met nobody.
+    # The lock file is created by the first use of the queue: the outage affected a writer.
     assert (tmp_path / "storage" / "mlflow" / "spool" / f"{run_id}.lock").exists()

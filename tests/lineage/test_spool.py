@@ -1,4 +1,4 @@
-"""What waits for MLflow: refused for good, not possible now, or out of its place. The other side is a stand-in."""
+"""Spool: refused entries, outages, full disks and moved folders, with a fake MLflow client."""
 
 from __future__ import annotations
 
@@ -26,8 +26,15 @@ from motip.lineage.spool import Spool
 RUN, OTHER = "a" * 32, "b" * 32
 
 
-class StandIn:
-    """The calls of MLflow's client that a delivery makes; artifacts meet ``error``, and all else while it is away."""
+class FakeClient:
+    """Fake of the MLflow client for deliveries.
+
+    Attributes:
+        away: every call raises a connection error.
+        error: raised by the artifacts of ``failing_runs``.
+        everything: raised by every call.
+        gone: the run was deleted.
+    """
 
     def __init__(self) -> None:
         self.away = True
@@ -35,7 +42,7 @@ class StandIn:
         self.everything: Exception | None = None
         self.requests = 0
         self.gone = False
-        self.held_up = {RUN}
+        self.failing_runs = {RUN}
         self.got: list[tuple[str, str]] = []
 
     def log_batch(self, run_id: str, metrics: Any = (), tags: Any = ()) -> None:
@@ -56,7 +63,7 @@ class StandIn:
 
     def log_artifact(self, run_id: str, path: str, folder: str | None) -> None:
         self._reached()
-        if self.error is not None and run_id in self.held_up:
+        if self.error is not None and run_id in self.failing_runs:
             raise self.error()
         self.got.append((run_id, Path(path).read_text()))
 
@@ -67,8 +74,8 @@ class StandIn:
             raise self.everything
 
 
-def lineage_on(storage: Path) -> tuple[Lineage, StandIn]:
-    lineage, server = Lineage("http://127.0.0.1:9", storage, rest=0), StandIn()
+def lineage_on(storage: Path) -> tuple[Lineage, FakeClient]:
+    lineage, server = Lineage("http://127.0.0.1:9", storage, retry_interval=0), FakeClient()
     lineage._store._client = server  # type: ignore[assignment]
     return lineage, server
 
@@ -92,11 +99,11 @@ def http(status: int) -> Exception:
 
 
 def s3(status: int, code: str) -> Exception:
-    """As boto3 tells of an upload: its own error, raised while the real one is handled."""
+    """As boto3 raises for an upload: its own error, raised while the client error is handled."""
     try:
         try:
-            told = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
-            raise ClientError(told, "PutObject")
+            response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+            raise ClientError(response, "PutObject")
         except ClientError as error:
             raise S3UploadFailedError(f"Failed to upload: {error}")  # noqa: B904
     except S3UploadFailedError as error:
@@ -112,11 +119,11 @@ def s3(status: int, code: str) -> Exception:
         lambda: s3(403, "AccessDenied"),
         lambda: PermissionError(errno.EACCES, "Permission denied"),
         lambda: NotADirectoryError(errno.ENOTDIR, "Not a directory"),
-        lambda: KeyError("nobody thought of this"),
+        lambda: KeyError("an unexpected error"),
     ],
     ids=["413", "403", "413 to mlflow", "s3", "permission", "no folder", "unknown"],
 )
-def test_an_artifact_that_is_refused_for_good_holds_up_nothing(
+def test_a_permanently_refused_artifact_does_not_block_the_queue(
     refusal: Callable[[], Exception], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spooled(tmp_path)
@@ -128,32 +135,37 @@ def test_an_artifact_that_is_refused_for_good_holds_up_nothing(
     (entry,) = set_aside(tmp_path)
     assert str(refusal().args[-1])[:20] in entry["reason"] and "pa55" not in entry["reason"]
     assert (tmp_path / "mlflow" / "spool" / entry["path"]).read_text() == "the only copy"
-    (told,) = caplog.messages
-    assert "1 entries set aside" in told and entry["reason"] in told
+    (warning,) = caplog.messages
+    assert "1 entries set aside" in warning and entry["reason"] in warning
     lineage.log_metrics(RUN, {"HOTA": 2.0}, 2)
     assert (lineage.flush(), len(server.got)) == (0, 2)
 
 
 @pytest.mark.parametrize(
-    "hindrance",
+    "failure",
     [
-        *(lambda: http(503), lambda: http(429), lambda: http(408), lambda: s3(400, "ExpiredToken")),
-        *(lambda: s3(503, "SlowDown"), lambda: requests.exceptions.ConnectionError("no route")),
-        *(lambda: OSError(errno.ENOSPC, "No space left"), lambda: OSError(errno.EROFS, "Read-only file system")),
+        lambda: http(503),
+        lambda: http(429),
+        lambda: http(408),
+        lambda: s3(400, "ExpiredToken"),
+        lambda: s3(503, "SlowDown"),
+        lambda: requests.exceptions.ConnectionError("no route"),
+        lambda: OSError(errno.ENOSPC, "No space left"),
+        lambda: OSError(errno.EROFS, "Read-only file system"),
         lambda: MlflowException("API request to /x failed with exception timed out"),
     ],
     ids=["503", "429", "408", "s3 token", "s3 busy", "away", "full", "read-only", "mlflow away"],
 )
-def test_what_cannot_be_taken_now_stays_and_a_start_goes_on(
-    hindrance: Callable[[], Exception], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_entries_that_cannot_be_accepted_now_stay_queued(
+    failure: Callable[[], Exception], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spooled(tmp_path)
     lineage, server = lineage_on(tmp_path)
-    server.away, server.error = False, hindrance
+    server.away, server.error = False, failure
     caplog.clear()
     assert lineage.flush() == 2
-    (told,) = caplog.messages
-    assert told.startswith("2 entries") and str(hindrance().args[-1])[:12] in told
+    (warning,) = caplog.messages
+    assert warning.startswith("2 earlier entries") and str(failure().args[-1])[:12] in warning
     assert (server.got, set_aside(tmp_path)) == ([], [])
     server.error = None
     assert lineage.flush() == 0
@@ -162,7 +174,7 @@ def test_what_cannot_be_taken_now_stays_and_a_start_goes_on(
 
 
 @pytest.mark.parametrize("bad", [0, 1, 6, 19])
-def test_one_refused_metric_takes_no_good_one_with_it(bad: int, tmp_path: Path) -> None:
+def test_one_refused_metric_does_not_reject_others(bad: int, tmp_path: Path) -> None:
     lineage, _ = lineage_on(tmp_path)
     names = [f"m*{number}" if number == bad else f"m{number}" for number in range(20)]
     for name in names:
@@ -175,7 +187,7 @@ def test_one_refused_metric_takes_no_good_one_with_it(bad: int, tmp_path: Path) 
     assert [point[0] for point in entry["points"]] == [names[bad]]
 
 
-def test_of_one_entry_only_the_refused_points_are_set_aside(tmp_path: Path) -> None:
+def test_only_refused_points_of_an_entry_are_set_aside(tmp_path: Path) -> None:
     lineage, _ = lineage_on(tmp_path)
     lineage.log_metrics(RUN, {"a": 1.0, "b*": 2.0, "c": 3.0}, 1)
     lineage.log_metrics(RUN, {"d": 1.0}, 2)
@@ -187,7 +199,7 @@ def test_of_one_entry_only_the_refused_points_are_set_aside(tmp_path: Path) -> N
     assert [point[0] for point in entry["points"]] == ["b*"]
 
 
-def test_the_metrics_of_a_run_that_is_gone_are_set_aside_without_asking_for_each_point(tmp_path: Path) -> None:
+def test_metrics_of_a_deleted_run_are_set_aside_without_a_request_per_point(tmp_path: Path) -> None:
     lineage, _ = lineage_on(tmp_path)
     for step in range(64):
         lineage.log_metrics(RUN, {f"m{number}": 1.0 for number in range(10)}, step)
@@ -207,7 +219,7 @@ def test_the_metrics_of_a_run_that_is_gone_are_set_aside_without_asking_for_each
     ],
     ids=["http", "mlflow", "status"],
 )
-def test_what_meets_an_expired_token_waits_for_a_new_one(
+def test_entries_refused_for_an_expired_token_stay_queued(
     refusal: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spooled(tmp_path)
@@ -219,14 +231,14 @@ def test_what_meets_an_expired_token_waits_for_a_new_one(
     assert all("the login is not accepted" in message for message in caplog.messages) and caplog.messages
     assert set_aside(tmp_path) == []
     with pytest.raises(MotipError, match="the login is not accepted") as refused:
-        lineage._store.patiently(lambda: server._reached(), 60)
+        lineage._store.retry(lambda: server._reached(), 60)
     assert "MLFLOW_TRACKING_TOKEN" in str(refused.value) and "pa55" not in str(refused.value)
     server.everything = None
     assert lineage.flush() == 0
     assert server.got == [(RUN, "the only copy"), (RUN, "HOTA"), (RUN, "HOTA")]
 
 
-def test_a_full_disk_after_an_entry_was_kept_ends_no_training(
+def test_a_full_disk_after_an_entry_was_queued_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     spooled(tmp_path)
@@ -243,10 +255,10 @@ def test_a_full_disk_after_an_entry_was_kept_ends_no_training(
     assert "the queue cannot be used" in caplog.text
     server.got.clear()
     assert lineage.flush() == 0
-    assert server.got == [(RUN, "the only copy"), (RUN, "HOTA"), (RUN, "loss")], "again, which is harmless"
+    assert server.got == [(RUN, "the only copy"), (RUN, "HOTA"), (RUN, "loss")], "delivered twice, which is harmless"
 
 
-def test_a_full_disk_under_one_run_does_not_hold_up_another(tmp_path: Path) -> None:
+def test_a_full_disk_for_one_run_does_not_block_another(tmp_path: Path) -> None:
     spooled(tmp_path)
     lineage, server = lineage_on(tmp_path)
     lineage.log_text(OTHER, "of another", "notes.txt")
@@ -255,7 +267,7 @@ def test_a_full_disk_under_one_run_does_not_hold_up_another(tmp_path: Path) -> N
     assert server.got == [(OTHER, "of another")]
 
 
-def test_a_store_that_refuses_everything_sets_nothing_aside(
+def test_nothing_is_set_aside_if_the_store_refuses_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     spooled(tmp_path)
@@ -272,7 +284,7 @@ def test_a_store_that_refuses_everything_sets_nothing_aside(
 
 
 @pytest.mark.parametrize("status", [403, 404])
-def test_a_proxy_that_refuses_all_while_mlflow_restarts_ends_nothing(status: int, tmp_path: Path) -> None:
+def test_a_proxy_that_refuses_everything_counts_as_an_outage(status: int, tmp_path: Path) -> None:
     spooled(tmp_path)
     lineage, server = lineage_on(tmp_path)
     answer = f"API request to endpoint /x failed with error code {status} != 200. Response body: 'page not found'"
@@ -285,30 +297,28 @@ def test_a_proxy_that_refuses_all_while_mlflow_restarts_ends_nothing(status: int
     assert server.got == [(RUN, "the only copy"), (RUN, "HOTA"), (RUN, "loss"), (OTHER, "loss")]
 
 
-def test_a_file_that_is_refused_ends_no_training_and_is_set_aside(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_refused_file_is_set_aside_without_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lineage, server = lineage_on(tmp_path)
     server.away, server.error = False, lambda: http(413)
     lineage.log_text(RUN, "too large", "scores.json")
     lineage.log_metrics(RUN, {"HOTA": 1.0}, 1)
     (entry,) = set_aside(tmp_path)
     assert "413" in entry["reason"] and "set aside in" in caplog.text
-    assert server.got == [(RUN, "HOTA")] and not lineage._spool.waiting(RUN)
+    assert server.got == [(RUN, "HOTA")] and not lineage._spool.has_entries(RUN)
 
 
-def test_what_can_be_kept_nowhere_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_that_cannot_be_queued_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lineage, _ = lineage_on(tmp_path)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(MotipError, match="cannot be kept either: No space left"):
+    with pytest.raises(MotipError, match="cannot be spooled: No space left"):
         lineage.log_text(RUN, "text", "notes.txt")
 
 
-def test_a_spool_can_be_moved_while_something_waits(tmp_path: Path) -> None:
+def test_a_spool_can_be_moved_with_queued_entries(tmp_path: Path) -> None:
     spooled(tmp_path / "before")
     shutil.move(tmp_path / "before", tmp_path / "after")
     lineage, server = lineage_on(tmp_path / "after")
@@ -319,8 +329,8 @@ def test_a_spool_can_be_moved_while_something_waits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_spool_that_holds_absolute_places_is_read(moved: bool, tmp_path: Path) -> None:
-    """As they were once written."""
+def test_a_spool_with_absolute_paths_is_read(moved: bool, tmp_path: Path) -> None:
+    """As written by older versions."""
     storage = tmp_path / "before"
     spooled(storage)
     queue = storage / "mlflow" / "spool" / f"{RUN}.jsonl"
@@ -336,7 +346,7 @@ def test_a_spool_that_holds_absolute_places_is_read(moved: bool, tmp_path: Path)
     assert not list(storage.rglob("*.txt"))
 
 
-def test_a_kept_file_that_is_gone_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_spooled_file_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spooled(tmp_path)
     shutil.rmtree(tmp_path / "mlflow" / "spool" / "files")
     lineage, server = lineage_on(tmp_path)
@@ -344,11 +354,11 @@ def test_a_kept_file_that_is_gone_is_named(tmp_path: Path, caplog: pytest.LogCap
     assert lineage.flush() == 0
     assert server.got == [(RUN, "HOTA")]
     (entry,) = set_aside(tmp_path)
-    assert entry["reason"] == "the file that was kept for this artifact is missing"
+    assert entry["reason"] == "the stored file of this artifact is missing"
     assert "set aside" in caplog.text
 
 
-def test_a_damaged_line_holds_up_nothing(tmp_path: Path) -> None:
+def test_a_damaged_line_does_not_block_the_queue(tmp_path: Path) -> None:
     spooled(tmp_path)
     queue = tmp_path / "mlflow" / "spool" / f"{RUN}.jsonl"
     queue.write_bytes(b"\0\0\0 half a line\n[1]\n" + queue.read_bytes())
@@ -359,7 +369,7 @@ def test_a_damaged_line_holds_up_nothing(tmp_path: Path) -> None:
     assert [entry["line"] for entry in set_aside(tmp_path)] == ["\0\0\0 half a line", "[1]"]
 
 
-def test_a_process_that_ends_between_delivery_and_queue_loses_no_file(tmp_path: Path) -> None:
+def test_a_process_that_ends_before_the_queue_is_written_loses_no_file(tmp_path: Path) -> None:
     spooled(tmp_path)
     lineage, server = lineage_on(tmp_path)
     server.away = False
@@ -378,7 +388,7 @@ def test_a_process_that_ends_between_delivery_and_queue_loses_no_file(tmp_path: 
     assert set_aside(tmp_path) == []
 
 
-def test_a_line_cut_off_by_a_kill_does_not_block_the_queue(tmp_path: Path) -> None:
+def test_a_partial_line_does_not_block_the_queue(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.append("run", {"kind": "tags", "tags": {"a": "1"}})
     with (tmp_path / "run.jsonl").open("a") as stream:
@@ -394,7 +404,7 @@ def test_a_line_cut_off_by_a_kill_does_not_block_the_queue(tmp_path: Path) -> No
     assert spool.runs() == []
 
 
-def test_an_entry_after_a_cut_off_line_is_not_lost(tmp_path: Path) -> None:
+def test_an_entry_after_a_partial_line_is_not_lost(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     with (tmp_path / "run.jsonl").open("a") as stream:
         stream.write('{"kind": "tags", "ta')
@@ -402,9 +412,7 @@ def test_an_entry_after_a_cut_off_line_is_not_lost(tmp_path: Path) -> None:
     assert spool.count("run") == 1
 
 
-def test_a_queue_that_another_process_empties_meanwhile_waits_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_queue_emptied_by_another_process_meanwhile_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool, other = Spool(tmp_path), Spool(tmp_path)
     spool.append("run", {"kind": "tags", "tags": {}})
     real = Path.stat
@@ -418,12 +426,12 @@ def test_a_queue_that_another_process_empties_meanwhile_waits_no_more(
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "stat", stat)
-        assert spool.waiting("run"), "so it was when it was looked at"
-    assert not spool.waiting("run") and spool.runs() == []
+        assert spool.has_entries("run"), "before the other process emptied it"
+    assert not spool.has_entries("run") and spool.runs() == []
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_a_mount_without_locks_ends_no_training(
+def test_a_mount_without_locks_is_used_with_a_warning(
     reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     lineage, server = lineage_on(tmp_path)
@@ -435,7 +443,7 @@ def test_a_mount_without_locks_ends_no_training(
     lineage.log_metrics(RUN, {"loss": 1.0}, 1)
     lineage.log_metrics(RUN, {"loss": 2.0}, 2)
     assert [message for message in caplog.messages if "without a lock" in message] == [
-        f"going on without a lock: {tmp_path / 'mlflow' / 'spool'} cannot be locked (no locks here)"
+        f"continuing without a lock: {tmp_path / 'mlflow' / 'spool'} cannot be locked (no locks here)"
     ]
     server.away = False
     assert lineage.flush() == 0
@@ -451,10 +459,10 @@ def test_a_long_queue_is_not_read_for_every_entry(tmp_path: Path) -> None:
             self.taken += len(content)
             return content
 
-    whole = Queue(b'{"kind": "tags"}\n' * 10_000)
-    Spool._cut_loose_end(whole)
-    assert whole.taken == 1
+    queue = Queue(b'{"kind": "tags"}\n' * 10_000)
+    Spool._truncate_partial_line(queue)
+    assert queue.taken == 1
     for content, kept in ((b"", b""), (b"half", b""), (b"one\n", b"one\n"), (b"one\nhalf", b"one\n")):
         queue = Queue(content)
-        Spool._cut_loose_end(queue)
+        Spool._truncate_partial_line(queue)
         assert (queue.getvalue(), queue.tell()) == (kept, len(kept))
