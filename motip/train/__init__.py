@@ -1,1 +1,1 @@
-"""One optimiser step, the epoch loop, and their run on Ray Train."""
+"""Training of one stage: optimiser step, epoch loop, checkpoints, and their run on Ray Train."""

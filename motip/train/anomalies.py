@@ -1,4 +1,4 @@
-"""What training watches itself for: batches left out in a row, and gradients that suddenly grow."""
+"""Limit on consecutive skipped batches, and detection of gradient-norm spikes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from statistics import median
 
 from motip.errors import MotipError
 
-JUMP = 10.0
-"""A gradient norm this many times the running median is logged."""
+SPIKE_FACTOR = 10.0
+"""A gradient norm above this multiple of the running median is logged."""
 
 _WINDOW = 100
-_LEAST = 20
-"""Norms seen before the median is trusted."""
+_MIN_NORMS = 20
+"""Norms recorded before the median is trusted."""
 
 
-class LeftOut:
-    """Counts the batches and steps that were left out without a good one between them.
+class SkipLimit:
+    """Counts consecutive skipped batches and steps.
 
     Args:
-        limit: how many in a row end the training.
+        limit: number of consecutive skips that ends the training (NONFINITE_LIMIT).
     """
 
     def __init__(self, limit: int) -> None:
@@ -30,42 +30,43 @@ class LeftOut:
     def reset(self) -> None:
         self.in_a_row = 0
 
-    def add(self, what: str) -> None:
-        """Count one more.
+    def add(self, reason: str) -> None:
+        """Count one skip.
 
         Raises:
-            MotipError: that was the last that is tolerated.
+            MotipError: the limit is reached.
         """
         self.in_a_row += 1
         if self.in_a_row < self.limit:
             return
         raise MotipError(
-            f"training stops: {self.in_a_row} batches in a row could not be used",
-            where=f"the last one: {what}",
+            f"training stops: {self.in_a_row} batches in a row were skipped",
+            where=f"the last one: {reason}",
             expected=f"fewer than {self.limit} in a row (NONFINITE_LIMIT)",
-            fix="not finite: lower LR, or go back to an earlier checkpoint (MIXED_PRECISION: no tells a range problem "
-            "from a diverged one); no memory: MEMORY_EFFICIENT: True, shorter clips or smaller AUG_RESIZE_SCALES",
+            fix="not finite: lower LR, or restart from an earlier checkpoint (MIXED_PRECISION: no distinguishes a "
+            "range problem from divergence); out of memory: MEMORY_EFFICIENT: True, shorter clips or smaller "
+            "AUG_RESIZE_SCALES",
         )
 
 
-class GradientWatch:
+class GradNormMonitor:
     """Compares each gradient norm with the median of the last hundred."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, deque[float]] = {}
+        self._norms: dict[str, deque[float]] = {}
 
-    def see(self, norms: Mapping[str, float]) -> list[str]:
-        """Take in the norms of a step; returns a sentence for each that is far above its median."""
-        jumps = []
+    def update(self, norms: Mapping[str, float]) -> list[str]:
+        """Record the norms of a step; returns one line for each norm above `SPIKE_FACTOR` times its median."""
+        spikes = []
         for name, norm in norms.items():
-            seen = self._seen.setdefault(name, deque(maxlen=_WINDOW))
-            if len(seen) >= _LEAST and norm > JUMP * (usual := median(seen)) > 0:
-                jumps.append(f"{name} is {norm:.3g}, usually {usual:.3g}")
-            seen.append(norm)
-        return jumps
+            recent = self._norms.setdefault(name, deque(maxlen=_WINDOW))
+            if len(recent) >= _MIN_NORMS and norm > SPIKE_FACTOR * (usual := median(recent)) > 0:
+                spikes.append(f"{name} is {norm:.3g}, usually {usual:.3g}")
+            recent.append(norm)
+        return spikes
 
     def state_dict(self) -> dict[str, list[float]]:
-        return {name: list(seen) for name, seen in self._seen.items()}
+        return {name: list(recent) for name, recent in self._norms.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        self._seen = {name: deque(values, maxlen=_WINDOW) for name, values in state.items()}
+        self._norms = {name: deque(values, maxlen=_WINDOW) for name, values in state.items()}

@@ -1,4 +1,4 @@
-"""Where a worker's batches come from: this process, or decoding actors beside it."""
+"""Batch sources of a training worker: loading in the worker's process, or by Ray Data actors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from motip.data.stream import clip_dataset, iterate
 from motip.train.stage_job import EpochPlans, StageJob
 
 
-class LocalFeed:
-    """Batches loaded in this process."""
+class LocalBatchSource:
+    """Batches loaded in this process; one rank."""
 
     def __init__(self, job: StageJob, config: Config) -> None:
         self._job, self._config = job, config
-        self._plans = EpochPlans(job, config, world=1)
+        self._plans = EpochPlans(job, config, world_size=1)
         self._loader = ClipLoader(config, job.class_maps(config), job.storage)
 
-    def started_with(self, first_world: int) -> None:
-        self._plans = EpochPlans(self._job, self._config, 1, first_world)
+    def set_initial_world_size(self, initial_world_size: int) -> None:
+        self._plans = EpochPlans(self._job, self._config, 1, initial_world_size)
 
     def steps(self, epoch: int) -> int:
         return self._plans(epoch).steps
@@ -34,26 +34,28 @@ class LocalFeed:
         return local_batches(plan, self._loader, 0, 1, plan.global_batch, start_step)
 
 
-class RayFeed:
-    """Batches decoded by Ray Data actors beside this worker, or by the worker itself with NUM_WORKERS 0.
+class RayBatchSource:
+    """Batches decoded by this worker's Ray Data actors, or by the worker itself with NUM_WORKERS 0.
 
-    The actors go on through several epochs, so that short epochs do not wait for them to start, and decode ahead while
-    the validation runs.
+    The actors live for several epochs, so that short epochs do not wait for their start, and decode ahead during
+    validation.
     """
 
     ROWS_PER_DATASET = 8192
-    """Clips after which the actors are started anew."""
+    """Number of clips after which the actors are restarted."""
 
-    def __init__(self, job: StageJob, config: Config, rank: int, world: int, actors: int, actor_cpus: float) -> None:
+    def __init__(
+        self, job: StageJob, config: Config, rank: int, world_size: int, actors: int, actor_cpus: float
+    ) -> None:
         self._job, self._config = job, config
-        self._plans = EpochPlans(job, config, world)
-        self._rank, self._world = rank, world
+        self._plans = EpochPlans(job, config, world_size)
+        self._rank, self._world_size = rank, world_size
         self._epochs = config.EPOCHS
         self._loader = ClipLoader(config, job.class_maps(config), job.storage)
         self._actors, self._actor_cpus, self._prefetch = actors, actor_cpus, config.PREFETCH_FACTOR
         self._stream: Iterator[ClipBatch] | None = None
-        self._next = (-1, -1)
-        self._until = -1
+        self._next_position = (-1, -1)
+        self._last_epoch = -1
 
     def steps(self, epoch: int) -> int:
         return self._plans(epoch).steps
@@ -61,29 +63,29 @@ class RayFeed:
     def counts(self, epoch: int) -> dict[str, int]:
         return self._plans(epoch).counts
 
-    def started_with(self, first_world: int) -> None:
-        self._plans = EpochPlans(self._job, self._config, self._world, first_world)
+    def set_initial_world_size(self, initial_world_size: int) -> None:
+        self._plans = EpochPlans(self._job, self._config, self._world_size, initial_world_size)
 
     def batches(self, epoch: int, start_step: int) -> Iterator[ClipBatch]:
         if self._actors == 0:
             plan = self._plans(epoch)
-            batch = plan.global_batch // self._world
-            yield from local_batches(plan, self._loader, self._rank, self._world, batch, start_step)
+            batch = plan.global_batch // self._world_size
+            yield from local_batches(plan, self._loader, self._rank, self._world_size, batch, start_step)
             return
-        if self._stream is None or self._next != (epoch, start_step) or epoch > self._until:
+        if self._stream is None or self._next_position != (epoch, start_step) or epoch > self._last_epoch:
             self._stream = self._open(epoch, start_step)
         for _ in range(start_step, self.steps(epoch)):
             yield next(self._stream)
-        self._next = (epoch + 1, 0)
+        self._next_position = (epoch + 1, 0)
 
     def _open(self, epoch: int, start_step: int) -> Iterator[ClipBatch]:
-        """A stream of this rank's rows from a position on, over as many epochs as fit one dataset."""
+        """Stream this rank's rows from a position on, over as many epochs as fit one dataset."""
         rows: list[ClipRef] = []
-        self._until = epoch - 1
-        batch = self._plans(epoch).global_batch // self._world
-        while self._until + 1 < self._epochs and (not rows or len(rows) < self.ROWS_PER_DATASET):
-            self._until += 1
-            plan = self._plans(self._until).from_step(start_step if self._until == epoch else 0)
-            rows += rank_rows(plan, self._world, self._rank, batch)
+        self._last_epoch = epoch - 1
+        batch = self._plans(epoch).global_batch // self._world_size
+        while self._last_epoch + 1 < self._epochs and (not rows or len(rows) < self.ROWS_PER_DATASET):
+            self._last_epoch += 1
+            plan = self._plans(self._last_epoch).from_step(start_step if self._last_epoch == epoch else 0)
+            rows += rank_rows(plan, self._world_size, self._rank, batch)
         dataset = clip_dataset(rows, self._loader, actors=self._actors, actor_cpus=self._actor_cpus)
         return iterate(dataset, rows, batch, self._prefetch)

@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other: sums, agreement, and the gradients of one step."""
+"""Collectives between the ranks: sums, all-gather, status texts, and the all-reduce of gradients."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.distributed.distributed_c10d import _get_default_store as _default_st
 _BUCKET_BYTES = 32 * 2**20
 
 
-class Communicator(Protocol):
-    """The few collectives that training needs; every rank must call each of them in the same order."""
+class ProcessGroup(Protocol):
+    """The collectives that training needs; every rank must call each of them in the same order."""
 
     @property
     def world_size(self) -> int: ...
@@ -27,21 +27,21 @@ class Communicator(Protocol):
         """Sum over ranks, in place; returns its argument."""
         ...
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank. For small results such as tracks, not for tensors."""
         ...
 
-    def post(self, text: str) -> None:
-        """Leave a text where the others find it, without anybody waiting. Any thread may call it."""
+    def publish_status(self, text: str) -> None:
+        """Publish a text for the other ranks, without waiting for them. May be called from any thread."""
         ...
 
-    def read(self, rank: int) -> str:
-        """What a rank posted last, or nothing."""
+    def read_status(self, rank: int) -> str:
+        """The last status the rank published, or ""."""
         ...
 
 
 class SingleProcess:
-    """One rank: nothing to tell anybody."""
+    """Process group of one rank."""
 
     world_size = 1
     rank = 0
@@ -49,23 +49,23 @@ class SingleProcess:
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def post(self, text: str) -> None:
+    def publish_status(self, text: str) -> None:
         return
 
-    def read(self, rank: int) -> str:
+    def read_status(self, rank: int) -> str:
         return ""
 
 
 class TorchDistributed:
     """The default process group of torch.distributed, which must be initialised (Ray Train does that).
 
-    Tensors may live on any device: NCCL moves only CUDA tensors, so host tensors travel through the rank's own device.
+    Tensors may be on any device: NCCL accepts only CUDA tensors, so CPU tensors are copied through the rank's GPU.
 
     Args:
-        timeout_s: how long `gather` waits for others; None: as long as torch does. `sum_` waits as long as the group.
+        timeout_s: timeout of `all_gather`; None: torch's default. `sum_` has the timeout of the default group.
     """
 
     def __init__(self, timeout_s: float | None = None) -> None:
@@ -73,37 +73,37 @@ class TorchDistributed:
         self.rank = dist.get_rank()
         nccl = "nccl" in dist.get_backend()
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-        patience = None if timeout_s is None else timedelta(seconds=timeout_s)
-        self._objects = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=patience))
-        # A connection of its own: a call through the group's would wait behind whatever else waits there.
-        self._board = dist.PrefixStore("motip", _default_store().clone())
+        timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+        self._object_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+        # A separate connection: a call through the group's own would queue behind its blocking calls.
+        self._status_store = dist.PrefixStore("motip", _default_store().clone())
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        carried = self._carried(tensor)
-        dist.all_reduce(carried, op=dist.ReduceOp.SUM)
-        return tensor if carried is tensor else tensor.copy_(carried)
+        on_device = self._on_group_device(tensor)
+        dist.all_reduce(on_device, op=dist.ReduceOp.SUM)
+        return tensor if on_device is tensor else tensor.copy_(on_device)
 
-    def gather(self, value: Any) -> list[Any]:
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value, group=self._objects)
-        return gathered
+    def all_gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._object_group)
+        return values
 
-    def post(self, text: str) -> None:
-        self._board.set(str(self.rank), text)
+    def publish_status(self, text: str) -> None:
+        self._status_store.set(str(self.rank), text)
 
-    def read(self, rank: int) -> str:
+    def read_status(self, rank: int) -> str:
         key = str(rank)
-        # `get` alone would wait for a rank that has not posted yet.
-        return self._board.get(key).decode() if self._board.check([key]) else ""
+        # `get` alone would block until the rank publishes its first status.
+        return self._status_store.get(key).decode() if self._status_store.check([key]) else ""
 
-    def _carried(self, tensor: Tensor) -> Tensor:
+    def _on_group_device(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self._device.type and tensor.is_contiguous():
             return tensor
         return tensor.detach().to(self._device).contiguous()
 
 
-def current_communicator(timeout_s: float | None = None) -> Communicator:
-    """The process group where one is initialised, else a single process; see `TorchDistributed`."""
+def current_process_group(timeout_s: float | None = None) -> ProcessGroup:
+    """The default process group if one is initialised, else a single process; see `TorchDistributed`."""
     if dist.is_available() and dist.is_initialized():
         return TorchDistributed(timeout_s)
     return SingleProcess()
@@ -111,14 +111,14 @@ def current_communicator(timeout_s: float | None = None) -> Communicator:
 
 @torch.no_grad()
 def all_reduce_gradients(
-    parameters: Iterable[nn.Parameter], comm: Communicator, bucket_bytes: int = _BUCKET_BYTES
+    parameters: Iterable[nn.Parameter], comm: ProcessGroup, bucket_bytes: int = _BUCKET_BYTES
 ) -> None:
     """Sum the gradients over ranks, in place.
 
     Losses are divided by the objects of the global batch, so the sum is the gradient of the global batch; nothing is
-    averaged. A parameter that got a gradient on some ranks only counts as zero on the others, and one that got none
-    anywhere keeps None (so that the optimiser leaves it alone): ranks whose clips use different parts of the network,
-    or that have no clip at all, stay in step.
+    averaged. A parameter with a gradient on some ranks only counts as zero on the others, and one without a gradient on
+    any rank keeps None (so that the optimiser skips it): ranks whose clips use different parts of the network, or that
+    have no clip at all, keep identical weights.
 
     Args:
         parameters: the same parameters in the same order on every rank.
@@ -141,12 +141,12 @@ def all_reduce_gradients(
 
 
 def _buckets(parameters: list[nn.Parameter], bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of one type and device, up to the given size."""
+    """Consecutive parameters of one dtype and device, up to the given size."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
-        kin = not bucket or (parameter.dtype, parameter.device) == (bucket[0].dtype, bucket[0].device)
-        if bucket and (not kin or size + parameter.nbytes > bucket_bytes):
+        same_kind = not bucket or (parameter.dtype, parameter.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (not same_kind or size + parameter.nbytes > bucket_bytes):
             yield bucket
             bucket, size = [], 0
         bucket.append(parameter)

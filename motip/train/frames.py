@@ -1,4 +1,4 @@
-"""The detector over the frames of a clip batch, and its outputs handed to the ID slots."""
+"""Detector forward pass over the frames of a clip batch, and the features of its ID slots."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from motip.losses.matcher import DetectionTargets
 from motip.model import MOTIP
 from motip.model.detector import DetectorOutput
 from motip.model.preprocess import normalise
-from motip.model.transformer import computed_again_as_a_whole
+from motip.model.transformer import no_nested_checkpointing
 
 
 @dataclass(frozen=True)
 class FramePlan:
-    """Which frames get a gradient, and how many images go through the detector at once.
+    """Which frames get a gradient, and the number of images per forward pass of the detector.
 
     Attributes:
         train_frames: DETR_NUM_TRAIN_FRAMES, frames of each clip with gradient; the others only feed the ID decoder.
-        chunk: DETR_NUM_CHECKPOINT_FRAMES; 0 = no chunks. Images with gradient that do not fit one chunk are computed
-            again in the backward pass, chunk by chunk; images without gradient go in chunks four times as large.
-        recompute: compute images with gradient again in the backward pass even where they fit one chunk.
+        chunk: DETR_NUM_CHECKPOINT_FRAMES; 0 = no chunks. Images with gradient that exceed one chunk are recomputed in
+            the backward pass, chunk by chunk; images without gradient are processed in chunks four times as large.
+        recompute: recompute images with gradient in the backward pass even if they fit one chunk.
     """
 
     train_frames: int
@@ -38,7 +38,7 @@ def detect_frames(model: MOTIP, batch: ClipBatch, order: list[int], plan: FrameP
     """Detector outputs of all B*T frames, clip after clip (frame t of clip b at b*T + t).
 
     Args:
-        model: its detector runs in the mode it is in.
+        model: its mode (training or evaluation) is left as it is.
         batch: clips on the model's device.
         order: a permutation of the T frames, shared by the clips; its first `train_frames` get a gradient.
         plan: chunks and frames with gradient.
@@ -50,22 +50,22 @@ def detect_frames(model: MOTIP, batch: ClipBatch, order: list[int], plan: FrameP
         return model.detr(normalise(images[index], masks[index]), masks[index])
 
     # Normalising inside the recomputed part keeps uint8 instead of float images until the backward pass.
-    def detect_again(index: Tensor) -> DetectorOutput:
-        return checkpoint(detect_whole, index, use_reentrant=False)
+    def detect_recomputed(index: Tensor) -> DetectorOutput:
+        return checkpoint(detect_unnested, index, use_reentrant=False)
 
-    def detect_whole(index: Tensor) -> DetectorOutput:
-        with computed_again_as_a_whole():
+    def detect_unnested(index: Tensor) -> DetectorOutput:
+        with no_nested_checkpointing():
             return detect(index)
 
     frames = [clip * length + t for t in order for clip in range(clips)]
     trained = min(plan.train_frames, length) * clips
     with_gradient, without = frames[:trained], frames[trained:]
-    # Frames without gradient come first: nothing is held for the backward pass yet while their large chunks run.
+    # Frames without gradient come first: their large chunks run before activations are kept for the backward pass.
     parts: list[DetectorOutput] = []
     with torch.no_grad():
         parts += _run(detect, without, 4 * plan.chunk, images.device)
-    whole = not plan.recompute and (plan.chunk == 0 or plan.chunk >= len(with_gradient))
-    parts += _run(detect if whole else detect_again, with_gradient, plan.chunk, images.device)
+    keep_activations = not plan.recompute and (plan.chunk == 0 or plan.chunk >= len(with_gradient))
+    parts += _run(detect if keep_activations else detect_recomputed, with_gradient, plan.chunk, images.device)
 
     position = torch.tensor(without + with_gradient).argsort().to(images.device)
     return _joined(parts, position)
@@ -104,9 +104,9 @@ def slot_features(
     masks: Tensor,
     times: slice,
 ) -> tuple[Tensor, Tensor]:
-    """Give each ID slot the decoder output that was matched to its annotation.
+    """Look up for each ID slot the decoder output matched to its annotation.
 
-    One lookup in a table with a row per object and a row of zeros, so no slot is visited on its own.
+    One lookup in a table with a row per object and a row of zeros; no loop over slots.
 
     Args:
         outputs: (B*T, Q, D) decoder outputs, clip after clip; the gradient goes through.
@@ -114,7 +114,7 @@ def slot_features(
         query_of_object: (M,) matched query, -1 for none.
         annotation: (B, G, T, N) index into the boxes of that frame, -1 where absent.
         masks: (B, G, T, N) bool, True where the slot is absent, hidden or padding.
-        times: the frames of the clips that are asked for, U of T.
+        times: the frames of the clips to return, U of T.
 
     Returns:
         (B, G, U, N, D) features, zero where absent, and (B, G, U, N) masks that also hide slots whose object has no

@@ -1,9 +1,8 @@
-"""How much memory a training step will take, without taking it: the real step on tensors that have shapes only.
+"""Peak memory of a training step, estimated by running the step on fake tensors (shapes without values).
 
-The step's own code runs under fake tensors, and every storage that comes alive is followed until it dies: parameters,
-images, what autograd saves, what a checkpoint recomputes, gradients. What the optimiser holds is added. Not seen are
-the scratch buffers inside a kernel (cuDNN's workspace), blocks that the allocator cannot use, and the CUDA context: the
-share of the card that is kept free is for them.
+Every storage that the step allocates is counted until it is freed: parameters, images, tensors saved by autograd or
+recomputed by a checkpoint, gradients. The optimiser's state is added. Not included are the workspaces of kernels
+(cuDNN), fragmentation and the CUDA context; the memory margin of the preflight covers them.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from motip.losses.matcher import DetectionTargets, Matcher
 from motip.model import ModelSpec, build_model
 from motip.model.deformable_attention import log_implementation, use_implementation
 from motip.train.collectives import SingleProcess
-from motip.train.oom import Rung, shrunk
+from motip.train.oom import OomFallback, downscaled
 from motip.train.optimizer import freeze_parameters
 from motip.train.step import TrainStep, autocast_dtype
 
@@ -37,76 +36,76 @@ _FLOAT32_ON_CUDA = frozenset(
     | {torch.softmax, Tensor.softmax, torch.nn.functional.softmax, torch.log, Tensor.log, torch.exp, Tensor.exp}
     | {torch.sum, Tensor.sum, torch.cumsum, Tensor.cumsum, torch.pow, Tensor.pow}
 )
-"""What autocast computes in float32 on CUDA and in half precision on a CPU, of what the model calls."""
+"""Functions called by the model that autocast computes in float32 on CUDA and in half precision on a CPU."""
 
 
 def precision_on(device_type: str, config: Config) -> torch.dtype | None:
-    """The type that autocast uses on a device of this kind, None for float32; a CUDA card is taken to have bf16."""
+    """The autocast dtype on a device of this type, None for float32; CUDA devices are assumed to support bf16."""
     if device_type == "cuda" and config.MIXED_PRECISION is None:
         return torch.bfloat16
     return autocast_dtype(config.MIXED_PRECISION, torch.device("cpu"))
 
 
-def estimate_peak(config: Config, batch: ClipBatch, rung: Rung, device_type: str = "cuda") -> int:
-    """Most bytes that tensors take at once on the device in a training step of this batch on this rung.
+def estimate_peak(config: Config, batch: ClipBatch, fallback: OomFallback, device_type: str = "cuda") -> int:
+    """Peak bytes of tensors on the device in a training step of this batch with this fallback.
 
-    A step in full swing: the optimiser has its moments, and with ACCUMULATE_STEPS above 1 gradients are gathered.
+    The optimiser's moments are allocated, and with ACCUMULATE_STEPS above 1 also accumulated gradients.
 
     Args:
-        batch: clips on the host. Its shapes count, not its content.
-        device_type: `cuda` or `cpu`; decides precision and the implementation of deformable attention.
+        batch: clips on the CPU; only their shapes matter.
+        device_type: `cuda` or `cpu`; determines precision and the implementation of deformable attention.
     """
-    batch = shrunk(batch, rung.scale)
+    batch = downscaled(batch, fallback.scale)
     objects = sum(len(frame) for clip in batch.boxes_cxcywh for frame in clip)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _attention_of(device_type), fake, _LikeCuda(device_type, objects):
+    with _attention_for(device_type), fake, _CudaSemantics(device_type, objects):
         model = build_model(ModelSpec.from_config(config)).train()
         freeze_parameters(model, config)
-        step = _Rehearsal(model, config, precision_on(device_type, config))
-        batch = _mapped(batch, fake.from_tensor)
+        step = _DryRunStep(model, config, precision_on(device_type, config))
+        batch = _map_tensors(batch, fake.from_tensor)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tracker = LiveStorages()
         tracker.add([*model.parameters(), *model.buffers(), *_tensors(batch)])
         with tracker:
-            step.forward_and_backward(batch, rung)
+            step.forward_and_backward(batch, fallback)
         weights = _bytes([*model.parameters(), *model.buffers()])
     moments = 2 * _bytes(trained)
-    gathered = _bytes(trained) if config.ACCUMULATE_STEPS > 1 else 0
+    accumulated = _bytes(trained) if config.ACCUMULATE_STEPS > 1 else 0
     largest = max((_bytes([parameter]) for parameter in trained), default=0)
-    # AdamW takes the roots of all second moments at once on a card, and tensor after tensor on a CPU.
+    # AdamW computes the square roots of all second moments in one kernel on a GPU, one tensor at a time on a CPU.
     scratch = _bytes(trained) if device_type == "cuda" else 2 * largest
-    return max(tracker.peak + moments + gathered, weights + moments + _bytes(trained) + scratch)
+    return max(tracker.peak + moments + accumulated, weights + moments + _bytes(trained) + scratch)
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, for as long as anything holds them.
+    """Counts the bytes of the storages that operations allocate, until they are freed.
 
     Attributes:
-        live, peak: bytes now, and at most so far.
+        live, peak: bytes now, and the maximum so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key in self._known or tensor.device.type == "meta":
+            if key in self._storages or tensor.device.type == "meta":
                 continue
             size = storage.nbytes()
-            self._known[key] = weakref.ref(storage, self._forgetting(key, size))
+            self._storages[key] = weakref.ref(storage, self._on_free(key, size))
             self.live += size
         self.peak = max(self.peak, self.live)
 
-    def _forgetting(self, key: int, size: int) -> Callable[[Any], None]:
-        def forget(_: Any) -> None:
-            del self._known[key]
+    def _on_free(self, key: int, size: int) -> Callable[[Any], None]:
+        def free(_: Any) -> None:
+            del self._storages[key]
             self.live -= size
 
-        return forget
+        return free
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -116,25 +115,27 @@ class LiveStorages(TorchDispatchMode):
         return result
 
 
-class _Rehearsal(TrainStep):
-    """A training step without what needs values: matching takes the first queries, and no value is looked at."""
+class _DryRunStep(TrainStep):
+    """A training step that depends on no tensor values: matching assigns the first queries."""
 
     def __init__(self, model: Any, config: Config, precision: torch.dtype | None) -> None:
         super().__init__(model, config.replaced(MIXED_PRECISION="no"), SingleProcess())
         self.autocast_dtype = precision
         matcher = self.criterion.matcher
-        stand_in = _FirstQueries(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost)
-        self.criterion = replace(self.criterion, matcher=stand_in)
+        value_free = _FirstQueriesMatcher(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost)
+        self.criterion = replace(self.criterion, matcher=value_free)
 
-    def forward_and_backward(self, batch: ClipBatch, rung: Rung) -> None:
+    def forward_and_backward(self, batch: ClipBatch, fallback: OomFallback) -> None:
         order = list(range(batch.images.shape[1]))
-        loss = self._losses(batch, order, 1.0, 1.0, rung)[0]
+        loss = self._losses(batch, order, 1.0, 1.0, fallback)[0]
         if loss.requires_grad:
-            # Not loss.backward(): a function mode is off inside of what it handles, and layers are recomputed there.
+            # Not loss.backward(): it would disable the function mode, which recomputed layers need.
             _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
 
 
-class _FirstQueries(Matcher):
+class _FirstQueriesMatcher(Matcher):
+    """Assigns object i to query i (modulo the queries), after computing the costs for their memory."""
+
     def __call__(self, logits: Tensor, boxes_cxcywh: Tensor, targets: DetectionTargets) -> Tensor:
         layers, _, queries, _ = logits.shape
         with torch.no_grad():
@@ -142,11 +143,11 @@ class _FirstQueries(Matcher):
         return torch.arange(costs.shape[1]).remainder(queries).expand(layers, -1).contiguous()
 
 
-class _LikeCuda(TorchFunctionMode):
-    """Bends what differs between real and fake tensors, and between autocast of a CPU and of a card.
+class _CudaSemantics(TorchFunctionMode):
+    """Adjusts calls that differ between real and fake tensors, and between autocast of a CPU and of CUDA.
 
     Args:
-        objects: of the whole batch, the length of the one tensor whose length follows from values.
+        objects: objects of the batch, the length of the only tensor whose length depends on values.
     """
 
     def __init__(self, device_type: str, objects: int) -> None:
@@ -167,8 +168,8 @@ class _LikeCuda(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _attention_of(device_type: str) -> Iterator[None]:
-    """The implementation of deformable attention that the device would get."""
+def _attention_for(device_type: str) -> Iterator[None]:
+    """Inside the block deformable attention has the implementation that the device would use."""
     chosen = log_implementation()
     if chosen == "auto":
         use_implementation("triton" if device_type == "cuda" else "embedding_bag")
@@ -184,7 +185,7 @@ def _float32(value: Any) -> Any:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in a batch and what it holds."""
+    """All tensors of a batch, including nested ones."""
     if isinstance(value, Tensor):
         return [value]
     if is_dataclass(value):
@@ -192,13 +193,13 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list) else []
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same batch with every tensor replaced."""
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with ``function`` applied to every tensor."""
     if isinstance(value, Tensor):
         return function(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _mapped(getattr(value, f.name), function) for f in fields(value)})
-    return [_mapped(item, function) for item in value] if isinstance(value, list) else value
+        return replace(value, **{f.name: _map_tensors(getattr(value, f.name), function) for f in fields(value)})
+    return [_map_tensors(item, function) for item in value] if isinstance(value, list) else value
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,7 +1,7 @@
-"""What a training step does when a card runs out of memory: the same clip again with less memory and more time.
+"""Out-of-memory fallbacks of a training step: the same clip again with less memory and more time.
 
-A ladder of rungs, each needing less memory than the one before. All rungs but the last give the same gradients; the
-last one shows the clip at three quarters of its size. MEMORY_EFFICIENT: True allows the ladder, else there is one rung.
+Each fallback needs less memory than the one before. All but the last give the same gradients; the last trains the clip
+at three quarters of its image size. MEMORY_EFFICIENT: True enables them.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from motip.data.batch import ClipBatch
 from motip.model import MOTIP
 from motip.train.frames import FramePlan
 
-SMALLER = 0.75
-"""Side of the image on the last rung, as a share of the configured one."""
+REDUCED_SCALE = 0.75
+"""Side of the image in the last fallback, as a fraction of the configured one."""
 
 OBJECT_BUCKETS = (10, 25, 50, 100)
-"""Borders of the counts of skipped clips, in objects of a clip's most crowded frame."""
+"""Bounds of the buckets in which skipped clips are counted, in objects of a clip's most crowded frame."""
 
-_REMEMBERED = 32
+_HISTORY_LENGTH = 32
 
 _MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 @dataclass(frozen=True)
-class Rung:
+class OomFallback:
     """One way to compute a clip.
 
     Attributes:
         name: for messages.
-        plan: images at a time through the detector, and whether they are computed again in the backward pass.
-        recompute_decoder: layers of the ID decoder are computed again in the backward pass.
-        scale: size of the image as a share of the configured one.
+        plan: images per detector pass, and whether they are recomputed in the backward pass.
+        recompute_decoder: layers of the ID decoder are recomputed in the backward pass.
+        scale: side of the image as a fraction of the configured one.
     """
 
     name: str
@@ -48,129 +48,130 @@ class Rung:
     scale: float = 1.0
 
 
-def ladder(config: Config) -> tuple[Rung, ...]:
-    """The rungs of a configuration, from the fastest to the one that needs least memory; one without MEMORY_EFFICIENT.
+def oom_fallbacks(config: Config) -> tuple[OomFallback, ...]:
+    """The fallbacks of a configuration, from the fastest (as configured) to the one that needs the least memory.
 
-    A rung that would compute what the one before it does is left out.
+    Without MEMORY_EFFICIENT only the first. A fallback that would compute the same as the one before it is omitted.
     """
     frames, chunk = config.DETR_NUM_TRAIN_FRAMES, config.DETR_NUM_CHECKPOINT_FRAMES
-    configured = Rung("as configured", FramePlan(frames, chunk), config.USE_DECODER_CHECKPOINT)
+    configured = OomFallback("as configured", FramePlan(frames, chunk), config.USE_DECODER_CHECKPOINT)
     if not config.MEMORY_EFFICIENT:
         return (configured,)
-    # Of the longest clip: of a shorter one, half of DETR_NUM_TRAIN_FRAMES may be all, and computing all of it again at
-    # once needs as much memory as computing it once.
+    # Half of the longest clip's frames: recomputing all frames in one chunk would save no memory.
     trained = min(
         frames, max(length for epoch in range(config.EPOCHS) for length in config.clip_schedule(epoch).lengths)
     )
     half = max(1, min(chunk or trained, trained // 2))
-    again = Rung("detector recomputed", FramePlan(frames, half, recompute=True), configured.recompute_decoder)
-    single = replace(again, name="one image at a time", plan=FramePlan(frames, 1, recompute=True))
+    recomputed = OomFallback(
+        "detector recomputed", FramePlan(frames, half, recompute=True), configured.recompute_decoder
+    )
+    single = replace(recomputed, name="one image at a time", plan=FramePlan(frames, 1, recompute=True))
     decoder = replace(single, name="ID decoder recomputed", recompute_decoder=True)
-    rungs = [configured]
-    for rung in (again, single, decoder):
-        before = rungs[-1]
-        if (rung.plan, rung.recompute_decoder) != (before.plan, before.recompute_decoder):
-            rungs.append(rung)
-    return (*rungs, replace(decoder, name=f"image at {SMALLER:.0%}", scale=SMALLER))
+    fallbacks = [configured]
+    for fallback in (recomputed, single, decoder):
+        before = fallbacks[-1]
+        if (fallback.plan, fallback.recompute_decoder) != (before.plan, before.recompute_decoder):
+            fallbacks.append(fallback)
+    return (*fallbacks, replace(decoder, name=f"image at {REDUCED_SCALE:.0%}", scale=REDUCED_SCALE))
 
 
-class MemoryOfFailures:
-    """Where clips of which size ran out of memory, so that the next such clip does not try in vain.
+class OomHistory:
+    """Sizes of clips that ran out of memory, by fallback, so that similar clips start with a later fallback.
 
-    Kept per rank and not saved: it changes the time a clip takes, never what comes out, since no clip starts on a rung
+    Kept per rank and not saved: it affects the time of a clip but not its result, since no clip starts with a fallback
     that changes the image.
     """
 
-    def __init__(self, rungs: tuple[Rung, ...]) -> None:
-        self._failed: list[list[tuple[int, int]]] = [[] for _ in rungs]
-        self._last = max(index for index, rung in enumerate(rungs) if rung.scale == 1.0)
+    def __init__(self, fallbacks: tuple[OomFallback, ...]) -> None:
+        self._failed: list[list[tuple[int, int]]] = [[] for _ in fallbacks]
+        self._last = max(index for index, fallback in enumerate(fallbacks) if fallback.scale == 1.0)
 
-    def first_rung(self, size: tuple[int, int]) -> int:
-        """The first rung on which no clip with at most these pixels and ID slots has failed."""
+    def first_fallback(self, size: tuple[int, int]) -> int:
+        """Index of the first fallback with which no clip of at most this many pixels and ID slots has failed."""
         for index in range(self._last):
             if not any(pixels <= size[0] and slots <= size[1] for pixels, slots in self._failed[index]):
                 return index
         return self._last
 
-    def add(self, rung: int, size: tuple[int, int]) -> None:
-        self._failed[rung] = [*self._failed[rung], size][-_REMEMBERED:]
+    def add(self, fallback: int, size: tuple[int, int]) -> None:
+        self._failed[fallback] = [*self._failed[fallback], size][-_HISTORY_LENGTH:]
 
 
-def batch_size(batch: ClipBatch) -> tuple[int, int]:
-    """Pixels and ID slots of a batch: what its memory grows with."""
+def pixels_and_slots(batch: ClipBatch) -> tuple[int, int]:
+    """Number of pixels and of ID slots of a batch; its memory grows with both."""
     slots = 0 if batch.slots is None else batch.slots.trajectory_ann.numel()
     return batch.masks.numel(), slots
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device (or a library on it, or the host) has no memory left."""
+    """Whether the device, one of its libraries or the host ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _MESSAGES)
 
 
-def give_back_memory(device: torch.device) -> None:
-    """Free what a failed attempt leaves: cycles that hold tensors, and the cache's fragments. Only after a failure."""
+def release_memory(device: torch.device) -> None:
+    """Free cycles that hold tensors of a failed step, and the allocator's cache. Slow; only after a failure."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-class SetAside:
-    """The gradients gathered so far, out of reach of a backward pass that may fail half-way.
+class GradientStash:
+    """The gradients accumulated so far, protected from a backward pass that may fail half-way.
 
-    The pass writes into fresh tensors; `merge` adds them to the gathered ones, `restore` drops them. Costs one more
-    set of gradients (4 bytes per parameter) for the second and later batches of an accumulation, nothing otherwise.
+    The pass writes into new tensors; `merge` adds them to the accumulated ones, `restore` drops them. Costs one more
+    set of gradients (4 bytes per parameter) from the second batch of an accumulation on.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = list(parameters)
-        self._gathered = [parameter.grad for parameter in self._parameters]
+        self._accumulated = [parameter.grad for parameter in self._parameters]
         self.drop()
 
     def drop(self) -> None:
-        """Forget what the last pass wrote."""
+        """Drop the gradients of the last pass."""
         for parameter in self._parameters:
             parameter.grad = None
 
     def merge(self) -> None:
-        for parameter, gathered in zip(self._parameters, self._gathered, strict=True):
-            if gathered is not None:
-                parameter.grad = gathered if parameter.grad is None else gathered.add_(parameter.grad)
+        for parameter, accumulated in zip(self._parameters, self._accumulated, strict=True):
+            if accumulated is not None:
+                parameter.grad = accumulated if parameter.grad is None else accumulated.add_(parameter.grad)
 
     def restore(self) -> None:
-        for parameter, gathered in zip(self._parameters, self._gathered, strict=True):
-            parameter.grad = gathered
+        for parameter, accumulated in zip(self._parameters, self._accumulated, strict=True):
+            parameter.grad = accumulated
 
 
 @contextlib.contextmanager
-def decoder_as(model: MOTIP, rung: Rung) -> Iterator[None]:
-    """The ID decoder keeps or recomputes its layers as the rung says."""
+def decoder_recompute(model: MOTIP, fallback: OomFallback) -> Iterator[None]:
+    """Inside the block the ID decoder keeps or recomputes its layers as the fallback specifies."""
     decoder = model.id_decoder
-    if decoder is None or decoder.spec.use_decoder_checkpoint == rung.recompute_decoder:
+    if decoder is None or decoder.spec.use_decoder_checkpoint == fallback.recompute_decoder:
         yield
         return
     before = decoder.spec
-    decoder.spec = replace(before, use_decoder_checkpoint=rung.recompute_decoder)
+    decoder.spec = replace(before, use_decoder_checkpoint=fallback.recompute_decoder)
     try:
         yield
     finally:
         decoder.spec = before
 
 
-def shrunk(batch: ClipBatch, scale: float) -> ClipBatch:
-    """The batch with smaller images. Boxes are shares of the image's sides and stay as they are.
+def downscaled(batch: ClipBatch, scale: float) -> ClipBatch:
+    """The batch with smaller images. Boxes are fractions of the image's sides and stay unchanged.
 
-    Each clip's own part of the padded image is resized, so that its borders stay where the boxes say.
+    Each clip's unpadded part of the image is resized separately, so that boxes stay aligned with its borders.
     """
     if scale == 1.0:
         return batch
-    sizes = [_own_size(mask[0]) for mask in batch.masks]
+    sizes = [_unpadded_size(mask[0]) for mask in batch.masks]
     smaller = [(max(1, round(h * scale)), max(1, round(w * scale))) for h, w in sizes]
     height, width = (max(side) for side in zip(*smaller, strict=True))
     clips, length = batch.images.shape[:2]
     images = batch.images.new_zeros(clips, length, 3, height, width)
     masks = batch.masks.new_ones(clips, length, height, width)
     for index, ((h, w), (new_h, new_w)) in enumerate(zip(sizes, smaller, strict=True)):
-        for frame in range(length):  # one at a time: as floats an image takes four times its bytes
+        for frame in range(length):  # one at a time: a float image takes four times its uint8 bytes
             own = batch.images[index, frame : frame + 1, :, :h, :w].float()
             resized = F.interpolate(own, size=(new_h, new_w), mode="bilinear", antialias=True)
             images[index, frame, :, :new_h, :new_w] = resized[0].round_().clamp_(0, 255).to(images.dtype)
@@ -178,21 +179,21 @@ def shrunk(batch: ClipBatch, scale: float) -> ClipBatch:
     return replace(batch, images=images, masks=masks)
 
 
-def _own_size(mask: Tensor) -> tuple[int, int]:
+def _unpadded_size(mask: Tensor) -> tuple[int, int]:
     """Height and width of the part of an image that is not padding."""
     return int((~mask[:, 0]).sum()), int((~mask[0]).sum())
 
 
-def crowd(batch: ClipBatch) -> list[int]:
+def max_objects_per_frame(batch: ClipBatch) -> list[int]:
     """Objects in the most crowded frame of each clip."""
     return [max((len(frame) for frame in clip), default=0) for clip in batch.boxes_cxcywh]
 
 
 def object_bucket(objects: int) -> str:
-    """The name of the counter that a skipped clip with this many objects in a frame goes to."""
+    """Name of the counter of skipped clips with this many objects in their most crowded frame."""
     low = 0
-    for border in OBJECT_BUCKETS:
-        if objects < border:
-            return f"{low}_to_{border - 1}"
-        low = border
+    for bound in OBJECT_BUCKETS:
+        if objects < bound:
+            return f"{low}_to_{bound - 1}"
+        low = bound
     return f"{low}_or_more"

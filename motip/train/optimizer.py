@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, and the learning rate of every step."""
+"""AdamW parameter groups and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from motip.config import Config
 from motip.errors import MotipError
 
 GROUP_NAMES = ("backbone", "linear_proj", "dictionary", "rest")
-"""What `parameter_groups` returns, in its order; `linear_proj` are the sampling points, `dictionary` the ID words."""
+"""Names of the groups of `parameter_groups`, in order; `linear_proj`: sampling points, `dictionary`: ID words."""
 
 
 def freeze_parameters(model: nn.Module, config: Config) -> list[str]:
-    """Take away the gradient of what the configuration does not train; returns the names.
+    """Disable the gradient of parameters that the configuration does not train; returns their names.
 
-    The backbone is frozen where its learning rate is 0, the whole detector with DETR_NUM_TRAIN_FRAMES 0 (no frame has
-    a gradient then).
+    The backbone is frozen if its learning rate is 0, the entire detector if DETR_NUM_TRAIN_FRAMES is 0 (then no frame
+    has a gradient).
     """
     frozen = []
-    backbone_still = config.LR * config.backbone_lr_scale == 0
+    backbone_frozen = config.LR * config.backbone_lr_scale == 0
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         in_backbone = any(part in name for part in config.LR_BACKBONE_NAMES)
-        if (backbone_still and in_backbone) or (config.DETR_NUM_TRAIN_FRAMES == 0 and "detr" in name):
+        if (backbone_frozen and in_backbone) or (config.DETR_NUM_TRAIN_FRAMES == 0 and "detr" in name):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
@@ -36,8 +36,8 @@ def freeze_parameters(model: nn.Module, config: Config) -> list[str]:
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """The four groups of the published optimiser, in its order: backbone, sampling points, ID words, the rest.
 
-    A parameter belongs to the first group one of whose names is a part of its own. The order of groups and parameters
-    is what the optimiser state of a published checkpoint is numbered by. The last group has no `lr_scale`, as there.
+    A parameter belongs to the first group one of whose names is a substring of its own. The optimiser state of a
+    published checkpoint is indexed by this order. The last group has no `lr_scale`, as published.
     """
     named_groups: list[tuple[tuple[str, ...], float]] = [
         (config.LR_BACKBONE_NAMES, config.backbone_lr_scale),
@@ -57,10 +57,10 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Freeze what is not trained and build AdamW over the rest; weight decay applies to every parameter, as published.
+    """Freeze untrained parameters and build AdamW over the rest; weight decay applies to every parameter, as published.
 
     Raises:
-        MotipError: nothing is left to train.
+        MotipError: no parameter is left to train.
     """
     freeze_parameters(model, config)
     groups = parameter_groups(model, config)
@@ -71,28 +71,30 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
             found=f"{config.DETR_NUM_TRAIN_FRAMES} and {config.ONLY_DETR}",
             fix="set DETR_NUM_TRAIN_FRAMES to at least 1",
         )
-    # One kernel for all parameters instead of a dozen small operations for each of them.
+    # Fused: one kernel for all parameters instead of a dozen small operations per parameter.
     return torch.optim.AdamW(groups, lr=config.LR, weight_decay=config.WEIGHT_DECAY, fused=True)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over moments and rates. How they are computed stays as it is here: a state can come from another kernel."""
-    kernels = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
+    """Load moments and learning rates. `fused` and `foreach` keep the values of ``optimizer``, not of the state."""
+    kernels: list[dict[str, Any]] = [
+        {key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(state)
     for group, kernel in zip(optimizer.param_groups, kernels, strict=True):
         group.update(kernel)
         if kernel.get("fused"):
             for parameter in group["params"]:
                 own = optimizer.state.get(parameter, {})
-                if "step" in own:  # the fused kernel counts beside the weights, the others on the host
+                if "step" in own:  # on the device of the weights for the fused kernel, on the CPU for the others
                     own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=parameter.device)
 
 
 class LearningRates:
     """The learning rate as a function of (epoch, step): linear warm-up, then a drop at each milestone.
 
-    A pure function of the position, so a resumed run needs no replay. During warm-up the drops do not apply, as
-    published. `state_dict` has the layout of torch's MultiStepLR, so that published tools read our checkpoints.
+    A pure function of the position, so a resumed run needs no replay. Milestones inside the warm-up do not apply, as
+    published. `state_dict` has the layout of torch's MultiStepLR, so that published tools can read the checkpoints.
 
     Args:
         optimizer: its groups' `initial_lr` (or `lr`, the first time) are the full rates.
@@ -146,10 +148,10 @@ class LearningRates:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over schedule, full rates and position, from our checkpoint or a published one.
+        """Load schedule, full rates and position from a checkpoint of this package or a published one.
 
         Raises:
-            MotipError: the state belongs to an optimiser with another number of groups.
+            MotipError: the number of parameter groups differs.
         """
         if len(state["base_lrs"]) != len(self.base_rates):
             raise MotipError(

@@ -1,4 +1,4 @@
-"""A training that shall end before its time: SIGTERM where it trains, SIGTERM where it was started, or Ray's word."""
+"""Graceful stop on SIGTERM (worker or driver) or on Ray's preemption notice."""
 
 from __future__ import annotations
 
@@ -13,135 +13,136 @@ from typing import Any
 
 _log = logging.getLogger(__name__)
 
-GRACE_S = 60.0
-"""Within this time of a notice a checkpoint is committed, or the log says what kept it."""
+GRACE_PERIOD_S = 60.0
+"""Deadline of the checkpoint after a stop request; after it the log reports what training was doing."""
 
 
 class Stopped(KeyboardInterrupt):
-    """Training ended on request, after its position was saved; the same command goes on from there."""
+    """Training ended on request, after its position was saved; the same command resumes it."""
 
 
-class Notice:
-    """Remembers a SIGTERM until the next optimiser step is taken; used as a context manager around the training.
+class StopRequest:
+    """Flag set by SIGTERM and polled between optimiser steps; a context manager around the training.
 
-    Only the main thread of a process may listen for signals. Elsewhere (Ray's training workers) the driver's word and
-    Ray's own preemption information take their place, and whoever reads them calls `give` or `heard`.
+    Only the main thread of a process can install a signal handler. In other threads (Ray's training workers) the
+    driver's stop request and Ray's preemption notice are polled instead; the poller calls `request` or
+    `start_deadline`.
 
     Args:
-        where: says what training is doing, for the message when the time runs out.
+        status: returns what training is doing, for the message at the deadline.
 
     Attributes:
-        given: this process is to stop, once its position is saved.
+        requested: this process stops once its position is saved.
     """
 
-    def __init__(self, where: Callable[[], str]) -> None:
-        self._where = where
-        self._before: Any = None
-        self._alarm: threading.Timer | None = None
-        self._heard = 0.0
-        self.given = False
+    def __init__(self, status: Callable[[], str]) -> None:
+        self._status = status
+        self._previous_handler: Any = None
+        self._timer: threading.Timer | None = None
+        self._requested_at = 0.0
+        self.requested = False
 
-    def __enter__(self) -> Notice:
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._hear)
+            self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._silence()
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
+        self._cancel_timer()
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+            self._previous_handler = None
 
-    def give(self) -> None:
-        """Stop as soon as the position is saved."""
-        if not self.given:
-            self.given = True
-            self.heard()
+    def request(self) -> None:
+        """Request a stop as soon as the position is saved."""
+        if not self.requested:
+            self.requested = True
+            self.start_deadline()
 
-    def heard(self) -> None:
-        """Start the clock of a notice, where it does not run yet."""
-        if self._alarm is not None:
+    def start_deadline(self) -> None:
+        """Start the deadline timer, unless it is running."""
+        if self._timer is not None:
             return
-        self._heard = time.monotonic()
-        self._alarm = threading.Timer(GRACE_S, self._too_late)
-        self._alarm.daemon = True
-        self._alarm.start()
+        self._requested_at = time.monotonic()
+        self._timer = threading.Timer(GRACE_PERIOD_S, self._on_deadline)
+        self._timer.daemon = True
+        self._timer.start()
 
-    def committed(self) -> str:
-        """Stop the clock; returns how long it took, or nothing where no clock ran."""
-        if self._alarm is None:
+    def elapsed(self) -> str:
+        """Stop the deadline timer; returns the time since its start as text, "" if it was not running."""
+        if self._timer is None:
             return ""
-        self._silence()
-        return f"{time.monotonic() - self._heard:.1f} s after the notice was heard"
+        self._cancel_timer()
+        return f"{time.monotonic() - self._requested_at:.1f} s after the request"
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.give()
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self.request()
 
-    def _too_late(self) -> None:
+    def _on_deadline(self) -> None:
         _log.error(
-            "no checkpoint within %.0f s of the notice to stop: %s; it is written between two optimiser steps",
-            GRACE_S,
-            self._where(),
+            "no checkpoint within %.0f s of the stop request: %s; it is written between two optimiser steps",
+            GRACE_PERIOD_S,
+            self._status(),
         )
 
-    def _silence(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
-class PassedOn:
-    """SIGTERM in the process that started a training and waits for it; used as a context manager around the wait.
+class SigtermForwarder:
+    """Forwards SIGTERM of the driver to the training workers; a context manager around the driver's wait for them.
 
-    The first is passed on to those who train. After a second, or where the position is not saved in time, the wait
-    ends with `Stopped` wherever it is.
+    The first SIGTERM is forwarded. After a second one, or at the end of the grace period, the wait ends with `Stopped`.
 
     Args:
-        pass_on: asks those who train to save and end; called in a thread of its own.
-        too_late: told that the time has run out, just before the wait ends; called in a thread of its own.
+        forward: requests the stop of the workers; called in a separate thread.
+        on_timeout: called in a separate thread at the end of the grace period, before the wait ends.
 
     Attributes:
-        given: SIGTERM has come.
+        received: SIGTERM was received.
     """
 
-    def __init__(self, pass_on: Callable[[], None], too_late: Callable[[], None]) -> None:
-        self._pass_on = pass_on
-        self._too_late = too_late
-        self._before: Any = None
-        self._over = threading.Event()
-        self.given = False
+    def __init__(self, forward: Callable[[], None], on_timeout: Callable[[], None]) -> None:
+        self._forward = forward
+        self._on_timeout = on_timeout
+        self._previous_handler: Any = None
+        self._wait_ended = threading.Event()
+        self.received = False
 
-    def __enter__(self) -> PassedOn:
+    def __enter__(self) -> SigtermForwarder:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._hear)
+            self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._over.set()
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
+        self._wait_ended.set()
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+            self._previous_handler = None
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.given:
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
             raise Stopped
-        self.given = True
-        # Not here: the main thread may be anywhere, even holding a lock that asking needs.
-        threading.Thread(target=self._see_to_it, name="motip-stop", daemon=True).start()
+        self.received = True
+        # In a thread: the main thread may hold a lock that the call to the workers needs.
+        threading.Thread(target=self._forward_and_wait, name="motip-stop", daemon=True).start()
 
-    def _see_to_it(self) -> None:
+    def _forward_and_wait(self) -> None:
         _log.warning(
-            "SIGTERM: the workers are asked to save their position, for %.0f s at most; a second one ends at once",
-            GRACE_S,
+            "SIGTERM: the workers save their position, for %.0f s at most; a second SIGTERM ends the run without "
+            "waiting for them",
+            GRACE_PERIOD_S,
         )
         begin = time.monotonic()
         try:
-            self._pass_on()
-            self._over.wait(GRACE_S - (time.monotonic() - begin))
-            if not self._over.is_set():
-                self._too_late()
+            self._forward()
+            self._wait_ended.wait(GRACE_PERIOD_S - (time.monotonic() - begin))
+            if not self._wait_ended.is_set():
+                self._on_timeout()
         except Exception as error:
-            _log.error("the workers cannot be asked to save their position: %s", error)
-        if not self._over.is_set():
-            # Only a signal reaches the main thread, which waits for the training.
+            _log.error("the stop request does not reach the workers: %s", error)
+        if not self._wait_ended.is_set():
+            # The main thread is blocked in its wait; only a signal interrupts it.
             os.kill(os.getpid(), signal.SIGTERM)

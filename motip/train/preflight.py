@@ -1,4 +1,4 @@
-"""Before a stage starts: its worst clip, and the memory that a step with it takes on each rung of the ladder."""
+"""Preflight of a stage: its largest training clip, and the memory of a step with it per out-of-memory fallback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from motip.errors import MotipError
 from motip.storage.paths import Location
 from motip.train.collectives import SingleProcess
 from motip.train.memory_estimate import estimate_peak
-from motip.train.oom import Rung, give_back_memory, ladder
+from motip.train.oom import OomFallback, oom_fallbacks, release_memory
 from motip.train.optimizer import build_optimizer
 from motip.train.setup import fresh_model
 from motip.train.step import TrainStep
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
     from motip.data.batch import ClipBatch
     from motip.data.manifest import VideoEntry
 
-SPARE = 0.1
-"""Share of the card's memory that a rung must leave."""
+MEMORY_MARGIN = 0.1
+"""Fraction of the GPU's memory that a fallback must leave free."""
 
-Tell = Callable[[Rung], object]
-"""Called with each rung before it is weighed."""
+OnFallback = Callable[[OomFallback], object]
+"""Called with each fallback before it is measured or estimated."""
 
 
 @dataclass(frozen=True)
 class ClipShape:
-    """What the memory of a clip depends on.
+    """Properties of a clip that determine its memory.
 
     Attributes:
-        name: where the clip comes from, for messages.
+        name: source, sequence and frames, for messages.
         size_hw: pixels of its augmented images.
-        track_ids: ids of the objects of each frame.
-        ignored: ignore regions in its fullest frame.
+        track_ids: track ids of the objects of each frame.
+        ignored: maximum number of ignore regions in a frame.
     """
 
     name: str
@@ -60,71 +60,71 @@ class ClipShape:
 
     @property
     def objects(self) -> int:
-        """Different objects of the clip."""
+        """Distinct objects of the clip."""
         return len({track for frame in self.track_ids for track in frame})
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Objects x frames x pixels, then boxes: what clips are compared by. No object counts as one."""
+        """Sort key: objects x frames x pixels, then boxes. Zero objects count as one."""
         pixels = self.frames * self.size_hw[0] * self.size_hw[1]
         return max(1, self.objects) * pixels, sum(map(len, self.track_ids))
 
 
 @dataclass(frozen=True)
-class RungMemory:
-    """Bytes that a step takes on a rung.
+class FallbackMemory:
+    """Memory of a step with a fallback, in bytes.
 
     Attributes:
-        allocated: most that tensors take at once; None where the device had too little.
-        reserved: most that the allocator took from the device; None where it was not measured.
+        allocated: peak of all tensors; None if the device ran out of memory.
+        reserved: peak reserved by the allocator; None if estimated or out of memory.
     """
 
-    rung: Rung
+    fallback: OomFallback
     allocated: int | None
     reserved: int | None = None
 
     @property
     def needed(self) -> int | None:
-        """Bytes of the card: what was reserved, or the estimate."""
+        """Required GPU memory: `reserved` if measured, else `allocated`."""
         return self.allocated if self.reserved is None else self.reserved
 
-    def fits(self, card: int) -> bool:
-        """Whether the rung leaves a tenth of a card with this many bytes."""
-        return self.needed is not None and self.needed <= (1 - SPARE) * card
+    def fits(self, gpu_bytes: int) -> bool:
+        """Whether the fallback leaves a tenth of a GPU with this many bytes free."""
+        return self.needed is not None and self.needed <= (1 - MEMORY_MARGIN) * gpu_bytes
 
 
 @dataclass
 class Preflight:
-    """What a stage's worst clip takes.
+    """Memory of a step with a stage's largest clip.
 
     Attributes:
-        measured: on a device, else estimated.
-        rungs: from the fastest down.
+        measured: on a device; False: estimated.
+        fallbacks: from the fastest to the one that needs the least memory.
     """
 
     clip: ClipShape
     measured: bool
-    rungs: list[RungMemory] = field(default_factory=list)
+    fallbacks: list[FallbackMemory] = field(default_factory=list)
 
-    def cheapest(self, card: int) -> RungMemory | None:
-        """The first rung that leaves a tenth of the card; it takes the least time."""
-        return next((rung for rung in self.rungs if rung.fits(card)), None)
+    def cheapest(self, gpu_bytes: int) -> FallbackMemory | None:
+        """The first (fastest) fallback that leaves a tenth of the GPU free, None if none does."""
+        return next((fallback for fallback in self.fallbacks if fallback.fits(gpu_bytes)), None)
 
 
-def made_up_clip(objects: int, frames: int, size_hw: tuple[int, int]) -> ClipShape:
-    """A clip that nobody has: the same objects in every frame.
+def synthetic_clip(objects: int, frames: int, size_hw: tuple[int, int]) -> ClipShape:
+    """A synthetic clip with the same objects in every frame.
 
     Raises:
         MotipError: a number is out of range.
     """
-    for name, value, least in (("--objects", objects, 0), ("--frames", frames, 1), ("--size", min(size_hw), 32)):
-        if value < least:
-            raise MotipError("there is no such clip", where=name, found=value, expected=f"{least} or more")
-    return ClipShape("made up", size_hw, (tuple(range(objects)),) * frames)
+    for name, value, minimum in (("--objects", objects, 0), ("--frames", frames, 1), ("--size", min(size_hw), 32)):
+        if value < minimum:
+            raise MotipError("invalid clip", where=name, found=value, expected=f"{minimum} or more")
+    return ClipShape("synthetic", size_hw, (tuple(range(objects)),) * frames)
 
 
 def schedules(config: Config) -> list[ClipSchedule]:
-    """The different ways in which clips are cut over the epochs."""
+    """The distinct clip schedules of the epochs."""
     found: list[ClipSchedule] = []
     for epoch in range(config.EPOCHS):
         schedule = config.clip_schedule(epoch)
@@ -136,18 +136,18 @@ def schedules(config: Config) -> list[ClipSchedule]:
 def worst_clip(
     entries: Iterable[VideoEntry], class_maps: Mapping[str, ClassMap], storage: Location | str, config: Config
 ) -> ClipShape:
-    """The training clip with the most objects x frames x pixels, at the largest size that augmentation gives it.
+    """The training clip with the most objects x frames x pixels, at its largest augmented size.
 
-    Reads labels, no images. A crop may show fewer objects than the whole frame; none is counted on.
+    Reads labels only, no images. Assumes that no crop removes an object.
 
     Raises:
         MotipError: a shard is missing, or no clip fits any video.
     """
     settings = AugmentSettings.from_config(config)
     worst: ClipShape | None = None
-    seen = 0
+    videos = 0
     for entry in entries:
-        seen += 1
+        videos += 1
         frames = read_labels(shard_path(storage, entry.shard)).frames
         split = [class_maps[entry.source].split(frame) for frame in frames]
         ids = [tuple(track_ids.tolist()) for _, track_ids, _, _ in split]
@@ -162,15 +162,15 @@ def worst_clip(
         raise MotipError(
             "no clip of this stage fits its videos",
             where="sampler_lengths, sample_intervals",
-            found=f"{seen} training videos",
+            found=f"{videos} training videos",
             expected="a video as long as the shortest clip",
-            fix="use shorter clips or smaller intervals, or ask about --objects, --frames and --size",
+            fix="use shorter clips or smaller intervals, or give --objects, --frames and --size",
         )
     return worst
 
 
 def _windows(frames: int, fps: float, plans: Iterable[ClipSchedule]) -> Iterator[tuple[int, ...]]:
-    """Rows of every clip that can be cut from a video."""
+    """Frame rows of every clip that can be sampled from a video."""
     for plan in plans:
         intervals: Iterable[int] = plan.intervals or range(1, (plan.max_interval or 1) + 1)
         if plan.interval_seconds:
@@ -186,16 +186,18 @@ def _windows(frames: int, fps: float, plans: Iterable[ClipSchedule]) -> Iterator
 
 @lru_cache(maxsize=256)
 def largest_size(settings: AugmentSettings, height: int, width: int, single_image: bool = False) -> tuple[int, int]:
-    """(height, width) of the largest image that augmentation makes of a source image, crops included.
+    """(height, width) of the largest image that augmentation produces from a source image, crops included.
 
-    A crop of another shape than the image can be larger than the whole, because the short side is what is set.
+    A crop with another aspect ratio can become larger than the uncropped image, because the short side is fixed.
 
     Args:
-        single_image: the clip repeats one image, of which each frame shows a shifted window.
+        single_image: the clip repeats one image; each frame shows a shifted window of it.
     """
+    # Windows of a shifted single image, or the image itself.
     shortest = [side - int(settings.max_shift_ratio * side) if single_image else side for side in (height, width)]
     shapes = {(h, width) for h in range(shortest[0], height + 1)} | {(height, w) for w in range(shortest[1], width + 1)}
     views = {(height, width), (shortest[0], width), (height, shortest[1])}
+    # Random resize and the extremes of the random crop.
     for view in views:
         for short in settings.random_resize:
             first = resize_size(*view, short, None)
@@ -205,12 +207,13 @@ def largest_size(settings: AugmentSettings, height: int, width: int, single_imag
             shapes |= {first}
             shapes |= {(h, w) for h in (low_h, high_h) for w in range(low_w, high_w + 1)}
             shapes |= {(h, w) for w in (low_w, high_w) for h in range(low_h, high_h + 1)}
+    # Final resize of every shape to every scale.
     sizes = {resize_size(*shape, short, settings.max_size) for shape in shapes for short in settings.scales}
     return max(sizes, key=lambda size: (size[0] * size[1], size))
 
 
-def batch_of(clip: ClipShape, config: Config) -> ClipBatch:
-    """BATCH_SIZE clips of this shape, with noise for images and boxes, on the host."""
+def synthetic_batch(clip: ClipShape, config: Config) -> ClipBatch:
+    """BATCH_SIZE clips of this shape with random images and boxes, on the CPU."""
     rng = np.random.default_rng(0)
     height, width = clip.size_hw
     counts = [len(frame) for frame in clip.track_ids]
@@ -231,71 +234,85 @@ def batch_of(clip: ClipShape, config: Config) -> ClipBatch:
 
 
 def _boxes(count: int, rng: np.random.Generator) -> np.ndarray:
-    """(count, 4) float32 boxes inside the image."""
+    """(count, 4) float32 boxes inside the image, as normalised (cx, cy, w, h)."""
     centres, sizes = rng.uniform(0.3, 0.7, (count, 2)), rng.uniform(0.02, 0.3, (count, 2))
     return np.hstack([centres, sizes]).astype(np.float32)
 
 
-def estimated(config: Config, clip: ClipShape, device_type: str = "cuda", tell: Tell | None = None) -> Preflight:
-    """The memory of each rung by `motip.train.memory_estimate`; takes seconds a rung and next to no memory."""
-    batch = batch_of(clip, config)
-    return _each_rung(
-        config, clip, False, tell, lambda rung: RungMemory(rung, estimate_peak(config, batch, rung, device_type))
+def estimate_preflight(
+    config: Config, clip: ClipShape, device_type: str = "cuda", on_fallback: OnFallback | None = None
+) -> Preflight:
+    """Estimate the memory of each fallback with `motip.train.memory_estimate`; takes some seconds per fallback."""
+    batch = synthetic_batch(clip, config)
+    return _each_fallback(
+        config,
+        clip,
+        False,
+        on_fallback,
+        lambda fallback: FallbackMemory(fallback, estimate_peak(config, batch, fallback, device_type)),
     )
 
 
-def measured(config: Config, clip: ClipShape, device: torch.device, tell: Tell | None = None) -> Preflight:
-    """Train on the clip on each rung on a CUDA device, with fresh weights, and ask its allocator."""
-    batch = batch_of(clip, config)
-    return _each_rung(config, clip, True, tell, lambda rung: _measured_rung(config, batch, rung, device))
+def measure_preflight(
+    config: Config, clip: ClipShape, device: torch.device, on_fallback: OnFallback | None = None
+) -> Preflight:
+    """Measure the allocator's peaks on a CUDA device while training the clip with each fallback, with fresh weights."""
+    batch = synthetic_batch(clip, config)
+    return _each_fallback(
+        config, clip, True, on_fallback, lambda fallback: _measured_fallback(config, batch, fallback, device)
+    )
 
 
-def _each_rung(
-    config: Config, clip: ClipShape, measured: bool, tell: Tell | None, weigh: Callable[[Rung], RungMemory]
+def _each_fallback(
+    config: Config,
+    clip: ClipShape,
+    measured: bool,
+    on_fallback: OnFallback | None,
+    memory_of: Callable[[OomFallback], FallbackMemory],
 ) -> Preflight:
     result = Preflight(clip, measured)
-    for rung in all_rungs(config):
-        if tell is not None:
-            tell(rung)
-        result.rungs.append(weigh(rung))
+    for fallback in all_fallbacks(config):
+        if on_fallback is not None:
+            on_fallback(fallback)
+        result.fallbacks.append(memory_of(fallback))
     return result
 
 
-def keys_to_start_on(rung: Rung, config: Config, clip: ClipShape) -> dict[str, Any]:
-    """Configuration keys whose change makes this rung the first; empty for the configured one.
+def keys_to_start_with(fallback: OomFallback, config: Config, clip: ClipShape) -> dict[str, Any]:
+    """Configuration keys with which training starts with this fallback; empty for the configured one.
 
-    Images with gradient that fit one chunk are not recomputed, so the chunk is set below their number. One image alone
-    always fits: MEMORY_EFFICIENT alone then leads to the rung, after a failed try.
+    Images with gradient that fit one chunk are not recomputed, so the chunk is set below their number. A single image
+    always fits one chunk: then MEMORY_EFFICIENT alone reaches the fallback, after a failed step.
     """
-    if rung == ladder(config)[0]:
+    if fallback == oom_fallbacks(config)[0]:
         return {}
     keys: dict[str, Any] = {} if config.MEMORY_EFFICIENT else {"MEMORY_EFFICIENT": True}
     images = min(config.DETR_NUM_TRAIN_FRAMES, clip.frames) * config.BATCH_SIZE
-    chunk = min(rung.plan.chunk, max(1, images - 1))
+    chunk = min(fallback.plan.chunk, max(1, images - 1))
     if chunk != config.DETR_NUM_CHECKPOINT_FRAMES:
         keys["DETR_NUM_CHECKPOINT_FRAMES"] = chunk
-    if rung.recompute_decoder and not config.USE_DECODER_CHECKPOINT:
+    if fallback.recompute_decoder and not config.USE_DECODER_CHECKPOINT:
         keys["USE_DECODER_CHECKPOINT"] = True
-    if rung.scale != 1.0:
-        keys["AUG_RESIZE_SCALES"] = [round(scale * rung.scale) for scale in config.AUG_RESIZE_SCALES]
-        keys["AUG_MAX_SIZE"] = round(config.AUG_MAX_SIZE * rung.scale)
+    if fallback.scale != 1.0:
+        keys["AUG_RESIZE_SCALES"] = [round(scale * fallback.scale) for scale in config.AUG_RESIZE_SCALES]
+        keys["AUG_MAX_SIZE"] = round(config.AUG_MAX_SIZE * fallback.scale)
     return keys
 
 
-def all_rungs(config: Config) -> tuple[Rung, ...]:
-    """The whole ladder, also where MEMORY_EFFICIENT does not allow it yet."""
-    return ladder(config.replaced(MEMORY_EFFICIENT=True))
+def all_fallbacks(config: Config) -> tuple[OomFallback, ...]:
+    """All fallbacks, as with MEMORY_EFFICIENT: True."""
+    return oom_fallbacks(config.replaced(MEMORY_EFFICIENT=True))
 
 
-def train_on(config: Config, batch: ClipBatch, rung: Rung, device: torch.device) -> bool:
-    """Two optimiser steps on a rung, the second with moments and gathered gradients there; False without memory."""
-    config = config.replaced(NONFINITE_LIMIT=100)  # a rung without memory for the clip is an answer, no reason to stop
+def train_on(config: Config, batch: ClipBatch, fallback: OomFallback, device: torch.device) -> bool:
+    """Two optimiser steps with a fallback, the second with moments allocated; returns False if out of memory."""
+    config = config.replaced(NONFINITE_LIMIT=100)  # out of memory is a result here and must not raise
     step = TrainStep(fresh_model(config).train().to(device), config, SingleProcess())
-    step.rungs = (rung,)
+    step.fallbacks = (fallback,)
     optimizer = build_optimizer(step.model, config)
     order = torch.arange(batch.images.shape[1])
-    for gathered in (1, min(2, config.ACCUMULATE_STEPS)):
-        for _ in range(gathered):
+    for micro_steps in (1, min(2, config.ACCUMULATE_STEPS)):
+        for _ in range(micro_steps):
             step.accumulate(batch, order, seed=config.SEED)
         if step.counters.out_of_memory:
             return False
@@ -303,14 +320,14 @@ def train_on(config: Config, batch: ClipBatch, rung: Rung, device: torch.device)
     return True
 
 
-def _measured_rung(config: Config, batch: ClipBatch, rung: Rung, device: torch.device) -> RungMemory:
+def _measured_fallback(config: Config, batch: ClipBatch, fallback: OomFallback, device: torch.device) -> FallbackMemory:
     gc.collect()
-    give_back_memory(device)
+    release_memory(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        enough = train_on(config, batch, rung, device)
-    except torch.OutOfMemoryError:  # the optimiser's own tensors, which the ladder cannot make smaller
+        enough = train_on(config, batch, fallback, device)
+    except torch.OutOfMemoryError:  # the optimiser's own tensors, whose size no fallback changes
         enough = False
     if not enough:
-        return RungMemory(rung, None, None)
-    return RungMemory(rung, torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+        return FallbackMemory(fallback, None, None)
+    return FallbackMemory(fallback, torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))

@@ -1,4 +1,4 @@
-"""A stage on Ray Train: workers, batches from Ray Data, checkpoints, and the way back to the driver."""
+"""Training of a stage on Ray Train, or in this process without Ray; reports events to the driver."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from typing import Any
 
 import torch
 
-from motip.cluster import OWN, Cluster
+from motip.cluster import OWN_RAY_ENV, Cluster
 from motip.config import Config
 from motip.data.stream import data_resources
 from motip.errors import MotipError, find_motip_error
-from motip.storage.atomic_filesystem import whole_files
-from motip.storage.paths import RemotePath, fetch, location, write_bytes
-from motip.train.batch_sources import LocalFeed, RayFeed
+from motip.storage.atomic_filesystem import atomic_filesystem
+from motip.storage.paths import RemotePath, download, location, write_bytes
+from motip.train.batch_sources import LocalBatchSource, RayBatchSource
 from motip.train.checkpoints import store_folder
-from motip.train.collectives import SingleProcess, current_communicator
-from motip.train.loop import run_stage
-from motip.train.preemption import GRACE_S, PassedOn, Stopped
-from motip.train.retention import Retention, drop_epochs, drop_steps, held
-from motip.train.run_channel import Mailbox
+from motip.train.collectives import SingleProcess, current_process_group
+from motip.train.loop import train_stage_on_worker
+from motip.train.preemption import GRACE_PERIOD_S, SigtermForwarder, Stopped
+from motip.train.retention import Retention, drop_epochs, drop_steps, list_checkpoints
+from motip.train.run_channel import RunChannel
 from motip.train.stage_job import StageJob
-from motip.train.temp_dirs import Scratch
+from motip.train.temp_dirs import TempDirs
 
 _log = logging.getLogger(__name__)
 
@@ -38,17 +38,17 @@ OnRecord = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Placement:
-    """How a stage is laid over the cluster.
+class ResourcePlan:
+    """Resources of a stage's training workers and decoding actors.
 
     Attributes:
         workers: training workers; 0 trains in this process, without Ray.
-        least_workers: the cluster may have room for only so many, and training goes on; None: always `workers`.
+        min_workers: lower bound of an elastic number of workers, with `workers` as the upper bound; None: not elastic.
         cpus: CPUs reserved per training worker.
         decoders: decoding actors per training worker.
         decoder_cpus: CPUs reserved per decoding actor.
         gpu: one GPU per worker.
-        runs: trainings that share the machines at a time; the threads of its cores are divided among them.
+        concurrent_runs: training runs that share the machines; each gets its fraction of the cores as threads.
     """
 
     workers: int
@@ -56,31 +56,31 @@ class Placement:
     decoders: int = 1
     decoder_cpus: float = 0.5
     gpu: bool = False
-    least_workers: int | None = None
-    runs: int = 1
+    min_workers: int | None = None
+    concurrent_runs: int = 1
 
 
 @dataclass
 class FitResult:
-    """Epochs that were completed, and where the checkpoints lie of those whose weights are kept."""
+    """Finished epochs: metrics and optimiser-step counts by epoch, and the paths of the weights that are kept."""
 
     epochs: dict[int, dict[str, float]] = field(default_factory=dict)
     steps: dict[int, int] = field(default_factory=dict)
     checkpoints: dict[int, str] = field(default_factory=dict)
 
 
-def place(workers: int, config: Config, cluster: Cluster, least: int | None = None) -> Placement:
-    """Share the cluster out among training workers and their decoding actors, or refuse with the arithmetic.
+def plan_resources(workers: int, config: Config, cluster: Cluster, min_workers: int | None = None) -> ResourcePlan:
+    """Divide the cluster among training workers and their decoding actors.
 
     Args:
-        least: workers that must fit now; the others may find room later. None: all must.
+        min_workers: workers that must fit now; the others may start when nodes join. None: all must fit.
 
     Raises:
         MotipError: more workers than GPUs or CPUs allow.
     """
     gpu = config.DEVICE != "cpu" and cluster.gpus >= 1
-    if least is not None:
-        return _place_between(least, workers, config, cluster, gpu)
+    if min_workers is not None:
+        return _plan_worker_range(min_workers, workers, config, cluster, gpu)
     if gpu and workers > cluster.gpus:
         raise MotipError(
             "more training workers than GPUs",
@@ -90,56 +90,58 @@ def place(workers: int, config: Config, cluster: Cluster, least: int | None = No
             fix=f"use --workers {int(cluster.gpus)} or add nodes",
         )
     shares = data_resources(cluster.cpus, workers, config.NUM_WORKERS, node_cpus=cluster.node_cpus)
-    return Placement(workers, shares.worker_cpus, shares.actors_per_worker, shares.actor_cpus, gpu)
+    return ResourcePlan(workers, shares.worker_cpus, shares.actors_per_worker, shares.actor_cpus, gpu)
 
 
-def _place_between(least: int, most: int, config: Config, cluster: Cluster, gpu: bool) -> Placement:
-    """Ray counts how many workers fit by what one worker reserves, so that must bound them, with decoding and all."""
+def _plan_worker_range(min_workers: int, max_workers: int, config: Config, cluster: Cluster, gpu: bool) -> ResourcePlan:
+    """Resources of an elastic run. Ray computes the number of workers from one worker's reservation alone, so the
+    reservation must bound it and include decoding."""
     if not gpu:
-        if cluster.cpus < least:
+        if cluster.cpus < min_workers:
             raise MotipError(
-                "fewer CPUs than the least number of workers",
+                "fewer CPUs than the minimum number of workers",
                 where="--workers",
                 found=f"{cluster.cpus:g} CPUs",
-                expected=f"{least} (without GPUs each worker of a range takes one and decodes its own clips)",
-                fix=f"use --workers {max(1, int(cluster.cpus))}:{most} or add nodes",
+                expected=f"{min_workers} (without GPUs each worker of a range takes one and decodes its own clips)",
+                fix=f"use --workers {max(1, int(cluster.cpus))}:{max_workers} or add nodes",
             )
-        return Placement(most, decoders=0, least_workers=least)
-    now = min(most, int(cluster.gpus))
-    if now < least:
+        return ResourcePlan(max_workers, decoders=0, min_workers=min_workers)
+    now = min(max_workers, int(cluster.gpus))
+    if now < min_workers:
         raise MotipError(
-            "fewer GPUs than the least number of workers",
+            "fewer GPUs than the minimum number of workers",
             where="--workers",
             found=f"{cluster.gpus:g} GPUs",
-            expected=f"{least} (one GPU each)",
-            fix=f"use --workers {now}:{most} or add nodes",
+            expected=f"{min_workers} (one GPU each)",
+            fix=f"use --workers {now}:{max_workers} or add nodes",
         )
-    return replace(place(now, config, cluster), workers=most, least_workers=least)
+    return replace(plan_resources(now, config, cluster), workers=max_workers, min_workers=min_workers)
 
 
-def fit(job: StageJob, placement: Placement, folder: str, on_record: OnRecord) -> FitResult:
-    """Train a stage to its last epoch; an interrupted run of the same ``folder`` goes on where it was.
+def fit(job: StageJob, resources: ResourcePlan, folder: str, on_record: OnRecord) -> FitResult:
+    """Train a stage to its last epoch; an interrupted run of the same ``folder`` is resumed.
 
     Args:
+        resources: number and resources of the workers.
         folder: the stage's own folder or URI; checkpoints are written to ``<folder>/epoch_<n>/checkpoint_<n>.pth``.
-        on_record: called in this process with everything the training has to say (`step`, `epoch`, `scores`, …). Where
-            it raises `Stopped`, the training saves its position and ends.
+        on_record: called in this process with every event of the training (`step`, `epoch`, `scores`, …). If it raises
+            `Stopped`, the training saves its position and ends.
 
     Raises:
-        Stopped: it was told to end before its last epoch; its position is saved.
-        MotipError: the stage's inputs are wrong, or training failed for another reason that is named.
+        Stopped: a stop was requested before the last epoch; the position is saved.
+        MotipError: the stage's inputs are wrong, or training failed.
     """
-    if placement.workers == 0:
-        _fit_here(job, folder, on_record)
+    if resources.workers == 0:
+        _fit_in_process(job, folder, on_record)
     else:
-        _fit_on_ray(job, placement, folder, on_record)
+        _fit_on_ray(job, resources, folder, on_record)
     return completed(folder)
 
 
 def completed(folder: str) -> FitResult:
-    """The finished epochs of a stage's folder, whichever attempt trained them; `checkpoints` has those kept."""
+    """The finished epochs in a stage's folder, of all attempts; `checkpoints` has those whose weights are kept."""
     result = FitResult()
-    for each in held(location(folder)).epochs:
+    for each in list_checkpoints(location(folder)).epochs:
         result.epochs[each.epoch] = each.metrics
         result.steps[each.epoch] = each.step
         if each.weights is not None:
@@ -147,23 +149,23 @@ def completed(folder: str) -> FitResult:
     return result
 
 
-def pick_device(config: Config) -> torch.device:
-    """CUDA where it is wanted and there, else the CPU."""
-    wanted = config.DEVICE in ("cuda", "auto") and torch.cuda.is_available()
-    return torch.device("cuda" if wanted else "cpu")
+def device_from_config(config: Config) -> torch.device:
+    """CUDA if the configuration allows it and it is available, else the CPU."""
+    cuda = config.DEVICE in ("cuda", "auto") and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
 
 
 class FolderReporter:
-    """Checkpoints in a local folder, records to a callback: training without Ray."""
+    """Reporter of training without Ray: checkpoints in a local folder, events to a callback."""
 
-    def __init__(self, folder: Path, on_record: OnRecord, kept: Retention | None = None) -> None:
+    def __init__(self, folder: Path, on_record: OnRecord, retention: Retention | None = None) -> None:
         self._folder = folder
         self._on_record = on_record
-        self._kept = kept or Retention()
+        self._retention = retention or Retention()
 
     def latest(self) -> Path | None:
-        """The newest of the finished epochs and the positions inside epochs; what is half-written is neither."""
-        found = held(self._folder).latest()
+        """The newest complete checkpoint, of an epoch or of a position inside one."""
+        found = list_checkpoints(self._folder).latest()
         return found if isinstance(found, Path) else None
 
     def loaded(self) -> None:
@@ -179,31 +181,31 @@ class FolderReporter:
 
     def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
         if folder is not None:
-            drop_steps(self._folder, self._kept.steps)
+            drop_steps(self._folder, self._retention.steps)
 
-    def began_with(self, world: int) -> int:
-        return world
+    def initial_world_size(self, world_size: int) -> int:
+        return world_size
 
-    def notice(self) -> str:
+    def preemption(self) -> str:
         return ""
 
-    def lost(self, problem: MotipError) -> None:
+    def report_lost(self, problem: MotipError) -> None:
         self._on_record("note", {"text": problem.render()})
 
-    def asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         return False
 
     def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
         if folder is not None:
             drop_steps(self._folder, 0)
-            drop_epochs(self._folder, self._kept)
+            drop_epochs(self._folder, self._retention)
 
 
 def _retention(job: StageJob, config: Config) -> Retention:
     return Retention(config.CHECKPOINTS_KEPT, config.EPOCH_CHECKPOINTS_KEPT, job.best)
 
 
-def _fit_here(job: StageJob, folder: str, on_record: OnRecord) -> None:
+def _fit_in_process(job: StageJob, folder: str, on_record: OnRecord) -> None:
     if isinstance(location(folder), RemotePath):
         raise MotipError(
             "without Ray workers a stage can only write to a local folder",
@@ -213,63 +215,66 @@ def _fit_here(job: StageJob, folder: str, on_record: OnRecord) -> None:
         )
     config = Config.from_dict(job.config)
     reporter = FolderReporter(Path(folder), on_record, _retention(job, config))
-    run_stage(job, SingleProcess(), LocalFeed(job, config), reporter, pick_device(config))
+    train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, device_from_config(config))
 
 
 # ------------------------------------------------------------------------------------------------ on Ray
 
 
 class RayReporter:
-    """Checkpoints through ray.train.report, records through the mailbox.
+    """Reporter of a Ray Train worker: checkpoints through ray.train.report, events through the run channel.
 
     Args:
-        folder: where the checkpoints go, Ray Train's folder of the run.
-        kept: what stays of them.
+        channel: the `RunChannel` actor.
+        folder: Ray Train's folder of the run, where the checkpoints are stored.
+        retention: the checkpoints to keep.
     """
 
-    def __init__(self, mailbox: Any, folder: str, kept: Retention) -> None:
-        self._mailbox = mailbox
+    def __init__(self, channel: Any, folder: str, retention: Retention) -> None:
+        self._channel = channel
         self._folder = location(folder)
-        self._kept = kept
-        self._scratch = Scratch(folder)
+        self._retention = retention
+        self._temp_dirs = TempDirs(folder)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, copied where it is remote. Rank 0 looks for all: what an upload of the attempt
-        before may finish meanwhile must not be there for one rank and not for another."""
+        """The newest complete checkpoint, downloaded if remote.
+
+        Rank 0 chooses for all ranks: an upload of the previous attempt may complete between the listings of two ranks.
+        """
         import ray.train
         import ray.train.collective
 
         context = ray.train.get_context()
         if context.get_local_rank() == 0:
-            self._scratch.sweep()
-        found = held(self._folder).latest() if context.get_world_rank() == 0 else None
-        mine = None if found is None else f"{found.parent.name}/{found.name}"
-        # Waits for all ranks, so nobody has a folder yet that another could sweep away.
-        name = ray.train.collective.broadcast_from_rank_zero(mine)
+            self._temp_dirs.remove_stale()
+        found = list_checkpoints(self._folder).latest() if context.get_world_rank() == 0 else None
+        chosen = None if found is None else f"{found.parent.name}/{found.name}"
+        # The broadcast waits for all ranks: no rank creates a temporary directory before the stale ones are removed.
+        name = ray.train.collective.broadcast_from_rank_zero(chosen)
         if name is None:
             return None
         newest = self._folder / name
-        return newest if isinstance(newest, Path) else fetch(newest, self._scratch.new("resume") / newest.name)
+        return newest if isinstance(newest, Path) else download(newest, self._temp_dirs.new("resume") / newest.name)
 
     def loaded(self) -> None:
-        self.leave()
+        self.remove_local_copies()
 
-    def leave(self) -> None:
-        """Remove this rank's local copies; those that Ray Train still uploads it removes itself."""
-        self._scratch.clear()
+    def remove_local_copies(self) -> None:
+        """Remove this rank's temporary directories; Ray Train removes those that it still uploads."""
+        self._temp_dirs.clear()
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         import ray
 
-        ray.get(self._mailbox.put.remote(kind, values))
+        ray.get(self._channel.put.remote(kind, values))
 
     def folder(self, name: str) -> Path:
-        return self._scratch.new(name, given_away=name.startswith("step_"))
+        return self._temp_dirs.new(name, keep=name.startswith("step_"))
 
     def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
         import ray.train
 
-        # Uploaded while training goes on; Ray lists a checkpoint only once it is whole, and removes the local copy.
+        # ASYNC uploads while training continues; Ray lists a checkpoint once complete, and removes the local copy.
         mode = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
         ray.train.report(
             {"step": step},
@@ -280,35 +285,34 @@ class RayReporter:
             delete_local_checkpoint_after_upload=True,
         )
         if folder is not None:
-            # The newest may still be on its way, so one more than asked for stays.
-            drop_steps(self._folder, self._kept.steps + 1)
+            # The newest may still be uploading, so one more than configured is kept.
+            drop_steps(self._folder, self._retention.steps + 1)
 
-    def began_with(self, world: int) -> int:
+    def initial_world_size(self, world_size: int) -> int:
         import ray
 
-        return int(ray.get(self._mailbox.began_with.remote(world)))
+        return int(ray.get(self._channel.initial_world_size.remote(world_size)))
 
-    def notice(self) -> str:
+    def preemption(self) -> str:
         import ray.train
 
-        told = ray.train.get_preemption_info()
-        return "" if told is None else f"preemption of {', '.join(sorted(told.preempted_node_ids))}"
+        info = ray.train.get_preemption_info()
+        return "" if info is None else f"preemption of {', '.join(sorted(info.preempted_node_ids))}"
 
-    def lost(self, problem: MotipError) -> None:
+    def report_lost(self, problem: MotipError) -> None:
         import ray
 
-        ray.get(self._mailbox.lose.remote(problem))
+        ray.get(self._channel.report_lost.remote(problem))
 
-    def asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         import ray
 
-        return bool(ray.get(self._mailbox.stop_asked.remote()))
+        return bool(ray.get(self._channel.stop_requested.remote()))
 
     def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
         import ray.train
 
-        # [3] Ray Train lists the epoch once its folder lies in the stage's storage; every rank reports, rank 0 brings
-        # the files.
+        # Every rank reports, rank 0 with the files; Ray Train lists the epoch once its folder is in the storage.
         checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(str(folder))
         ray.train.report(
             metrics,
@@ -316,35 +320,35 @@ class RayReporter:
             checkpoint_dir_name=f"epoch_{epoch:03d}",
             checkpoint_upload_fn=self._store,
         )
-        self.leave()
+        self.remove_local_copies()
         if folder is not None:
             drop_steps(self._folder, 1)
-            drop_epochs(self._folder, self._kept)
+            drop_epochs(self._folder, self._retention)
 
     def _store(self, checkpoint: Any, name: str) -> Any:
-        """Ray Train's own copying puts files one after the other, so a cut leaves halves; ours puts whole ones."""
+        """Upload function for Ray Train, whose own would leave partial files after an interruption."""
         import ray.train
 
         try:
-            store_folder(Path(checkpoint.path), self._folder / name, self._stumbled)
+            store_folder(Path(checkpoint.path), self._folder / name, self._log_retry)
         except MotipError as error:
-            # Told here too: in the background there is nobody above who would.
-            self._give_up(error)
+            # Reported here too: an error in the upload thread does not reach the training loop.
+            self._report_failure(error)
             raise
         storage = ray.train.get_context().get_storage()
         return ray.train.Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
 
-    def _stumbled(self, text: str) -> None:
+    def _log_retry(self, text: str) -> None:
         _log.warning(text)
         self.record("note", {"text": text})
 
-    def _give_up(self, error: MotipError) -> None:
+    def _report_failure(self, error: MotipError) -> None:
         import ray
 
-        ray.get(self._mailbox.give_up.remote(error, traceback.format_exc()))
+        ray.get(self._channel.report_failure.remote(error, traceback.format_exc()))
 
 
-LASTING_ERRORS: tuple[type[Exception], ...] = (
+PERMANENT_ERRORS: tuple[type[Exception], ...] = (
     MotipError,
     ArithmeticError,
     AssertionError,
@@ -355,102 +359,104 @@ LASTING_ERRORS: tuple[type[Exception], ...] = (
     TypeError,
     ValueError,
 )
-"""Errors that come again however often the workers are restarted: wrong input, or a defect of the program."""
+"""Errors that a restart of the workers cannot fix: wrong input, or a defect of the program."""
 
 
-def _worker(settings: dict[str, Any]) -> None:
-    """What each training worker runs."""
+def _worker_main(settings: dict[str, Any]) -> None:
+    """Entry point of a training worker."""
     import ray
 
-    mailbox = settings["mailbox"]
-    if not ray.get(mailbox.worker_begins.remote()):
-        return  # restarted by Ray after an error that would only come again; the driver raises it
+    channel = settings["channel"]
+    if not ray.get(channel.worker_started.remote()):
+        return  # restarted by Ray after a permanent error, which the driver raises
     try:
-        _train(settings["job"], settings["placement"], mailbox, settings["folder"])
+        _train_on_worker(settings["job"], settings["resources"], channel, settings["folder"])
     except Stopped:
-        # Every rank ends like this, its position saved; an error would make Ray start the workers again.
-        ray.get(mailbox.stopped.remote())
-    except LASTING_ERRORS as error:
-        told = error if isinstance(error, MotipError) else MotipError(f"{type(error).__name__}: {error}")
-        ray.get(mailbox.give_up.remote(told, traceback.format_exc()))
+        # Every rank returns, its position saved; an error would make Ray restart the workers.
+        ray.get(channel.worker_stopped.remote())
+    except PERMANENT_ERRORS as error:
+        problem = error if isinstance(error, MotipError) else MotipError(f"{type(error).__name__}: {error}")
+        ray.get(channel.report_failure.remote(problem, traceback.format_exc()))
         raise
 
 
-def _train(job: StageJob, placement: Placement, mailbox: Any, folder: str) -> None:
+def _train_on_worker(job: StageJob, resources: ResourcePlan, channel: Any, folder: str) -> None:
     import ray.train
     import ray.train.torch
 
     config = Config.from_dict(job.config)
-    # [1] Ray Train has set up the process group.
-    comm = current_communicator(config.COLLECTIVE_TIMEOUT_S)
-    if placement.gpu:
+    # Process group, initialised by Ray Train, and device.
+    comm = current_process_group(config.COLLECTIVE_TIMEOUT_S)
+    if resources.gpu:
         device = ray.train.torch.get_device()
     else:
         device = torch.device("cpu")
-        here = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(max(1, _cores() // (here * placement.runs)))
-    # [2] The batches come from Ray Data, this rank's rows of the clip plan in order.
-    feed = RayFeed(job, config, comm.rank, comm.world_size, placement.decoders, placement.decoder_cpus)
-    reporter = RayReporter(mailbox, folder, _retention(job, config))
+        local_workers = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(max(1, _cores() // (local_workers * resources.concurrent_runs)))
+    # Batches from Ray Data: this rank's rows of the clip plan, in order.
+    batch_source = RayBatchSource(job, config, comm.rank, comm.world_size, resources.decoders, resources.decoder_cpus)
+    reporter = RayReporter(channel, folder, _retention(job, config))
     try:
-        run_stage(job, comm, feed, reporter, device)
+        train_stage_on_worker(job, comm, batch_source, reporter, device)
     finally:
-        reporter.leave()
+        reporter.remove_local_copies()
 
 
 def _cores() -> int:
-    """Cores that this process may use: more threads than that would wait for each other."""
+    """Cores that this process may use, the upper bound of useful threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _fit_on_ray(job: StageJob, placement: Placement, folder: str, on_record: OnRecord) -> None:
+def _fit_on_ray(job: StageJob, resources: ResourcePlan, folder: str, on_record: OnRecord) -> None:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # On the driver's own node: as long as the driver lives, so does what the workers told it.
-    beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=beside).remote()
+    # The channel is pinned to the driver's node, so that it outlives every other node.
+    pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    channel = ray.remote(RunChannel).options(num_cpus=0, scheduling_strategy=pinned).remote()
+    # The trainer. Its run is named after the stage's folder, which contains the digest of the inputs: a run of other
+    # inputs cannot be resumed by accident.
     parent, _, name = folder.rpartition("/")
-    # [4] One run name per set of inputs: a stale run of other inputs can never be resumed by accident.
     trainer = _trainer_class()(
-        _worker,
-        train_loop_config={"job": job, "placement": placement, "mailbox": mailbox, "folder": folder},
-        # [5] A worker that does not answer ends the wait of the others, instead of half an hour of silence.
+        _worker_main,
+        train_loop_config={"job": job, "resources": resources, "channel": channel, "folder": folder},
+        # By default torch waits half an hour for a rank that does not respond.
         torch_config=TorchConfig(timeout_s=int(job.config["COLLECTIVE_TIMEOUT_S"])),
-        scaling_config=ScalingConfig(**_scaling(placement, int(job.config["RESIZE_EVERY_S"]))),
+        scaling_config=ScalingConfig(**_scaling(resources, int(job.config["RESIZE_EVERY_S"]))),
         run_config=RunConfig(
             name=name,
-            # Plain paths in a file system of ours: Ray's own list of checkpoints is written with the same patience.
+            # With the package's file system Ray's list of checkpoints is written atomically and with retries.
             storage_path=parent.removeprefix("s3://"),
-            storage_filesystem=whole_files(remote=isinstance(location(folder), RemotePath)),
+            storage_filesystem=atomic_filesystem(remote=isinstance(location(folder), RemotePath)),
             failure_config=FailureConfig(max_failures=int(job.config["WORKER_RESTARTS"])),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
-    listening = _listening(mailbox, on_record)
-    with _passing_on(mailbox) as sigterm, listening, _interruptible():
+    # Training, with events and signals handled in this process.
+    events = _EventPump(channel, on_record)
+    with _forward_sigterm(channel) as sigterm, events, _sigint_as_keyboard_interrupt():
         try:
             trainer.fit()
         except Exception as error:
-            _raise_told(mailbox, folder)
-            told = _failed(job, folder, error, str(error))  # what all workers said is kept in any case
-            raise _why(mailbox, error, told) or told from error
-        _raise_told(mailbox, folder)
-        if sigterm.given or listening.ended:
+            _raise_worker_failure(channel, folder)
+            failed = _training_failed(job, folder, error, str(error))  # keeps the workers' output in any case
+            raise _lost_worker_error(channel, error, failed) or failed from error
+        _raise_worker_failure(channel, folder)
+        if sigterm.received or events.stopped:
             raise Stopped
 
 
 def _trainer_class() -> Any:
-    """TorchTrainer, without the actor that looks after left placement groups on a Ray that `connect` started.
+    """TorchTrainer, without the actor that cleans up placement groups on a Ray instance that `connect` started.
 
-    That actor asks the dashboard's server whether the controller lives. Such a Ray has none, and a stage would wait for
-    the answer at its end, for 12 s; what a controller that is killed leaves behind goes when the driver ends.
+    That actor polls the dashboard server, which such an instance does not have, and delays the end of a stage by 12 s.
+    Placement groups of a killed controller are removed when the driver ends.
     """
     from ray.train.torch import TorchTrainer
 
-    if OWN not in os.environ:
+    if OWN_RAY_ENV not in os.environ:
         return TorchTrainer
 
     class Trainer(TorchTrainer):
@@ -461,33 +467,36 @@ def _trainer_class() -> Any:
     return Trainer
 
 
-def _scaling(placement: Placement, resize_every_s: int) -> dict[str, Any]:
-    """With a range Ray looks now and then how many workers fit, and starts that many from the newest checkpoint."""
-    least = placement.least_workers
+def _scaling(resources: ResourcePlan, resize_every_s: int) -> dict[str, Any]:
+    """Arguments of ScalingConfig. With a range of workers Ray checks at the given interval how many fit, and restarts
+    with that number from the newest checkpoint."""
+    minimum = resources.min_workers
     return {
-        "num_workers": placement.workers if least is None else (least, placement.workers),
+        "num_workers": resources.workers if minimum is None else (minimum, resources.workers),
         "elastic_resize_monitor_interval_s": float(resize_every_s),
-        "use_gpu": placement.gpu,
-        "resources_per_worker": {"CPU": placement.cpus, **({"GPU": 1} if placement.gpu else {})},
+        "use_gpu": resources.gpu,
+        "resources_per_worker": {"CPU": resources.cpus, **({"GPU": 1} if resources.gpu else {})},
     }
 
 
-def _passing_on(mailbox: Any) -> PassedOn:
-    """SIGTERM of the driver, as `ray job stop` sends it, to the workers."""
+def _forward_sigterm(channel: Any) -> SigtermForwarder:
+    """Forward SIGTERM of the driver, as sent by `ray job stop`, to the workers."""
     import ray
 
-    def too_late() -> None:
-        reached = ray.get(mailbox.reached.remote())
-        text = f"SIGTERM: training did not end within {GRACE_S:.0f} s: {reached}; the checkpoints so far are kept"
+    def on_timeout() -> None:
+        progress = ray.get(channel.progress.remote())
+        text = (
+            f"SIGTERM: training did not end within {GRACE_PERIOD_S:.0f} s: {progress}; the checkpoints so far are kept"
+        )
         _log.error(text)
-        ray.get(mailbox.put.remote("note", {"text": text}))
+        ray.get(channel.put.remote("note", {"text": text}))
 
-    return PassedOn(lambda: ray.get(mailbox.stop.remote()), too_late)
+    return SigtermForwarder(lambda: ray.get(channel.request_stop.remote()), on_timeout)
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C as KeyboardInterrupt: Ray Train sets a handler of its own, which leaves by SystemExit and stays set."""
+def _sigint_as_keyboard_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt on Ctrl-C: Ray Train installs a handler that raises SystemExit and is not removed."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT) if main else None
     try:
@@ -499,42 +508,42 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _raise_told(mailbox: Any, folder: str) -> None:
-    """Raise what a worker gave up on, if any; a defect of the program comes with its traceback in a file."""
+def _raise_worker_failure(channel: Any, folder: str) -> None:
+    """Raise the permanent error reported by a worker, if any; for a defect the traceback is written to a file."""
     import ray
 
-    told = ray.get(mailbox.failure.remote())
-    if told is None:
+    failure = ray.get(channel.failure.remote())
+    if failure is None:
         return
-    error, text = told
+    error, text = failure
     if error.where is None and error.fix is None:
-        place = location(folder) / "failure.txt"
-        write_bytes(place, text.encode())
-        raise MotipError(error.what, where=f"{place} (traceback)", fix="this is a defect of the program: report it")
+        path = location(folder) / "failure.txt"
+        write_bytes(path, text.encode())
+        raise MotipError(error.what, where=f"{path} (traceback)", fix="this is a defect of the program: report it")
     raise error
 
 
-def _why(mailbox: Any, error: BaseException, told: MotipError) -> MotipError | None:
-    """Why the last attempt ended, in our own words where there are any.
+def _lost_worker_error(channel: Any, error: BaseException, failed: MotipError) -> MotipError | None:
+    """The report of a lost worker in the last attempt, or a MotipError among the causes of ``error``, if any.
 
-    A worker that waits in vain may be the consequence of another's failure, so the workers' own words are named too.
+    A lost worker may be the consequence of another worker's failure, so the full output of the workers is named too.
     """
     import ray
 
-    lost: MotipError | None = ray.get(mailbox.lost.remote())
+    lost: MotipError | None = ray.get(channel.lost.remote())
     if lost is None:
         return find_motip_error(error)
-    fix = f"read first what all workers said: {told.where}; {lost.fix}"
+    fix = f"read the output of the workers first: {failed.where}; {lost.fix}"
     return MotipError(lost.what, where=lost.where, found=lost.found, expected=lost.expected, fix=fix)
 
 
-def _failed(job: StageJob, folder: str, error: BaseException, text: str) -> MotipError:
-    place = location(folder) / "failure.txt"
-    write_bytes(place, text.encode())
+def _training_failed(job: StageJob, folder: str, error: BaseException, text: str) -> MotipError:
+    path = location(folder) / "failure.txt"
+    write_bytes(path, text.encode())
     return MotipError(
         f"training of stage {job.stage} failed: {_last_line(error)}",
-        where=f"{place} (all that the workers said)",
-        fix="the checkpoints so far are kept; run the same command again to go on",
+        where=f"{path} (full worker output)",
+        fix="the checkpoints so far are kept; run the same command again to resume",
     )
 
 
@@ -543,17 +552,22 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-class _listening:
-    """Fetch the mailbox's records every half second, in order, until the block ends; a record that cannot be handled
-    is an error at its end."""
+class _EventPump:
+    """Thread that drains the run channel every half second and passes the events on, in order; a context manager.
 
-    def __init__(self, mailbox: Any, on_record: OnRecord) -> None:
-        self._mailbox = mailbox
+    The first error of the handler is raised at the end of the block.
+
+    Attributes:
+        stopped: the handler raised `Stopped`, and the workers were requested to stop.
+    """
+
+    def __init__(self, channel: Any, on_record: OnRecord) -> None:
+        self._channel = channel
         self._on_record = on_record
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        self.ended = False
-        self._thread = threading.Thread(target=self._listen, name="motip-mailbox", daemon=True)
+        self.stopped = False
+        self._thread = threading.Thread(target=self._pump, name="motip-events", daemon=True)
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -564,33 +578,33 @@ class _listening:
         if self._error is not None and exc[0] is None:
             raise self._error
 
-    def _listen(self) -> None:
+    def _pump(self) -> None:
         import ray
 
         while True:
             last = self._stop.is_set()
             records: list[tuple[str, dict[str, Any]]] = []
-            with self._kept():
-                records = ray.get(self._mailbox.drain.remote())
+            with self._keep_errors():
+                records = ray.get(self._channel.drain.remote())
             for kind, values in records:
-                with self._kept():
+                with self._keep_errors():
                     self._on_record(kind, values)
             if last:
                 return
             time.sleep(0.5)
 
     @contextlib.contextmanager
-    def _kept(self) -> Iterator[None]:
-        """Said at once, raised at the end: a full disk on the driver must not cost hours of training, nor one record
-        the others."""
+    def _keep_errors(self) -> Iterator[None]:
+        """Log an error now and raise it at the end: a full disk on the driver must not end the training or prevent the
+        handling of later events."""
         try:
             yield
         except Stopped:
             import ray
 
-            ray.get(self._mailbox.stop.remote())
-            self.ended = True
+            ray.get(self._channel.request_stop.remote())
+            self.stopped = True
         except Exception as error:
             if self._error is None:
-                _log.error("what the training says cannot be recorded: %s", error)
+                _log.error("an event of the training cannot be recorded: %s", error)
             self._error = self._error or error

@@ -1,4 +1,4 @@
-"""Which checkpoints a stage's folder holds, which of them are whole, and which stay."""
+"""Checkpoints in a stage's folder: which are complete, and which are kept."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retention:
-    """What stays of a stage's checkpoints.
+    """Which checkpoints of a stage are kept.
 
     Attributes:
-        steps: checkpoints inside the epoch under way, the newest ones.
-        epochs: finished epochs besides the newest, the best ones; None keeps all.
-        best: the stage's metric that says which are best.
+        steps: number of checkpoints inside the current epoch, the newest ones.
+        epochs: number of finished epochs besides the newest, the best ones; None keeps all.
+        best: the stage's metric that ranks the epochs.
     """
 
     steps: int = 2
@@ -30,8 +30,8 @@ class Retention:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A finished epoch: what it scored, and its weights while they are kept."""
+class EpochCheckpoint:
+    """A finished epoch: its metrics, and its weights while they are kept."""
 
     epoch: int
     step: int
@@ -40,25 +40,25 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What lies in a stage's folder, from one look at it; half-written files are not among it."""
+class CheckpointIndex:
+    """Complete checkpoints in a stage's folder at the time of one listing."""
 
-    epochs: list[Finished]
-    """By epoch."""
+    epochs: list[EpochCheckpoint]
+    """In order of the epoch."""
     steps: dict[int, Location]
     """Weights of the positions inside epochs by optimiser step, in order."""
 
     def latest(self) -> Location | None:
-        """The newest whole checkpoint. At the same step a finished epoch is further than a position inside it."""
+        """The newest complete checkpoint. At the same step a finished epoch precedes a position inside it."""
         found = [(step, 0, path) for step, path in self.steps.items()]
         found += [(each.step, 1, each.weights) for each in self.epochs if each.weights is not None]
         return max(found, key=lambda each: each[:2])[2] if found else None
 
 
-def held(folder: Location) -> Held:
-    """Look at a stage's folder.
+def list_checkpoints(folder: Location) -> CheckpointIndex:
+    """List the complete checkpoints in a stage's folder.
 
-    A finished epoch has a metrics.json, which is written after its weights; without it the weights count for nothing.
+    The metrics.json of an epoch is written after its weights; weights without it are incomplete and not listed.
     """
     files = _checkpoint_files(folder)
     epochs = []
@@ -67,21 +67,22 @@ def held(folder: Location) -> Held:
             stored = read_json(path)
             number = int(stored["epoch"])
             weights = files.get((parent, f"checkpoint_{number}.pth"))
-            epochs.append(Finished(number, int(stored["step"]), stored["metrics"], weights))
-    return Held(sorted(epochs, key=lambda each: each.epoch), _steps(files))
+            epochs.append(EpochCheckpoint(number, int(stored["step"]), stored["metrics"], weights))
+    return CheckpointIndex(sorted(epochs, key=lambda each: each.epoch), _steps(files))
 
 
 def best_first(epochs: Mapping[int, Mapping[str, float]], metric: str) -> list[int]:
-    """The epochs that have the metric, the highest value first and the earliest of equals; none that is not finite."""
+    """Epochs sorted by the metric, highest first, the earliest of equals first; epochs without a finite value are
+    omitted."""
     values = {epoch: metrics.get(metric, math.nan) for epoch, metrics in epochs.items()}
     scored = [epoch for epoch, value in values.items() if math.isfinite(value)]
     return sorted(scored, key=lambda epoch: (-values[epoch], epoch))
 
 
 def drop_steps(folder: Location, kept: int) -> None:
-    """Remove the checkpoints inside epochs but for the last ``kept``.
+    """Remove the checkpoints inside epochs except the last ``kept``.
 
-    Their empty folders stay: Ray Train's own list of checkpoints names them, and is refused where one is missing.
+    Their empty folders stay: Ray Train rejects its list of checkpoints if a folder in it is missing.
     """
 
     def superfluous() -> list[Location]:
@@ -94,22 +95,22 @@ def drop_steps(folder: Location, kept: int) -> None:
 def drop_epochs(folder: Location, retention: Retention) -> None:
     """Remove the weights of finished epochs that are neither the newest nor among the best.
 
-    What they scored stays, so the stage's history is whole. An epoch without the metric can only be the newest.
+    Their metrics stay, so the stage's history is complete. An epoch without the metric is kept only as the newest.
     """
     if retention.epochs is None:
         return
 
     def superfluous() -> list[Location]:
-        whole = {each.epoch: each for each in held(folder).epochs if each.weights is not None}
-        best = best_first({epoch: each.metrics for epoch, each in whole.items()}, retention.best)
-        stay = {*best[: retention.epochs], max(whole, default=-1)}
-        return [each.weights for epoch, each in whole.items() if epoch not in stay and each.weights is not None]
+        complete = {each.epoch: each for each in list_checkpoints(folder).epochs if each.weights is not None}
+        best = best_first({epoch: each.metrics for epoch, each in complete.items()}, retention.best)
+        stay = {*best[: retention.epochs], max(complete, default=-1)}
+        return [each.weights for epoch, each in complete.items() if epoch not in stay and each.weights is not None]
 
     _remove(folder, superfluous)
 
 
 def _checkpoint_files(folder: Location) -> dict[tuple[str, str], Location]:
-    """(folder, name) of every file one level down; one listing."""
+    """(folder, name) -> path of every file one level down, from one listing."""
     return {(path.parent.name, path.name): path for path in files_under(folder) if path.parent.parent == folder}
 
 
@@ -123,10 +124,10 @@ def _steps(files: dict[tuple[str, str], Location]) -> dict[int, Location]:
 
 
 def _remove(folder: Location, superfluous: Callable[[], list[Location]]) -> None:
-    """Too many checkpoints are no reason to stop training: what cannot be removed is tried again next time."""
-    place = folder
+    """Remove files; a failure is logged and retried after the next checkpoint, since training can continue."""
+    path = folder
     try:
-        for place in superfluous():
-            place.unlink(missing_ok=True)
+        for path in superfluous():
+            path.unlink(missing_ok=True)
     except (MotipError, OSError) as error:
-        _log.warning("%s: checkpoints that are not needed any more stay for now: %s", place, str(error).splitlines()[0])
+        _log.warning("%s: superfluous checkpoints are not removed for now: %s", path, str(error).splitlines()[0])

@@ -1,8 +1,8 @@
-"""A stage's model with the right weights in it, and what else is taken from a checkpoint."""
+"""Initial model and optimiser state of a stage, from a checkpoint, the parent's weights or fresh initialisation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,14 +13,12 @@ from motip.model.initialisation import init_copy_id_decoder, init_grid_queries
 from motip.storage.paths import local_copy, location
 from motip.train.optimizer import load_optimizer
 from motip.train.stage_job import StageJob
-from motip.weights.pretrained import TransferReport, apply_transfer, load_checkpoint, plan_transfer, read_weights
-
-if TYPE_CHECKING:
-    from motip.train.loop import Run
+from motip.train.state import Run
+from motip.weights import TransferReport, apply_transfer, load_checkpoint, plan_transfer, read_weights
 
 
 def fresh_model(config: Config) -> MOTIP:
-    """Freshly initialised weights, the same for the same SEED, with the optional initialisations of the config."""
+    """A freshly initialised model, reproducible by SEED, with the optional initialisations of the configuration."""
     torch.manual_seed(config.SEED)
     model = build_model(ModelSpec.from_config(config))
     if config.INIT_GRID_QUERIES:
@@ -33,13 +31,13 @@ def fresh_model(config: Config) -> MOTIP:
 def build_model_for(
     job: StageJob, config: Config, stored: dict[str, Any] | None
 ) -> tuple[MOTIP, TransferReport | None]:
-    """The stage's model: as stored where a run goes on, else its parent's weights carried over by name.
+    """The stage's model: the stored weights of a resumed run, else its parent's weights transferred by name.
 
     Returns:
         the model on the CPU, and the transfer report (None for a resumed or freshly initialised model).
 
     Raises:
-        MotipError: the parent's weights are missing, damaged or do not fit; nothing is loaded then.
+        MotipError: the parent's weights are missing, damaged or incompatible; nothing is loaded then.
     """
     model = fresh_model(config)
     if stored is not None:
@@ -54,7 +52,7 @@ def build_model_for(
             where=job.parent.path,
             found=f"sha256 {weights.sha256[:12]}",
             expected=job.parent.sha256[:12],
-            fix="run the curriculum again: the stage is planned anew from the file as it is",
+            fix="run the curriculum again: the stage is planned again from the current file",
         )
     plan = plan_transfer(
         weights,
@@ -68,14 +66,14 @@ def build_model_for(
 
 
 def restore_optimizer(run: Run, stored: dict[str, Any] | None) -> int:
-    """Bring optimiser, schedule, loss scale and position to where training goes on; returns the next epoch.
+    """Restore optimiser, schedule, loss scale and position; returns the first epoch to train.
 
-    An interrupted stage resumes with everything. A stage that is handed its parent's weights starts afresh: the
-    parent's moments belong to another objective. Only where a file was given that the same configuration wrote (a run
-    prolonged by hand) RESUME_OPTIMIZER takes its moments along, and RESUME_SCHEDULER its epoch.
+    An interrupted stage resumes with all of them. A stage that starts from its parent's weights has a fresh optimiser:
+    the parent's moments belong to another objective. Only for a given weights file written by the same configuration
+    (a run extended by hand) RESUME_OPTIMIZER loads its moments, and RESUME_SCHEDULER its epoch.
 
     Raises:
-        MotipError: RESUME_SCHEDULER finds no epoch left to train.
+        MotipError: no epoch is left to train with RESUME_SCHEDULER.
     """
     if stored is not None:
         load_optimizer(run.optimizer, stored["optimizer"])
@@ -86,19 +84,19 @@ def restore_optimizer(run: Run, stored: dict[str, Any] | None) -> int:
         run.first_step, run.first_meter = int(position["step"]), position.get("meter")
         run.clips = int(position.get("clips", 0))
         return int(position["epoch"])
-    wanted = run.config.RESUME_OPTIMIZER, run.config.RESUME_SCHEDULER
-    if run.job.parent is not None and run.job.parent.stage is None and any(wanted):
-        return _prolong(run, run.job.parent.path, *wanted)
+    resume = run.config.RESUME_OPTIMIZER, run.config.RESUME_SCHEDULER
+    if run.job.parent is not None and run.job.parent.stage is None and any(resume):
+        return _extend(run, run.job.parent.path, *resume)
     return 0
 
 
-def _prolong(run: Run, path: str, optimizer: bool, scheduler: bool) -> int:
+def _extend(run: Run, path: str, optimizer: bool, scheduler: bool) -> int:
     given = load_checkpoint(local_copy(location(path)))
     if (given.get("config") or {}).get("_name") != run.config.name:
         return 0
     if optimizer and given.get("optimizer"):
         load_optimizer(run.optimizer, given["optimizer"])
-        run.note(f"optimiser moments taken along from {path}")
+        run.note(f"optimiser moments loaded from {path}")
     if not scheduler:
         return 0
     first = int(given["epoch"]) + 1
@@ -107,7 +105,7 @@ def _prolong(run: Run, path: str, optimizer: bool, scheduler: bool) -> int:
             "the given checkpoint has trained all epochs of this configuration",
             where=path,
             found=f"epoch {first} of {run.config.EPOCHS}",
-            fix="raise EPOCHS to go on, or set RESUME_SCHEDULER: False to train all epochs again from its weights",
+            fix="raise EPOCHS to continue, or set RESUME_SCHEDULER: False to train all epochs again from its weights",
         )
-    run.note(f"goes on at epoch {first + 1} of {run.config.EPOCHS}, where {path} ended")
+    run.note(f"resumed at epoch {first + 1} of {run.config.EPOCHS}, after the last epoch of {path}")
     return first

@@ -1,13 +1,12 @@
-"""Everything a training worker has to know about its stage, as plain data that crosses process borders."""
+"""Stage job: data, weights and settings of a stage as plain values, serialisable to the training workers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from motip.config import Config
-from motip.data.batch import ClipBatch
 from motip.data.clips import ClipPlan, ClipRef, PlanVideo, pad_to, plan_clips
 from motip.data.manifest import VideoEntry
 from motip.data.sequence import ClassMap
@@ -15,12 +14,16 @@ from motip.data.sequence import ClassMap
 
 @dataclass(frozen=True)
 class Parent:
-    """The weights a stage starts from: file, its sha256, and the MLflow run that made it (None for a given file)."""
+    """Initial weights of a stage: file, its sha256, and the MLflow run that wrote it (None for a given file)."""
 
     path: str
     sha256: str
     run_id: str | None = None
     stage: str | None = None
+
+    def to_dict(self) -> dict[str, str | None]:
+        """``{"path", "sha256", "run_id"}``, as checkpoints store it and the lineage records it."""
+        return {"path": self.path, "sha256": self.sha256, "run_id": self.run_id}
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,13 @@ class StageJob:
         train: training videos of all sources with their object counts.
         weights: clips per start frame, by source (the data mix).
         val: locked validation videos of the stage's own sources.
-        protocols: source to the protocol its videos are scored by.
+        protocols: source to the evaluation protocol of its videos.
         classes: source to {class name: raw categories}.
         storage: folder or URI that holds ``shards/``.
         parent: weights to start from; None trains from freshly initialised weights.
-        inputs: hex digest of everything above, the stage's identity.
-        run_id: MLflow run the metrics belong to.
-        best: metric that chooses the best checkpoint.
+        inputs: hex digest of all fields above, the identity of the stage.
+        run_id: MLflow run of the metrics.
+        best: metric that selects the best checkpoint.
     """
 
     stage: str
@@ -55,50 +58,30 @@ class StageJob:
     best: str = "HOTA"
 
     def class_maps(self, config: Config) -> dict[str, ClassMap]:
-        """Per source, raw categories to the stage's classes; categories of untrained classes become ignore regions."""
+        """Per source: raw categories to the stage's classes; categories of untrained classes become ignore regions."""
         return {source: ClassMap.among(config.class_names, raws) for source, raws in self.classes.items()}
 
 
-class Feed(Protocol):
-    """Where a worker's batches come from."""
-
-    def steps(self, epoch: int) -> int:
-        """Batches of one rank in an epoch; equal on all ranks."""
-        ...
-
-    def counts(self, epoch: int) -> dict[str, int]:
-        """What the clip plan of an epoch left out or repeated, by reason."""
-        ...
-
-    def batches(self, epoch: int, start_step: int) -> Iterator[ClipBatch]:
-        """This rank's batches from ``start_step`` on."""
-        ...
-
-    def started_with(self, first_world: int) -> None:
-        """Share out the global batches of a run that began with this many ranks; called before anything else."""
-        ...
-
-
 class EpochPlans:
-    """The clip plan of each epoch for a given number of ranks, made once and kept while it is in use.
+    """The clip plan of each epoch for a given number of ranks, with a cache of the epochs in use.
 
     Args:
-        world: ranks of this attempt.
-        first_world: ranks that the run began with, where it goes on with others: its steps keep their clips.
+        world_size: ranks of this attempt.
+        initial_world_size: ranks at the start of a resumed run, whose global batches are kept; None: ``world_size``.
     """
 
-    def __init__(self, job: StageJob, config: Config, world: int, first_world: int | None = None) -> None:
+    def __init__(self, job: StageJob, config: Config, world_size: int, initial_world_size: int | None = None) -> None:
         self._job = job
         self._config = config
-        self._world = world
-        self._global_batch = (first_world or world) * config.BATCH_SIZE
-        self._kept: dict[int, ClipPlan] = {}
+        self._world_size = world_size
+        self._global_batch = (initial_world_size or world_size) * config.BATCH_SIZE
+        self._cache: dict[int, ClipPlan] = {}
 
     def __call__(self, epoch: int) -> ClipPlan:
-        if epoch not in self._kept:
-            self._kept = {number: plan for number, plan in self._kept.items() if number >= epoch - 1}
-            self._kept[epoch] = self._make(epoch)
-        return self._kept[epoch]
+        if epoch not in self._cache:
+            self._cache = {number: plan for number, plan in self._cache.items() if number >= epoch - 1}
+            self._cache[epoch] = self._make(epoch)
+        return self._cache[epoch]
 
     def _make(self, epoch: int) -> ClipPlan:
         config = self._config
@@ -114,18 +97,18 @@ class EpochPlans:
             length_per_iteration=config.LENGTH_PER_ITERATION,
             interval_seconds=schedule.interval_seconds,
         )
-        return shared_among(pad_to(plan, self._global_batch), self._world)
+        return divided_among(pad_to(plan, self._global_batch), self._world_size)
 
 
-def shared_among(plan: ClipPlan, world: int) -> ClipPlan:
-    """The same steps of the same clips for another number of ranks: uneven shares are filled with weight-0 repeats."""
-    per_rank = -(-plan.global_batch // world)
-    if per_rank * world == plan.global_batch:
+def divided_among(plan: ClipPlan, world_size: int) -> ClipPlan:
+    """The same steps of the same clips for another number of ranks; uneven shares are padded with weight-0 repeats."""
+    per_rank = -(-plan.global_batch // world_size)
+    if per_rank * world_size == plan.global_batch:
         return plan
     clips: list[ClipRef] = []
     for begin in range(0, len(plan.clips), plan.global_batch):
         step = plan.clips[begin : begin + plan.global_batch]
-        missing = per_rank * world - len(step)
+        missing = per_rank * world_size - len(step)
         clips += [*step, *(replace(step[i % len(step)], weight=0) for i in range(missing))]
     counts = {**plan.counts, "padding_for_workers": len(clips) - len(plan.clips)}
-    return replace(plan, clips=tuple(clips), counts=counts, global_batch=per_rank * world)
+    return replace(plan, clips=tuple(clips), counts=counts, global_batch=per_rank * world_size)

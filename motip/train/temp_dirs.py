@@ -1,4 +1,4 @@
-"""Local folders of a run on one node, none of which outlives the run's next attempt there."""
+"""Temporary directories of a run on one node, removed at the latest by the run's next attempt there."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 
 
-class Scratch:
-    """Temporary folders below one folder that belongs to the run.
+class TempDirs:
+    """Temporary directories below one directory that belongs to the run.
 
     Args:
-        run: names the run; the same on every attempt.
+        run: identifies the run; the same for every attempt.
     """
 
     def __init__(self, run: str) -> None:
@@ -22,23 +22,23 @@ class Scratch:
         self.parent = Path(tempfile.gettempdir()) / f"motip_{os.getuid()}_{digest}"
         self._own: list[Path] = []
 
-    def sweep(self) -> None:
-        """Remove what killed workers left; to be called when no worker of the run uses any of it."""
+    def remove_stale(self) -> None:
+        """Remove what killed workers left; to be called while no worker of the run uses any of the directories."""
         shutil.rmtree(self.parent, ignore_errors=True)
 
-    def new(self, name: str, given_away: bool = False) -> Path:
-        """An empty folder, which `clear` removes unless it was given away to somebody who does."""
+    def new(self, name: str, keep: bool = False) -> Path:
+        """An empty directory; `clear` removes it unless ``keep`` (the caller's consumer removes it)."""
         self.parent.mkdir(mode=0o700, exist_ok=True)
         path = Path(tempfile.mkdtemp(prefix=f"{name}_", dir=self.parent))
-        if not given_away:
+        if not keep:
             self._own.append(path)
         return path
 
     def clear(self) -> None:
-        """Remove the folders made here; those of other ranks on the node stay."""
+        """Remove the directories made by this object; those of other ranks on the node stay."""
         for path in self._own:
             shutil.rmtree(path, ignore_errors=True)
         self._own.clear()
-        # Another rank of the node may still have one there, or was faster.
+        # Fails if another rank of the node has a directory there, or has removed it already.
         with contextlib.suppress(OSError):
             self.parent.rmdir()

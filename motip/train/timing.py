@@ -1,4 +1,4 @@
-"""Where the time and the memory of training go, measured without making the device wait for it."""
+"""Time split and memory of training, measured with one device synchronisation per logging interval."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 PARTS = ("forward", "backward", "optimiser")
-"""What a step's own time is split into; waiting for batches is measured where the batches come from."""
+"""Parts of a step's time; waiting for batches is measured by the epoch loop."""
 
 
 class StepClock:
     """Seconds spent in each part of the training steps.
 
-    On CUDA the device's own time counts: a pair of events per part is put into the stream, and `take` reads them all
-    after the only synchronisation. Elsewhere it is the time on the wall.
+    On CUDA device time is measured: a pair of events per part is recorded in the stream, and `take` reads them all
+    after one synchronisation. On a CPU it is wall-clock time.
 
     Args:
         device: where the steps run.
@@ -32,7 +32,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time of a block, also of one that fails, to the part ``name`` (one of `PARTS`)."""
+        """Add the time of a block, also of one that raises, to the part ``name`` (one of `PARTS`)."""
         if self._device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             stream = torch.cuda.current_stream(self._device)
@@ -50,7 +50,7 @@ class StepClock:
             self._seconds[name] += time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
-        """Seconds by part since the last call. On CUDA it waits for the device: call it at the logging interval."""
+        """Seconds by part since the last call. Synchronises a CUDA device: call it once per logging interval."""
         if self._events:
             torch.cuda.synchronize(self._device)
             for name, begin, end in self._events:
@@ -61,20 +61,20 @@ class StepClock:
 
 
 class Interval:
-    """How much running sums have grown since they were last looked at."""
+    """Growth of running sums since the last call."""
 
     def __init__(self, sums: Mapping[str, float]) -> None:
         self._before = dict(sums)
 
     def since(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The growth of each sum; the next call counts from here."""
+        """The growth of each sum; the next call starts from these values."""
         growth = {name: value - self._before.get(name, 0.0) for name, value in sums.items()}
         self._before = dict(sums)
         return growth
 
 
 def memory_gib(device: torch.device) -> float:
-    """GiB in use by this process: on CUDA the most allocated since the last call, else what is resident now."""
+    """GiB in use by this process: on CUDA the peak allocated since the last call, else the resident size."""
     if device.type != "cuda":
         return resident_bytes() / 2**30
     peak = torch.cuda.max_memory_allocated(device) / 2**30
@@ -83,11 +83,11 @@ def memory_gib(device: torch.device) -> float:
 
 
 def resident_bytes() -> int:
-    """Main memory this process holds now; where the system does not say, the most it ever held."""
+    """Resident size of this process; its peak on systems without /proc/self/statm."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

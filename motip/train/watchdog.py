@@ -1,7 +1,7 @@
-"""Waiting comes to an end: whoever makes no progress is named with where it stands, and the workers end.
+"""Progress watchdog.
 
-Two eyes watch a rank. The others do while they wait for it in `gather`, and raise. It does itself, in a thread of its
-own, because with one worker nobody waits, and ends its process: no exception reaches what hangs in a dead mount.
+Peers raise `WorkerLost` while they wait in `all_gather` for a rank without progress; a background thread exits a
+process that stalls alone, because no exception interrupts a call that blocks in the kernel (a dead mount).
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ import torch
 from torch import Tensor
 
 from motip.errors import MotipError
-from motip.train.collectives import Communicator
+from motip.train.collectives import ProcessGroup
 
 PROGRESS_TIMEOUT_S = 1800.0
 EXIT_STATUS = 70
-"""Of a process that ends itself because it hangs (EX_SOFTWARE of sysexits)."""
+"""Exit status of a process that ends itself because it stalls (EX_SOFTWARE of sysexits)."""
 
-_LOOK_S = 2.0
-_TELL_S = 10.0
-"""A storage that hangs must not keep the process from ending."""
+_POLL_S = 2.0
+_REPORT_TIMEOUT_S = 10.0
+"""Upper bound for a final report: a blocked storage must not prevent the exit."""
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 _log = logging.getLogger(__name__)
 
 
 class WorkerLost(RuntimeError):
-    """Another rank died or stalled. No MotipError: Ray starts the workers again after it, and that may cure it.
+    """Another rank died or stalled. Not a MotipError: Ray restarts the workers after it, which may fix it.
 
     Attributes:
-        problem: what the user is told.
+        problem: the message for the user.
     """
 
     def __init__(self, problem: MotipError) -> None:
@@ -52,143 +52,143 @@ class WorkerLost(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What a rank tells the others of itself.
+class Heartbeat:
+    """Status that a rank publishes for the others.
 
     Attributes:
-        where: what it does. A rank whose text changes makes progress.
-        line: of the program that it is in.
-        arrived: how often it has come to a `gather`.
+        status: what the rank does; a rank whose status changes makes progress.
+        code_line: line of the program that its training thread executes.
+        arrived: number of `all_gather` calls that it has entered.
     """
 
-    where: str = ""
-    line: str = ""
+    status: str = ""
+    code_line: str = ""
     arrived: int = 0
 
     @staticmethod
-    def parse(text: str) -> Standing:
-        return Standing(**json.loads(text)) if text else Standing()
+    def parse(text: str) -> Heartbeat:
+        return Heartbeat(**json.loads(text)) if text else Heartbeat()
 
 
-class Stillness:
-    """For how long something has not changed, by being looked at now and then.
+class StallTimer:
+    """Seconds since a polled value last changed.
 
     Args:
-        look_s: usual time between two looks. A longer one counts as twice that: the process itself was stopped.
+        poll_s: usual time between two polls. A longer pause counts as twice that, because this process was suspended.
     """
 
-    def __init__(self, look_s: float) -> None:
-        self._most = 2 * look_s
+    def __init__(self, poll_s: float) -> None:
+        self._max_pause = 2 * poll_s
         self._value: object = None
         self._last = time.monotonic()
         self.seconds = 0.0
 
-    def see(self, value: object) -> float:
-        """Look; returns the seconds since it last was another."""
+    def update(self, value: object) -> float:
+        """Compare with the last polled value; returns the seconds since the last change."""
         now = time.monotonic()
-        self.seconds = self.seconds + min(now - self._last, self._most) if value == self._value else 0.0
+        self.seconds = self.seconds + min(now - self._last, self._max_pause) if value == self._value else 0.0
         self._value, self._last = value, now
         return self.seconds
 
 
-class Watched:
-    """A communicator that ends, with a message, when another rank does not answer or makes no progress.
+class Watchdog:
+    """Process group that raises `WorkerLost` if another rank does not respond or makes no progress.
 
-    `sum_` is for ranks that do the same thing at the same time: it waits for COLLECTIVE_TIMEOUT_S. `gather` waits as
-    long as those who have not come make progress, since they may be validating or saving: it says again and again whom
-    it waits for, and gives up after PROGRESS_TIMEOUT_S without any.
+    `sum_` is for ranks that do the same work at the same time and has the timeout COLLECTIVE_TIMEOUT_S. `all_gather`
+    waits as long as the missing ranks make progress, since they may be validating or saving: it logs at intervals which
+    ranks it waits for, and raises after PROGRESS_TIMEOUT_S without progress.
 
     Args:
         inner: the ranks.
-        timeout_s: COLLECTIVE_TIMEOUT_S, for the messages; the process group itself keeps the time.
+        timeout_s: COLLECTIVE_TIMEOUT_S, for the messages; the process group itself enforces it.
         progress_s: PROGRESS_TIMEOUT_S.
 
     Attributes:
-        where: says where training is: stage, epoch, step and clips, or the frame that is tracked.
+        status: returns what training is doing: stage, epoch, step and clips, or the frame being tracked.
     """
 
-    def __init__(self, inner: Communicator, timeout_s: float, progress_s: float = PROGRESS_TIMEOUT_S) -> None:
+    def __init__(self, inner: ProcessGroup, timeout_s: float, progress_s: float = PROGRESS_TIMEOUT_S) -> None:
         self._inner = inner
         self._timeout_s = timeout_s
         self._progress_s = progress_s
-        self._look_s = min(_LOOK_S, progress_s / 20)
+        self._poll_s = min(_POLL_S, progress_s / 20)
         self.world_size = inner.world_size
         self.rank = inner.rank
-        self.where: Callable[[], str] = lambda: "before the first step"
+        self.status: Callable[[], str] = lambda: "before the first step"
         self._thread = threading.get_ident()
         self._waits = False
-        self._posting = threading.Lock()
-        # Others may have used the same ranks before.
-        self._arrived = Standing.parse(inner.read(self.rank)).arrived
+        self._publish_lock = threading.Lock()
+        # An earlier Watchdog may have used the same ranks.
+        self._arrived = Heartbeat.parse(inner.read_status(self.rank)).arrived
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        with self._waiting(), self._answered():
+        with self._waiting(), self._translate_timeouts():
             return self._inner.sum_(tensor)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         with self._waiting():
             if self.world_size > 1:
-                self._meet()
-            with self._answered():
-                return self._inner.gather(value)
+                self._wait_for_all()
+            with self._translate_timeouts():
+                return self._inner.all_gather(value)
 
-    def post(self, text: str) -> None:
-        self._inner.post(text)
+    def publish_status(self, text: str) -> None:
+        self._inner.publish_status(text)
 
-    def read(self, rank: int) -> str:
-        return self._inner.read(rank)
+    def read_status(self, rank: int) -> str:
+        return self._inner.read_status(rank)
 
     @contextlib.contextmanager
-    def guarded(self, tell: Callable[[MotipError], None]) -> Iterator[None]:
-        """Let the others see where this rank is, and end this process where it makes no progress itself.
+    def monitored(self, report: Callable[[MotipError], None]) -> Iterator[None]:
+        """Inside the block a thread publishes this rank's heartbeat, and exits the process if it makes no progress.
 
         Args:
-            tell: hears why, in a thread of its own, before the process ends.
+            report: called with the reason, in a separate thread, before the process exits.
         """
         over = threading.Event()
         self._thread = threading.get_ident()
-        thread = threading.Thread(target=self._guard, args=(over, tell), name="motip-watch", daemon=True)
+        thread = threading.Thread(target=self._monitor, args=(over, report), name="motip-watchdog", daemon=True)
         thread.start()
         try:
             yield
         finally:
             over.set()
-            thread.join(timeout=_TELL_S)
+            thread.join(timeout=_REPORT_TIMEOUT_S)
 
-    # ------------------------------------------------------------------------------------- the others
+    # ------------------------------------------------------------------------------- waiting for other ranks
 
-    def _meet(self) -> None:
-        """Return once every rank has come to this `gather`.
+    def _wait_for_all(self) -> None:
+        """Return once every rank has entered this `all_gather`.
 
         Raises:
-            WorkerLost: one that has not come makes no progress.
+            WorkerLost: a missing rank makes no progress.
         """
         self._arrived += 1
-        with self._answered(alarm=False):
-            self._post()
-        still = {rank: Stillness(self._look_s) for rank in range(self.world_size) if rank != self.rank}
-        begin = told = time.monotonic()
+        with self._translate_timeouts(alarm=False):
+            self._publish()
+        timers = {rank: StallTimer(self._poll_s) for rank in range(self.world_size) if rank != self.rank}
+        begin = logged = time.monotonic()
         pause = 0.001
-        while late := self._not_come(list(still)):
-            still = {rank: still[rank] for rank in late}
-            for rank, standing in late.items():
-                if still[rank].see(standing.where) >= self._progress_s:
-                    raise WorkerLost(self._stalled(rank, standing, still[rank].seconds))
-            if time.monotonic() - told >= self._timeout_s:
-                told = time.monotonic()
+        while missing := self._not_arrived(list(timers)):
+            timers = {rank: timers[rank] for rank in missing}
+            for rank, heartbeat in missing.items():
+                if timers[rank].update(heartbeat.status) >= self._progress_s:
+                    raise WorkerLost(self._stall_error(rank, heartbeat, timers[rank].seconds))
+            if time.monotonic() - logged >= self._timeout_s:
+                logged = time.monotonic()
                 _log.warning(
-                    "rank %d has waited %s for %s; it goes on waiting as long as they make progress",
+                    "rank %d has waited %s for %s; it keeps waiting as long as they make progress",
                     self.rank,
-                    _lasting(told - begin),
-                    "; ".join(f"rank {rank} ({each.where or 'not heard of yet'})" for rank, each in late.items()),
+                    _duration(logged - begin),
+                    "; ".join(f"rank {rank} ({each.status or 'no status yet'})" for rank, each in missing.items()),
                 )
             time.sleep(pause)
-            pause = min(1.5 * pause, self._look_s)
+            pause = min(1.5 * pause, self._poll_s)
 
-    def _not_come(self, ranks: list[int]) -> dict[int, Standing]:
-        with self._answered(alarm=False):
-            standings = {rank: Standing.parse(self._inner.read(rank)) for rank in ranks}
-        return {rank: each for rank, each in standings.items() if each.arrived < self._arrived}
+    def _not_arrived(self, ranks: list[int]) -> dict[int, Heartbeat]:
+        with self._translate_timeouts(alarm=False):
+            heartbeats = {rank: Heartbeat.parse(self._inner.read_status(rank)) for rank in ranks}
+        return {rank: each for rank, each in heartbeats.items() if each.arrived < self._arrived}
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -199,9 +199,10 @@ class Watched:
             self._waits = False
 
     @contextlib.contextmanager
-    def _answered(self, alarm: bool = True) -> Iterator[None]:
-        # Where NCCL's watchdog ends the process without an exception, this line is what the log has.
-        timer = threading.Timer(0.9 * self._timeout_s, self._no_answer_yet)
+    def _translate_timeouts(self, alarm: bool = True) -> Iterator[None]:
+        """Raise `WorkerLost` for an error of the process group; log shortly before the timeout if ``alarm``."""
+        # NCCL's watchdog may end the process without an exception; then this log line is the only message.
+        timer = threading.Timer(0.9 * self._timeout_s, self._log_wait)
         timer.daemon = True
         if self.world_size > 1 and alarm:
             timer.start()
@@ -213,81 +214,84 @@ class Watched:
                 raise
             problem = MotipError(
                 f"rank {self.rank} of {self.world_size} got no answer from another worker",
-                where=self.where(),
+                where=self.status(),
                 found=f"{str(error).splitlines()[0][:200]} (after {time.monotonic() - begin:.0f} s)",
                 expected=f"an answer within {self._timeout_s:g} s (COLLECTIVE_TIMEOUT_S)",
                 fix="look for the worker that stopped or is far slower than the others (its own log, its memory); "
-                "run the same command again to go on from the last checkpoint",
+                "run the same command again to resume from the last checkpoint",
             )
             raise WorkerLost(problem) from error
         finally:
             timer.cancel()
 
-    def _no_answer_yet(self) -> None:
+    def _log_wait(self) -> None:
         _log.error(
-            "rank %d has waited %.0f s for another worker: %s; at %.0f s training ends",
+            "rank %d has waited %.0f s for another worker: %s; training ends after %.0f s",
             self.rank,
             0.9 * self._timeout_s,
-            self.where(),
+            self.status(),
             self._timeout_s,
         )
 
-    # ------------------------------------------------------------------------------------------ itself
+    # ----------------------------------------------------------------------------------- this rank's progress
 
-    def _guard(self, over: threading.Event, tell: Callable[[MotipError], None]) -> None:
-        # Those who wait for this rank are given the time to say so: an error tells more than a process that is gone.
-        patience = self._progress_s * (1.0 if self.world_size == 1 else 1.2)
-        still = Stillness(self._look_s)
-        posts = self.world_size > 1
-        while not over.wait(self._look_s):
-            where = self.where()
-            if still.see(object() if self._waits else where) >= patience:
-                problem = self._stalled(self.rank, Standing(where, self._line()), still.seconds)
+    def _monitor(self, over: threading.Event, report: Callable[[MotipError], None]) -> None:
+        # With several ranks the waiting ones raise first: their error has more detail than an exit status.
+        limit_s = self._progress_s * (1.0 if self.world_size == 1 else 1.2)
+        timer = StallTimer(self._poll_s)
+        publishes = self.world_size > 1
+        while not over.wait(self._poll_s):
+            # Exit without progress; waiting for other ranks counts as progress.
+            status = self.status()
+            if timer.update(object() if self._waits else status) >= limit_s:
+                problem = self._stall_error(self.rank, Heartbeat(status, self._code_line()), timer.seconds)
                 _log.error("%s\n%s", problem.render(), self._stack())
-                self._tell(tell, problem)
+                self._report(report, problem)
                 if not over.is_set():
                     os._exit(EXIT_STATUS)
+            # Publish the heartbeat.
             try:
-                if posts and not over.is_set():
-                    self._post()
+                if publishes and not over.is_set():
+                    self._publish()
             except RuntimeError as error:
-                posts = False
-                _log.warning("rank %d cannot tell the others where it is: %s", self.rank, str(error).splitlines()[0])
+                publishes = False
+                _log.warning("rank %d cannot publish its status: %s", self.rank, str(error).splitlines()[0])
 
-    def _tell(self, tell: Callable[[MotipError], None], problem: MotipError) -> None:
-        teller = threading.Thread(target=tell, args=(problem,), daemon=True)
-        teller.start()
-        teller.join(_TELL_S)
+    def _report(self, report: Callable[[MotipError], None], problem: MotipError) -> None:
+        thread = threading.Thread(target=report, args=(problem,), daemon=True)
+        thread.start()
+        thread.join(_REPORT_TIMEOUT_S)
 
-    def _post(self) -> None:
-        # Two threads post: without the lock an older standing could replace a newer one.
-        with self._posting:
-            self._inner.post(self._standing())
+    def _publish(self) -> None:
+        # Two threads publish: without the lock an older heartbeat could replace a newer one.
+        with self._publish_lock:
+            self._inner.publish_status(self._heartbeat())
 
-    def _standing(self) -> str:
-        return json.dumps(asdict(Standing(self.where(), self._line(), self._arrived)))
+    def _heartbeat(self) -> str:
+        return json.dumps(asdict(Heartbeat(self.status(), self._code_line(), self._arrived)))
 
-    def _stalled(self, rank: int, standing: Standing, seconds: float) -> MotipError:
+    def _stall_error(self, rank: int, heartbeat: Heartbeat, seconds: float) -> MotipError:
         since = datetime.now(UTC) - timedelta(seconds=seconds)
+        line = heartbeat.code_line and f"; it is at {heartbeat.code_line}"
         return MotipError(
-            f"rank {rank} of {self.world_size} has made no progress for {_lasting(seconds)}",
-            where=standing.where or "it has not been heard of",
-            found=f"nothing since {since:%Y-%m-%d %H:%M:%S} UTC{standing.line and f'; it is at {standing.line}'}",
+            f"rank {rank} of {self.world_size} has made no progress for {_duration(seconds)}",
+            where=heartbeat.status or "no status received",
+            found=f"nothing since {since:%Y-%m-%d %H:%M:%S} UTC{line}",
             expected=f"a step, a tracked frame, a scored video or a written file within {self._progress_s:g} s "
             "(PROGRESS_TIMEOUT_S)",
-            fix="look at the storage and the machine of that worker; if a single one of these takes so long, raise "
-            "PROGRESS_TIMEOUT_S (--set PROGRESS_TIMEOUT_S=7200). Ray starts the workers again from the last "
-            "checkpoint, WORKER_RESTARTS times; after that, and without Ray, run the same command again",
+            fix="check the storage and the machine of that worker; if a single one of these takes so long, raise "
+            "PROGRESS_TIMEOUT_S (--set PROGRESS_TIMEOUT_S=7200). Ray restarts the workers from the last checkpoint, "
+            "WORKER_RESTARTS times; after that, and without Ray, run the same command again",
         )
 
-    def _line(self) -> str:
-        """Where in this package the training thread is, or what that has called where it is elsewhere."""
+    def _code_line(self) -> str:
+        """The innermost line of this package on the stack of the training thread."""
         frame: FrameType | None = sys._current_frames().get(self._thread)
         while frame is not None:
             path = frame.f_code.co_filename
             if path.startswith(_PACKAGE) and path != __file__:
-                place = Path(path).relative_to(Path(_PACKAGE).parent)
-                return f"{place}:{frame.f_lineno} in {frame.f_code.co_name}"
+                relative = Path(path).relative_to(Path(_PACKAGE).parent)
+                return f"{relative}:{frame.f_lineno} in {frame.f_code.co_name}"
             frame = frame.f_back
         return ""
 
@@ -296,5 +300,5 @@ class Watched:
         return "" if frame is None else "".join(traceback.format_stack(frame))
 
 
-def _lasting(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 
 from motip.storage.paths import read_json
 from motip.train.ray_train import completed
-from motip.weights.pretrained import load_checkpoint
+from motip.weights import load_checkpoint
 from tests.helpers.small_curriculum import write_files
 
 # Slow: the duration depends on when Ray polls for resources.
@@ -41,7 +41,7 @@ def test_training_uses_a_new_node_and_continues_after_its_loss(tmp_path: Path, m
             )
         _wait_until(lambda: _step(tmp_path) >= 2, driver, log)
         node = cluster.add_node(num_cpus=1)
-        _wait_until(lambda: "goes on with 2 workers; it began with 1" in log.read_text(), driver, log)
+        _wait_until(lambda: "resumed with 2 workers; the run began with 1" in log.read_text(), driver, log)
         grown = _step(tmp_path)
         _wait_until(lambda: _step(tmp_path) >= grown + 2, driver, log)
         cluster.remove_node(node, allow_graceful=False)

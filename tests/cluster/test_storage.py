@@ -60,12 +60,12 @@ def test_failing_s3_requests_cost_no_step(tmp_path: Path, monkeypatch: pytest.Mo
 
         cluster = connect(num_cpus=2)  # a separate Ray: its processes need this store in their environment
         try:
-            store.fails("POST .*checkpoint_0.pth", MORE_THAN_CLIENT_RETRIES)
-            store.fails("(PUT|POST) .*checkpoint_step_2.pth", MORE_THAN_CLIENT_RETRIES, drop=True)
-            store.fails("(PUT|POST) .*checkpoint_manager_snapshot", MORE_THAN_CLIENT_RETRIES)
-            store.fails("DELETE .*checkpoint_step", MORE_THAN_CLIENT_RETRIES, drop=True)
+            store.fail("POST .*checkpoint_0.pth", MORE_THAN_CLIENT_RETRIES)
+            store.fail("(PUT|POST) .*checkpoint_step_2.pth", MORE_THAN_CLIENT_RETRIES, drop=True)
+            store.fail("(PUT|POST) .*checkpoint_manager_snapshot", MORE_THAN_CLIENT_RETRIES)
+            store.fail("DELETE .*checkpoint_step", MORE_THAN_CLIENT_RETRIES, drop=True)
             ui, folder = train()
-            assert [trouble.left for trouble in store.troubles] == [0, 0, 0, 0]
+            assert [failure.left for failure in store.failures] == [0, 0, 0, 0]
             assert sorted(_losses(ui)) == [1, 2, 3, 4], "every step once, none repeated after a crash"
             assert _epochs(ui) == [0, 1]
             best = read_json(folder / "stage.json")["best_epoch"]

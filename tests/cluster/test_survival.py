@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from motip.storage.paths import read_json
 from motip.train.ray_train import completed
-from motip.weights.pretrained import load_checkpoint
+from motip.weights import load_checkpoint
 from tests.helpers.ray_heads import Head, running_head
 from tests.helpers.small_curriculum import write_files
 from tests.lineage.test_secrets import found_in

@@ -1,4 +1,4 @@
-"""From a shard to the loss: what the labels and the configuration say reaches the training step and its metrics."""
+"""From a shard to the loss: labels and configuration reach the training step and its metrics."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from motip.data.clip_loader import ClipLoader, local_batches, plan_videos
 from motip.data.clips import PlanVideo, plan_clips
 from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence
 from motip.data.shards import shard_path, write_shard
+from motip.train.batch_sources import LocalBatchSource
 from motip.train.collectives import SingleProcess
-from motip.train.loop import Run, train_epoch
+from motip.train.loop import train_epoch
 from motip.train.optimizer import LearningRates, build_optimizer
-from motip.train.ray_train import FolderReporter, LocalFeed
+from motip.train.ray_train import FolderReporter
 from motip.train.stage_job import EpochPlans, StageJob
+from motip.train.state import Run
 from motip.train.step import TrainStep
 from tests.helpers.small_training import small_config, small_model
 
@@ -40,7 +42,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def write_video(storage: Path, name: str, frames: int = 6, region: bool = False) -> SimpleNamespace:
-    """Three cars, and with ``region`` an ignore region over the whole picture."""
+    """Write a video of three cars, and with ``region`` an ignore region over the full image."""
     labelled = []
     for number in range(frames):
         picture = np.random.default_rng(number).integers(0, 255, (8, 12, 3), dtype=np.uint8)
@@ -80,7 +82,7 @@ def batch_of(config: Config, storage: Path, entry: SimpleNamespace) -> ClipBatch
     return next(local_batches(plan, ClipLoader(config, class_maps(config), storage)))
 
 
-def test_ignore_regions_of_a_shard_spare_unmatched_predictions(tmp_path: Path) -> None:
+def test_unmatched_predictions_in_ignore_regions_are_not_penalised(tmp_path: Path) -> None:
     config = small_config(**SETTINGS)
     losses = {}
     for region in (False, True):
@@ -92,35 +94,35 @@ def test_ignore_regions_of_a_shard_spare_unmatched_predictions(tmp_path: Path) -
         losses[region] = step.accumulate(batch, torch.arange(3)).values
     queries = 3 * config.DETR_NUM_QUERIES
     assert losses[False]["ignored_queries"] == 0
-    assert queries / 2 < losses[True]["ignored_queries"] <= queries - 9, "the nine matched ones are never spared"
+    assert queries / 2 < losses[True]["ignored_queries"] <= queries - 9, "matched predictions are never ignored"
     assert losses[True]["loss_ce"] < losses[False]["loss_ce"]
     assert losses[True]["loss_bbox"] == pytest.approx(losses[False]["loss_bbox"])
 
 
 @pytest.mark.parametrize(("rule", "kept", "dropped"), [("distractor", 2.0, 0.0), ("drop", 0.0, 2.0)])
-def test_objects_beyond_the_vocabulary_are_metrics_of_the_epoch(
+def test_objects_beyond_the_vocabulary_are_epoch_metrics(
     tmp_path: Path, rule: str, kept: float, dropped: float
 ) -> None:
     config = small_config(**SETTINGS, NUM_ID_VOCABULARY=1, SUBSET_OVERFLOW=rule, EPOCHS=1)
     job = job_of(config, tmp_path, [write_video(tmp_path, "v")])
     records: list[tuple[str, dict[str, Any]]] = []
-    model, feed, comm = small_model(config), LocalFeed(job, config), SingleProcess()
+    model, batch_source, comm = small_model(config), LocalBatchSource(job, config), SingleProcess()
     optimizer = build_optimizer(model, config)
     run = Run(
         job,
         config,
         comm,
-        feed,
+        batch_source,
         FolderReporter(tmp_path / "out", lambda kind, values: records.append((kind, values))),
         torch.device("cpu"),
         model,
         optimizer,
-        LearningRates(optimizer, config, feed.steps(0)),
+        LearningRates(optimizer, config, batch_source.steps(0)),
         TrainStep(model, config, comm),
     )
     metrics = train_epoch(run, 0)
     clips = metrics["plan/clips"]
-    assert clips == feed.steps(0) == 4
+    assert clips == batch_source.steps(0) == 4
     assert metrics["distractors"] == kept * clips
     assert metrics["objects_without_id_slot"] == dropped * clips
 
@@ -133,6 +135,6 @@ def test_intervals_in_seconds_span_the_same_time_in_every_dataset(tmp_path: Path
     ]
     job = StageJob("stage", config.to_dict(), tuple(videos), {}, (), {}, CLASSES, "", None, "")
     rates = {video.video: video.fps for video in videos}
-    plan = EpochPlans(job, config, world=1)(0)
+    plan = EpochPlans(job, config, world_size=1)(0)
     assert {clip.video: clip.interval for clip in plan.clips} == {"bdd": 2, "dance": 8, "vis": 12}
     assert {(clip.frame_numbers[-1] - clip.frame_numbers[0]) / rates[clip.video] for clip in plan.clips} == {0.8}

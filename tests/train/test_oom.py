@@ -1,4 +1,4 @@
-"""Running out of memory at any rank, step and phase: no rank hangs, nothing gathered is lost, nothing is silent."""
+"""Out of memory on any rank, step and phase: no rank hangs, accumulated gradients stay, every failure is reported."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch.multiprocessing as multiprocessing
 
 from motip.config import Config
 from motip.errors import MotipError
-from motip.train.collectives import Communicator, SingleProcess, current_communicator
-from motip.train.oom import MemoryOfFailures, is_out_of_memory, ladder, object_bucket, shrunk
+from motip.train.collectives import ProcessGroup, SingleProcess, current_process_group
+from motip.train.oom import OomHistory, downscaled, is_out_of_memory, object_bucket, oom_fallbacks
 from motip.train.optimizer import build_optimizer
 from motip.train.step import StepLosses, TrainStep
 from tests.helpers.small_training import assert_same_gradients, clip, gradients, small_config, small_model, together
@@ -25,17 +25,17 @@ CROWDS = [(1, 2, 1), (4, 3, 4), (2, 2, 2)]
 
 
 def _config(**changes: Any) -> Config:
-    """Adam's first steps turn the rounding noise of tiny gradients into whole steps: a small LR keeps that small."""
+    """A small LR, because Adam's first steps amplify the rounding noise of tiny gradients to full-size updates."""
     settings = {"MEMORY_EFFICIENT": True, "LR": 1e-6, "ACCUMULATE_STEPS": ACCUMULATE, **changes}
     return small_config(**settings)
 
 
-class Saboteur:
-    """Lets a training step run out of memory.
+class FaultInjector:
+    """Injects out-of-memory errors and NaN losses into a training step.
 
     Args:
-        failures: (batch, phase, times): in which batch this rank fails how often in `forward` or `backward`, or has a
-            loss that is `not finite`.
+        failures: (batch, phase, times): number of failures in that batch in the phase `forward` or `backward`, or of
+            losses that are `not finite`.
     """
 
     def __init__(self, step: TrainStep, failures: Iterable[tuple[int, str, int]]) -> None:
@@ -45,31 +45,31 @@ class Saboteur:
 
         def losses(*arguments: Any) -> Any:
             loss, local = real(*arguments)
-            self._strike("forward")
+            self._fail("forward")
             if self.left.get((self.batch, "not finite"), 0) > 0:
                 return loss * torch.nan, {**local, "loss": loss * torch.nan}
             return loss, local
 
         step._losses = losses  # type: ignore[method-assign]
-        # Half-way through the backward pass: gradients of the ID decoder are written by then, the backbone's are not.
-        step.model.detr.query_embed.weight.register_hook(lambda _: self._strike("backward"))
+        # Half-way through the backward pass: after the gradients of the ID decoder, before those of the backbone.
+        step.model.detr.query_embed.weight.register_hook(lambda _: self._fail("backward"))
 
-    def _strike(self, phase: str) -> None:
+    def _fail(self, phase: str) -> None:
         if self.left.get((self.batch, phase), 0) > 0:
             self.left[self.batch, phase] -= 1
             raise torch.OutOfMemoryError(f"injected in {phase}")
 
 
 def _train(
-    comm: Communicator, failures: Iterable[tuple[int, str, int]], config: Config | None = None
+    comm: ProcessGroup, failures: Iterable[tuple[int, str, int]], config: Config | None = None
 ) -> tuple[TrainStep, list[StepLosses]]:
     config = config or _config()
     step = TrainStep(small_model(config), config, comm)
     optimizer = build_optimizer(step.model, config)
-    saboteur = Saboteur(step, failures)
+    injector = FaultInjector(step, failures)
     losses = []
     for batch in range(STEPS):
-        saboteur.batch = batch
+        injector.batch = batch
         mine = clip(10 * batch + comm.rank, CROWDS[comm.rank])
         losses.append(step.accumulate(mine, ORDER, seed=batch))
         if batch % ACCUMULATE == ACCUMULATE - 1:
@@ -77,16 +77,16 @@ def _train(
     return step, losses
 
 
-# Per case, what each rank suffers. There are four rungs, of which three compute the same.
+# Failures per case and rank. There are four fallbacks, of which three give the same gradients.
 CASES: dict[str, dict[int, list[tuple[int, str, int]]]] = {
     "undisturbed": {},
     "forward": {0: [(0, "forward", 1)]},
     "backward of the second batch": {0: [(1, "backward", 1)]},
     "last rank, twice, both phases": {-1: [(1, "forward", 1), (1, "backward", 1)]},
-    "every rank at once": {0: [(1, "backward", 1)], 1: [(1, "forward", 2)], 2: [(1, "backward", 2)]},
-    "first rank has none at all": {0: [(1, "forward", 99)]},
-    "last rank has none at all in backward": {-1: [(2, "backward", 99)]},
-    "not finite, with none at all beside it": {0: [(1, "not finite", 1)], 1: [(1, "backward", 99)]},
+    "every rank in the same batch": {0: [(1, "backward", 1)], 1: [(1, "forward", 2)], 2: [(1, "backward", 2)]},
+    "first rank fails with every fallback": {0: [(1, "forward", 99)]},
+    "last rank fails with every fallback in backward": {-1: [(2, "backward", 99)]},
+    "not finite, while another rank fails with every fallback": {0: [(1, "not finite", 1)], 1: [(1, "backward", 99)]},
 }
 
 
@@ -97,7 +97,7 @@ def _of_rank(case: str, rank: int, world: int) -> list[tuple[int, str, int]]:
 def _rank(rank: int, world: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
-    comm = current_communicator()
+    comm = current_process_group()
     saved = {}
     for case in CASES:
         step, losses = _train(comm, _of_rank(case, rank, world))
@@ -116,7 +116,7 @@ def _result(step: TrainStep, losses: list[StepLosses]) -> dict[str, Any]:
         "not_finite": step.counters.nonfinite_losses,
         "skipped_objects": step.counters.skipped_objects,
         "names": step.counters.names,
-        "said": [line for loss in losses for line in loss.left_out],
+        "reports": [line for loss in losses for line in loss.skip_reports],
     }
 
 
@@ -131,73 +131,82 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "none at all" not in case])
-def test_a_retry_that_succeeds_changes_nothing(ranks: list[dict[str, Any]], case: str) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if "every fallback" not in case])
+def test_successful_retry_gives_the_same_weights(ranks: list[dict[str, Any]], case: str) -> None:
+    assert ranks
     expected = ranks[0]["undisturbed"]["weights"]
     world = len(ranks)
-    strikes = sum(times for rank in range(world) for _, _, times in _of_rank(case, rank, world))
+    failures = sum(times for rank in range(world) for _, _, times in _of_rank(case, rank, world))
     for rank in ranks:
         assert rank[case]["skipped"] == [False] * STEPS
-        assert rank[case]["lowered"] == strikes and rank[case]["out_of_memory"] == 0
+        assert rank[case]["lowered"] == failures and rank[case]["out_of_memory"] == 0
         for name, value in rank[case]["weights"].items():
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
             assert torch.equal(value, ranks[0][case]["weights"][name]), name
 
 
 @pytest.mark.parametrize(
-    ("case", "batch"), [("first rank has none at all", 1), ("last rank has none at all in backward", 2)]
+    ("case", "batch"),
+    [("first rank fails with every fallback", 1), ("last rank fails with every fallback in backward", 2)],
 )
-def test_all_ranks_skip_together_what_no_rung_can_compute(ranks: list[dict[str, Any]], case: str, batch: int) -> None:
+def test_all_ranks_skip_a_batch_that_fails_with_every_fallback(
+    ranks: list[dict[str, Any]], case: str, batch: int
+) -> None:
+    assert ranks
     world = len(ranks)
     for rank in ranks:
         found = rank[case]
         assert found["skipped"] == [step == batch for step in range(STEPS)]
-        assert found["out_of_memory"] == 1 and found["lowered"] == len(ladder(_config()))
+        assert found["out_of_memory"] == 1 and found["lowered"] == len(oom_fallbacks(_config()))
         assert found["names"] == [f"clip {10 * batch + r}" for r in range(world)]
         assert sum(found["skipped_objects"].values()) == world
-        assert len(found["said"]) == world and sum("out of memory on the last rung" in s for s in found["said"]) == 1
-        assert "3 frames" in found["said"][0] and "at most 2 in a frame" in found["said"][0]
+        assert (
+            len(found["reports"]) == world
+            and sum("out of memory with the last fallback" in line for line in found["reports"]) == 1
+        )
+        assert "3 frames" in found["reports"][0] and "at most 2 in a frame" in found["reports"][0]
         for name, value in found["weights"].items():
             assert torch.equal(value, ranks[0][case]["weights"][name]), name
 
 
-def test_a_loss_that_is_not_finite_decides_before_any_rank_looks_for_room(ranks: list[dict[str, Any]]) -> None:
-    """The batch is left out for the loss, which is named, and no rank goes down the ladder for it."""
-    case = "not finite, with none at all beside it"
+def test_nonfinite_loss_skips_the_batch_without_fallbacks(ranks: list[dict[str, Any]]) -> None:
+    """The report names the loss, and no rank retries."""
+    assert ranks
+    case = "not finite, while another rank fails with every fallback"
     for rank in ranks:
         found = rank[case]
         assert found["skipped"] == [step == 1 for step in range(STEPS)]
         assert (found["not_finite"], found["out_of_memory"], found["lowered"]) == (1, 0, 0)
-        assert "not finite: loss" in found["said"][0] and "rank 0" in found["said"][0]
+        assert "not finite: loss" in found["reports"][0] and "rank 0" in found["reports"][0]
         for name, value in found["weights"].items():
             assert torch.equal(value, ranks[0][case]["weights"][name]), name
 
 
-def test_gradients_gathered_before_a_skipped_clip_stay() -> None:
+def test_accumulated_gradients_stay_when_a_later_batch_is_skipped() -> None:
     config = _config()
     step = TrainStep(small_model(config), config, SingleProcess())
-    saboteur = Saboteur(step, [(1, "backward", 99)])
-    saboteur.batch = 0
+    injector = FaultInjector(step, [(1, "backward", 99)])
+    injector.batch = 0
     step.accumulate(clip(0), ORDER)
     before = gradients(step.model)
-    saboteur.batch = 1
+    injector.batch = 1
     assert step.accumulate(clip(1), ORDER).skipped
     assert_same_gradients(gradients(step.model), before, tolerance=0)
-    assert step.gathered == 1
+    assert step.accumulated == 1
 
 
-def test_without_the_ladder_the_clip_is_left_out_at_once() -> None:
+def test_without_fallbacks_the_clip_is_skipped_at_the_first_failure() -> None:
     step, losses = _train(SingleProcess(), [(1, "forward", 1)], _config(MEMORY_EFFICIENT=False))
     assert [loss.skipped for loss in losses] == [False, True, False, False]
     assert losses[1].values == {} and step.counters.lowered == 1
 
 
-def test_training_stops_where_no_clip_fits() -> None:
+def test_training_stops_if_no_clip_fits() -> None:
     with pytest.raises(MotipError, match=r"(?s)3 batches in a row.*clip 20 .*NONFINITE_LIMIT.*MEMORY_EFFICIENT"):
         _train(SingleProcess(), [(b, "forward", 99) for b in range(STEPS)], _config(NONFINITE_LIMIT=3))
 
 
-def test_another_error_is_not_taken_for_want_of_memory() -> None:
+def test_other_errors_are_not_treated_as_out_of_memory() -> None:
     config = _config()
     step = TrainStep(small_model(config), config, SingleProcess())
     step._losses = lambda *_: (_ for _ in ()).throw(RuntimeError("shapes do not match"))  # type: ignore[assignment]
@@ -206,16 +215,19 @@ def test_another_error_is_not_taken_for_want_of_memory() -> None:
     assert is_out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
 
 
-def test_every_rung_but_the_last_computes_the_same() -> None:
+def test_every_fallback_but_the_last_gives_the_same_gradients() -> None:
     config = small_config(MEMORY_EFFICIENT=True)
-    rungs = ladder(config)
-    assert [rung.name for rung in rungs] == [
-        "as configured", "detector recomputed", "ID decoder recomputed", "image at 75%",
-    ]  # fmt: skip
+    fallbacks = oom_fallbacks(config)
+    assert [fallback.name for fallback in fallbacks] == [
+        "as configured",
+        "detector recomputed",
+        "ID decoder recomputed",
+        "image at 75%",
+    ]
     results = []
-    for index in range(len(rungs)):
+    for index in range(len(fallbacks)):
         step = TrainStep(small_model(config), config, SingleProcess())
-        step.rungs = rungs[index : index + 1]
+        step.fallbacks = fallbacks[index : index + 1]
         step.accumulate(together(clip(0), clip(1, (1, 4, 2))), ORDER)
         results.append(gradients(step.model))
     for found in results[1:-1]:
@@ -224,30 +236,33 @@ def test_every_rung_but_the_last_computes_the_same() -> None:
         assert_same_gradients(results[-1], results[0])
 
 
-def test_the_rungs_of_a_full_size_configuration() -> None:
+def test_fallbacks_of_a_full_size_configuration() -> None:
     full = {"MEMORY_EFFICIENT": True, "DETR_NUM_TRAIN_FRAMES": 4, "DETR_NUM_CHECKPOINT_FRAMES": 5}
-    rungs = ladder(small_config(**full, SAMPLE_LENGTHS=[5]))
-    assert [(rung.plan.chunk, rung.plan.recompute, rung.recompute_decoder, rung.scale) for rung in rungs] == [
+    fallbacks = oom_fallbacks(small_config(**full, SAMPLE_LENGTHS=[5]))
+    assert [
+        (fallback.plan.chunk, fallback.plan.recompute, fallback.recompute_decoder, fallback.scale)
+        for fallback in fallbacks
+    ] == [
         (5, False, False, 1.0),
         (2, True, False, 1.0),
         (1, True, False, 1.0),
         (1, True, True, 1.0),
         (1, True, True, 0.75),
     ]
-    assert len(ladder(small_config(DETR_NUM_CHECKPOINT_FRAMES=1))) == 1
+    assert len(oom_fallbacks(small_config(DETR_NUM_CHECKPOINT_FRAMES=1))) == 1
     for lengths, chunk in (([2], 1), ([1], 1), ([4], 2), ([8], 2)):
-        assert ladder(small_config(**full, SAMPLE_LENGTHS=lengths))[1].plan.chunk == chunk
+        assert oom_fallbacks(small_config(**full, SAMPLE_LENGTHS=lengths))[1].plan.chunk == chunk
     growing = small_config(**full, EPOCHS=4, SAMPLE_STEPS=[0, 2], SAMPLE_LENGTHS=[2, 4], SAMPLE_INTERVALS=[1, 1])
-    assert ladder(growing)[1].plan.chunk == 2
+    assert oom_fallbacks(growing)[1].plan.chunk == 2
 
 
-def test_clips_shorter_than_the_trained_frames_are_recomputed_in_parts_with_the_same_gradients() -> None:
+def test_short_clips_are_recomputed_in_chunks_with_the_same_gradients() -> None:
     config = small_config(MEMORY_EFFICIENT=True, DETR_NUM_TRAIN_FRAMES=4, SAMPLE_LENGTHS=[2])
     images: list[int] = []
     results = []
-    for rung in ladder(config)[:2]:
+    for fallback in oom_fallbacks(config)[:2]:
         step = TrainStep(small_model(config), config, SingleProcess())
-        step.rungs = (rung,)
+        step.fallbacks = (fallback,)
         images.clear()
         step.model.detr.register_forward_pre_hook(lambda _module, inputs: images.append(len(inputs[0])))
         step.accumulate(clip(0, (3, 2)), torch.arange(2))
@@ -256,32 +271,37 @@ def test_clips_shorter_than_the_trained_frames_are_recomputed_in_parts_with_the_
     assert_same_gradients(results[1][1], results[0][1])
 
 
-def test_a_smaller_image_keeps_the_borders_of_each_clip() -> None:
+def test_downscaling_keeps_the_padding_borders_of_each_clip() -> None:
     batch = together(clip(0), clip(1))
     batch.masks[1, :, 40:] = True
-    smaller = shrunk(batch, 0.75)
+    smaller = downscaled(batch, 0.75)
     assert smaller.images.shape == (2, 3, 3, 36, 42) and smaller.images.dtype == torch.uint8
     assert [int((~mask[0, :, 0]).sum()) for mask in smaller.masks] == [36, 30]
     assert [int((~mask[0, 0]).sum()) for mask in smaller.masks] == [42, 42]
     flat = clip(0)
     flat.images[:] = 77
-    inside = shrunk(flat, 0.75).images[..., :42]
+    inside = downscaled(flat, 0.75).images[..., :42]
     assert bool((inside == 77).all())
-    assert shrunk(batch, 1.0) is batch and smaller.boxes_cxcywh is batch.boxes_cxcywh
+    assert downscaled(batch, 1.0) is batch and smaller.boxes_cxcywh is batch.boxes_cxcywh
 
 
-def test_a_clip_like_one_that_failed_starts_lower_but_never_with_a_smaller_image() -> None:
-    rungs = ladder(_config())
-    known = MemoryOfFailures(rungs)
-    known.add(0, (100, 50))
-    assert known.first_rung((100, 50)) == 1 and known.first_rung((200, 60)) == 1
-    assert known.first_rung((99, 50)) == 0 and known.first_rung((200, 49)) == 0
-    for index in range(len(rungs)):
-        known.add(index, (100, 50))
-    assert rungs[known.first_rung((500, 500))].scale == 1.0
+def test_similar_clips_start_with_a_later_fallback_but_never_downscaled() -> None:
+    fallbacks = oom_fallbacks(_config())
+    history = OomHistory(fallbacks)
+    history.add(0, (100, 50))
+    assert history.first_fallback((100, 50)) == 1 and history.first_fallback((200, 60)) == 1
+    assert history.first_fallback((99, 50)) == 0 and history.first_fallback((200, 49)) == 0
+    for index in range(len(fallbacks)):
+        history.add(index, (100, 50))
+    assert fallbacks[history.first_fallback((500, 500))].scale == 1.0
 
 
-def test_counters_by_objects() -> None:
+def test_skipped_clips_are_counted_by_objects() -> None:
     assert [object_bucket(n) for n in (0, 9, 10, 99, 100, 5000)] == [
-        "0_to_9", "0_to_9", "10_to_24", "50_to_99", "100_or_more", "100_or_more",
-    ]  # fmt: skip
+        "0_to_9",
+        "0_to_9",
+        "10_to_24",
+        "50_to_99",
+        "100_or_more",
+        "100_or_more",
+    ]

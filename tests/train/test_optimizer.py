@@ -1,4 +1,4 @@
-"""Parameter groups, frozen parts and learning rates, against the recorded groups and torch's own scheduler."""
+"""Parameter groups, frozen parameters and learning rates, compared with the recorded groups and torch's scheduler."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_parameter_decays_and_is_in_one_group() -> None:
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.03}
 
 
-def test_a_backbone_without_learning_rate_is_frozen() -> None:
+def test_backbone_without_learning_rate_is_frozen() -> None:
     config = small_config(LR_BACKBONE=0.0)
     model = small_model(config)
     freeze_parameters(model, config)
@@ -88,6 +88,7 @@ def test_rates_after_warm_up_are_those_of_multi_step_lr() -> None:
             assert rates.at(epoch, step) == pytest.approx([group["lr"] for group in other.param_groups])
         other.step()
         theirs.step()
+    assert rates.at(6, 2)[3] == pytest.approx(1e-3 * 0.5**2), "after both milestones"
 
 
 def test_warm_up_rises_linearly_to_the_full_rates() -> None:
@@ -102,7 +103,7 @@ def test_warm_up_rises_linearly_to_the_full_rates() -> None:
     assert rates.set(2, 0) == pytest.approx(full)
 
 
-def test_plans_short_keys_reach_the_rates() -> None:
+def test_short_keys_reach_the_rates() -> None:
     """LR_DROP: n drops after epoch n, LR_BACKBONE is absolute."""
     config = small_config(LR=1e-3, LR_DROP=3, LR_BACKBONE=1e-6, SCHEDULER_GAMMA=0.1)
     rates = LearningRates(_optimizer(config), config, steps_per_epoch=2)
@@ -110,7 +111,7 @@ def test_plans_short_keys_reach_the_rates() -> None:
     assert rates.at(2, 1)[3] == pytest.approx(1e-3) and rates.at(3, 0)[3] == pytest.approx(1e-4)
 
 
-def test_scheduler_state_moves_to_torch_and_back() -> None:
+def test_scheduler_state_is_exchangeable_with_torch() -> None:
     config = small_config(LR=1e-3, SCHEDULER_MILESTONES=[2, 4], SCHEDULER_GAMMA=0.5)
     rates = LearningRates(_optimizer(config), config, steps_per_epoch=3)
     rates.set(3, 2)
@@ -130,7 +131,7 @@ def test_scheduler_state_moves_to_torch_and_back() -> None:
     assert restored.at(5, 0) == pytest.approx(rates.at(5, 0))
 
 
-def test_state_of_another_optimiser_is_refused() -> None:
+def test_state_of_another_optimiser_is_an_error() -> None:
     config = small_config()
     rates = LearningRates(_optimizer(config), config, steps_per_epoch=3)
     single = torch.optim.AdamW([nn.Parameter(torch.ones(1))])
@@ -141,8 +142,8 @@ def test_state_of_another_optimiser_is_refused() -> None:
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_moments_of_another_kernel_go_on_as_the_same(before: bool) -> None:
-    """A checkpoint of an optimiser with small operations resumes with the fused kernel, and steps alike."""
+def test_moments_of_another_kernel_are_loaded(before: bool) -> None:
+    """A checkpoint of an unfused optimiser resumes with the fused kernel, and gives the same steps."""
     config = small_config()
     gradients = [torch.Generator().manual_seed(seed) for seed in (1, 1)]
     models = [small_model(config), small_model(config)]

@@ -1,4 +1,4 @@
-"""SIGTERM where a training on Ray was started: the workers are asked, waited for, and not started again."""
+"""SIGTERM to the driver of a training on Ray: it is forwarded to the workers, which save, end and are not restarted."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ import torch
 
 import motip.train.loop as loop
 from motip.config import Config
-from motip.train import checkpoints, preemption, ray_train
-from motip.train.batch_sources import LocalFeed
+from motip.train import checkpoint_schedule, preemption, ray_train
+from motip.train.batch_sources import LocalBatchSource
 from motip.train.collectives import SingleProcess
-from motip.train.preemption import PassedOn, Stopped
+from motip.train.preemption import SigtermForwarder, Stopped
 from motip.train.ray_train import FolderReporter, RayReporter
 from motip.train.retention import Retention
-from motip.train.run_channel import Mailbox
+from motip.train.run_channel import RunChannel
 from motip.train.stage_job import StageJob
-from motip.train.temp_dirs import Scratch
-from motip.weights.pretrained import load_checkpoint
+from motip.train.temp_dirs import TempDirs
+from motip.weights import load_checkpoint
 from tests.train.test_resume import EPOCHS, Records, _config, _job
 
 
 class Actor:
-    """An object that is spoken to as Ray's actors are; `ray.get` gives back what it is given."""
+    """Object with the interface of a Ray actor handle; `ray.get` is patched to the identity."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -42,9 +42,9 @@ class Actor:
 
 
 @pytest.fixture
-def mailbox(monkeypatch: pytest.MonkeyPatch) -> Any:
+def channel(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(ray, "get", lambda answer: answer)
-    return Actor(Mailbox())
+    return Actor(RunChannel())
 
 
 def _sigterm() -> None:
@@ -57,111 +57,111 @@ def _wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_the_drivers_sigterm_stops_the_training_at_a_saved_position(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mailbox: Any
+def test_sigterm_of_the_driver_stops_training_at_a_saved_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channel: Any
 ) -> None:
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
-    monkeypatch.setattr(checkpoints, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(checkpoint_schedule, "POLL_INTERVAL_S", 0.0)
     before = signal.getsignal(signal.SIGTERM)
     job = _job(tmp_path, _config())
 
     def terminate() -> None:
         _sigterm()
-        _wait_for(mailbox.stop_asked.remote)
+        _wait_for(channel.stop_requested.remote)
 
     records = Records(7, terminate)
     reporter = FolderReporter(tmp_path / "out", records)
-    reporter.asked_to_stop = RayReporter(mailbox, str(tmp_path), Retention()).asked_to_stop  # type: ignore[method-assign]
-    # The workers' training is no main thread's; here it is, so the driver's handler is put back around it.
-    monkeypatch.setattr(loop.Notice, "__enter__", lambda self: self)
-    feed = LocalFeed(job, Config.from_dict(job.config))
-    with ray_train._passing_on(mailbox) as sigterm, pytest.raises(Stopped):
-        loop.run_stage(job, SingleProcess(), feed, reporter, torch.device("cpu"))
-    assert sigterm.given and signal.getsignal(signal.SIGTERM) is before
+    reporter.stop_requested = RayReporter(channel, str(tmp_path), Retention()).stop_requested  # type: ignore[method-assign]
+    # Workers train outside the main thread. Here they do not, so the driver's signal handler must stay installed.
+    monkeypatch.setattr(preemption.StopRequest, "__enter__", lambda self: self)
+    batch_source = LocalBatchSource(job, Config.from_dict(job.config))
+    with ray_train._forward_sigterm(channel) as sigterm, pytest.raises(Stopped):
+        loop.train_stage_on_worker(job, SingleProcess(), batch_source, reporter, torch.device("cpu"))
+    assert sigterm.received and signal.getsignal(signal.SIGTERM) is before
     assert max(records.losses) == 8
-    assert "SIGTERM): epoch 1, step 8 saved" in records.notes[-1] and "notice was heard" in records.notes[-1]
+    assert "SIGTERM): epoch 1, step 8 saved" in records.notes[-1] and "after the request" in records.notes[-1]
     latest = reporter.latest()
     assert latest is not None and load_checkpoint(latest)["position"]["step"] == 8
 
 
-def test_a_stop_is_no_failure_that_ray_would_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mailbox: Any
+def test_stop_is_not_a_failure_that_ray_would_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channel: Any
 ) -> None:
     def stopped(job: StageJob, *rest: Any) -> None:
         raise Stopped
 
-    monkeypatch.setattr(ray_train, "_train", stopped)
-    ray_train._worker({"job": None, "placement": None, "mailbox": mailbox, "folder": str(tmp_path)})
-    assert mailbox.failure.remote() is None
-    assert "position is saved" in mailbox.reached.remote()
+    monkeypatch.setattr(ray_train, "_train_on_worker", stopped)
+    ray_train._worker_main({"job": None, "resources": None, "channel": channel, "folder": str(tmp_path)})
+    assert channel.failure.remote() is None
+    assert "position is saved" in channel.progress.remote()
 
 
-def test_a_second_sigterm_ends_the_wait_at_once(mailbox: Any) -> None:
+def test_second_sigterm_ends_the_wait(channel: Any) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped), ray_train._passing_on(mailbox):
+    with pytest.raises(Stopped), ray_train._forward_sigterm(channel):
         _sigterm()
-        _wait_for(mailbox.stop_asked.remote)
-        assert mailbox.stop_asked.remote()
+        _wait_for(channel.stop_requested.remote)
+        assert channel.stop_requested.remote()
         _sigterm()
-        pytest.fail("the wait goes on")
+        pytest.fail("the wait continues")
     assert signal.getsignal(signal.SIGTERM) is before
-    assert mailbox.drain.remote() == []
+    assert channel.drain.remote() == []
 
 
-def test_where_the_workers_do_not_end_in_time_the_wait_does_and_says_how_far_they_were(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mailbox: Any
+def test_wait_ends_after_the_grace_period_and_reports_the_progress(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, channel: Any
 ) -> None:
-    monkeypatch.setattr(preemption, "GRACE_S", 0.2)
-    mailbox.put.remote("step", {"epoch": 1, "index": 6, "of": 14})
-    with caplog.at_level(logging.ERROR), pytest.raises(Stopped), ray_train._passing_on(mailbox):
+    monkeypatch.setattr(preemption, "GRACE_PERIOD_S", 0.2)
+    channel.put.remote("step", {"epoch": 1, "index": 6, "of": 14})
+    with caplog.at_level(logging.ERROR), pytest.raises(Stopped), ray_train._forward_sigterm(channel):
         _sigterm()
         _wait_for(lambda: False)
-    (text,) = [values["text"] for kind, values in mailbox.drain.remote() if kind == "note"]
+    (text,) = [values["text"] for kind, values in channel.drain.remote() if kind == "note"]
     assert "epoch 2, step 7/14" in text and "did not end" in text
     assert text in caplog.text
 
 
-def test_where_the_workers_cannot_be_asked_the_wait_ends(caplog: pytest.LogCaptureFixture) -> None:
+def test_wait_ends_if_the_workers_are_unreachable(caplog: pytest.LogCaptureFixture) -> None:
     def gone() -> None:
-        raise ConnectionError("the mailbox is gone")
+        raise ConnectionError("the channel is gone")
 
-    with caplog.at_level(logging.ERROR), pytest.raises(Stopped), PassedOn(gone, gone):
+    with caplog.at_level(logging.ERROR), pytest.raises(Stopped), SigtermForwarder(gone, gone):
         _sigterm()
         _wait_for(lambda: False)
-    assert "the mailbox is gone" in caplog.text
+    assert "the channel is gone" in caplog.text
 
 
-def test_a_wait_that_ends_in_time_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, mailbox: Any) -> None:
-    said: list[str] = []
-    with PassedOn(mailbox.stop.remote, lambda: said.append("late")) as sigterm:
+def test_wait_that_ends_in_time_leaves_no_thread(monkeypatch: pytest.MonkeyPatch, channel: Any) -> None:
+    timeouts: list[str] = []
+    with SigtermForwarder(channel.request_stop.remote, lambda: timeouts.append("late")) as sigterm:
         _sigterm()
-        _wait_for(mailbox.stop_asked.remote)
-    assert sigterm.given
+        _wait_for(channel.stop_requested.remote)
+    assert sigterm.received
     _wait_for(lambda: all(thread.name != "motip-stop" for thread in threading.enumerate()))
-    assert all(thread.name != "motip-stop" for thread in threading.enumerate()) and said == []
+    assert all(thread.name != "motip-stop" for thread in threading.enumerate()) and timeouts == []
 
 
-def test_scratch_folders_end_with_their_use_or_with_the_next_attempt(
+def test_temporary_directories_are_removed_after_use_or_by_the_next_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    killed, other = Scratch("s3://bucket/stage"), Scratch("s3://bucket/other")
+    killed, other = TempDirs("s3://bucket/stage"), TempDirs("s3://bucket/other")
     for name in ("resume", "step_00000004", "epoch_000"):
         (killed.new(name) / "weights.pth").write_bytes(b"left behind")
     kept = other.new("resume")
-    again = Scratch("s3://bucket/stage")
-    again.sweep()
-    assert kept.is_dir() and list(tmp_path.iterdir()) == [other.parent], "only the run's own"
-    resumed, uploading = again.new("resume"), again.new("step_00000008", given_away=True)
+    again = TempDirs("s3://bucket/stage")
+    again.remove_stale()
+    assert kept.is_dir() and list(tmp_path.iterdir()) == [other.parent], "only those of the run"
+    resumed, uploading = again.new("resume"), again.new("step_00000008", keep=True)
     again.clear()
-    assert not resumed.exists() and uploading.is_dir(), "it is still on its way"
+    assert not resumed.exists() and uploading.is_dir(), "it is still being uploaded"
     uploading.rmdir()
     again.clear()
     other.clear()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_local_checkpoint_is_resumed_where_it_lies_and_a_restart_sweeps(
+def test_local_checkpoint_is_resumed_in_place_and_a_restart_removes_stale_directories(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -179,10 +179,12 @@ def test_a_local_checkpoint_is_resumed_where_it_lies_and_a_restart_sweeps(
     assert (stage / "step_00000004" / "checkpoint_step_4.pth").is_file()
 
 
-def test_a_stage_trained_to_its_end_has_no_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_trained_to_its_end_has_no_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
     records = Records()
     job = _job(tmp_path, _config())
-    feed = LocalFeed(job, Config.from_dict(job.config))
-    loop.run_stage(job, SingleProcess(), feed, FolderReporter(tmp_path / "out", records), torch.device("cpu"))
+    batch_source = LocalBatchSource(job, Config.from_dict(job.config))
+    loop.train_stage_on_worker(
+        job, SingleProcess(), batch_source, FolderReporter(tmp_path / "out", records), torch.device("cpu")
+    )
     assert sorted(records.epochs) == list(range(EPOCHS)) and records.notes == []

@@ -1,4 +1,4 @@
-"""The worst clip is found, its memory is estimated as the allocator measures it, and the answer says what to set."""
+"""Preflight: the largest clip, its memory compared with the allocator's measurement, and the recommended keys."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from motip.errors import MotipError
 from motip.storage.paths import location
 from motip.train import preflight
 from motip.train.memory_estimate import LiveStorages, estimate_peak
-from motip.train.oom import ladder
+from motip.train.oom import oom_fallbacks
 from motip.train.preflight import (
-    RungMemory,
-    all_rungs,
-    batch_of,
-    estimated,
-    keys_to_start_on,
+    FallbackMemory,
+    all_fallbacks,
+    estimate_preflight,
+    keys_to_start_with,
     largest_size,
-    made_up_clip,
-    measured,
+    measure_preflight,
+    synthetic_batch,
+    synthetic_clip,
     train_on,
     worst_clip,
 )
-from tests.helpers.small_dataset import HEIGHT, WIDTH, write_curriculum, write_dance_world
+from tests.helpers.small_dataset import HEIGHT, WIDTH, write_curriculum, write_dance_dataset
 from tests.helpers.small_training import small_config
 
 MIB = 2**20
 CROWD = range(3, 6)
-"""0-based frames of sequence t1 that hold five objects more than all others."""
+"""0-based frames of sequence t1 with five additional objects."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ SHALLOW = {
     "NUM_ID_DECODER_LAYERS": 1,
     "AUG_NUM_GROUPS": 2,
 }
-"""The time of an estimate grows with the operations of the network, not with the size of its tensors."""
+"""Keeps estimates fast: their time grows with the number of operations, not with the size of the tensors."""
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -75,10 +75,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
-    """A converted data set of two training videos, one of which has a crowd in three frames."""
+def storage(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
+    """A converted dataset of two training videos, one of which is crowded in three frames."""
     root = tmp_path_factory.mktemp("preflight")
-    base = write_dance_world(root / "raw")
+    base = write_dance_dataset(root / "raw")
     truth = base / "train/t1/gt/gt.txt"
     more = [f"{frame + 1},{10 + n},{20 * n},5,15,20,1,1,1" for frame in CROWD for n in range(5)]
     truth.write_text(truth.read_text() + "\n".join(more) + "\n")
@@ -92,22 +92,22 @@ def world(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
     return root
 
 
-def test_the_worst_clip_of_a_manifest(world: Path) -> None:
-    config = load_curriculum(world / "curriculum.yaml").stages[0].config
-    entries = Manifest.load(location(world)).select("dance", "train")
+def test_worst_clip_of_a_manifest(storage: Path) -> None:
+    config = load_curriculum(storage / "curriculum.yaml").stages[0].config
+    entries = Manifest.load(location(storage)).select("dance", "train")
     maps = {"dance": ClassMap(("pedestrian", "car"), {"pedestrian": ("pedestrian",), "car": ("car",)})}
-    clip = worst_clip(entries, maps, location(world), config)
+    clip = worst_clip(entries, maps, location(storage), config)
     assert clip.name == "dance/t1 frames 3, 4"  # two of the three crowded ones, the first of equals
     assert (clip.objects, clip.frames, [len(frame) for frame in clip.track_ids]) == (7, 2, [7, 7])
 
     longer = worst_clip(
-        entries, maps, location(world), config.replaced(sampler_lengths=[2, 3], sample_intervals=[1, 2])
+        entries, maps, location(storage), config.replaced(sampler_lengths=[2, 3], sample_intervals=[1, 2])
     )
     assert longer.name == "dance/t1 frames 3, 4, 5" and longer.frames == 3
     people = {"dance": ClassMap(("car",), {"car": ("car",)})}
-    assert worst_clip(entries, people, location(world), config.replaced(NUM_CLASSES=1, CLASSES=["car"])).objects == 1
+    assert worst_clip(entries, people, location(storage), config.replaced(NUM_CLASSES=1, CLASSES=["car"])).objects == 1
     with pytest.raises(MotipError, match=r"(?s)no clip.*--objects"):
-        worst_clip(entries, maps, location(world), config.replaced(sampler_lengths=[7]))
+        worst_clip(entries, maps, location(storage), config.replaced(sampler_lengths=[7]))
 
 
 @pytest.mark.parametrize("source_hw", [(1080, 1920), (720, 720), (540, 400), (HEIGHT, WIDTH)])
@@ -125,23 +125,23 @@ def test_no_augmentation_is_larger_than_the_largest_size(source_hw: tuple[int, i
     assert 0.8 * height * width <= most <= height * width
 
 
-def test_the_largest_size_of_an_image_that_is_never_cropped() -> None:
+def test_largest_size_without_crops() -> None:
     settings = AugmentSettings.from_config(Config.from_dict({"AUG_MAX_SIZE": 1536}))
     assert largest_size(replace(settings, random_resize=()), 1080, 1920) == (800, 1422)
 
 
-def test_a_batch_has_the_shapes_of_the_clip(tiny: Config) -> None:
-    clip = made_up_clip(20, 3, (64, 96))
-    batch = batch_of(clip, tiny.replaced(BATCH_SIZE=2))
+def test_synthetic_batch_has_the_shapes_of_the_clip(tiny: Config) -> None:
+    clip = synthetic_clip(20, 3, (64, 96))
+    batch = synthetic_batch(clip, tiny.replaced(BATCH_SIZE=2))
     assert batch.images.shape == (2, 3, 3, 64, 96) and batch.slots is not None
     assert batch.slots.unknown_ann.shape == (2, tiny.AUG_NUM_GROUPS, 3, 20)
     assert [len(frame) for frame in batch.boxes_cxcywh[1]] == [20, 20, 20]
-    dropped = batch_of(clip, tiny.replaced(SUBSET_OVERFLOW="drop"))
+    dropped = synthetic_batch(clip, tiny.replaced(SUBSET_OVERFLOW="drop"))
     assert dropped.slots is not None and dropped.slots.unknown_ann.shape[-1] == tiny.NUM_ID_VOCABULARY
-    assert batch_of(clip, tiny.replaced(ONLY_DETR=True)).slots is None
+    assert synthetic_batch(clip, tiny.replaced(ONLY_DETR=True)).slots is None
 
 
-def test_storages_are_followed_until_they_die() -> None:
+def test_storages_are_counted_until_they_are_freed() -> None:
     tracker = LiveStorages()
     with tracker:
         first = torch.zeros(MIB)
@@ -159,7 +159,7 @@ def test_storages_are_followed_until_they_die() -> None:
 
 
 def _allocator_peak(function: Callable[[], object]) -> int:
-    """Most bytes at once by the allocator's own records, scratch buffers inside kernels included."""
+    """Peak bytes in the allocator's records, including workspaces of kernels."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
@@ -170,57 +170,57 @@ def _allocator_peak(function: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_estimate_is_what_the_allocator_measures(tiny: Config, accumulate: int) -> None:
+def test_estimate_agrees_with_the_allocator(tiny: Config, accumulate: int) -> None:
     config = tiny.replaced(ACCUMULATE_STEPS=accumulate)
-    batch = batch_of(made_up_clip(40, 3, (224, 384)), config)
-    rungs = all_rungs(config)
+    batch = synthetic_batch(synthetic_clip(40, 3, (224, 384)), config)
+    fallbacks = all_fallbacks(config)
     cpu = torch.device("cpu")
-    estimates = [estimate_peak(config, batch, rung, "cpu") for rung in rungs]
+    estimates = [estimate_peak(config, batch, fallback, "cpu") for fallback in fallbacks]
     assert estimates == sorted(estimates, reverse=True) and estimates[0] > 2 * estimates[-1]
-    for index in (0, 1, len(rungs) - 1) if accumulate == 1 else (0,):
-        found = _allocator_peak(lambda rung=rungs[index]: train_on(config, batch, rung, cpu))  # type: ignore[misc]
-        assert abs(estimates[index] - found) < 0.15 * found, rungs[index].name
+    for index in (0, 1, len(fallbacks) - 1) if accumulate == 1 else (0,):
+        found = _allocator_peak(lambda fallback=fallbacks[index]: train_on(config, batch, fallback, cpu))  # type: ignore[misc]
+        assert abs(estimates[index] - found) < 0.15 * found, fallbacks[index].name
 
 
-@pytest.mark.parametrize("index", [0, 3], ids=["as configured", "on the last rung"])
-def test_the_estimate_for_a_card_is_what_a_card_has_measured(repo_root: Path, index: int) -> None:
-    """The worst aerial clip as `benchmarks/bench_gpu.py` has trained on it on an H100."""
+@pytest.mark.parametrize("index", [0, 3], ids=["as configured", "last fallback"])
+def test_estimate_for_a_gpu_agrees_with_a_measurement(repo_root: Path, index: int) -> None:
+    """The worst aerial clip, as measured by `benchmarks/bench_gpu.py` on an H100."""
     records = json.loads((repo_root / "docs/performance/nvidia-h100-80gb-hbm3.json").read_text())["claims"]["gpu"]
     config = load_config(repo_root / "configs/visdrone_stage2.yaml", ["sampler_lengths=[5]"])
-    rung = ladder(config)[index]
-    (record,) = (r for r in records["records"] if r["work"] == f"worst aerial clip, {rung.name}, triton")
+    fallback = oom_fallbacks(config)[index]
+    (record,) = (r for r in records["records"] if r["work"] == f"worst aerial clip, {fallback.name}, triton")
     (peak,) = (each["ours"]["median"] for each in record["quantities"] if each["name"] == "peak GB")
-    batch = gpu_step.made_up_clip(gpu_step.AERIAL, 5, 200, (672, 1100))
-    assert 0.98 < estimate_peak(config, batch, rung) / 1e9 / peak < 1.1
+    batch = gpu_step.noise_clip(gpu_step.AERIAL, 5, 200, (672, 1100))
+    assert 0.98 < estimate_peak(config, batch, fallback) / 1e9 / peak < 1.1
 
 
-def test_what_the_memory_grows_with(tiny: Config) -> None:
+def test_memory_grows_with_size_objects_and_precision(tiny: Config) -> None:
     tiny = tiny.replaced(**SHALLOW)
-    first = all_rungs(tiny)[0]
+    first = all_fallbacks(tiny)[0]
 
     def peak(config: Config, objects: int = 20, device: str = "cuda", size: tuple[int, int] = (128, 224)) -> int:
-        return estimate_peak(config, batch_of(made_up_clip(objects, 2, size), config), first, device)
+        return estimate_peak(config, synthetic_batch(synthetic_clip(objects, 2, size), config), first, device)
 
     base = peak(tiny)
     assert peak(tiny, size=(256, 448)) > 1.5 * base
     assert peak(tiny, objects=400) > 1.1 * base
     half = tiny.replaced(MIXED_PRECISION="bf16")
     assert peak(half) == base != peak(tiny.replaced(MIXED_PRECISION="no"))
-    # In half precision the residual stream and norms of a card stay float32; a CPU's autocast would halve them.
+    # In half precision CUDA autocast keeps the residual stream and norms in float32; CPU autocast does not.
     assert base > peak(half, device="cpu")
 
 
-def test_recomputing_the_id_decoder_helps_in_a_crowd() -> None:
+def test_recomputing_the_id_decoder_saves_memory_with_many_objects() -> None:
     config = small_config(AUG_NUM_GROUPS=6, NUM_ID_VOCABULARY=200, NUM_ID_DECODER_LAYERS=4, DETR_DEC_LAYERS=1)
-    result = estimated(config, made_up_clip(150, 3, (64, 64)), "cpu")
-    names = [memory.rung.name for memory in result.rungs]
-    sizes = [memory.allocated or 0 for memory in result.rungs]
+    result = estimate_preflight(config, synthetic_clip(150, 3, (64, 64)), "cpu")
+    names = [memory.fallback.name for memory in result.fallbacks]
+    sizes = [memory.allocated or 0 for memory in result.fallbacks]
     assert names == ["as configured", "detector recomputed", "ID decoder recomputed", "image at 75%"]
     assert sizes[2] < 0.8 * sizes[1] and sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("rung", range(5))
-def test_the_keys_start_training_on_the_rung(rung: int) -> None:
+@pytest.mark.parametrize("fallback", range(5))
+def test_keys_start_training_with_the_fallback(fallback: int) -> None:
     config = small_config(
         DETR_NUM_TRAIN_FRAMES=4,
         DETR_NUM_CHECKPOINT_FRAMES=5,
@@ -228,39 +228,44 @@ def test_the_keys_start_training_on_the_rung(rung: int) -> None:
         AUG_RESIZE_SCALES=[400, 600],
         SAMPLE_LENGTHS=[5],
     )
-    wanted = all_rungs(config)[rung]
-    keys = keys_to_start_on(wanted, config, made_up_clip(5, 5, (64, 64)))
-    assert ("MEMORY_EFFICIENT" in keys) == (rung > 0)
+    target = all_fallbacks(config)[fallback]
+    keys = keys_to_start_with(target, config, synthetic_clip(5, 5, (64, 64)))
+    assert ("MEMORY_EFFICIENT" in keys) == (fallback > 0)
     changed = config.replaced(**keys)
-    start = ladder(changed)[0]
-    assert (start.plan.chunk, start.recompute_decoder) == (wanted.plan.chunk, wanted.recompute_decoder)
+    start = oom_fallbacks(changed)[0]
+    assert (start.plan.chunk, start.recompute_decoder) == (target.plan.chunk, target.recompute_decoder)
     sizes = [changed.AUG_MAX_SIZE, *changed.AUG_RESIZE_SCALES]
-    assert sizes == [side * wanted.scale for side in (1000, 400, 600)]
-    # A chunk that all images fit into would not be recomputed.
-    two = keys_to_start_on(all_rungs(config)[1], config, made_up_clip(5, 2, (64, 64)))
+    assert sizes == [side * target.scale for side in (1000, 400, 600)]
+    # Images that fit one chunk would not be recomputed.
+    two = keys_to_start_with(all_fallbacks(config)[1], config, synthetic_clip(5, 2, (64, 64)))
     assert two["DETR_NUM_CHECKPOINT_FRAMES"] == 1
 
 
-def test_a_device_is_measured_rung_by_rung(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_fallback_is_measured_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(MEMORY_EFFICIENT=True, ACCUMULATE_STEPS=2)
     peaks = iter([700, 500, 400])
-    seen: list[str] = []
+    resets: list[str] = []
 
     real = preflight.train_on
 
-    def train(config: Config, batch: Any, rung: Any, device: torch.device) -> bool:
-        if rung.name == "as configured":
+    def train(config: Config, batch: Any, fallback: Any, device: torch.device) -> bool:
+        if fallback.name == "as configured":
             raise torch.OutOfMemoryError("injected")
-        return real(config, batch, rung, device)
+        return real(config, batch, fallback, device)
 
     monkeypatch.setattr(preflight, "train_on", train)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _device: seen.append("reset"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _device: resets.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _device: next(peaks) * MIB)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _device: 1000 * MIB)
-    result = measured(config, made_up_clip(4, 3, (48, 64)), torch.device("cpu"))
-    assert result.measured and [memory.allocated for memory in result.rungs] == [None, 700 * MIB, 500 * MIB, 400 * MIB]
-    assert seen == ["reset"] * 4
-    assert result.cheapest(1200 * MIB) is result.rungs[1]  # 1000 reserved leave a tenth of 1200
+    result = measure_preflight(config, synthetic_clip(4, 3, (48, 64)), torch.device("cpu"))
+    assert result.measured and [memory.allocated for memory in result.fallbacks] == [
+        None,
+        700 * MIB,
+        500 * MIB,
+        400 * MIB,
+    ]
+    assert resets == ["reset"] * 4
+    assert result.cheapest(1200 * MIB) is result.fallbacks[1]  # 1000 reserved leave a tenth of 1200
     assert result.cheapest(1100 * MIB) is None
 
 
@@ -272,56 +277,63 @@ def _shallow(repo_root: Path) -> list[object]:
     return ["--config", repo_root / "configs/demo/motip_tiny.yaml", *MADE_UP, *sets]
 
 
-def test_the_command_prints_the_estimate(command: Callable[..., Any], repo_root: Path) -> None:
+def test_command_prints_the_estimate(command: Callable[..., Any], repo_root: Path) -> None:
     status, out, _ = command(*_shallow(repo_root), "--device", "cpu", "--json")
     figures = json.loads(out)["motip_tiny"]
     assert status == 0 and figures["cheapest"] == "as configured" and not figures["measured"]
-    assert figures["clip"] == {"name": "made up", "objects": 30, "frames": 3, "size_hw": [128, 224]}
+    assert figures["clip"] == {"name": "synthetic", "objects": 30, "frames": 3, "size_hw": [128, 224]}
     config = load_config(repo_root / "configs/demo/motip_tiny.yaml", [f"{k}={v}" for k, v in SHALLOW.items()])
-    clip = made_up_clip(30, 3, (128, 224))
-    expected = [memory.allocated for memory in estimated(config, clip, "cpu").rungs]
-    assert [rung["allocated"] for rung in figures["rungs"]] == expected
+    clip = synthetic_clip(30, 3, (128, 224))
+    expected = [memory.allocated for memory in estimate_preflight(config, clip, "cpu").fallbacks]
+    assert [fallback["allocated"] for fallback in figures["rungs"]] == expected
 
 
 @pytest.mark.parametrize(
-    ("card", "status", "said"),
+    ("gpu_gib", "status", "message"),
     [
-        (20, 0, "1. as configured; to start on it set nothing"),
-        (4.5, 0, "3. one image at a time; to start on it set MEMORY_EFFICIENT: True, DETR_NUM_CHECKPOINT_FRAMES: 1"),
-        (1.1, 1, "no rung leaves 10 % of 1.1 GiB free: lower AUG_MAX_SIZE"),
+        (20, 0, "1. as configured; to start with it set nothing"),
+        (4.5, 0, "3. one image at a time; to start with it set MEMORY_EFFICIENT: True, DETR_NUM_CHECKPOINT_FRAMES: 1"),
+        (1.1, 1, "no fallback leaves 10 % of 1.1 GiB free: lower AUG_MAX_SIZE"),
     ],
 )
-def test_the_command_names_the_cheapest_rung(
-    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, repo_root: Path, card: float, status: int, said: str
+def test_command_names_the_fastest_fallback_that_fits(
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    repo_root: Path,
+    gpu_gib: float,
+    status: int,
+    message: str,
 ) -> None:
     sizes = iter([8, 6, 4, 3, 1])
     monkeypatch.setattr(preflight, "estimate_peak", lambda *_: next(sizes) * 2**30)
-    ran, out, _ = command(*_shallow(repo_root), "--estimate", "--gpu-mem", card)
+    ran, out, _ = command(*_shallow(repo_root), "--estimate", "--gpu-mem", gpu_gib)
     lines = out.strip().splitlines()
-    assert ran == status and said in lines[-1]
+    assert ran == status and message in lines[-1]
     assert "30 objects, 3 frames of 128x224" in out and "estimated for cuda, bf16" in out
     assert "8.00 GiB" in out and "MEMORY_EFFICIENT is False" in lines[-2]
 
 
-def test_the_command_looks_into_the_manifest(
-    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, world: Path
+def test_command_finds_the_worst_clip_in_the_manifest(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, storage: Path
 ) -> None:
     monkeypatch.setattr(preflight, "estimate_peak", lambda *_: 2**30)
-    status, out, _ = command("--config", world / "curriculum.yaml", "--storage", world, "--stage", "only", "--estimate")
+    status, out, _ = command(
+        "--config", storage / "curriculum.yaml", "--storage", storage, "--stage", "only", "--estimate"
+    )
     assert status == 0 and "dance/t1 frames 3, 4" in out and "7 objects, 2 frames" in out
 
 
-def test_a_stage_alone_names_its_data_by_its_keys(command: Callable[..., Any], world: Path) -> None:
+def test_single_stage_configuration_names_its_data_by_its_keys(command: Callable[..., Any], storage: Path) -> None:
     """The shards of `ray_jobs/train.py` are named after DATASETS."""
-    missing = ("--config", world / "stage.yaml", "--data-root", world / "raw", "--storage", world / "nowhere")
+    missing = ("--config", storage / "stage.yaml", "--data-root", storage / "raw", "--storage", storage / "nowhere")
     status, _, err = command(*missing)
     assert status == 2 and "not converted yet" in err and "--objects" in err
-    status, _, err = command("--config", world / "stage.yaml", "--data-root", world / "raw", "--storage", world)
+    status, _, err = command("--config", storage / "stage.yaml", "--data-root", storage / "raw", "--storage", storage)
     assert status == 2 and "no train videos of source 'dancetrack'" in err
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--frames", 3), "needs its number of objects"),
         (("--objects", -1), "--objects"),
@@ -334,18 +346,18 @@ def test_a_stage_alone_names_its_data_by_its_keys(command: Callable[..., Any], w
         (("--objects", 3, "--set", "NO_SUCH=1"), "NO_SUCH"),
     ],
 )
-def test_bad_input_is_answered(command: Callable[..., Any], repo_root: Path, words: Any, said: str) -> None:
+def test_bad_input_is_an_error(command: Callable[..., Any], repo_root: Path, words: Any, message: str) -> None:
     status, out, err = command("--config", repo_root / "configs/demo/motip_tiny.yaml", *words)
-    assert status == 2 and said in err and "Traceback" not in err and not out
+    assert status == 2 and message in err and "Traceback" not in err and not out
 
 
-def test_an_unknown_stage_is_answered(command: Callable[..., Any], world: Path) -> None:
-    status, _, err = command("--config", world / "curriculum.yaml", "--storage", world, "--stage", "other")
+def test_unknown_stage_is_an_error(command: Callable[..., Any], storage: Path) -> None:
+    status, _, err = command("--config", storage / "curriculum.yaml", "--storage", storage, "--stage", "other")
     assert status == 2 and "one of only" in err
 
 
-def test_a_rung_that_was_not_weighed_does_not_fit() -> None:
-    rung = all_rungs(small_config())[0]
-    assert not RungMemory(rung, None).fits(2**40)
-    assert RungMemory(rung, 900).fits(1000) and not RungMemory(rung, 901).fits(1000)
-    assert not RungMemory(replace(rung, name="measured"), 800, 901).fits(1000)
+def test_fallback_without_a_measurement_does_not_fit() -> None:
+    fallback = all_fallbacks(small_config())[0]
+    assert not FallbackMemory(fallback, None).fits(2**40)
+    assert FallbackMemory(fallback, 900).fits(1000) and not FallbackMemory(fallback, 901).fits(1000)
+    assert not FallbackMemory(replace(fallback, name="measured"), 800, 901).fits(1000)

@@ -1,4 +1,4 @@
-"""Two real ranks (gloo) do together what one does alone."""
+"""Two ranks (gloo) give the same result as one rank with both clips."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from motip.train.collectives import (
     SingleProcess,
     TorchDistributed,
     all_reduce_gradients,
-    current_communicator,
+    current_process_group,
 )
 from motip.train.optimizer import build_optimizer
 from motip.train.step import TrainStep
 from tests.helpers.small_training import assert_same_gradients, clip, gradients, small_config, small_model, together
 
 ORDER = torch.tensor([2, 0, 1])
-# The second rank's clip is far more crowded, and its ID targets are fewer: a mean of means would differ.
+# The ranks have different numbers of objects and ID targets, so that a mean of means would differ.
 COUNTS = [(1, 2, 1), (4, 3, 4)]
-# Where the optimiser step is compared, Adam must not turn rounding noise of tiny gradients into whole steps.
+# Small, because Adam amplifies the rounding noise of tiny gradients to full-size updates.
 LR = 1e-4
 
 
@@ -36,7 +36,7 @@ def _config(focal: bool = False) -> Config:
 def _rank(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
-    comm = current_communicator()
+    comm = current_process_group()
     assert isinstance(comm, TorchDistributed)
     saved = {
         "clips": _one_clip_each(rank, comm),
@@ -80,7 +80,7 @@ def _second_is_not_finite(rank: int, comm: TorchDistributed) -> tuple[bool, int,
 
 
 def _uneven_use(rank: int, comm: TorchDistributed) -> list[torch.Tensor | None]:
-    """Parameter 0 is used by both ranks, 1 by the second alone, 2 by none; 3 is frozen."""
+    """Parameter 0 has a gradient on both ranks, 1 on the second only, 2 on none; 3 is frozen."""
     parameters = [nn.Parameter(torch.ones(3)) for _ in range(4)]
     parameters[3].requires_grad_(False)
     parameters[0].grad = torch.full((3,), rank + 1.0)
@@ -92,7 +92,7 @@ def _uneven_use(rank: int, comm: TorchDistributed) -> list[torch.Tensor | None]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """As the ranks have: another number of threads sums in another order."""
+    """Same number of threads as the ranks, because it changes the order of summation."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -107,7 +107,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_one_clip_each_is_one_batch_of_two(ranks: list[dict]) -> None:
+def test_one_clip_per_rank_equals_one_batch_of_two(ranks: list[dict]) -> None:
+    assert len(ranks) == 2
     config = _config()
     step = TrainStep(small_model(config), config, SingleProcess())
     losses = step.accumulate(together(*(clip(rank, counts) for rank, counts in enumerate(COUNTS))), ORDER)
@@ -118,7 +119,8 @@ def test_one_clip_each_is_one_batch_of_two(ranks: list[dict]) -> None:
         assert rank["clips"]["objects"] == losses.objects == sum(map(sum, COUNTS))
 
 
-def test_a_rank_without_a_clip_stays_in_step(ranks: list[dict]) -> None:
+def test_rank_without_a_clip_has_the_same_weights(ranks: list[dict]) -> None:
+    assert len(ranks) == 2
     config = _config()
     step = TrainStep(small_model(config), config, SingleProcess())
     optimizer = build_optimizer(step.model, config)
@@ -133,18 +135,19 @@ def test_a_rank_without_a_clip_stays_in_step(ranks: list[dict]) -> None:
         torch.testing.assert_close(first[name], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_is_left_out_on_both(ranks: list[dict]) -> None:
+def test_nonfinite_loss_on_one_rank_is_skipped_on_both(ranks: list[dict]) -> None:
     assert [rank["bad"] for rank in ranks] == [(True, 1, True)] * 2
 
 
 def test_gradients_of_unevenly_used_parameters(ranks: list[dict]) -> None:
+    assert len(ranks) == 2
     for rank in ranks:
         shared, second_only, unused, frozen = rank["uneven"]
         assert shared.tolist() == [3.0, 3.0, 3.0] and second_only.tolist() == [0.0, 1.0, 2.0]
         assert unused is None and frozen is None
 
 
-def test_a_single_process_talks_to_itself() -> None:
-    comm = current_communicator()
+def test_single_process_group() -> None:
+    comm = current_process_group()
     assert isinstance(comm, SingleProcess)
-    assert comm.gather("own") == ["own"] and comm.sum_(torch.ones(2)).tolist() == [1.0, 1.0]
+    assert comm.all_gather("own") == ["own"] and comm.sum_(torch.ones(2)).tolist() == [1.0, 1.0]

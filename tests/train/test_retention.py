@@ -1,4 +1,4 @@
-"""Which checkpoints stay, on a disk and on S3; what was removed or half-written is never gone on from."""
+"""Retention of checkpoints on disk and S3; removed or partial checkpoints are never resumed."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ import torch
 
 import motip.train.loop as loop
 from motip.config import Config, Stage
-from motip.curriculum.stage import best_epoch
+from motip.curriculum.stage import choose_best_epoch
 from motip.errors import MotipError
 from motip.storage import paths, retries
-from motip.storage.atomic_filesystem import whole_files
+from motip.storage.atomic_filesystem import atomic_filesystem
 from motip.storage.paths import Location, location
-from motip.train import checkpoints, preemption, retention
-from motip.train.batch_sources import LocalFeed
+from motip.train import checkpoint_schedule, checkpoints, preemption, retention
+from motip.train.batch_sources import LocalBatchSource
 from motip.train.checkpoints import store_folder
 from motip.train.collectives import SingleProcess
 from motip.train.ray_train import FolderReporter, RayReporter, completed
-from motip.train.retention import Retention, best_first, drop_epochs, drop_steps, held
-from motip.weights.pretrained import load_checkpoint
+from motip.train.retention import Retention, best_first, drop_epochs, drop_steps, list_checkpoints
+from motip.weights import load_checkpoint
 from tests.helpers.object_store import ObjectStore, object_store
 from tests.helpers.small_training import small_config
 from tests.train.test_loop import SETTINGS
 from tests.train.test_resume import Records, _job
 
 HOTA = {0: 10.0, 1: 40.0, 2: 30.0, 3: 40.0, 4: 20.0}
-"""Of each epoch; the second and the fourth are equal."""
+"""HOTA by epoch; the second and the fourth are equal."""
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,10 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
 
 
 def _write_epoch(folder: Location, epoch: int, metrics: dict[str, float], step: int | None = None) -> None:
-    place = folder / f"epoch_{epoch:03d}"
-    paths.write_bytes(place / f"checkpoint_{epoch}.pth", b"weights")
+    path = folder / f"epoch_{epoch:03d}"
+    paths.write_bytes(path / f"checkpoint_{epoch}.pth", b"weights")
     stored = {"epoch": epoch, "step": 10 * (epoch + 1) if step is None else step, "metrics": metrics}
-    paths.write_json(place / "metrics.json", stored)
+    paths.write_json(path / "metrics.json", stored)
 
 
 def _write_step(folder: Location, step: int) -> None:
@@ -72,28 +72,28 @@ def _stage(**changes: Any) -> Stage:
 # ---------------------------------------------------------------------------------------------------- the policy
 
 
-def test_the_last_steps_stay_and_their_folders_too(folder: Location) -> None:
-    assert held(folder).latest() is None
+def test_last_steps_are_kept_and_empty_folders_stay(folder: Location) -> None:
+    assert list_checkpoints(folder).latest() is None
     for step in (2, 4, 9, 10, 100):
         _write_step(folder, step)
     drop_steps(folder, 2)
     assert _weights(folder) == ["checkpoint_step_10.pth", "checkpoint_step_100.pth"]
-    latest = held(folder).latest()
+    latest = list_checkpoints(folder).latest()
     assert latest is not None and latest.name == "checkpoint_step_100.pth"
-    # Ray Train refuses its list of checkpoints where a folder of it is missing.
-    files = whole_files(remote=not isinstance(folder, Path))
+    # Ray Train rejects its list of checkpoints if a folder in it is missing.
+    files = atomic_filesystem(remote=not isinstance(folder, Path))
     for step in (2, 4, 9):
         info = files.get_file_info(f"{folder}/step_{step:08d}".removeprefix("s3://"))
         assert info.type.name == "Directory", step
     drop_steps(folder, 0)
-    assert _weights(folder) == [] and held(folder).steps == {}
+    assert _weights(folder) == [] and list_checkpoints(folder).steps == {}
 
 
 @pytest.mark.parametrize(
     ("kept", "expected"),
     [(None, [0, 1, 2, 3, 4]), (1, [1, 4]), (2, [1, 3, 4]), (3, [1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])],
 )
-def test_the_best_epochs_stay_and_the_newest(folder: Location, kept: int | None, expected: list[int]) -> None:
+def test_best_epochs_and_the_newest_are_kept(folder: Location, kept: int | None, expected: list[int]) -> None:
     folder = folder / str(kept)
     for epoch, hota in HOTA.items():
         _write_epoch(folder, epoch, {"HOTA": hota, "loss": float(epoch)})
@@ -102,28 +102,28 @@ def test_the_best_epochs_stay_and_the_newest(folder: Location, kept: int | None,
     result = completed(str(folder))
     assert result.epochs == {epoch: {"HOTA": hota, "loss": float(epoch)} for epoch, hota in HOTA.items()}
     assert sorted(result.checkpoints) == expected
-    assert best_epoch(result, _stage()) == 1, "the earliest of equals, whatever was removed"
+    assert choose_best_epoch(result, _stage()) == 1, "the earliest of equals"
 
 
-def test_kept_epoch_by_epoch_it_comes_to_the_same(tmp_path: Path) -> None:
+def test_dropping_after_each_epoch_keeps_the_same_epochs(tmp_path: Path) -> None:
     for epoch, hota in HOTA.items():
         _write_epoch(tmp_path, epoch, {"HOTA": hota})
         drop_epochs(tmp_path, Retention(epochs=2))
-        assert f"checkpoint_{epoch}.pth" in _weights(tmp_path), "what was just written is there to go on from"
+        assert f"checkpoint_{epoch}.pth" in _weights(tmp_path), "the newest checkpoint is kept"
     assert _weights(tmp_path) == ["checkpoint_1.pth", "checkpoint_3.pth", "checkpoint_4.pth"]
 
 
-def test_an_epoch_without_a_score_is_kept_only_as_the_newest(tmp_path: Path) -> None:
+def test_epoch_without_a_score_is_kept_only_as_the_newest(tmp_path: Path) -> None:
     _write_epoch(tmp_path, 0, {"HOTA": 1.0})
     _write_epoch(tmp_path, 1, {"loss": 1.0})
     _write_epoch(tmp_path, 2, {"HOTA": math.nan})
     drop_epochs(tmp_path, Retention(epochs=3))
     assert _weights(tmp_path) == ["checkpoint_0.pth", "checkpoint_2.pth"]
     assert best_first({0: {"HOTA": 1.0}, 1: {"loss": 1.0}, 2: {"HOTA": math.nan}}, "HOTA") == [0]
-    assert best_epoch(completed(str(tmp_path)), _stage()) == 0
+    assert choose_best_epoch(completed(str(tmp_path)), _stage()) == 0
 
 
-def test_removed_and_half_written_checkpoints_are_neither_chosen_nor_gone_on_from(folder: Location) -> None:
+def test_removed_and_partial_checkpoints_are_neither_chosen_nor_resumed(folder: Location) -> None:
     _write_epoch(folder, 0, {"HOTA": 50.0})
     _write_epoch(folder, 1, {"HOTA": 90.0})
     (folder / "epoch_001" / "checkpoint_1.pth").unlink()  # its metrics stay
@@ -131,30 +131,30 @@ def test_removed_and_half_written_checkpoints_are_neither_chosen_nor_gone_on_fro
     paths.write_bytes(folder / "step_00000040" / ".checkpoint_step_40.1a2b.tmp.pth", b"ha")
     paths.write_bytes(folder / "step_00000050" / "checkpoint_step_49.pth", b"of another step")
     paths.write_bytes(folder / "kept" / "step_00000060" / "checkpoint_step_60.pth", b"of another folder")
-    latest = held(folder).latest()
+    latest = list_checkpoints(folder).latest()
     assert latest is not None and latest.name == "checkpoint_0.pth"
     result = completed(str(folder))
     assert sorted(result.epochs) == [0, 1] and sorted(result.checkpoints) == [0]
-    assert best_epoch(result, _stage()) == 0
+    assert choose_best_epoch(result, _stage()) == 0
     _write_step(folder, 15)
-    latest = held(folder).latest()
+    latest = list_checkpoints(folder).latest()
     assert latest is not None and latest.name == "checkpoint_step_15.pth"
     _write_epoch(folder, 1, {"HOTA": 90.0}, step=15)
-    latest = held(folder).latest()
+    latest = list_checkpoints(folder).latest()
     assert latest is not None and latest.name == "checkpoint_1.pth", "at the same step the epoch is further"
 
 
-def test_what_cannot_be_removed_is_said_and_training_goes_on(
+def test_failed_removal_is_logged_and_training_continues(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = location(f"{store.uri}/stubborn/stage")
     for step in (1, 2):
         _write_step(folder, step)
-    monkeypatch.setattr(retries.retried, "__defaults__", (0.0, *retries.retried.__defaults__[1:]))  # type: ignore[index]
-    store.fails("^DELETE", 1000)
+    monkeypatch.setattr(retries.with_retries, "__defaults__", (0.0, *retries.with_retries.__defaults__[1:]))  # type: ignore[index]
+    store.fail("^DELETE", 1000)
     drop_steps(folder, 1)
-    store.troubles.clear()
-    assert "checkpoint_step_1.pth: checkpoints that are not needed any more stay for now" in caplog.text
+    store.failures.clear()
+    assert "checkpoint_step_1.pth: superfluous checkpoints are not removed for now" in caplog.text
     drop_steps(folder, 1)
     assert _weights(folder) == ["checkpoint_step_2.pth"]
 
@@ -171,27 +171,25 @@ def _run(job: Any, folder: Path, records: Records, kept: Retention, **methods: A
     reporter = FolderReporter(folder, records, kept)
     for name, method in methods.items():
         setattr(reporter, name, method)
-    loop.run_stage(job, SingleProcess(), LocalFeed(job, config), reporter, torch.device("cpu"))
+    loop.train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, torch.device("cpu"))
     return reporter
 
 
-def test_a_stage_keeps_its_best_and_its_newest_epoch_and_all_scores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stage_keeps_its_best_and_newest_epoch_and_all_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {"HOTA": HOTA[epoch]})
     job = _job(tmp_path, _config(EPOCHS=5, EVALUATE_EVERY_EPOCHS=1))
     _run(job, tmp_path / "out", Records(), Retention(epochs=1))
     assert _weights(tmp_path / "out") == ["checkpoint_1.pth", "checkpoint_4.pth"]
     result = completed(str(tmp_path / "out"))
     assert {epoch: metrics["HOTA"] for epoch, metrics in result.epochs.items()} == HOTA
-    best = load_checkpoint(Path(result.checkpoints[best_epoch(result, _stage())]))
+    best = load_checkpoint(Path(result.checkpoints[choose_best_epoch(result, _stage())]))
     assert best["position"]["epoch"] == 2
     again = Records()
     _run(job, tmp_path / "out", again, Retention(epochs=1))
     assert again.losses == {}, "a finished stage is not trained again"
     (tmp_path / "out" / "epoch_004" / "checkpoint_4.pth").unlink()
     _run(job, tmp_path / "out", again, Retention(epochs=1))
-    assert min(again.losses) == 5, "without its newest weights it goes on from those that are there"
+    assert min(again.losses) == 5, "without its newest weights it resumes from the older ones"
 
 
 # ------------------------------------------------------------------------------------------------ into the storage
@@ -204,38 +202,36 @@ def _finished(folder: Path) -> Path:
     return folder
 
 
-def test_weights_are_stored_before_the_metrics_that_vouch_for_them(store: ObjectStore, tmp_path: Path) -> None:
-    source, said = _finished(tmp_path / "epoch_000"), []
+def test_weights_are_stored_before_the_metrics(store: ObjectStore, tmp_path: Path) -> None:
+    source, lines = _finished(tmp_path / "epoch_000"), []
     target = location(f"{store.uri}/order/stage/epoch_000")
     store.requests.clear()
-    store.fails("POST .*checkpoint_0", 4)
-    store.fails("(POST|PUT) .*metrics.json", 4, drop=True)
-    store_folder(source, target, said.append)
+    store.fail("POST .*checkpoint_0", 4)
+    store.fail("(POST|PUT) .*metrics.json", 4, drop=True)
+    store_folder(source, target, lines.append)
     begun = [request for request in store.requests if request.startswith("POST") and request.endswith("?uploads")]
     assert [request.split("/")[-1] for request in begun] == ["checkpoint_0.pth?uploads", "metrics.json?uploads"]
     assert len(store.failed()) == 8
     assert completed(str(target.parent)).checkpoints == {0: f"{target}/checkpoint_0.pth"}
 
 
-def test_a_store_that_stays_away_ends_with_a_message_and_no_half_epoch(
+def test_unreachable_store_is_an_error_and_leaves_no_partial_epoch(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retries.retried, "__defaults__", (0.0, *retries.retried.__defaults__[1:]))  # type: ignore[index]
+    monkeypatch.setattr(retries.with_retries, "__defaults__", (0.0, *retries.with_retries.__defaults__[1:]))  # type: ignore[index]
     monkeypatch.setattr(checkpoints, "STORE_FOR_S", 5.0)
-    target, said = location(f"{store.uri}/away/stage/epoch_000"), []
-    store.fails("metrics.json", 1000, drop=True)
+    target, lines = location(f"{store.uri}/away/stage/epoch_000"), []
+    store.fail("metrics.json", 1000, drop=True)
     with pytest.raises(MotipError, match=r"(?s)checkpoint epoch_000 cannot be written.*untouched") as failure:
-        store_folder(_finished(tmp_path / "epoch_000"), target, said.append)
-    store.troubles.clear()
-    # Ray Train would start the whole upload over where it reads these words.
+        store_folder(_finished(tmp_path / "epoch_000"), target, lines.append)
+    store.failures.clear()
+    # Ray Train restarts the entire upload if the message contains these words.
     assert "AWS Error" not in str(failure.value) and "NETWORK_CONNECTION" in str(failure.value)
-    assert said and said[0].startswith(f"storing {target}/metrics.json failed (try 1)")
-    assert completed(str(target.parent)).epochs == {} and held(target.parent).latest() is None
+    assert lines and lines[0].startswith(f"storing {target}/metrics.json failed (try 1)")
+    assert completed(str(target.parent)).epochs == {} and list_checkpoints(target.parent).latest() is None
 
 
-def test_a_disk_that_fills_up_while_storing_leaves_the_checkpoint_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_while_storing_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = tmp_path / "stage"
     _write_step(stage, 4)
     source = tmp_path / "local"
@@ -255,12 +251,12 @@ def test_a_disk_that_fills_up_while_storing_leaves_the_checkpoint_before(
     assert _weights(stage) == ["checkpoint_step_4.pth", "checkpoint_step_8.pth"]
 
 
-def test_a_folder_of_another_machine_is_no_storage(tmp_path: Path) -> None:
-    with pytest.raises(MotipError, match="not to be seen from the node"):
+def test_storage_folder_missing_on_the_node_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MotipError, match="does not exist on the node"):
         store_folder(_finished(tmp_path / "a"), tmp_path / "not mounted" / "epoch_000", lambda text: None)
 
 
-def test_a_store_that_cannot_be_listed_keeps_what_is_there_and_training_goes_on(
+def test_checkpoints_stay_and_training_continues_if_the_store_cannot_be_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {"HOTA": HOTA[epoch]})
@@ -268,7 +264,7 @@ def test_a_store_that_cannot_be_listed_keeps_what_is_there_and_training_goes_on(
     listed = retention.files_under
 
     def away(folder: Path) -> Any:
-        raise MotipError("S3 answered with an error: SlowDown", where=folder)
+        raise MotipError("S3 request failed: SlowDown", where=folder)
 
     def latest() -> None:
         monkeypatch.setattr(retention, "files_under", away)
@@ -276,9 +272,9 @@ def test_a_store_that_cannot_be_listed_keeps_what_is_there_and_training_goes_on(
     with caplog.at_level(logging.WARNING):
         _run(_job(tmp_path, config), tmp_path / "out", Records(), Retention(steps=1, epochs=0), latest=latest)
     monkeypatch.setattr(retention, "files_under", listed)
-    said = [record.message for record in caplog.records if "stay for now" in record.message]
-    assert said and all("SlowDown" in text for text in said)
-    assert {"checkpoint_0.pth", "checkpoint_1.pth"} < set(_weights(tmp_path / "out")), "nothing was removed"
+    lines = [record.message for record in caplog.records if "are not removed for now" in record.message]
+    assert lines and all("SlowDown" in text for text in lines)
+    assert {"checkpoint_0.pth", "checkpoint_1.pth"} < set(_weights(tmp_path / "out")), "no checkpoint is removed"
     drop_steps(tmp_path / "out", 0)
     drop_epochs(tmp_path / "out", Retention(epochs=0))
     assert _weights(tmp_path / "out") == ["checkpoint_1.pth"]
@@ -287,62 +283,63 @@ def test_a_store_that_cannot_be_listed_keeps_what_is_there_and_training_goes_on(
 # --------------------------------------------------------------------------------------------------- preemption
 
 
-class Told:
-    """What ray.train.get_preemption_info says after a number of looks."""
+class PreemptionInfoStub:
+    """Stub of ray.train.get_preemption_info: preempted nodes by the number of the call from which they are returned."""
 
     def __init__(self, nodes: dict[int, list[str]]) -> None:
         self._nodes = nodes
-        self.looks = 0
+        self.calls = 0
 
     def __call__(self) -> Any:
         from ray.train.v2.api.preemption import PreemptionInfo
 
-        self.looks += 1
-        seen = [nodes for look, nodes in self._nodes.items() if look <= self.looks]
-        return PreemptionInfo(None, {node: [0] for node in seen[-1]}) if seen else None
+        self.calls += 1
+        preempted = [nodes for call, nodes in self._nodes.items() if call <= self.calls]
+        return PreemptionInfo(None, {node: [0] for node in preempted[-1]}) if preempted else None
 
 
-def test_a_preemption_saves_one_position_for_each_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_preemption_saves_one_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
-    told = Told({6: ["node-b", "node-a"], 10: ["node-a", "node-b", "node-c"]})
-    monkeypatch.setattr(ray.train, "get_preemption_info", told)
-    monkeypatch.setattr(checkpoints, "LOOK_EVERY_S", 0.0)
+    info = PreemptionInfoStub({6: ["node-b", "node-a"], 10: ["node-a", "node-b", "node-c"]})
+    monkeypatch.setattr(ray.train, "get_preemption_info", info)
+    monkeypatch.setattr(checkpoint_schedule, "POLL_INTERVAL_S", 0.0)
     ray_reporter = RayReporter(None, str(tmp_path), Retention())
     job = _job(tmp_path, _config(EPOCHS=1, CLIPS_PER_EPOCH=14, CHECKPOINT_EVERY_MINUTES=None))
     records, saved = Records(), []
     folder = tmp_path / "out"
 
-    def step_done(step: int, place: Path | None, wait: bool) -> None:
-        assert place is not None
-        position = load_checkpoint(place / f"checkpoint_step_{step}.pth")["position"]
+    def step_done(step: int, checkpoint: Path | None, wait: bool) -> None:
+        assert checkpoint is not None
+        position = load_checkpoint(checkpoint / f"checkpoint_step_{step}.pth")["position"]
         saved.append((step, position["step"], wait))
 
-    _run(job, folder, records, Retention(), notice=ray_reporter.notice, step_done=step_done)
-    assert told.looks == 14
-    assert saved == [(6, 6, True), (10, 10, True)], "once for each notice, and waited for"
-    assert max(records.losses) == 14, "training goes on for as long as the machine does"
+    _run(job, folder, records, Retention(), preemption=ray_reporter.preemption, step_done=step_done)
+    assert info.calls == 14
+    assert saved == [(6, 6, True), (10, 10, True)], "once per preemption, and synchronously"
+    assert max(records.losses) == 14, "training continues until the machine is gone"
     notes = [text for text in records.notes if "preemption" in text]
-    assert "preemption of node-a, node-b)" in notes[0] and "step 6 saved" in notes[0] and "after the notice" in notes[0]
+    assert "preemption of node-a, node-b)" in notes[0]
+    assert "step 6 saved" in notes[0] and "after the request" in notes[0]
     assert "node-c" in notes[1] and len(notes) == 2
 
 
-def test_where_saving_takes_too_long_the_log_says_what_was_done(
+def test_slow_checkpoint_is_logged_at_the_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
-    monkeypatch.setattr(ray.train, "get_preemption_info", Told({1: ["node-a"]}))
-    monkeypatch.setattr(checkpoints, "LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr(preemption, "GRACE_S", 2.0)
+    monkeypatch.setattr(ray.train, "get_preemption_info", PreemptionInfoStub({1: ["node-a"]}))
+    monkeypatch.setattr(checkpoint_schedule, "POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(preemption, "GRACE_PERIOD_S", 2.0)
     ray_reporter = RayReporter(None, str(tmp_path), Retention())
     job = _job(tmp_path, _config(EPOCHS=1, CHECKPOINT_EVERY_MINUTES=None))
 
-    def slow(step: int, place: Path | None, wait: bool) -> None:
+    def slow(step: int, checkpoint: Path | None, wait: bool) -> None:
         deadline = time.monotonic() + 20
         while "no checkpoint within" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.02)
 
     with caplog.at_level(logging.ERROR):
-        _run(job, tmp_path / "out", Records(), Retention(), notice=ray_reporter.notice, step_done=slow)
-    said = [record.message for record in caplog.records if "no checkpoint within" in record.message]
-    assert len(said) == 1
-    assert "epoch 1, step 1/" in said[0] and "storing the checkpoint" in said[0]
+        _run(job, tmp_path / "out", Records(), Retention(), preemption=ray_reporter.preemption, step_done=slow)
+    lines = [record.message for record in caplog.records if "no checkpoint within" in record.message]
+    assert len(lines) == 1
+    assert "epoch 1, step 1/" in lines[0] and "storing the checkpoint" in lines[0]

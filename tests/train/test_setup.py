@@ -1,4 +1,4 @@
-"""A stage's first weights: what its configuration allows to be missing, unknown, or of another shape."""
+"""Initial weights of a stage: tensors that may be missing, unknown or of another shape (PRETRAIN_ALLOW)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from motip.errors import MotipError
 from motip.storage.atomic import sha256_file
 from motip.train.setup import build_model_for, fresh_model
 from motip.train.stage_job import Parent, StageJob
-from motip.weights.pretrained import TransferReport
+from motip.weights import TransferReport
 from motip.weights.transfer_report import DROPPED, INITIALISED
 from tests.helpers.small_training import small_config
 
@@ -35,7 +35,7 @@ def write_damaged(path: Path) -> Path:
     return path
 
 
-def test_pretrain_allow_lets_named_tensors_differ(tmp_path: Path) -> None:
+def test_pretrain_allow_accepts_differences_of_named_tensors(tmp_path: Path) -> None:
     path = write_damaged(tmp_path / "a.pth")
     names = small_config().class_names
     with pytest.raises(MotipError, match="PRETRAIN_ALLOW") as caught:
@@ -44,11 +44,11 @@ def test_pretrain_allow_lets_named_tensors_differ(tmp_path: Path) -> None:
     with pytest.raises(MotipError, match="enc_output"):
         start(small_config(PRETRAIN_CLASSES=names, PRETRAIN_ALLOW=[MISSING]), path)
     report = start(small_config(PRETRAIN_CLASSES=names, PRETRAIN_ALLOW=[MISSING, "detr.*.enc_output.*"]), path)
-    assert report.model_fates[MISSING].category == INITIALISED
-    assert report.file_fates[UNKNOWN].category == DROPPED
+    assert report.model_status[MISSING].category == INITIALISED
+    assert report.file_status[UNKNOWN].category == DROPPED
 
 
-def test_weights_that_changed_since_the_plan_are_refused(tmp_path: Path) -> None:
+def test_weights_changed_since_planning_are_an_error(tmp_path: Path) -> None:
     path = write_damaged(tmp_path / "a.pth")
     job = StageJob("stage", {}, (), {}, (), {}, {}, "", Parent(str(path), "0" * 64), "")
     with pytest.raises(MotipError, match="has changed since") as caught:

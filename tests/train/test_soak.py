@@ -1,4 +1,4 @@
-"""Two thousand steps of the tiny model take no more memory at their end than at their beginning."""
+"""Memory of two thousand training steps of the tiny model does not grow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import motip.train.loop as loop
-from motip.train.batch_sources import LocalFeed
+from motip.train.batch_sources import LocalBatchSource
 from motip.train.collectives import SingleProcess
 from motip.train.ray_train import FolderReporter
 from motip.train.timing import resident_bytes
@@ -22,11 +22,11 @@ EPOCHS, PART = 4, 500
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_memory_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way of a stage: decoding, augmentation to a few sizes, steps, step records and checkpoints."""
+    """All parts of a stage: decoding, augmentation to a few sizes, steps, step records and checkpoints."""
     torch.set_num_threads(1)
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
-    # Four picture sizes. For each new size some memory is kept; with hundreds of sizes that goes on for some 700 steps
-    # before it ends, and would be taken for a leak.
+    # Four image sizes. Each new size allocates memory that is kept; hundreds of sizes would grow for some 700 steps,
+    # which looks like a leak.
     sizes = {"AUG_RESIZE_SCALES": [48, 64], "AUG_RANDOM_CROP_MIN": 64, "AUG_RANDOM_CROP_MAX": 64}
     schedule = {"EPOCHS": EPOCHS, "CLIPS_PER_EPOCH": PART, "LOG_EVERY_STEPS": 1, "CHECKPOINT_EVERY_STEPS": 200}
     config = small_config(**(SETTINGS | sizes | schedule), MEMORY_EFFICIENT=True, ACCUMULATE_STEPS=2)
@@ -37,8 +37,10 @@ def test_memory_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         if kind == "step":
             resident.append(resident_bytes())
 
-    feed = LocalFeed(job, config)
-    loop.run_stage(job, SingleProcess(), feed, FolderReporter(tmp_path / "out", sample), torch.device("cpu"))
+    batch_source = LocalBatchSource(job, config)
+    loop.train_stage_on_worker(
+        job, SingleProcess(), batch_source, FolderReporter(tmp_path / "out", sample), torch.device("cpu")
+    )
     assert len(resident) == EPOCHS * PART
     means = [sum(resident[at : at + PART]) / PART for at in range(0, len(resident), PART)]
     print("resident, mean of each 500 steps:", ", ".join(f"{mean / 2**20:.1f} MB" for mean in means))

@@ -1,4 +1,4 @@
-"""One training step: which frames learn, what does not count, what is left out, and in which precision."""
+"""Training step: frames with gradient, padding clips, skipped batches, and precision."""
 
 from __future__ import annotations
 
@@ -30,23 +30,26 @@ def _run(batch: ClipBatch, **changes: Any) -> tuple[StepLosses, dict[str, torch.
     return losses, gradients(step.model), step.model
 
 
-def test_chunks_and_recomputation_change_nothing() -> None:
-    batch = together(clip(0), clip(1, (1, 4, 2)))
-    losses, expected, _ = _run(batch)
-    for changes in (
+@pytest.mark.parametrize(
+    "changes",
+    [
         {"DETR_NUM_CHECKPOINT_FRAMES": 1},
         {"DETR_NUM_CHECKPOINT_FRAMES": 3},
         {"DETR_NUM_CHECKPOINT_FRAMES": 9},
         {"MEMORY_EFFICIENT": True},
         {"USE_DECODER_CHECKPOINT": True},
-    ):
-        other, found, _ = _run(batch, **changes)
-        assert_same_gradients(found, expected)
-        assert other.values == pytest.approx(losses.values, rel=1e-5)
+    ],
+)
+def test_chunks_and_recomputation_give_the_same_gradients(changes: dict[str, Any]) -> None:
+    batch = together(clip(0), clip(1, (1, 4, 2)))
+    losses, expected, _ = _run(batch)
+    other, found, _ = _run(batch, **changes)
+    assert_same_gradients(found, expected)
+    assert other.values == pytest.approx(losses.values, rel=1e-5)
 
 
 def test_only_the_first_frames_of_the_order_have_a_gradient() -> None:
-    """With one frame of gradient, the pixels of the others cannot change the detector's loss gradient."""
+    """With one frame with gradient, the pixels of the other frames do not change the gradient of the detection loss."""
     batch = clip(0, (2, 2, 2))
     config = small_config(DETR_NUM_TRAIN_FRAMES=1, ID_LOSS_WEIGHT=0.0)
     seen = []
@@ -62,7 +65,7 @@ def test_only_the_first_frames_of_the_order_have_a_gradient() -> None:
     assert not torch.allclose(seen[2], seen[0])
 
 
-def test_no_training_frames_freeze_the_detector() -> None:
+def test_zero_training_frames_freeze_the_detector() -> None:
     config = small_config(DETR_NUM_TRAIN_FRAMES=0)
     model = small_model(config)
     optimizer = build_optimizer(model, config)
@@ -75,7 +78,7 @@ def test_no_training_frames_freeze_the_detector() -> None:
     assert moved == {"trajectory_modeling", "id_decoder"}
 
 
-def test_the_generator_draws_the_order() -> None:
+def test_generator_determines_the_frame_order() -> None:
     values = []
     for seed in (1, 1, 3):
         step = _step(small_config())
@@ -84,7 +87,7 @@ def test_the_generator_draws_the_order() -> None:
     assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
 
 
-def test_a_clip_of_weight_zero_is_not_there() -> None:
+def test_clip_of_weight_zero_has_no_effect() -> None:
     padded = together(clip(0), clip(1, (4, 4, 4)))
     padded.weights = torch.tensor([1.0, 0.0])
     losses, found, _ = _run(padded)
@@ -93,7 +96,7 @@ def test_a_clip_of_weight_zero_is_not_there() -> None:
     assert_same_gradients(found, expected, tolerance=0)
 
 
-def test_a_batch_of_weight_zero_leaves_the_weights_alone() -> None:
+def test_batch_of_weight_zero_keeps_the_weights() -> None:
     config = small_config()
     step = _step(config)
     optimizer = build_optimizer(step.model, config)
@@ -145,8 +148,8 @@ def _run_order(
     return step.accumulate(batch, order), gradients(step.model), step.model
 
 
-def test_the_id_loss_reaches_the_detector_through_the_supervising_layer() -> None:
-    """With the detection loss switched off, the detector's gradient comes from the ID loss alone."""
+def test_gradient_of_the_id_loss_reaches_the_detector_through_the_supervising_layer() -> None:
+    """Without the detection loss the detector's gradient comes from the ID loss alone."""
     off = {"DETR_CLS_LOSS_COEF": 0.0, "DETR_BBOX_LOSS_COEF": 0.0, "DETR_GIOU_LOSS_COEF": 0.0}
     _, last, _ = _run(clip(0), **off, INIT_GRID_QUERIES=False)
     _, published, _ = _run(clip(0), **off, ID_SUPERVISION_LAYER="published")
@@ -168,33 +171,33 @@ def test_accumulated_batches_are_a_mean() -> None:
     assert_same_gradients(gradients(tail.model), halves[0], tolerance=0)
 
 
-def test_clip_norms_apart_and_together() -> None:
-    for separate in (True, False):
-        config = small_config(SEPARATE_CLIP_NORM=separate, MAX_CLIP_NORM=0.05)
-        step = _step(config)
-        optimizer = build_optimizer(step.model, config)
-        step.accumulate(clip(0), ORDER)
-        raw = gradients(step.model)
-        clipped: dict[str, torch.Tensor | None] = {}
-        optimizer.register_step_pre_hook(lambda *_, step=step, clipped=clipped: clipped.update(gradients(step.model)))
-        norms = step.apply(optimizer)
+@pytest.mark.parametrize("separate", [True, False])
+def test_separate_and_joint_clip_norms(separate: bool) -> None:
+    config = small_config(SEPARATE_CLIP_NORM=separate, MAX_CLIP_NORM=0.05)
+    step = _step(config)
+    optimizer = build_optimizer(step.model, config)
+    step.accumulate(clip(0), ORDER)
+    raw = gradients(step.model)
+    clipped: dict[str, torch.Tensor | None] = {}
+    optimizer.register_step_pre_hook(lambda *_: clipped.update(gradients(step.model)))
+    norms = step.apply(optimizer)
 
-        def norm(grads: dict[str, torch.Tensor | None], detr: bool | None) -> float:
-            chosen = [g for n, g in grads.items() if g is not None and (detr is None or ("detr" in n) == detr)]
-            return torch.cat([g.flatten() for g in chosen]).norm().item()
+    def norm(grads: dict[str, torch.Tensor | None], detr: bool | None) -> float:
+        chosen = [g for n, g in grads.items() if g is not None and (detr is None or ("detr" in n) == detr)]
+        return torch.cat([g.flatten() for g in chosen]).norm().item()
 
-        if separate:
-            expected = {"detr_grad_norm": norm(raw, True), "other_grad_norm": norm(raw, False)}
-            assert norm(clipped, True) == pytest.approx(0.05, rel=1e-3)
-            assert norm(clipped, False) == pytest.approx(0.05, rel=1e-3)
-        else:
-            expected = dict.fromkeys(("detr_grad_norm", "other_grad_norm"), norm(raw, None))
-            assert norm(clipped, None) == pytest.approx(0.05, rel=1e-3)
-        assert norms == pytest.approx(expected, rel=1e-4)
-        assert all(parameter.grad is None for parameter in step.model.parameters())
+    if separate:
+        expected = {"detr_grad_norm": norm(raw, True), "other_grad_norm": norm(raw, False)}
+        assert norm(clipped, True) == pytest.approx(0.05, rel=1e-3)
+        assert norm(clipped, False) == pytest.approx(0.05, rel=1e-3)
+    else:
+        expected = dict.fromkeys(("detr_grad_norm", "other_grad_norm"), norm(raw, None))
+        assert norm(clipped, None) == pytest.approx(0.05, rel=1e-3)
+    assert norms == pytest.approx(expected, rel=1e-4)
+    assert all(parameter.grad is None for parameter in step.model.parameters())
 
 
-def test_a_loss_that_is_not_finite_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_batch_with_nonfinite_loss_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
     config = small_config(ACCUMULATE_STEPS=2)
     step = _step(config)
     optimizer = build_optimizer(step.model, config)
@@ -214,7 +217,7 @@ def test_a_loss_that_is_not_finite_is_left_out(caplog: pytest.LogCaptureFixture)
     assert all(torch.equal(p, before[name]) for name, p in step.model.named_parameters())
 
 
-def test_a_gradient_that_is_not_finite_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_step_with_nonfinite_gradient_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
     config = small_config()
     step = _step(config)
     optimizer = build_optimizer(step.model, config)
@@ -231,7 +234,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_learns_and_stays_near_float32(precision: str) -> None:
+def test_mixed_precision_learns_and_agrees_with_float32(precision: str) -> None:
     config = small_config(MIXED_PRECISION=precision, MAX_CLIP_NORM=0.1)
     step = _step(config)
     optimizer = build_optimizer(step.model, config)
@@ -239,7 +242,7 @@ def test_mixed_precision_learns_and_stays_near_float32(precision: str) -> None:
     exact, _, _ = _run(clip(0))
     losses = step.accumulate(clip(0), ORDER)
     assert losses.values["loss"] == pytest.approx(exact.values["loss"], rel=2e-2)
-    for _ in range(12):  # a fp16 scaler may first lower its scale
+    for _ in range(12):  # an fp16 scaler may first lower its scale
         step.apply(optimizer)
         losses = step.accumulate(clip(0), ORDER)
     assert losses.values["loss"] < exact.values["loss"]
@@ -250,7 +253,7 @@ def test_mixed_precision_learns_and_stays_near_float32(precision: str) -> None:
     assert restored.counters == step.counters
 
 
-def test_a_loss_scale_is_there_before_the_first_real_clip() -> None:
+def test_loss_scale_exists_before_the_first_real_clip() -> None:
     config = small_config(MIXED_PRECISION="fp16")
     step = _step(config)
     optimizer = build_optimizer(step.model, config)
@@ -265,7 +268,7 @@ def test_a_loss_scale_is_there_before_the_first_real_clip() -> None:
     assert not torch.equal(step.model.detr.query_embed.weight, before)
 
 
-def test_precision_that_is_not_set() -> None:
+def test_unset_precision() -> None:
     assert autocast_dtype(None, torch.device("cpu")) is None
     assert autocast_dtype("no", torch.device("cpu")) is None
 
@@ -282,7 +285,7 @@ def test_training_lowers_the_loss() -> None:
     assert seen[-1]["id_loss"] < seen[0]["id_loss"]
 
 
-def test_batches_that_contradict_themselves_are_refused() -> None:
+def test_inconsistent_batches_are_an_error() -> None:
     step = _step(small_config())
     unknown_class = clip(0)
     unknown_class.classes[0][1][0] = 2

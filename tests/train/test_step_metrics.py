@@ -1,4 +1,4 @@
-"""What a training tells of itself at its logging interval: speed, rates, the time split, memory, what it skipped."""
+"""Step records at the logging interval: speed, learning rates, time split, memory, skipped clips."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 import motip.train.loop as loop
 import motip.train.timing as timing
 from motip.config import Config
-from motip.train.batch_sources import LocalFeed
+from motip.train.batch_sources import LocalBatchSource
 from motip.train.collectives import SingleProcess
-from motip.train.loop import Meter
 from motip.train.optimizer import GROUP_NAMES, parameter_groups
 from motip.train.ray_train import FolderReporter
+from motip.train.state import Meter
 from motip.train.step import TrainStep
 from motip.train.timing import PARTS, Interval, StepClock
-from motip.weights.pretrained import load_checkpoint
+from motip.weights import load_checkpoint
 from tests.helpers.small_training import clip, small_config, small_model
 from tests.train.test_loop import SETTINGS, job_of, write_video
 
@@ -35,17 +35,17 @@ def _config(**changes: Any) -> Config:
     return small_config(**{"ACCUMULATE_STEPS": ACCUMULATE, **settings})
 
 
-def _run(config: Config, folder: Path, look: Callable[[str, dict[str, Any]], None] | None = None) -> Records:
+def _run(config: Config, folder: Path, inspect_event: Callable[[str, dict[str, Any]], None] | None = None) -> Records:
     records: Records = []
 
     def on_record(kind: str, values: dict[str, Any]) -> None:
         records.append((kind, values))
-        if look is not None:
-            look(kind, values)
+        if inspect_event is not None:
+            inspect_event(kind, values)
 
     job = job_of(config, folder, [write_video(folder, "long", frames=12)])
     reporter = FolderReporter(folder / "stage", on_record)
-    loop.run_stage(job, SingleProcess(), LocalFeed(job, config), reporter, torch.device("cpu"))
+    loop.train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, torch.device("cpu"))
     return records
 
 
@@ -58,7 +58,7 @@ def of(kind: str, records: Records) -> list[dict[str, Any]]:
     return [values for found, values in records if found == kind]
 
 
-def test_a_step_record_names_its_rates_and_splits_its_time(tmp_path: Path) -> None:
+def test_step_record_has_learning_rates_and_time_split(tmp_path: Path) -> None:
     config = _config(LR=1e-3, LR_WARMUP_EPOCHS=0, LR_LINEAR_PROJ_SCALE=0.5, LR_DICTIONARY_SCALE=0.25)
     records = _run(config, tmp_path)
     steps = of("step", records)
@@ -73,17 +73,17 @@ def test_a_step_record_names_its_rates_and_splits_its_time(tmp_path: Path) -> No
         assert metrics["step/objects_per_clip"] == 9, "three frames with three cars"
         assert 0.05 < metrics["step/memory_gib"] < 64
         assert metrics["step/clips_skipped"] == 0
-        # The gradient is applied every second step: the norms are the latest ones, not those of this very step.
+        # The optimiser steps every second batch: the norms are those of its latest step.
         assert metrics["step/detr_grad_norm"] > 0 and metrics["step/loss"] > 0
     json.dumps(steps)
     epoch = of("epoch", records)[0]["metrics"]
     assert {name for name in TIMES if epoch[f"time/{name}"] >= 0} == TIMES
     assert epoch["device/memory_gib"] == max(values["metrics"]["step/memory_gib"] for values in steps)
-    whole = sum(epoch[f"time/{name}"] for name in TIMES) * CLIPS
-    assert whole == pytest.approx(epoch["time/epoch_s"], rel=0.05), "the parts are the whole"
+    total = sum(epoch[f"time/{name}"] for name in TIMES) * CLIPS
+    assert total == pytest.approx(epoch["time/epoch_s"], rel=0.05), "the parts add up"
 
 
-def test_the_groups_have_their_names() -> None:
+def test_group_names_match_the_groups() -> None:
     config = small_config()
     model = small_model(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -95,7 +95,7 @@ def test_the_groups_have_their_names() -> None:
     assert all(any(part in name for part in config.LR_DICTIONARY_NAMES) for name in members["dictionary"])
 
 
-def test_skipped_clips_are_counted_named_and_told_by_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_clips_are_counted_and_reported_by_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config()
     real, calls = TrainStep._losses, []
 
@@ -115,34 +115,32 @@ def test_skipped_clips_are_counted_named_and_told_by_objects(tmp_path: Path, mon
     assert "long" in note["text"] and "3 frames, 9 objects, at most 3 in a frame" in note["text"]
 
 
-def test_the_time_split_of_an_epoch_survives_a_resume() -> None:
+def test_time_split_of_an_epoch_is_resumed() -> None:
     meter = Meter(steps=4, clips=4, waited=1.0)
     meter.seconds["forward"] = 8.0
     meter.memory_gib = 3.0
     state = json.loads(json.dumps(meter.state_dict(SingleProcess())))
-    again = Meter.resumed(state, leads=True)
+    again = Meter.resumed(state, is_main=True)
     assert again.seconds == {"forward": 8.0, "backward": 0.0, "optimiser": 0.0}
     assert again.means()["time/forward_s"] == 2.0 and again.means()["time/wait_s"] == 0.25
     assert again.means()["device/memory_gib"] == 3.0
-    # Of a checkpoint that was written before there was a split.
+    # A checkpoint of a version without the time split.
     old = {name: value for name, value in state.items() if name not in ("seconds", "memory_gib")}
-    assert Meter.resumed(old, leads=True).means()["time/forward_s"] == 0.0
+    assert Meter.resumed(old, is_main=True).means()["time/forward_s"] == 0.0
 
 
-def test_a_checkpoint_between_two_records_holds_the_times_so_far_and_takes_none_from_the_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The clock is read for the checkpoint after step 4 and for the record after step 7."""
+def test_checkpoint_between_two_records_has_the_times_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the clock for the checkpoint after step 4 takes no time from the record after step 7."""
     monkeypatch.setattr(StepClock, "take", lambda clock: dict.fromkeys(PARTS, 7.0))
     config = _config(CHECKPOINT_EVERY_STEPS=4, LOG_EVERY_STEPS=100)
     saved: list[dict[str, float]] = []
 
-    def look(kind: str, values: dict[str, Any]) -> None:
+    def inspect_event(kind: str, values: dict[str, Any]) -> None:
         if kind == "step":
             (path,) = (tmp_path / "stage").glob("step_*/*.pth")
             saved.append(load_checkpoint(path)["position"]["meter"]["seconds"])
 
-    records = _run(config, tmp_path, look)
+    records = _run(config, tmp_path, inspect_event)
     assert saved == [dict.fromkeys(PARTS, 7.0)]
     (record,) = of("step", records)
     assert record["metrics"]["step/time/forward_s"] == 2.0
@@ -163,11 +161,11 @@ class FakeEvent:
         self.at = FakeEvent.ticks
 
     def elapsed_time(self, end: FakeEvent) -> float:
-        assert FakeEvent.synchronised >= end.at, "read before the device was waited for"
+        assert FakeEvent.synchronised >= end.at, "read before the synchronisation"
         return 10.0 * (end.at - self.at)
 
 
-def test_on_cuda_the_device_is_waited_for_only_when_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_synchronised_only_when_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = []
 
     def synchronize(device: torch.device) -> None:
@@ -182,15 +180,15 @@ def test_on_cuda_the_device_is_waited_for_only_when_the_clock_is_read(monkeypatc
         with clock.part("forward"), clock.part("backward"):
             assert not waits
     with pytest.raises(RuntimeError), clock.part("optimiser"):
-        raise RuntimeError("what fails counts too")
+        raise RuntimeError("a failed block is measured too")
     assert not waits
     assert clock.take() == pytest.approx({"forward": 0.15, "backward": 0.05, "optimiser": 0.01})
     assert len(waits) == 1
     assert clock.take() == dict.fromkeys(PARTS, 0.0) and len(waits) == 1
 
 
-def test_the_clock_counts_each_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wall clock that moves on by one second whenever it is looked at."""
+def test_clock_measures_each_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a wall clock that advances by one second per reading."""
     now = iter(range(1000))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
     config = small_config()
@@ -202,7 +200,7 @@ def test_the_clock_counts_each_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -
     assert step.clock.take() == {"forward": 3.0, "backward": 3.0, "optimiser": 1.0}
 
 
-def test_an_interval_tells_what_was_added_since_it_was_asked_last() -> None:
+def test_interval_returns_the_growth_since_the_last_call() -> None:
     interval = Interval({"steps": 10.0, "wait": 1.0})
     assert interval.since({"steps": 14.0, "wait": 1.5, "new": 2.0}) == {"steps": 4.0, "wait": 0.5, "new": 2.0}
     assert interval.since({"steps": 15.0, "wait": 1.5, "new": 2.0}) == {"steps": 1.0, "wait": 0.0, "new": 0.0}
