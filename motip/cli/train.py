@@ -269,8 +269,8 @@ def _as_dict(result: Preflight, best: FallbackMemory | None, gpu_bytes: int) -> 
         "clip": {"name": clip.name, "objects": clip.objects, "frames": clip.frames, "size_hw": clip.size_hw},
         "measured": result.measured,
         "card_bytes": gpu_bytes,
-        "rungs": [
-            {"rung": m.fallback.name, "allocated": m.allocated, "reserved": m.reserved, "fits": m.fits(gpu_bytes)}
+        "fallbacks": [
+            {"fallback": m.fallback.name, "allocated": m.allocated, "reserved": m.reserved, "fits": m.fits(gpu_bytes)}
             for m in result.fallbacks
         ],
         "cheapest": None if best is None else best.fallback.name,

@@ -260,13 +260,13 @@ def _skip_counts(step: TrainStep) -> dict[str, float]:
     counters = step.counters
     counts = {
         "clips_skipped": counters.clips_left_out,
-        "memory/rungs_lowered": counters.lowered,
-        "memory/batches_left_out": counters.out_of_memory,
+        "memory/fallback_retries": counters.lowered,
+        "memory/batches_skipped": counters.out_of_memory,
         "nonfinite/losses": counters.nonfinite_losses,
         "nonfinite/gradients": counters.nonfinite_gradients,
         "nonfinite/gradient_jumps": counters.gradient_jumps,
     }
-    counts |= {f"memory/clips_left_out_objects_{name}": n for name, n in sorted(counters.skipped_objects.items())}
+    counts |= {f"memory/clips_skipped_objects_{name}": n for name, n in sorted(counters.skipped_objects.items())}
     return {name: float(count) for name, count in counts.items()}
 
 

@@ -285,7 +285,7 @@ def test_command_prints_the_estimate(command: Callable[..., Any], repo_root: Pat
     config = load_config(repo_root / "configs/demo/motip_tiny.yaml", [f"{k}={v}" for k, v in SHALLOW.items()])
     clip = synthetic_clip(30, 3, (128, 224))
     expected = [memory.allocated for memory in estimate_preflight(config, clip, "cpu").fallbacks]
-    assert [fallback["allocated"] for fallback in figures["rungs"]] == expected
+    assert [fallback["allocated"] for fallback in figures["fallbacks"]] == expected
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_skipped_clips_are_counted_and_reported_by_objects(tmp_path: Path, monke
     records = _run(config, tmp_path)
     assert [values["metrics"]["step/clips_skipped"] for values in of("step", records)] == [1, 1, 1]
     epoch = of("epoch", records)[0]["metrics"]
-    assert epoch["clips_skipped"] == 1 and epoch["memory/clips_left_out_objects_0_to_9"] == 1
+    assert epoch["clips_skipped"] == 1 and epoch["memory/clips_skipped_objects_0_to_9"] == 1
     (note,) = of("note", records)
     assert note["step"] == 2
     assert "long" in note["text"] and "3 frames, 9 objects, at most 3 in a frame" in note["text"]
