@@ -1,6 +1,6 @@
-"""The only room that reads YAML: stage configurations and curriculum files, checked before hours are spent on them."""
+"""Configuration: the only package that reads YAML; stage configurations, curriculum, experiment and sweep files."""
 
-from motip.config.curriculum_file import Curriculum, Domains, Mix, Source, Stage, load_curriculum
+from motip.config.curriculum_file import Curriculum, DatasetFormat, Domains, Mix, Source, Stage, load_curriculum
 from motip.config.keys import ClipSchedule, Config, record_reads
 from motip.config.yaml_chain import load_config, without_effect_message
 
@@ -8,6 +8,7 @@ __all__ = [
     "ClipSchedule",
     "Config",
     "Curriculum",
+    "DatasetFormat",
     "Domains",
     "Mix",
     "Source",

@@ -1,4 +1,4 @@
-"""The curriculum file: raw sources, and the stages with their data, weights and configuration."""
+"""Curriculum file: raw sources, and the stages with their data, weights and configuration."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from motip.config.keys import Config, describe
 from motip.config.sweep_file import SweepFile, check_sweep, find_sweep
 from motip.config.tuned import with_overlay
-from motip.config.yaml_chain import find_beside, load_config, read_yaml
+from motip.config.yaml_chain import find_relative, load_config, read_yaml
 from motip.errors import MotipError
+
+DatasetFormat = Literal["bdd100k", "visdrone", "motchallenge"]
+"""Raw dataset formats; each has a reader in `motip.data.formats.registry`."""
 
 DEFAULT_CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
     "bdd100k": {"pedestrian": ("pedestrian",), "car": ("car",)},
     "visdrone": {"pedestrian": ("pedestrian", "people"), "car": ("car", "van")},
     "motchallenge": {"pedestrian": ("pedestrian",)},
 }
-"""Raw categories that count as the plan's two classes; everything else is kept as ignore regions."""
+"""Raw categories of the default classes, pedestrian and car; all other categories become ignore regions."""
 
-BEST_METRICS = (
-    *("HOTA", "DetA", "AssA", "DetRe", "DetPr", "AssRe", "AssPr", "LocA"),
-    *("MOTA", "IDF1", "IDR", "IDP"),
-)
-"""Percentages that grow as tracking improves. MOTP is not among them: papers give it as an overlap or a distance."""
+BEST_METRICS = ("HOTA", "DetA", "AssA", "DetRe", "DetPr", "AssRe", "AssPr", "LocA", "MOTA", "IDF1", "IDR", "IDP")
+"""Percentages that increase as tracking improves. MOTP is excluded: papers define it as an overlap or a distance."""
 BEST_MEANS = ("det_avg", "agnostic")
 """Means other than that over classes; `det_avg/HOTA`."""
 
 BASE = "base"
-"""Row of the base weights in the table of domains; no stage may have this name."""
+"""Row of the base weights in the domain matrix; no stage may have this name."""
 
 DEFAULT_SPLITS = {"train": "train", "val": "val"}
 DEFAULT_FPS = {"bdd100k": 5.0, "visdrone": 30.0}
-"""BDD100K box-track labels are at 5 frames per second; VisDrone does not say, its videos are about 30."""
+"""BDD100K box-track labels are at 5 frames per second; VisDrone does not state a rate, its videos have about 30."""
 
 
 class Synthetic(BaseModel):
-    """A drawn world written in the raw format of its source (the demo's input)."""
+    """A synthetic dataset, rendered in the raw format of its source (the demo's input)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,23 +47,23 @@ class Synthetic(BaseModel):
     seed: int = 7
     sequences: dict[str, int] = {"train": 8, "val": 4}
     frames: int | dict[str, int] = 24
-    "Frames of each sequence, at least 2; for all splits, or split by split."
+    "Frames of each sequence, at least 2; one number for all splits, or one per split."
     size: tuple[int, int] = (128, 224)
     "(height, width) in pixels."
     crowd: float = Field(0.0, ge=0, le=1)
-    "Share of the sequences that are crowds, well beyond the base ID vocabulary."
+    "Fraction of the sequences that are crowds, with more objects than the base ID vocabulary has labels."
 
     @field_validator("frames")
     @classmethod
     def _enough_frames(cls, value: int | dict[str, int]) -> int | dict[str, int]:
         if any(count < 2 for count in (value.values() if isinstance(value, dict) else [value])):
-            raise ValueError("a sequence needs at least 2 frames")
+            raise ValueError("a sequence must have at least 2 frames")
         return value
 
     @model_validator(mode="after")
     def _frames_of_every_split(self) -> Synthetic:
         if isinstance(self.frames, dict) and set(self.frames) != set(self.sequences):
-            raise ValueError("frames and sequences do not name the same splits")
+            raise ValueError("frames and sequences have different splits")
         return self
 
     def frames_of(self, split: str) -> int:
@@ -76,14 +76,14 @@ class Source(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    format: Literal["bdd100k", "visdrone", "motchallenge"]
+    format: DatasetFormat
     root: str
     "Folder of the raw dataset, relative to the data root."
     domain: Literal["dance", "ground", "aerial"]
     splits: dict[str, str] = DEFAULT_SPLITS
-    "Our split (train, val, test) to the folder name on disk."
+    "Split (train, val, test) to the folder name on disk."
     sequences: dict[str, tuple[str, ...]] = {}
-    "Our split to the only sequences of it that are taken; a split without an entry is taken whole."
+    "Split to the subset of its sequences to use; a split without an entry is used completely."
     classes: dict[str, tuple[str, ...]] = {}
     fps: float | None = Field(None, gt=0)
     max_frames_per_video: int = Field(200, ge=2)
@@ -99,13 +99,13 @@ class Mix(BaseModel):
     videos: int | None = Field(None, ge=1)
     frame_budget: int | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0)
-    "Clips drawn from this source relative to the others'."
+    "Clips per start frame of this source, relative to the other sources."
     allow_fewer: bool = False
-    "Take what there is when the source has fewer videos than asked for."
+    "Use all videos, instead of an error, if the source has fewer than configured."
 
 
 class Stage(BaseModel):
-    """One step of the curriculum."""
+    """One stage of the curriculum."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -113,40 +113,45 @@ class Stage(BaseModel):
     config: Config
     data: tuple[Mix, ...] = Field(min_length=1)
     val: tuple[str, ...] | None = None
-    "Sources whose val split the stage is judged on; null = those it trains on."
+    "Sources whose val split the stage is validated on; null = those it trains on."
     weights: str | None = None
     "`previous`, a stage's name, a path, or null for DETR_PRETRAIN of the stage's configuration."
     initialise: str | None = None
-    "Configuration file whose freshly initialised weights stand in for a base checkpoint."
+    "Configuration file whose freshly initialised weights replace a base checkpoint."
     best: str = "HOTA"
-    "Metric (class-averaged, on the stage's own validation videos) that chooses the best checkpoint."
+    "Metric (class-averaged, on the stage's validation videos) that selects the best checkpoint."
     allow_unlabelled: tuple[str, ...] = ()
-    "Classes that the stage may train although none of its training videos has a label of them."
+    "Classes that the stage may train although its training videos have no label of them."
     sweep: SweepFile | None = None
-    "Sweep file that finds values for this stage before it is trained, with --tune."
+    "Sweep file for this stage, run before it is trained, with --tune."
     tuned: str | None = None
-    "Values that a sweep has found, on top of `config`; --set is on top of both."
+    "File of tuned values, which override `config`; --set overrides both."
+
+    @property
+    def validation_sources(self) -> tuple[str, ...]:
+        """Sources whose val split scores the stage's epochs: `val`, else those it trains on."""
+        return tuple(dict.fromkeys(mix.source for mix in self.data)) if self.val is None else self.val
 
 
 class Domains(BaseModel):
-    """What is scored after every stage to see what it forgot, and what follows from a loss."""
+    """Scoring of the domains after every stage, to measure forgetting, and the reaction to a loss."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     score: Literal["seen", "all", "none"] = "seen"
-    "Domains scored after each stage: those its model has seen, all of the file (the others as zero-shot), or none."
+    "Domains scored after each stage: those its model was trained on, all of the file (zero-shot included), or none."
     videos: int | None = Field(None, ge=1)
-    "At most this many val videos of each source, always the same ones; null = all."
+    "Maximum number of val videos of each source, always the same ones; null = all."
     metric: str = "HOTA"
-    "Class-averaged metric of the matrix; one that grows as tracking improves."
+    "Class-averaged metric of the domain matrix; one that increases as tracking improves."
     allowed_loss: float = Field(5.0, ge=0)
-    "Points that a domain seen before may be below its best earlier value."
+    "Points that a domain trained on earlier may be below its best earlier value."
     each_class: bool = True
-    "The same for every class of such a domain, since a mean hides a lost class behind a won one."
+    "Apply the limit to every class of such a domain too, since the mean over classes can hide the loss of one."
     on_loss: Literal["warn", "stop"] = "warn"
-    "A larger loss is said, or ends the curriculum; the stage stays finished."
+    "On a larger loss: warn, or stop the curriculum; the stage counts as finished."
     base: tuple[Literal["dance", "ground", "aerial"], ...] | None = None
-    "Domains the base weights have seen; null = those that no stage has as the first entry of its data."
+    "Domains the base weights were trained on; null = those that no stage has as the first entry of its data."
 
 
 class Curriculum(BaseModel):
@@ -163,7 +168,7 @@ class Curriculum(BaseModel):
         return next(stage for stage in self.stages if stage.name == name)
 
     def parent_of(self, stage: Stage) -> Stage | None:
-        """The stage whose best checkpoint ``stage`` starts from, or None where it starts from a file."""
+        """The stage whose best checkpoint ``stage`` starts from, or None if it starts from a file."""
         names = [each.name for each in self.stages]
         if stage.weights == "previous":
             return self.stages[names.index(stage.name) - 1]
@@ -171,38 +176,41 @@ class Curriculum(BaseModel):
 
 
 def load_curriculum(path: str | Path, overrides: Sequence[str] = (), *, tune: bool | str = False) -> Curriculum:
-    """Read a curriculum file and every stage configuration it names.
+    """Read a curriculum file and the configuration of every stage.
 
     Args:
-        path: the YAML file; stage configurations are found relative to it.
+        path: the YAML file; stage configurations are relative to it.
         overrides: `KEY=VALUE` applied to every stage's configuration, or `STAGE:KEY=VALUE` to one stage's.
-        tune: stages with a `sweep:`, or the stage of this name, will be tuned now from their hand-set values: their
-            `tuned:` does not count.
+        tune: True, or the name of a stage: all stages with a `sweep:`, or this stage, will be tuned from their
+            baseline, so their `tuned:` is ignored.
 
     Raises:
         MotipError: naming file, line or key.
     """
+    # sources and stages
     file = read_yaml(Path(path).expanduser())
     _refuse_unknown(file.values, {"name", "sources", "stages", "domains"}, file.path)
     common, by_stage = _split_overrides(overrides)
     named, listed = file.values.get("sources") or {}, file.values.get("stages") or []
     if not isinstance(named, dict):
         raise MotipError(
-            "sources: holds a block, one name with its settings below it for each source", where=file.path, found=named
+            "sources: must be a block that maps the name of each source to its settings", where=file.path, found=named
         )
     if not isinstance(listed, list):
-        raise MotipError("stages: holds a list, one `- name: …` for each stage", where=file.path, found=listed)
+        raise MotipError("stages: must be a list, one `- name: …` for each stage", where=file.path, found=listed)
     sources = {str(key): _source(str(key), value, file.path) for key, value in named.items()}
     stages = [_stage(number, raw, file.path, common, by_stage, tune) for number, raw in enumerate(listed)]
-    strangers = sorted(set(by_stage) - {stage.name for stage in stages})
-    if strangers:
+    unknown = sorted(set(by_stage) - {stage.name for stage in stages})
+    if unknown:
         raise MotipError(
-            f"--set names a stage that does not exist: {strangers[0]}",
+            f"--set names a stage that does not exist: {unknown[0]}",
             where="--set",
             expected="one of " + ", ".join(stage.name for stage in stages),
         )
-    named_domains = file.values.get("domains")
-    domains = _domains({} if named_domains is None else named_domains, file.path)
+
+    # domains and the curriculum
+    raw_domains = file.values.get("domains")
+    domains = _domains({} if raw_domains is None else raw_domains, file.path)
     try:
         curriculum = Curriculum(
             name=file.values.get("name", file.path.stem), sources=sources, stages=tuple(stages), domains=domains
@@ -215,10 +223,10 @@ def load_curriculum(path: str | Path, overrides: Sequence[str] = (), *, tune: bo
 
 def _refuse_unknown(raw: Any, known: set[str], where: object) -> None:
     if not isinstance(raw, dict):
-        raise MotipError("a block of `key: value` lines is needed here", where=where, found=raw)
-    strangers = sorted(set(map(str, raw)) - known)
-    if strangers:
-        raise MotipError(f"unknown key {strangers[0]}", where=where, expected="some of " + ", ".join(sorted(known)))
+        raise MotipError("this must be a block of `key: value` lines", where=where, found=raw)
+    unknown = sorted(set(map(str, raw)) - known)
+    if unknown:
+        raise MotipError(f"unknown key {unknown[0]}", where=where, expected="some of " + ", ".join(sorted(known)))
 
 
 def _source(name: str, raw: Any, path: Path) -> Source:
@@ -242,7 +250,7 @@ def _domains(raw: Any, path: Path) -> Domains:
         raise MotipError(describe(error), where=where) from None
     if domains.metric not in BEST_METRICS:
         raise MotipError(
-            "no metric that the domains can be judged by",
+            "unknown metric for the domains",
             where=f"{where}, metric",
             found=domains.metric,
             expected="one of " + ", ".join(BEST_METRICS),
@@ -257,18 +265,22 @@ def _stage(
     _refuse_unknown(raw, set(Stage.model_fields), where)
     values = dict(raw)
     if "config" not in values or "name" not in values:
-        raise MotipError("a stage needs a name and a config", where=where, found=sorted(values))
+        raise MotipError("a stage must have a name and a config", where=where, found=sorted(values))
+
+    # configuration, sweep and tuned values
     overrides = [*common, *by_stage.get(str(values["name"]), [])]
-    values["config"] = load_config(find_beside(str(values["config"]), path), overrides)
+    values["config"] = load_config(find_relative(str(values["config"]), path), overrides)
     if values.get("sweep"):
         values["sweep"] = find_sweep(str(values["sweep"]), path)
-        if tune is True or tune == values["name"]:  # an override may not fit a sweep that is not asked for
+        if tune is True or tune == values["name"]:  # --set may conflict with a sweep, which matters only if it runs
             check_sweep(values["sweep"], values["config"], f"{where}, sweep: {raw['sweep']}")
     if values.get("tuned") and not (tune == values["name"] or (tune is True and values.get("sweep"))):
         overlay = tuned_file(str(values["tuned"]), path)
         values["config"] = with_overlay(values["config"], overlay, overrides)
+
+    # weights
     if values.get("initialise"):
-        values["initialise"] = str(find_beside(str(values["initialise"]), path))
+        values["initialise"] = str(find_relative(str(values["initialise"]), path))
     if number > 0 and "weights" not in values and "initialise" not in values:
         values["weights"] = "previous"
     try:
@@ -278,9 +290,9 @@ def _stage(
 
 
 def tuned_file(named: str, path: Path) -> Path:
-    """Where a stage's tuned values are read from; beside the curriculum file where there are none yet."""
+    """Path of a stage's tuned values; relative to the curriculum file's folder if the file does not exist yet."""
     try:
-        return find_beside(named, path)
+        return find_relative(named, path)
     except MotipError:
         return path.parent / named
 
@@ -299,16 +311,21 @@ def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, lis
 
 
 def _check(curriculum: Curriculum, path: Path) -> None:
+    # names and domains
     names = [stage.name for stage in curriculum.stages]
     if len(set(names)) != len(names):
         raise MotipError("two stages have the same name", where=path, found=", ".join(names))
     _check_domains(curriculum, path)
     for number, stage in enumerate(curriculum.stages):
         where = f"{path}, stage {stage.name}"
+
+        # weights
         if stage.weights == "previous" and number == 0:
-            raise MotipError("the first stage has no previous one", where=where, fix="give `weights:` a path")
+            raise MotipError("the first stage has no previous one", where=where, fix="set `weights:` to a path")
         if stage.weights in names and names.index(stage.weights) >= number:
             raise MotipError("a stage can only start from an earlier one", where=where, found=stage.weights)
+
+        # data
         for mix in stage.data:
             if mix.source not in curriculum.sources:
                 raise MotipError(
@@ -317,15 +334,17 @@ def _check(curriculum: Curriculum, path: Path) -> None:
                     expected="one of " + ", ".join(curriculum.sources),
                 )
             if (mix.videos is None) == (mix.frame_budget is None):
-                raise MotipError("give either videos or frame_budget", where=f"{where}, source {mix.source}")
+                raise MotipError("set either videos or frame_budget", where=f"{where}, source {mix.source}")
         for name in stage.val or ():
             if name not in curriculum.sources or "val" not in curriculum.sources[name].splits:
-                raise MotipError(f"source {name} has no val split to judge the stage on", where=f"{where}, val")
+                raise MotipError(f"source {name} has no val split to validate the stage on", where=f"{where}, val")
         _check_best(stage, curriculum, where)
-        strangers = [name for name in stage.allow_unlabelled if name not in stage.config.class_names]
-        if strangers:
+
+        # classes
+        unknown = [name for name in stage.allow_unlabelled if name not in stage.config.class_names]
+        if unknown:
             raise MotipError(
-                f"{strangers[0]} is no class of this stage",
+                f"{unknown[0]} is not a class of this stage",
                 where=f"{where}, allow_unlabelled",
                 expected="some of " + ", ".join(stage.config.class_names),
             )
@@ -342,23 +361,23 @@ def _check(curriculum: Curriculum, path: Path) -> None:
 def _check_domains(curriculum: Curriculum, path: Path) -> None:
     if curriculum.domains.score != "none" and BASE in [stage.name for stage in curriculum.stages]:
         raise MotipError(
-            f"{BASE} is the name of the base weights in the table of domains", where=path, fix="rename the stage"
+            f"{BASE} is the name of the base weights in the domain matrix", where=path, fix="rename the stage"
         )
-    shown = {source.domain for source in curriculum.sources.values() if "val" in source.splits}
-    strangers = [name for name in curriculum.domains.base or () if name not in shown]
-    if strangers:
+    known = {source.domain for source in curriculum.sources.values() if "val" in source.splits}
+    unknown = [name for name in curriculum.domains.base or () if name not in known]
+    if unknown:
         raise MotipError(
-            f"no source shows the domain {strangers[0]} in a val split",
+            f"no source of the domain {unknown[0]} has a val split",
             where=f"{path}, domains.base",
-            expected="some of " + (", ".join(sorted(shown)) or "none"),
-            fix="add a source of this domain with a val split; no stage has to train on it",
+            expected="some of " + (", ".join(sorted(known)) or "none"),
+            fix="add a source of this domain with a val split; it need not be trained on",
         )
 
 
 def _check_best(stage: Stage, curriculum: Curriculum, where: str) -> None:
-    """Before hours are trained: the metric is one that a stage's scores have (`Scores.to_dict`, `StageScores.flat`)."""
-    judges = stage.val if stage.val is not None else tuple(dict.fromkeys(mix.source for mix in stage.data))
-    prefixes = ["", *(f"{name}/" for name in judges if len(judges) > 1)]
+    """Check that `best` is a metric of a stage's scores (`Scores.to_dict`, `StageScores.flat`)."""
+    sources = stage.validation_sources
+    prefixes = ["", *(f"{name}/" for name in sources if len(sources) > 1)]
     classes = [re.sub(r"[^\w\-. :]", "_", name, flags=re.ASCII) for name in stage.config.class_names]
     known = {
         f"{prefix}{name}"
@@ -372,9 +391,9 @@ def _check_best(stage: Stage, curriculum: Curriculum, where: str) -> None:
     }
     if stage.best not in known:
         raise MotipError(
-            "no metric that can choose the best checkpoint",
+            "unknown metric for the best checkpoint",
             where=f"{where}, best",
             found=stage.best,
             expected=f"one of {', '.join(BEST_METRICS)}; also as HOTA/{stage.config.class_names[0]}, det_avg/HOTA, …",
-            fix="write it as shown, capitals included",
+            fix="use the exact spelling, case included",
         )

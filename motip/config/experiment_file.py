@@ -1,4 +1,4 @@
-"""The experiment file: arms, each a curriculum with something changed, and the seeds that every arm is run with."""
+"""Experiment file: arms, each a curriculum with changes, and the seeds that every arm is trained with."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from motip.config.curriculum_file import Curriculum, Domains, load_curriculum
 from motip.config.keys import describe
-from motip.config.yaml_chain import find_beside, read_yaml
+from motip.config.yaml_chain import find_relative, read_yaml
 from motip.errors import MotipError
 
 
 class Arm(BaseModel):
-    """One way to train: a curriculum file, and how it is changed.
+    """One arm: a curriculum file and changes to it.
 
     Attributes:
         about: what differs, for the tables.
-        curriculum: file beside the experiment's; null = the experiment's own.
-        stages: the only stages that are trained, in the curriculum's order; the first of them starts from the base
-            weights. null = all.
+        curriculum: file, relative to the experiment file; null = the experiment's.
+        stages: subset of the stages to train, in the curriculum's order; the first starts from the base weights.
+            null = all.
         initialise: configuration file whose fresh weights the first stage starts from, instead of the base weights.
-        changes: `KEY=VALUE` or `STAGE:KEY=VALUE`, as --set takes them (in the file: `set`).
+        changes: `KEY=VALUE` or `STAGE:KEY=VALUE`, as for --set (in the file: `set`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -40,10 +40,10 @@ class Experiment(BaseModel):
     """Arms and seeds.
 
     Attributes:
-        curriculum: file that the arms start from.
+        curriculum: file that the arms change.
         judge: domain whose HOTA the arms are compared by.
         seeds: values of SEED; every arm is trained with each.
-        domains: what is scored after every stage, in all arms.
+        domains: domains that are scored after every stage, in all arms.
         overrides: of the command line, for every arm.
     """
 
@@ -62,37 +62,38 @@ class Experiment(BaseModel):
         return next(arm for arm in self.arms if arm.name == name)
 
     def curriculum_of(self, arm: Arm, seed: int) -> Curriculum:
-        """The arm as a curriculum. All arms have the experiment's name, so equal stages are trained once.
+        """The arm as a curriculum. It has the experiment's name, so that stages shared by arms are trained once.
 
         Raises:
             MotipError: naming file, line or key.
         """
+        # stages
         where = f"{self.path}, arm {arm.name}"
-        file = find_beside(arm.curriculum or self.curriculum, self.path)
+        file = find_relative(arm.curriculum or self.curriculum, self.path)
         curriculum = load_curriculum(file, [*arm.changes, *self.overrides, f"SEED={seed}"])
         stages = list(curriculum.stages)
         if arm.stages is not None:
             known = [stage.name for stage in stages]
-            strangers = [name for name in arm.stages if name not in known]
-            if strangers:
-                raise MotipError(
-                    f"there is no stage {strangers[0]}", where=where, expected="some of " + ", ".join(known)
-                )
+            unknown = [name for name in arm.stages if name not in known]
+            if unknown:
+                raise MotipError(f"unknown stage {unknown[0]}", where=where, expected="some of " + ", ".join(known))
             stages = [stage for stage in stages if stage.name in arm.stages]
+
+        # weights of the first stage
         first, start = stages[0], curriculum.stages[0]
         if arm.initialise is not None:
             first = first.model_copy(
-                update={"weights": None, "initialise": str(find_beside(arm.initialise, self.path))}
+                update={"weights": None, "initialise": str(find_relative(arm.initialise, self.path))}
             )
         elif first is not start:
-            given = start.weights or (None if start.initialise else start.config.DETR_PRETRAIN)
-            first = first.model_copy(update={"weights": given, "initialise": start.initialise})
+            weights = start.weights or (None if start.initialise else start.config.DETR_PRETRAIN)
+            first = first.model_copy(update={"weights": weights, "initialise": start.initialise})
         update = {"name": self.name, "stages": (first, *stages[1:]), "domains": self.domains}
         return curriculum.model_copy(update=update)
 
 
 def is_experiment(path: str | Path) -> bool:
-    """Whether a file holds arms rather than stages.
+    """Whether a file is an experiment file: it has `arms:`.
 
     Raises:
         MotipError: it cannot be read.
@@ -101,7 +102,7 @@ def is_experiment(path: str | Path) -> bool:
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment file; every arm's curriculum is read too, so that a mistake is said before the first hour.
+    """Read an experiment file and check every arm's curriculum.
 
     Args:
         overrides: `KEY=VALUE` or `STAGE:KEY=VALUE` for every arm.
@@ -109,27 +110,30 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     Raises:
         MotipError: naming file, line or key.
     """
+    # file
     file = read_yaml(Path(path).expanduser())
     arms: Any = file.values.get("arms")
     if not isinstance(arms, dict):
-        raise MotipError("arms: holds a block, one name with its changes below it for each arm", where=file.path)
+        raise MotipError("arms: must be a block that maps the name of each arm to its changes", where=file.path)
     try:
         values = {
             **file.values,
             "path": file.path,
             "overrides": tuple(overrides),
-            "arms": [_named(name, raw) for name, raw in arms.items()],
+            "arms": [_arm_values(name, raw) for name, raw in arms.items()],
         }
         experiment = Experiment(**values)
     except ValidationError as error:
         raise MotipError(describe(error), where=file.path) from None
+
+    # seeds and domains
     if len(set(experiment.seeds)) < len(experiment.seeds):
-        raise MotipError("a seed is named twice", where=f"{file.path}, seeds", found=list(experiment.seeds))
+        raise MotipError("a seed is listed twice", where=f"{file.path}, seeds", found=list(experiment.seeds))
     for arm in experiment.arms:
         domains = {source.domain for source in experiment.curriculum_of(arm, experiment.seeds[0]).sources.values()}
         if experiment.judge not in domains:
             raise MotipError(
-                "no source shows the domain that the arms are compared by",
+                "no source has the domain that the arms are compared by",
                 where=f"{file.path}, judge",
                 found=experiment.judge,
                 expected="one of " + ", ".join(sorted(domains)),
@@ -137,5 +141,5 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return experiment
 
 
-def _named(name: object, raw: Any) -> dict[str, Any]:
+def _arm_values(name: object, raw: Any) -> dict[str, Any]:
     return {"name": str(name), **(raw if isinstance(raw, dict) else {} if raw is None else {"changes": raw})}

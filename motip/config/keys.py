@@ -1,4 +1,4 @@
-"""Every configuration key, its type, default and meaning. The names are those of the plan and the published code."""
+"""Configuration keys: type, default and meaning. The names are those of the training plan and the published code."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from motip.storage.atomic import digest
 _active_recorders: list[set[str]] = []
 
 WITHOUT_EFFECT: dict[str, str] = {
-    "INFERENCE_MODEL": "name the checkpoint on the command line of motip track or ray_jobs/evaluate.py",
-    "INFERENCE_DATASET": "the curriculum's sources say what is evaluated",
-    "INFERENCE_SPLIT": "stages are judged on the val split; ray_jobs/evaluate.py takes --split",
+    "INFERENCE_MODEL": "pass the checkpoint to motip track or ray_jobs/evaluate.py on the command line",
+    "INFERENCE_DATASET": "the curriculum's sources are evaluated",
+    "INFERENCE_SPLIT": "stages are validated on the val split; ray_jobs/evaluate.py takes --split",
     "INFERENCE_MODE": "labelled splits are scored, unlabelled ones only tracked",
-    "INFERENCE_GROUP": "results stand in the stage's own folder",
-    "INFERENCE_ONLY_DETR": "use motip track with any checkpoint that holds the ID decoder",
-    "RESUME_MODEL": "an interrupted stage resumes by itself; DETR_PRETRAIN names weights to start from",
-    "RESUME_STATES": "an interrupted stage resumes its position by itself",
+    "INFERENCE_GROUP": "results are written to the stage's folder",
+    "INFERENCE_ONLY_DETR": "use motip track with any checkpoint that contains the ID decoder",
+    "RESUME_MODEL": "an interrupted stage resumes automatically; DETR_PRETRAIN names weights to start from",
+    "RESUME_STATES": "an interrupted stage resumes its position automatically",
     "USE_WANDB": "runs are recorded in MLflow",
     "EXP_OWNER": "runs are recorded in MLflow",
     "EXP_PROJECT": "runs are recorded in MLflow",
     "EXP_GROUP": "runs are recorded in MLflow",
-    "EXP_NAME": "the curriculum and stage names name the run",
-    "GIT_VERSION": "the commit is recorded by itself",
-    "MULTI_LAST_CHECKPOINTS": "`EPOCH_CHECKPOINTS_KEPT` says how many epochs' weights are kept",
-    "USE_PREVIOUS_CHECKPOINT": "the published loader of older files is not needed",
+    "EXP_NAME": "the run is named after curriculum and stage",
+    "GIT_VERSION": "the commit is recorded automatically",
+    "MULTI_LAST_CHECKPOINTS": "`EPOCH_CHECKPOINTS_KEPT` is the number of epochs whose weights are kept",
+    "USE_PREVIOUS_CHECKPOINT": "the published loader of older files is not required",
     "USE_ACCELERATE_CLIP_NORM": "clipping is the same with one worker or many",
     "AUG_COLOR_JITTER_V2": "there is one colour jitter",
     "DETR_FRAMEWORK": "there is one detector, Deformable-DETR",
-    "BENCHMARK": "MLflow holds the results",
+    "BENCHMARK": "results are recorded in MLflow",
 }
-"""Keys that are accepted so that published files run unchanged, and why they change nothing."""
+"""Keys that are accepted so that published files run unchanged, and why they have no effect."""
 
 
 def _yaml_no(value: Any) -> Any:
-    """A bare `no` is false in YAML."""
+    """False to "no": YAML parses a bare `no` as false."""
     return "no" if value is False else value
 
 
 class ValConfig(BaseModel):
-    """What to evaluate, when it is not taken from the manifest (the plan's ``val_config`` block)."""
+    """Validation data and classes of a single stage (the ``val_config`` block of the training plan's files)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,9 +55,9 @@ class ValConfig(BaseModel):
     SEQMAP_FILE: str | None = None
     "List of sequences, first line `name`."
     SPLIT_TO_EVAL: str = "val"
-    "Written beside the scores."
+    "Recorded with the scores."
     CLASSES_TO_EVAL: tuple[str, ...] | None = None
-    "Classes that the class-averaged scores are taken over; null means all."
+    "Classes of the class-averaged scores; null means all."
     CLASS_NAME_TO_ID: dict[str, int] | None = None
     "Class name to its id in result files, 1-based."
     BENCHMARK: str | None = None
@@ -65,13 +65,13 @@ class ValConfig(BaseModel):
 
 @dataclass(frozen=True)
 class ClipSchedule:
-    """How clips are cut in one epoch.
+    """Clip lengths and frame intervals of one epoch; exactly one of the three interval rules is set.
 
     Attributes:
-        lengths: clip length in frames is drawn from these, once per global batch.
-        intervals: frame interval is drawn from this set per clip, or None for another rule.
-        max_interval: published rule, interval uniform in 1..max_interval; None with a set.
-        interval_seconds: the set in seconds, to be converted with each video's frame rate; None with another rule.
+        lengths: clip length in frames, sampled from this set once per global batch.
+        intervals: frame interval, sampled from this set once per clip.
+        max_interval: the published rule, interval uniform in 1..max_interval.
+        interval_seconds: as `intervals`, in seconds, converted with each video's frame rate.
     """
 
     lengths: tuple[int, ...]
@@ -81,10 +81,9 @@ class ClipSchedule:
 
 
 class Config(BaseModel):
-    """One stage's settings: frozen, every key known, every value checked.
+    """One stage's configuration: frozen, unknown keys forbidden, every value validated.
 
-    Reading a key as an attribute is recorded inside `record_reads`, which is how a test proves that each shipped
-    key has a consumer.
+    Attribute reads of keys are recorded within `record_reads`, by which a test checks that every key is used.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -92,13 +91,13 @@ class Config(BaseModel):
     # Identity and system
     SEED: int = 29
     DEVICE: Literal["cuda", "cpu", "auto"] = "auto"
-    "`cuda` falls back to the CPU with a warning where there is none."
+    "`cuda` falls back to the CPU, with a warning, if there is no CUDA device."
     NUM_WORKERS: int = Field(4, ge=0)
     "Decoding actors per training worker."
     PREFETCH_FACTOR: int = Field(2, ge=0)
     "Batches prepared ahead per training worker."
     root_path: str = "."
-    "Data root, when --data-root is not given."
+    "Data root if --data-root is not given."
     OUTPUT_DIR: str | None = None
     OUTPUTS_DIR: str | None = None
     "Folder under --storage for the stage; null = curricula/<curriculum>/<stage>/<digest of its inputs>."
@@ -109,7 +108,7 @@ class Config(BaseModel):
     DATASET_SPLITS: tuple[str, ...] = ("train",)
     DATASET_WEIGHTS: tuple[float, ...] | None = None
     CLASSES: tuple[str, ...] | None = None
-    "Class names in the order of their ids; null = from val_config, else the plan's pedestrian and car."
+    "Class names in the order of their ids; null = from val_config, else pedestrian and car."
     SAMPLE_STEPS: tuple[int, ...] = (0,)
     SAMPLE_LENGTHS: tuple[int, ...] | None = (30,)
     SAMPLE_INTERVALS: tuple[int, ...] | None = (4,)
@@ -117,10 +116,10 @@ class Config(BaseModel):
     sampler_lengths: tuple[int, ...] | None = None
     sample_intervals: tuple[int, ...] | None = None
     sample_interval_seconds: tuple[float, ...] | None = None
-    """Interval between the frames of a clip in seconds, drawn from this set; each dataset's own frame rate makes frames
-    of it. Stands in for sample_intervals where a stage mixes datasets of different rates."""
+    """Interval between the frames of a clip in seconds, sampled from this set and converted with each dataset's frame
+    rate. Replaces sample_intervals if a stage mixes datasets of different rates."""
     CLIPS_PER_EPOCH: int | None = Field(None, ge=1)
-    "At most this many clips per epoch, drawn anew each epoch; null = one per start frame."
+    "Maximum number of clips per epoch, sampled anew each epoch; null = one per start frame."
 
     # Augmentation
     AUG_RESIZE_SCALES: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
@@ -140,11 +139,11 @@ class Config(BaseModel):
     AUG_TRAJECTORY_OCCLUSION_PROB: float = Field(0.5, ge=0, le=1)
     AUG_TRAJECTORY_SWITCH_PROB: float = Field(0.5, ge=0, le=1)
     NUM_TRAINING_IDS: int | None = Field(None, ge=1)
-    "ID labels used at most in a training clip; null = NUM_ID_VOCABULARY."
+    "Maximum number of ID labels in a training clip; null = NUM_ID_VOCABULARY."
     SUBSET_OVERFLOW: Literal["distractor", "drop"] = "distractor"
-    """Objects beyond the vocabulary: kept as newborn detections without history, or without a slot as published.
-    Kept, because a crowd at run time holds objects without a label too, and the decoder must have learnt not to give
-    them a neighbour's."""
+    """Objects beyond the vocabulary: kept as newborn detections without history (`distractor`), or dropped as in the
+    published code (`drop`). Kept by default, because crowds at inference contain objects without a label too, and the
+    decoder must learn not to assign them the label of a neighbour."""
 
     # Network
     ONLY_DETR: bool = False
@@ -162,7 +161,7 @@ class Config(BaseModel):
     USE_SHARED_AUX_HEAD: bool = True
     USE_FOCAL_LOSS: bool = False
     BACKBONE: Literal["resnet50", "tiny_gn"] = "resnet50"
-    "`tiny_gn`: the small GroupNorm backbone of the demo and the tests."
+    "`tiny_gn`: small backbone with GroupNorm, for the demo and the tests."
     DILATION: bool = False
     DETR_NUM_QUERIES: int = Field(300, ge=1)
     DETR_NUM_FEATURE_LEVELS: int = Field(4, ge=1, le=4)
@@ -180,9 +179,9 @@ class Config(BaseModel):
     DETR_DEC_N_POINTS: int = 4
     DETR_ENC_N_POINTS: int = 4
     INIT_GRID_QUERIES: bool = False
-    "Fresh weights: spread the queries' reference points over the image."
+    "Fresh weights: initialise the queries' reference points on a grid over the image."
     INIT_COPY_ID_DECODER: bool = False
-    "Fresh weights: an ID decoder that copies labels of similar tokens from the first step."
+    "Fresh weights: initialise the ID decoder so that it copies the labels of similar tokens from the first step."
 
     # Losses
     DETR_CLS_LOSS_COEF: float = 2.0
@@ -194,11 +193,11 @@ class Config(BaseModel):
     DETR_SET_COST_GIOU: float = 2.0
     DETR_CRITERION_BATCH_LEN: int = Field(10, ge=1)
     ID_SUPERVISION_LAYER: Literal["last", "published"] = "last"
-    """Whose matching ties decoder outputs to identities: the last layer's, or the second to last as published. The
-    last layer's, because its embeddings are what is tracked with: where the two disagree, the published choice teaches
-    an identity on the embedding of another object."""
+    """Decoder layer whose matching assigns identities to queries: the last, or the second to last as in the published
+    code. By default the last, because its embeddings are used for tracking: where the two matchings differ, the
+    published choice trains an identity on the embedding of another object."""
     IGNORE_OVERLAP: float = Field(0.5, gt=0, le=1)
-    "Unmatched predictions with at least this share of their area in ignore regions are not punished."
+    "Unmatched predictions with at least this fraction of their area in ignore regions are not penalised."
 
     # Training
     BATCH_SIZE: int = Field(1, ge=1)
@@ -224,45 +223,45 @@ class Config(BaseModel):
     DETR_NUM_CHECKPOINT_FRAMES: int = Field(5, ge=0)
     USE_DECODER_CHECKPOINT: bool = False
     MEMORY_EFFICIENT: bool = False
-    """A clip that does not fit the card's memory is tried again with less: detector recomputed, one image at a time,
-    ID decoder recomputed, smaller image. False: it is left out at once. Either way named and counted."""
+    """A clip that does not fit GPU memory is retried with out-of-memory fallbacks: detector recomputed, one image at a
+    time, ID decoder recomputed, smaller image. False: the batch is skipped immediately. Both are logged and counted."""
     MIXED_PRECISION: Annotated[Literal["bf16", "fp16", "no"] | None, BeforeValidator(_yaml_no)] = None
-    "null = bf16 on CUDA devices that have it, else no."
+    "null = bf16 on CUDA devices that support it, else no."
     NONFINITE_LIMIT: int = Field(10, ge=1)
-    "Batches left out in a row (loss or gradient not finite, or no memory on any rung) after which training stops."
+    "Consecutive skipped batches (non-finite loss or gradient, or out of memory in every fallback) that stop training."
     SAVE_CHECKPOINT_PER_EPOCH: int = Field(1, ge=1)
     CHECKPOINT_EVERY_STEPS: int | None = Field(None, ge=1)
-    "Batches between two checkpoints inside an epoch; null = by time alone."
+    "Batches between two checkpoints within an epoch; null = by time only."
     CHECKPOINT_EVERY_MINUTES: float | None = Field(5.0, gt=0)
-    "Minutes between two checkpoints inside an epoch, the most that an interruption costs; null = not by time."
+    "Minutes between two checkpoints within an epoch, the maximum loss by an interruption; null = not by time."
     CHECKPOINTS_KEPT: int = Field(2, ge=1)
-    "Checkpoints inside an epoch that are kept; a finished epoch replaces them by its own."
+    "Number of checkpoints within an epoch that are kept; the checkpoint of the finished epoch replaces them."
     EPOCH_CHECKPOINTS_KEPT: int | None = Field(None, ge=1)
-    """Finished epochs whose weights are kept: the best by the stage's metric, and the newest besides; null = all. What
-    the others scored stays."""
+    """Number of finished epochs whose weights are kept: the best by the stage's metric, plus the newest; null = all.
+    The scores of all epochs are kept."""
     COLLECTIVE_TIMEOUT_S: int = Field(300, ge=1)
-    "Seconds after which workers stop waiting for one that does not answer."
+    "Seconds after which workers stop waiting for a worker that does not respond."
     PROGRESS_TIMEOUT_S: int = Field(1800, ge=1)
-    """Seconds without any progress of a worker (a step, a tracked frame, a scored video, a written file) after which
-    it counts as hanging, also in validation and while saving, and the workers end. Work that is slow but goes on never
-    does."""
+    """Seconds without any progress of a worker (a step, a tracked frame, a scored video, a written file), also in
+    validation and while saving, after which the watchdog counts it as stalled and the workers exit. Slow work that
+    makes progress does not count as stalled."""
     WORKER_RESTARTS: int = Field(8, ge=0)
-    "How often in a stage the workers are started again after one was lost; errors of the program are not repeated."
+    "Maximum number of restarts per stage after a lost worker; errors of the program are not retried."
     RESIZE_EVERY_S: int = Field(60, ge=1)
-    "With --workers MIN:MAX: seconds between two looks at how many workers the cluster has room for."
+    "With --workers MIN:MAX: seconds between two polls of how many workers fit on the cluster."
     LOG_EVERY_STEPS: int = Field(10, ge=1)
 
     # Weights
     DETR_PRETRAIN: str | None = None
     PRETRAIN_CLASSES: tuple[str, ...] | None = None
-    "Class names of the rows of DETR_PRETRAIN's head, where the file does not say."
+    "Class names of the rows of DETR_PRETRAIN's class head, if the file does not contain them."
     CLASS_INIT: dict[str, str] | None = None
-    "New class to the relative it starts from, e.g. {van: car}; others start from the prior."
+    "New class to the class whose weights it starts from, e.g. {van: car}; others start from the prior."
     PRETRAIN_ALLOW: tuple[str, ...] = ()
     """Tensors of DETR_PRETRAIN that may be missing, unknown or of another shape: full keys or patterns such as
-    `id_decoder.*`. Anything else unexpected is an error."""
+    `id_decoder.*`. Any other mismatch is an error."""
     PRETRAIN_SKIP: tuple[str, ...] = ()
-    "Tensors of the weights that are left out although they fit, so that this part learns afresh: keys or patterns."
+    "Tensors that are not transferred although they match, so that this part is trained from scratch: keys or patterns."
     RESUME_MODEL: str | None = None
     RESUME_OPTIMIZER: bool = True
     RESUME_SCHEDULER: bool = True
@@ -280,28 +279,29 @@ class Config(BaseModel):
     INFERENCE_DTYPE: Literal["FP32", "FP16", "BF16"] = "FP32"
     ASSIGNMENT_PROTOCOL: Literal["hungarian", "object-max", "id-max"] = "object-max"
     MISS_TOLERANCE: int = Field(30, ge=1)
-    "An object missing this many frames comes back under its id."
+    "Maximum number of frames that an object may be missing and keep its track id."
     MEMORY_RULE: Literal["ours", "published"] = "ours"
-    """`published` remembers MISS_TOLERANCE - 1 frames, so an object may be missing two frames fewer than
-    MISS_TOLERANCE says. `ours`, because the key then means what it says, and objects that are hidden for long come
-    back."""
+    """`ours`: an object may be missing MISS_TOLERANCE frames. `published`: the memory covers MISS_TOLERANCE - 1
+    frames, so an object may be missing two frames fewer. `ours` by default, so that the key's value is the limit and
+    objects that are hidden for long are recovered."""
     NEWBORN_ORDER: Literal["score", "query"] = "score"
-    """Who gets a label when there are too few: the highest scores, or query order as published. Scores, because query
-    order says nothing about an object, and the surest detections are the likeliest to be seen again."""
+    """Order in which newborns get the free ID labels if there are too few: by score, or by query index as in the
+    published code. By score by default, because the query index carries no information about an object, and detections
+    with a high score are the most likely to be detected again."""
     MASK_UNUSED_LABELS: bool = True
-    """Labels that no remembered track holds are taken out of the softmax when tracking; `False` as published. They
-    cannot be the answer. A trained decoder gives them next to nothing, so with its own vocabulary the key hardly
-    matters: 109 ID switches with it, 108 without, in 3612 boxes (a small decoder after 1200 steps on synthetic
-    objects). After a growth from 50 to 300 labels, before more training, it leaves 137 switches instead of 426."""
+    """Exclude ID labels without a remembered track from the softmax when tracking, since they cannot be correct;
+    `False` as in the published code. A trained decoder gives them almost no probability, so with its own vocabulary
+    the effect is small: 109 ID switches with the mask, 108 without, in 3612 boxes (a small decoder after 1200 steps on
+    synthetic objects). After growth from 50 to 300 labels, before further training: 137 switches instead of 426."""
     DET_THRESH: float = Field(0.3, ge=0, le=1)
     NEWBORN_THRESH: float = Field(0.6, ge=0, le=1)
     ID_THRESH: float = Field(0.2, ge=0, le=1)
     AREA_THRESH: float = Field(0, ge=0)
     LONGTERM_PATIENCE: int = Field(0, ge=0)
-    "Frames a lost track is remembered for re-identification; 0 = off."
+    "Number of frames that a lost track is remembered for re-identification; 0 = off."
     LONGTERM_SIMILARITY: float = Field(0.85, ge=-1, le=1)
     LONGTERM_CAPACITY: int = Field(1000, ge=1)
-    "Lost tracks remembered for re-identification at most; beyond it the one lost longest ago is given up."
+    "Maximum number of lost tracks remembered for re-identification; beyond it the one lost first is removed."
     EVALUATE_EVERY_EPOCHS: int = Field(1, ge=1)
     val_config: ValConfig = ValConfig()
 
@@ -335,11 +335,11 @@ class Config(BaseModel):
         return self._name
 
     def origin(self, key: str) -> str:
-        """Where a key's value comes from: `file:line`, `--set`, or `default`."""
+        """Source of a key's value: `file:line`, `--set`, or `default`."""
         return self._origins.get(key, "default")
 
     def named(self, name: str, origins: dict[str, str]) -> Config:
-        """Attach where the values came from; the only change a Config ever sees."""
+        """Set the name and the sources of the values, in place; returns self."""
         self._name = name
         self._origins = origins
         return self
@@ -364,16 +364,16 @@ class Config(BaseModel):
         return config
 
     def replaced(self, **changes: Any) -> Config:
-        """A checked copy with some keys changed."""
+        """A validated copy with some keys changed."""
         return Config.from_dict({**self.to_dict(), **changes}).named(self._name, dict(self._origins))
 
     def digest(self) -> str:
-        """Hex sha256 over all keys; the file's name does not count."""
+        """Hex sha256 over all keys, without the file's name."""
         return digest(self.model_dump(mode="json"))
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """NUM_CLASSES names in the order of their ids."""
+        """The NUM_CLASSES names in the order of their ids."""
         if self.CLASSES is not None:
             return self.CLASSES
         named = self.val_config.CLASS_NAME_TO_ID
@@ -390,13 +390,13 @@ class Config(BaseModel):
 
     @property
     def backbone_lr_scale(self) -> float:
-        """Backbone learning rate as a share of LR."""
+        """Backbone learning rate as a fraction of LR."""
         if self.LR_BACKBONE is not None:
             return self.LR_BACKBONE / self.LR if self.LR > 0 else 0.0
         return 0.1 if self.LR_BACKBONE_SCALE is None else self.LR_BACKBONE_SCALE
 
     def clip_schedule(self, epoch: int) -> ClipSchedule:
-        """Clip lengths and intervals in force at ``epoch`` (0-based)."""
+        """Clip lengths and intervals of ``epoch`` (0-based)."""
         step = max(i for i, start in enumerate(self.SAMPLE_STEPS) if start <= epoch)
         lengths = self.sampler_lengths or ((self.SAMPLE_LENGTHS or (1,))[step],)
         if self.sample_interval_seconds is not None:
@@ -410,7 +410,7 @@ _LOWER_KEYS = frozenset(key for key in Config.model_fields if not key.isupper())
 
 
 def describe(error: ValidationError) -> str:
-    """The first problem pydantic found, in one line."""
+    """The first validation error, in one line."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     return f"{key}: {first['msg']} (found {first.get('input')!r})"
@@ -418,7 +418,7 @@ def describe(error: ValidationError) -> str:
 
 @contextlib.contextmanager
 def record_reads() -> Iterator[set[str]]:
-    """Collect the keys read through attribute access while the context is open, in this process."""
+    """Collect the keys read by attribute access within the context, in this process."""
     names: set[str] = set()
     _active_recorders.append(names)
     try:

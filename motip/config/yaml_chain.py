@@ -1,4 +1,4 @@
-"""YAML files, their SUPER_CONFIG_PATH chain and --set overrides, to one checked Config."""
+"""YAML loading: a file, its SUPER_CONFIG_PATH chain and --set overrides, merged into one validated Config."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from motip.config.keys import WITHOUT_EFFECT, Config, ValConfig, describe
 from motip.errors import MotipError
 
-SAME_MEANING: tuple[tuple[str, str], ...] = (
+EQUIVALENT_KEYS: tuple[tuple[str, str], ...] = (
     ("LR_DROP", "SCHEDULER_MILESTONES"),
     ("LR_BACKBONE", "LR_BACKBONE_SCALE"),
     ("sampler_lengths", "SAMPLE_LENGTHS"),
@@ -23,12 +23,12 @@ SAME_MEANING: tuple[tuple[str, str], ...] = (
     ("sample_interval_seconds", "SAMPLE_INTERVALS"),
     ("OUTPUT_DIR", "OUTPUTS_DIR"),
 )
-"""Pairs of keys that say the same thing: the one nearest the leaf of the chain wins."""
+"""Pairs of keys for the same setting: the one nearest the leaf of the chain takes precedence."""
 
 
 @dataclass(frozen=True)
 class YamlFile:
-    """Top-level keys of one file with their values and lines."""
+    """Top-level keys of one file with their values and 1-based line numbers."""
 
     path: Path
     values: dict[str, Any]
@@ -36,11 +36,12 @@ class YamlFile:
 
 
 def read_yaml(path: Path) -> YamlFile:
-    """Parse one YAML mapping safely, remembering the line of each top-level key.
+    """Parse one YAML mapping with the safe loader, and record the line of each top-level key.
 
     Raises:
-        MotipError: the file is absent, no text, no YAML, no mapping, or repeats a key.
+        MotipError: the file does not exist, is not UTF-8, not YAML or not a mapping, or repeats a key.
     """
+    # text
     if not path.is_file():
         raise MotipError(
             "configuration file not found", where=path, fix="check the path; shipped files are in configs/"
@@ -49,29 +50,33 @@ def read_yaml(path: Path) -> YamlFile:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise MotipError(
-            "the file is no text",
+            "the file is not text",
             where=path,
             found=f"the byte 0x{error.object[error.start]:02x} at position {error.start}",
             expected="a YAML file in UTF-8",
             fix="pass a configuration, not weights or an archive; save it as UTF-8",
         ) from None
+
+    # mapping
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise MotipError(f"not valid YAML: {getattr(error, 'problem', error)}", where=place) from None
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise MotipError(f"not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
     if node is None:
         return YamlFile(path, {}, {})
     if not isinstance(node, yaml.MappingNode):
-        raise MotipError("a configuration file holds `KEY: value` lines", where=path, found=type(values).__name__)
+        raise MotipError("a configuration file must have `KEY: value` lines", where=path, found=type(values).__name__)
+
+    # lines
     lines: dict[str, int] = {}
     for key_node, _ in node.value:
         key = str(key_node.value)
         if key in lines:
             raise MotipError(
-                f"{key} stands twice in one file",
+                f"{key} is set twice in one file",
                 where=f"{path}:{key_node.start_mark.line + 1}",
                 found=f"first at line {lines[key]}",
                 fix="keep one of them",
@@ -81,36 +86,36 @@ def read_yaml(path: Path) -> YamlFile:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a stage's YAML with everything it inherits.
+    """Read a stage's YAML file and the files it inherits from.
 
     Args:
         path: the leaf file.
-        overrides: `KEY=VALUE` strings, VALUE in YAML; `val_config.KEY=VALUE` reaches into the block.
+        overrides: `KEY=VALUE` strings, VALUE in YAML; `val_config.KEY=VALUE` sets a key of the block.
 
     Raises:
         MotipError: naming the file, line and key.
     """
     leaf = Path(path).expanduser()
     files = _chain(leaf)
-    layers = [(file.values, file) for file in files]
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for layer, file in layers:
+    for file in files:
+        layer = file.values
         _check_known(layer, file)
-        _check_not_both(layer, str(file.path))
+        _check_equivalent_keys(layer, str(file.path))
         _merge(values, origins, layer, {key: f"{file.path}:{file.lines[key]}" for key in layer})
     extra = parse_overrides(overrides)
     _check_known(extra, None)
-    _check_not_both(extra, "--set")
+    _check_equivalent_keys(extra, "--set")
     _merge(values, origins, extra, dict.fromkeys(extra, "--set"))
     return _build(values, origins, leaf)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` strings to values, dots reaching into blocks.
+    """Parse `KEY=VALUE` strings; `BLOCK.KEY=VALUE` sets a key of a block.
 
     Raises:
-        MotipError: a string without `=`, or a VALUE that is no YAML.
+        MotipError: a string without `=`, or a VALUE that is not YAML.
     """
     values: dict[str, Any] = {}
     for text in overrides:
@@ -130,19 +135,19 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config:
-    """A checked copy of a configuration with a layer of values on top, as if a file said so after all others.
+    """A validated copy of a configuration with a layer of values that overrides all files.
 
     Args:
-        where: what the values are said to come from, in errors and as their origin.
+        where: source of the values, for errors and as their origin.
 
     Raises:
-        MotipError: a key is unknown, or a value does not fit.
+        MotipError: a key is unknown, or a value is invalid.
     """
     layer = dict(values)
     for key in layer:
         if key not in Config.model_fields:
-            _unknown(key, tuple(Config.model_fields), None, None, place=where)
-    _check_not_both(layer, where)
+            _raise_unknown(key, tuple(Config.model_fields), None, None, where=where)
+    _check_equivalent_keys(layer, where)
     plain = {key: value for key, value in config.to_dict().items() if key != "_name"}
     origins = {key: config.origin(key) for key in Config.model_fields if config.origin(key) != "default"}
     _merge(plain, origins, layer, dict.fromkeys(layer, where))
@@ -150,7 +155,7 @@ def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config
 
 
 def without_effect_message(config: Config) -> str | None:
-    """One line naming the keys that were set but change nothing here, or None."""
+    """One line with the keys that were set and have no effect here, or None."""
     plain = config.to_dict()
     defaults = Config().to_dict()
     found = [key for key in WITHOUT_EFFECT if key in plain and plain[key] != defaults[key]]
@@ -168,22 +173,22 @@ def _chain(leaf: Path) -> list[YamlFile]:
     while path is not None:
         if any(path.resolve() == file.path.resolve() for file in files):
             names = " -> ".join(file.path.name for file in files)
-            raise MotipError("SUPER_CONFIG_PATH runs in a circle", where=path, found=f"{names} -> {path.name}")
+            raise MotipError("SUPER_CONFIG_PATH is cyclic", where=path, found=f"{names} -> {path.name}")
         file = read_yaml(path)
         files.append(file)
         parent = file.values.pop("SUPER_CONFIG_PATH", None)
-        path = None if parent is None else find_beside(str(parent), file.path, file.lines["SUPER_CONFIG_PATH"])
+        path = None if parent is None else find_relative(str(parent), file.path, file.lines["SUPER_CONFIG_PATH"])
     return files[::-1]
 
 
-def find_beside(named: str, file: Path, line: int | None = None) -> Path:
-    """A file named inside ``file``: relative to it, to a folder above it, or to the working directory.
+def find_relative(named: str, file: Path, line: int | None = None) -> Path:
+    """Resolve a path written in ``file``: relative to its folder, to a parent folder, or to the working directory.
 
-    The plan writes `./configs/x.yaml` inside configs/, meant from the top of the checkout; folders above make this
-    work from any working directory, also in the copy that a submitted job runs in.
+    The training plan writes `./configs/x.yaml` inside configs/, relative to the repository root; searching the parent
+    folders makes this work from any working directory, also in the copy of a submitted job.
 
     Raises:
-        MotipError: nothing is there.
+        MotipError: no such file.
     """
     path = Path(named).expanduser()
     folders = [Path()] if path.is_absolute() else [*file.resolve().parents, Path.cwd()]
@@ -194,61 +199,64 @@ def find_beside(named: str, file: Path, line: int | None = None) -> Path:
         "file not found",
         where=f"{file}:{line}" if line else file,
         found=named,
-        expected=f"a file relative to {file.parent}, a folder above it, or {Path.cwd()}",
+        expected=f"a file relative to {file.parent}, a parent folder, or {Path.cwd()}",
     )
 
 
 def _check_known(layer: dict[str, Any], file: YamlFile | None) -> None:
     for key in layer:
         if key not in Config.model_fields:
-            _unknown(key, tuple(Config.model_fields), file, file.lines[key] if file else None)
+            _raise_unknown(key, tuple(Config.model_fields), file, file.lines[key] if file else None)
     block = layer.get("val_config") or {}
     if not isinstance(block, dict):
-        raise MotipError("val_config holds a block of keys", where=file.path if file else "--set", found=block)
+        raise MotipError("val_config must be a block of keys", where=file.path if file else "--set", found=block)
     for key in block:
         if key not in ValConfig.model_fields:
             line = file.lines["val_config"] if file else None
-            _unknown(key, tuple(ValConfig.model_fields), file, line, "val_config.")
+            _raise_unknown(key, tuple(ValConfig.model_fields), file, line, "val_config.")
 
 
-def _unknown(
+def _raise_unknown(
     key: str,
     known: tuple[str, ...],
     file: YamlFile | None,
     line: int | None,
     prefix: str = "",
-    place: str = "--set",
-) -> None:
+    where: str = "--set",
+) -> NoReturn:
     folded = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=0.5)
     raise MotipError(
         f"unknown configuration key {prefix}{key}",
-        where=f"{file.path}:{line}" if file else place,
-        fix=f"did you mean {prefix}{folded[near[0]]}?" if near else "see docs/configuration.md for the keys",
+        where=f"{file.path}:{line}" if file else where,
+        fix=f"did you mean {prefix}{folded[matches[0]]}?" if matches else "see docs/configuration.md for the keys",
     )
 
 
-def _check_not_both(layer: dict[str, Any], where: str) -> None:
-    for one, other in SAME_MEANING:
+def _check_equivalent_keys(layer: dict[str, Any], where: str) -> None:
+    for one, other in EQUIVALENT_KEYS:
         if layer.get(one) is not None and layer.get(other) is not None:
-            raise MotipError(f"{one} and {other} say the same thing", where=where, fix="keep one of them")
+            raise MotipError(f"{one} and {other} are the same setting", where=where, fix="keep one of them")
 
 
-def _merge(values: dict[str, Any], origins: dict[str, str], layer: dict[str, Any], places: dict[str, str]) -> None:
-    for one, other in SAME_MEANING:
-        for near, far in ((one, other), (other, one)):
-            if layer.get(near) is not None:
-                values[far] = None
+def _merge(
+    values: dict[str, Any], origins: dict[str, str], layer: dict[str, Any], layer_origins: dict[str, str]
+) -> None:
+    """Merge a layer into `values`; a key of the layer unsets its equivalent keys."""
+    for one, other in EQUIVALENT_KEYS:
+        for key, equivalent in ((one, other), (other, one)):
+            if layer.get(key) is not None:
+                values[equivalent] = None
     for key, value in layer.items():
         if key == "val_config":
             values[key] = {**(values.get(key) or {}), **(value or {})}
         else:
             values[key] = value
-        origins[key] = places[key]
+        origins[key] = layer_origins[key]
 
 
 def _build(values: dict[str, Any], origins: dict[str, str], leaf: Path) -> Config:
-    # A bare `KEY:` means "not set": the default applies, unless the key itself may be empty.
+    # A bare `KEY:` means "not set": the default applies, unless the key may be null.
     cleaned = {key: value for key, value in values.items() if value is not None or _may_be_none(key)}
     try:
         config = Config(**cleaned)
@@ -257,8 +265,8 @@ def _build(values: dict[str, Any], origins: dict[str, str], leaf: Path) -> Confi
         raise MotipError(describe(error), where=origins.get(key, leaf)) from None
     except MotipError as error:
         key = str(error.where).split(".")[0]
-        place = f"{error.where} ({origins.get(key, 'default')}, read for {leaf})"
-        raise MotipError(error.what, where=place, found=error.found, expected=error.expected, fix=error.fix) from None
+        where = f"{error.where} ({origins.get(key, 'default')}, read for {leaf})"
+        raise MotipError(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix) from None
     return config.named(leaf.stem, origins)
 
 

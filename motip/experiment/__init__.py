@@ -1,0 +1,1 @@
+"""Experiments: several arms of a curriculum, trained with several seeds and compared."""

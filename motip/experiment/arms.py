@@ -1,4 +1,4 @@
-"""Run the arms of an experiment, each with every seed, and gather what is to be compared."""
+"""Experiment runner: trains each arm with every seed and stores the scores of its stages."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from motip.config import Curriculum
 from motip.config.experiment_file import Arm, Experiment
 from motip.curriculum.records import Options, StageRecord
 from motip.curriculum.run import CurriculumResult
-from motip.curriculum.stage_inputs import SPEED_ONLY
+from motip.curriculum.stage_inputs import NON_IDENTITY_KEYS
 from motip.data.manifest import Manifest
 from motip.errors import MotipError
-from motip.evaluate.evaluation import tracks_place
+from motip.evaluate.evaluation import evaluation_folder, track_paths
 from motip.evaluate.scores import Scores
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, location, read_json, write_json
@@ -22,13 +22,13 @@ FORMAT = 2
 
 
 @dataclass(frozen=True)
-class StageOutcome:
-    """What became of one stage of an arm, or of the base weights (``steps`` 0, no run).
+class StageResult:
+    """Result of one stage of an arm, or of the base weights (``steps`` 0, no run).
 
     Attributes:
         steps: optimiser steps since the base weights, this stage included.
-        scores: domain -> scores of the domain's sequences, from the source that shows it.
-        refused: domain -> objects that waited for an ID label, summed over its sequences and frames.
+        scores: domain -> scores of the domain's val sequences.
+        refused: domain -> newborns without a free ID label, summed over its sequences and frames.
     """
 
     name: str
@@ -40,15 +40,15 @@ class StageOutcome:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One arm with one seed, stage after stage."""
+class ArmResult:
+    """Results of one arm with one seed, stage by stage."""
 
     arm: str
     seed: int
-    stages: tuple[StageOutcome, ...]
+    stages: tuple[StageResult, ...]
 
     @property
-    def final(self) -> StageOutcome:
+    def final(self) -> StageResult:
         return self.stages[-1]
 
 
@@ -56,65 +56,67 @@ def run_arms(
     experiment: Experiment,
     options: Options,
     run: Callable[[Curriculum], CurriculumResult],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     arms: Collection[str] | None = None,
     seeds: Collection[int] | None = None,
-) -> list[Outcome]:
-    """Run what is not finished yet; returns the outcomes of all arms and seeds that are.
+) -> list[ArmResult]:
+    """Run the arms that are not finished; returns all stored results.
 
-    Seed after seed, so that an experiment that is cut off holds whole comparisons. A finished stage is never trained
-    again, also where several arms share it.
+    The outer loop is over seeds, so that an interrupted experiment has all arms of the first seeds. A finished stage is
+    not trained again, also if several arms share it.
 
     Args:
-        run: runs a curriculum to its end; finished stages cost it nothing.
-        arms, seeds: the only ones to run now; None = all.
+        run: trains a curriculum; skips finished stages.
+        log: called with one line per arm.
+        arms, seeds: subset to run now; None = all.
     """
+    # arms and seeds to run
     folder = experiment_folder(experiment, options)
-    wanted = [
+    selected = [
         (seed, arm)
         for seed in experiment.seeds
         for arm in experiment.arms
         if (arms is None or arm.name in arms) and (seeds is None or seed in seeds)
     ]
-    for number, (seed, arm) in enumerate(wanted, start=1):
+
+    # training
+    for number, (seed, arm) in enumerate(selected, start=1):
         curriculum = experiment.curriculum_of(arm, seed)
-        say(f"arm {arm.name}, seed {seed} ({number} of {len(wanted)}): {len(curriculum.stages)} stages")
+        log(f"arm {arm.name}, seed {seed} ({number} of {len(selected)}): {len(curriculum.stages)} stages")
         result = run(curriculum)
-        write_json(_place(folder, arm, seed), {"inputs": _inputs(curriculum), **_facts(curriculum, result, options)})
-        say(f"arm {arm.name}, seed {seed}: done")
-    return read_outcomes(experiment, options, say)
+        stored = {"inputs": _inputs(curriculum), **_stages_json(curriculum, result, options)}
+        write_json(_result_path(folder, arm, seed), stored)
+        log(f"arm {arm.name}, seed {seed}: done")
+    return read_results(experiment, options, log)
 
 
 def experiment_folder(experiment: Experiment, options: Options) -> Location:
     return location(options.storage) / "experiments" / experiment.name
 
 
-def read_outcomes(experiment: Experiment, options: Options, say: Callable[[str], None]) -> list[Outcome]:
-    """The outcomes that are there, in the order of the file.
-
-    Those of arms that have been changed since are left out, and said.
-    """
+def read_results(experiment: Experiment, options: Options, log: Callable[[str], None]) -> list[ArmResult]:
+    """The stored results, in the order of the file; results of arms that were changed since are skipped and logged."""
     folder = experiment_folder(experiment, options)
-    outcomes = []
+    results = []
     for arm in experiment.arms:
         for seed in experiment.seeds:
-            path = _place(folder, arm, seed)
+            path = _result_path(folder, arm, seed)
             stored = read_json(path) if path.is_file() else None
             if stored is None:
                 continue
             if (stored.get("format"), stored.get("inputs")) == (FORMAT, _inputs(experiment.curriculum_of(arm, seed))):
-                outcomes.append(_outcome(arm.name, seed, stored))
+                results.append(_arm_result(arm.name, seed, stored))
             else:
-                say(f"arm {arm.name}, seed {seed}: left out, the arm was changed since it was run; run it again")
-    return outcomes
+                log(f"arm {arm.name}, seed {seed}: skipped, the arm was changed since it was run; run it again")
+    return results
 
 
 def _inputs(curriculum: Curriculum) -> str:
-    """Digest of what the arm asks for: an outcome belongs to an arm only as it was when it was run."""
+    """Hex digest of the arm's settings, by which a result of an arm that was changed since is detected."""
     stages = [
         {
             **stage.model_dump(mode="json", include={"name", "weights", "initialise", "best", "val", "data"}),
-            "config": {key: value for key, value in stage.config.to_dict().items() if key not in SPEED_ONLY},
+            "config": {key: value for key, value in stage.config.to_dict().items() if key not in NON_IDENTITY_KEYS},
         }
         for stage in curriculum.stages
     ]
@@ -122,25 +124,27 @@ def _inputs(curriculum: Curriculum) -> str:
     return digest({"stages": stages, "sources": sources, "domains": curriculum.domains.model_dump(mode="json")})
 
 
-def _place(folder: Location, arm: Arm, seed: int) -> Location:
+def _result_path(folder: Location, arm: Arm, seed: int) -> Location:
     return folder / f"{arm.name}_seed{seed}.json"
 
 
-def _facts(curriculum: Curriculum, result: CurriculumResult, options: Options) -> dict[str, Any]:
-    """Plain values of an arm's run: the base weights' row first, then each stage's."""
+def _stages_json(curriculum: Curriculum, result: CurriculumResult, options: Options) -> dict[str, Any]:
+    """JSON values of an arm's stages, the base weights first."""
     if result.domains is None:
         raise MotipError(
-            "an experiment compares scores, and none were made",
+            "an experiment compares scores, but no domain was scored",
             where=f"domains of the experiment {curriculum.name}",
             fix="set `domains: {score: all}`, and give the sources a val split",
         )
+
+    # a row per stage
     manifest = Manifest.load(options.storage)
     records: dict[str, StageRecord] = {record.stage: record for record in result.records}
     stages, steps = [], 0
     for name, row in result.domains.rows.items():
         record = records.get(name)
         if record is not None:
-            # Of the whole stage: the best epoch may be an earlier one, but its training was paid for.
+            # All epochs count, also those after the best one.
             steps += _steps(record)
         stages.append(
             {
@@ -160,21 +164,21 @@ def _steps(record: StageRecord) -> int:
 
 
 def _refused(curriculum: Curriculum, manifest: Manifest, sha256: str, options: Options) -> dict[str, int]:
-    """Domain -> ``newborns_refused`` of the tracker, over the domain's scored videos."""
-    folder = location(options.storage) / "evaluations" / sha256[:12]
+    """Domain -> the tracker's ``newborns_refused``, summed over the domain's scored videos."""
+    folder = evaluation_folder(options.storage, sha256)
     counts: dict[str, int] = {}
     for name, source in curriculum.sources.items():
         for video in manifest.of(name, "val"):
-            _, facts = tracks_place(folder, video)
+            _, facts = track_paths(folder, video)
             if facts.is_file():
                 refused = int(read_json(facts)["counters"]["newborns_refused"])
                 counts[source.domain] = counts.get(source.domain, 0) + refused
     return counts
 
 
-def _outcome(arm: str, seed: int, stored: dict[str, Any]) -> Outcome:
+def _arm_result(arm: str, seed: int, stored: dict[str, Any]) -> ArmResult:
     stages = [
-        StageOutcome(
+        StageResult(
             name=each["name"],
             steps=int(each["steps"]),
             run_id=each["run_id"],
@@ -184,9 +188,9 @@ def _outcome(arm: str, seed: int, stored: dict[str, Any]) -> Outcome:
         )
         for each in stored["stages"]
     ]
-    return Outcome(arm, seed, tuple(stages))
+    return ArmResult(arm, seed, tuple(stages))
 
 
-def complete_seeds(outcomes: Sequence[Outcome], *arms: str) -> list[int]:
-    """Seeds that all of these arms have been run with."""
-    return sorted(set.intersection(*({each.seed for each in outcomes if each.arm == arm} for arm in arms)))
+def complete_seeds(results: Sequence[ArmResult], *arms: str) -> list[int]:
+    """Seeds for which all of these arms have results."""
+    return sorted(set.intersection(*({each.seed for each in results if each.arm == arm} for arm in arms)))

@@ -1,4 +1,4 @@
-"""What an experiment found: tables in Markdown, learning curves, every number with its interval."""
+"""Experiment summary: Markdown tables and learning curves, every number with its confidence interval."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from motip.config.curriculum_file import BASE
 from motip.config.experiment_file import Experiment
 from motip.evaluate.scores import Scores
 from motip.evaluate.seeds import Estimate, difference, estimate
-from motip.experiment.arms import Outcome, StageOutcome, complete_seeds
+from motip.experiment.arms import ArmResult, StageResult, complete_seeds
 
-# Okabe and Ito's colours, told apart with any colour vision.
+# Okabe and Ito's colours, distinguishable with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
 
 
 class Findings:
-    """Estimates over the outcomes that are there; every table of the report asks here."""
+    """Estimates of the metric over seeds and sequences; the source of every table and curve."""
 
-    def __init__(self, experiment: Experiment, outcomes: Sequence[Outcome]) -> None:
+    def __init__(self, experiment: Experiment, results: Sequence[ArmResult]) -> None:
         self.experiment = experiment
-        self.outcomes = list(outcomes)
-        self.arms = [arm for arm in experiment.arms if any(each.arm == arm.name for each in self.outcomes)]
+        self.results = list(results)
+        self.arms = [arm for arm in experiment.arms if any(each.arm == arm.name for each in self.results)]
         self.metric = experiment.domains.metric
 
     def seeds(self, *arms: str) -> list[int]:
-        return complete_seeds(self.outcomes, *arms)
+        return complete_seeds(self.results, *arms)
 
     def stages(self, arm: str) -> list[str]:
-        """Rows of an arm, the base weights first where they were scored."""
-        return [stage.name for stage in next(each for each in self.outcomes if each.arm == arm).stages]
+        """Names of an arm's stages, preceded by the base weights if they were scored."""
+        return [stage.name for stage in next(each for each in self.results if each.arm == arm).stages]
 
     def domains(self) -> list[str]:
-        """Scored domains, in the order of the curriculum's sources; a file's keys are sorted."""
-        scored = {name for each in self.outcomes for name in each.final.scores}
+        """Scored domains, in the order of the curriculum's sources (the keys of a stored result are sorted)."""
+        scored = {name for each in self.results for name in each.final.scores}
         sources = self.experiment.curriculum_of(self.arms[0], self.experiment.seeds[0]).sources.values()
         order = dict.fromkeys(source.domain for source in sources)
         return [name for name in order if name in scored] + sorted(scored - order.keys())
 
-    def of(self, arm: str, stage: str, seeds: Sequence[int]) -> list[StageOutcome]:
-        found = {each.seed: each for each in self.outcomes if each.arm == arm}
+    def of(self, arm: str, stage: str, seeds: Sequence[int]) -> list[StageResult]:
+        found = {each.seed: each for each in self.results if each.arm == arm}
         return [next(row for row in found[seed].stages if row.name == stage) for seed in seeds]
 
     def value(self, arm: str, stage: str, domain: str) -> Estimate | None:
@@ -51,23 +51,23 @@ class Findings:
         return estimate(scores, self.metric) if scores else None
 
     def gain(self, before: tuple[str, str], after: tuple[str, str], domain: str) -> Estimate | None:
-        """Change of a domain from one (arm, stage) to another, over the seeds that both were run with."""
+        """Change of a domain's metric from one (arm, stage) to another, over the seeds of both."""
         seeds = self.seeds(before[0], after[0])
         first, second = (self._scores(arm, stage, domain, seeds) for arm, stage in (before, after))
         return difference(first, second, self.metric) if first and second else None
 
     def _scores(self, arm: str, stage: str, domain: str, seeds: Sequence[int]) -> list[Scores]:
         rows = self.of(arm, stage, seeds)
-        rows = rows[:1] if stage == BASE or stage.startswith(f"{BASE} of ") else rows  # one model, whatever the seed
+        rows = rows[:1] if stage == BASE or stage.startswith(f"{BASE} of ") else rows  # the same model for every seed
         return [row.scores[domain] for row in rows if domain in row.scores]
 
     def refused(self, arm: str, domain: str) -> list[int]:
-        """Per seed: objects that waited for an ID label in the final model's sequences of a domain."""
+        """Per seed: newborns without a free ID label in a domain, with the final model."""
         return [row.refused.get(domain, 0) for row in self.of(arm, self.stages(arm)[-1], self.seeds(arm))]
 
 
 def experiment_markdown(findings: Findings) -> str:
-    """All tables, with a line on how to read them."""
+    """All tables, with a line of explanation."""
     experiment, metric = findings.experiment, findings.metric
     counts = ", ".join(f"{arm.name} {len(findings.seeds(arm.name))}" for arm in findings.arms)
     parts = [
@@ -84,26 +84,26 @@ def experiment_markdown(findings: Findings) -> str:
 
 def _final(findings: Findings) -> tuple[list[str], list[list[str]]]:
     domains = findings.domains()
-    judge = findings.experiment.judge
-    header = ["arm", "what differs", "steps", *domains, f"refused in {judge}"]
+    target = findings.experiment.judge
+    header = ["arm", "what differs", "steps", *domains, f"refused in {target}"]
     rows = []
     for arm in findings.arms:
         last = findings.stages(arm.name)[-1]
         values = [findings.value(arm.name, last, domain) for domain in domains]
         steps = findings.of(arm.name, last, findings.seeds(arm.name))[0].steps
-        refused = ", ".join(map(str, findings.refused(arm.name, judge)))
+        refused = ", ".join(map(str, findings.refused(arm.name, target)))
         rows.append([arm.name, arm.about, str(steps), *(_text(value) for value in values), refused])
     return header, rows
 
 
 def _against(findings: Findings) -> tuple[list[str], list[list[str]]]:
-    judge, first = findings.experiment.judge, findings.arms[0].name
+    target, first = findings.experiment.judge, findings.arms[0].name
     rows = []
     for arm in findings.arms[1:]:
         last, own = findings.stages(first)[-1], findings.stages(arm.name)[-1]
-        gain = findings.gain((first, last), (arm.name, own), judge)
-        rows.append([arm.name, arm.about, _text(gain, sign=True), verdict(gain)])
-    return ["arm", "what differs", f"difference on {judge}", ""], rows
+        gain = findings.gain((first, last), (arm.name, own), target)
+        rows.append([arm.name, arm.about, _text(gain, sign=True), significance(gain)])
+    return ["arm", "what differs", f"difference on {target}", ""], rows
 
 
 def _stages(findings: Findings, arm: str) -> tuple[list[str], list[list[str]]]:
@@ -120,8 +120,8 @@ def _stages(findings: Findings, arm: str) -> tuple[list[str], list[list[str]]]:
     return ["after", *domains, "change by this stage"], rows
 
 
-def verdict(gain: Estimate | None) -> str:
-    """In words, whether a difference is told from 0."""
+def significance(gain: Estimate | None) -> str:
+    """`better` or `worse` if the interval of the difference excludes 0, else `within noise`."""
     if gain is None:
         return "not run"
     if gain.low <= 0.0 <= gain.high:
@@ -130,7 +130,7 @@ def verdict(gain: Estimate | None) -> str:
 
 
 def findings_json(findings: Findings) -> dict[str, Any]:
-    """Every estimate as plain values, by arm, stage and domain."""
+    """Every estimate as JSON values, by arm, stage and domain."""
     return {
         arm.name: {
             "about": arm.about,
@@ -150,7 +150,7 @@ def findings_json(findings: Findings) -> dict[str, Any]:
 
 
 def learning_curves(findings: Findings) -> Figure:
-    """A panel per domain: the metric after each stage over the steps trained; thin lines are single seeds."""
+    """A panel per domain: the metric after each stage over the optimiser steps; thin lines are single seeds."""
     domains = findings.domains()
     figure = Figure(figsize=(4.2 * len(domains), 4.2), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
@@ -158,7 +158,7 @@ def learning_curves(findings: Findings) -> Figure:
     for axis, domain in zip(axes, domains, strict=True):
         for number, arm in enumerate(findings.arms):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            own = [each for each in findings.outcomes if each.arm == arm.name]
+            own = [each for each in findings.results if each.arm == arm.name]
             for each in own:
                 axis.plot(*_points(each, domain, findings.metric), color=colour, linewidth=0.6, alpha=0.4)
             steps = _points(own[0], domain, findings.metric)[0]
@@ -175,11 +175,11 @@ def learning_curves(findings: Findings) -> Figure:
     return figure
 
 
-def _points(outcome: Outcome, domain: str, metric: str) -> tuple[list[int], list[float]]:
-    stages = [stage for stage in outcome.stages if domain in stage.scores]
-    return [stage.steps for stage in stages], [
-        float(stage.scores[domain].class_averaged[metric] or 0.0) for stage in stages
-    ]
+def _points(result: ArmResult, domain: str, metric: str) -> tuple[list[int], list[float]]:
+    """Steps, and the metric in percent after so many."""
+    stages = [stage for stage in result.stages if domain in stage.scores]
+    values = [float(stage.scores[domain].class_averaged[metric] or 0.0) for stage in stages]
+    return [stage.steps for stage in stages], values
 
 
 def _text(value: Estimate | None, sign: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Which setting of a sweep is called best, on what evidence, and the file that says so."""
+"""Decision of a sweep: whether its best trial replaces the baseline, and the report above the tuned values."""
 
 from __future__ import annotations
 
@@ -12,173 +12,186 @@ from typing import Any
 
 from motip.config.sweep_file import SweepFile
 from motip.errors import MotipError
-from motip.tune.searcher import Told
-from motip.tune.sweep_records import HAND_SET
+from motip.tune.searcher import TrialResult
+from motip.tune.sweep_records import BASELINE
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A setting that was trained with several seeds.
+class SettingScores:
+    """Scores in percent of one setting, trained with several seeds.
 
     Attributes:
-        found: value of the search's own training, by whose seed the setting was chosen.
-        repeated: values with further seeds, by seed; nobody chose the setting by them.
+        seed: of the trial in the search.
+        search_value: value of that trial. The setting was selected by it, so it is biased upwards.
+        repeat_values: values with further seeds, by seed; not used for selection.
     """
 
     key: str
     values: dict[str, Any]
     seed: int
-    found: float
-    repeated: dict[int, float]
+    search_value: float
+    repeat_values: dict[int, float]
 
     @property
-    def all(self) -> list[float]:
-        return [self.found, *self.repeated.values()]
+    def all_values(self) -> list[float]:
+        return [self.search_value, *self.repeat_values.values()]
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.all)
+        return statistics.fmean(self.all_values)
 
     @property
-    def unchosen(self) -> float:
-        """Mean over the further seeds; the search's own value where there are none."""
-        return statistics.fmean(self.repeated.values() or [self.found])
+    def repeat_mean(self) -> float:
+        """Mean over the further seeds; the search's value if there are none."""
+        return statistics.fmean(self.repeat_values.values() or [self.search_value])
 
     def text(self) -> str:
-        """`46.2 (seed 29), 45.1 (seed 30), 46.9 (seed 31): 46.1 ± 0.9`."""
-        parts = [f"{self.found:.2f} (seed {self.seed})", *(f"{v:.2f} (seed {s})" for s, v in self.repeated.items())]
-        spread = f" ± {statistics.stdev(self.all):.2f}" if self.repeated else ""
-        return f"{', '.join(parts)}: {self.mean:.2f}{spread}"
+        """`46.2 (seed 29), 45.1 (seed 30), 46.9 (seed 31): 46.1 ± 0.9`; the last number is the standard deviation."""
+        parts = [
+            f"{self.search_value:.2f} (seed {self.seed})",
+            *(f"{value:.2f} (seed {seed})" for seed, value in self.repeat_values.items()),
+        ]
+        deviation = f" ± {statistics.stdev(self.all_values):.2f}" if self.repeat_values else ""
+        return f"{', '.join(parts)}: {self.mean:.2f}{deviation}"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a sweep found.
+class SweepDecision:
+    """Outcome of a sweep.
 
     Attributes:
-        best: the setting that its trials favour.
-        hand_set: the configuration's own values, trained the same way.
-        better: `best` is another setting and held up with the further seeds.
+        best: the setting of the best trial.
+        baseline: the configuration's own values, trained the same way.
+        better: `best` differs from the baseline and is at least as good on the further seeds.
     """
 
-    best: Candidate
-    hand_set: Candidate
+    best: SettingScores
+    baseline: SettingScores
     better: bool
 
     @property
-    def chosen(self) -> dict[str, Any]:
-        """What goes into the overlay; nothing where the hand-set values stay."""
+    def values(self) -> dict[str, Any]:
+        """Values for the overlay; empty if the baseline is kept."""
         return self.best.values if self.better else {}
 
 
-def favourite(trials: Sequence[Told]) -> Told:
+def best_trial(trials: Sequence[TrialResult]) -> TrialResult:
     """The finished trial with the highest value, the earliest of equals.
 
     Raises:
-        MotipError: none finished.
+        MotipError: no trial finished.
     """
-    finished = [told for told in trials if told.status == "finished" and told.value is not None]
+    finished = [trial for trial in trials if trial.status == "finished" and trial.value is not None]
     if not finished:
-        failures = [f"{told.ask.key}: {told.message}" for told in trials if told.status == "failed"]
+        failures = [f"{trial.spec.key}: {trial.message}" for trial in trials if trial.status == "failed"]
         raise MotipError(
             "no trial of the sweep was finished",
             found="; ".join(failures[:3]) or "no trial",
-            fix="read what the trials say; the same command tries those again that were cut off",
+            fix="read the messages of the trials; the same command resumes those that were interrupted",
         )
-    return min(finished, key=lambda told: (-(told.value or 0.0), told.ask.key))
+    return min(finished, key=lambda trial: (-(trial.value or 0.0), trial.spec.key))
 
 
-def judge(trials: Sequence[Told], repeats: Sequence[Told], seed: int) -> Verdict:
-    """The favourite against the hand-set setting, by seeds that neither was chosen by.
+def decide(trials: Sequence[TrialResult], repeats: Sequence[TrialResult], seed: int) -> SweepDecision:
+    """Compare the best trial with the baseline on seeds that were not used for selection.
 
     Args:
-        repeats: trainings with further seeds, of the favourite and where wanted of the hand-set setting.
-        seed: of the search's own trainings.
+        repeats: trainings with further seeds, of the best trial and, if configured, of the baseline.
+        seed: SEED of the trials of the search.
 
     Raises:
-        MotipError: the hand-set trial, or all repetitions of the favourite, failed.
+        MotipError: the baseline trial, or all repetitions of the best trial, failed.
     """
-    by_key = {told.ask.key: told for told in trials}
-    best = _candidate(favourite(trials), repeats, seed)
-    hand_set = _candidate(by_key[HAND_SET], repeats, seed)
-    if best.key == HAND_SET:
-        return Verdict(best, hand_set, better=False)
-    if not best.repeated:
-        failures = [told.message for told in repeats if told.status == "failed"]
+    by_key = {trial.spec.key: trial for trial in trials}
+    best = _setting_scores(best_trial(trials), repeats, seed)
+    baseline = _setting_scores(by_key[BASELINE], repeats, seed)
+    if best.key == BASELINE:
+        return SweepDecision(best, baseline, better=False)
+    if not best.repeat_values:
+        failures = [trial.message for trial in repeats if trial.status == "failed"]
         raise MotipError(
-            f"trial {best.key} could not be confirmed: no training with another seed came to its end",
+            f"trial {best.key} could not be confirmed: no training with another seed finished",
             found="; ".join(failures) or None,
             fix="run the same command again",
         )
-    return Verdict(best, hand_set, better=best.unchosen >= hand_set.unchosen)
+    return SweepDecision(best, baseline, better=best.repeat_mean >= baseline.repeat_mean)
 
 
-def evidence(
-    verdict: Verdict,
-    trials: Sequence[Told],
+def report_lines(
+    decision: SweepDecision,
+    trials: Sequence[TrialResult],
     sweep: SweepFile,
     *,
     stage: str,
     metric: str,
     videos: int,
-    hand_set: Mapping[str, Any],
+    baseline: Mapping[str, Any],
     digests: Mapping[str, str],
     date: datetime | None = None,
 ) -> list[str]:
     """The lines above the values in the overlay.
 
     Args:
-        videos: locked validation videos that the metric was taken on.
-        hand_set: what the configuration has for the searched keys; None where it says it another way.
+        videos: number of locked validation videos that the metric was measured on.
+        baseline: the configuration's values for the searched keys; None if it uses an equivalent key instead.
         digests: name to hex digest of what the result depends on.
+        date: of the report; default now.
     """
+    # search: number of trials by status, algorithm, pruning
     day = (date or datetime.now(UTC)).date().isoformat()
-    counts = Counter(told.status for told in trials)
+    counts = Counter(trial.status for trial in trials)
     ended = ", ".join(f"{counts[status]} {status}" for status in ("finished", "pruned", "failed") if counts[status])
     pruning = "no pruning"
     if sweep.prune is not None:
         pruning = f"ASHA from epoch {sweep.prune.first}, reduction {sweep.prune.reduction:g}"
     method = f"{'TPE' if sweep.search == 'tpe' else 'random search'}, seed {sweep.seed}, {pruning}"
     fixed = "".join(f", {key} {json.dumps(value)}" for key, value in sweep.set.items())
-    best, own = verdict.best, verdict.hand_set
+
+    # scores
+    best, own = decision.best, decision.baseline
     lines = [
         f"Values for stage {stage}, found by a sweep on {day}. In a curriculum file: `tuned: THIS FILE`.",
         f"Measured: {metric} in percent on {videos} locked validation videos, best epoch of a training.",
         "",
         f"trials    {len(trials)}: {ended}; {method}{fixed}",
         f"best      trial {best.key}: {best.text()}",
-        f"hand-set  trial {own.key}: {own.text()}",
-        "          " + ", ".join(f"{key} {_shown(value)}" for key, value in hand_set.items()),
+        f"baseline  trial {own.key}: {own.text()}",
+        "          " + ", ".join(f"{key} {_value_text(value)}" for key, value in baseline.items()),
     ]
+
+    # decision
     if best.key == own.key:
-        lines.append("result    the hand-set values stay: no trial was better")
-    elif verdict.better:
-        difference = best.unchosen - own.unchosen
-        lines.append(f"result    {difference:+.2f} over hand-set, on seeds that the setting was not chosen by")
+        lines.append("result    the baseline is kept: no trial was better")
+    elif decision.better:
+        difference = best.repeat_mean - own.repeat_mean
+        lines.append(f"result    {difference:+.2f} over the baseline, on seeds not used for selection")
     else:
-        lines.append(f"result    the hand-set values stay: trial {best.key} did not hold up with further seeds")
+        lines.append(f"result    the baseline is kept: trial {best.key} was not better with further seeds")
     lines += [f"{name:<9} {digest}" for name, digest in digests.items()]
-    if verdict.better:
-        flags = " ".join(f"--set '{key}={json.dumps(value)}'" for key, value in verdict.chosen.items())
-        lines += ["", f"The same by hand: {flags}"]
+    if decision.better:
+        flags = " ".join(f"--set '{key}={json.dumps(value)}'" for key, value in decision.values.items())
+        lines += ["", f"The same as flags: {flags}"]
     return lines
 
 
 def setting_text(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_shown(value)}" for key, value in values.items()) or "hand-set values"
+    """`LR 0.001, LR_DROP 4`, or `baseline` without values."""
+    return ", ".join(f"{key} {_value_text(value)}" for key, value in values.items()) or "baseline"
 
 
-def _candidate(told: Told, repeats: Sequence[Told], seed: int) -> Candidate:
-    if told.value is None:
+def _setting_scores(trial: TrialResult, repeats: Sequence[TrialResult], seed: int) -> SettingScores:
+    if trial.value is None:
         raise MotipError(
-            f"trial {told.ask.key} has no value", found=told.message or told.status, fix="run the same command again"
+            f"trial {trial.spec.key} has no value",
+            found=trial.message or trial.status,
+            fix="run the same command again",
         )
-    own = [each for each in repeats if each.ask.key.partition("-seed")[0] == told.ask.key]
-    repeated = {int(each.ask.seed or 0): each.value for each in own if each.value is not None}
-    return Candidate(told.ask.key, told.ask.values, seed, told.value, dict(sorted(repeated.items())))
+    own = [each for each in repeats if each.spec.key.partition("-seed")[0] == trial.spec.key]
+    values = {int(each.spec.seed or 0): each.value for each in own if each.value is not None}
+    return SettingScores(trial.spec.key, trial.spec.values, seed, trial.value, dict(sorted(values.items())))
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if value is None:
-        return "(set another way)"
+        return "(set by another key)"
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)

@@ -1,9 +1,8 @@
-"""Many trainings of one stage on Ray Tune: who runs when, which end early, and what is left behind (nothing).
+"""Trial scheduling on Ray Tune: concurrency, ASHA pruning, clean-up. The only module that imports `ray.tune`.
 
-Tune decides and this file is the only one that knows it. A trial is a process that starts a stage's own training on
-workers of its own and ends by itself: where ASHA gives a trial up, it is told so instead of being killed, because
-workers whose driver was killed hold their CPUs and GPUs for minutes. What is known of the trials is kept by the
-caller, so nothing of Tune's own files is needed to go on after an interruption.
+A trial is a process that trains a stage on its own workers. A pruned trial is requested to stop instead of being
+killed, because workers whose driver was killed hold their CPUs and GPUs for minutes. The caller stores the trials'
+results, so resuming after an interruption needs none of Tune's files.
 """
 
 from __future__ import annotations
@@ -29,74 +28,77 @@ from motip.config import Config
 from motip.config.sweep_file import Prune
 from motip.errors import MotipError
 from motip.train.preemption import Stopped
-from motip.train.ray_train import Placement, place
-from motip.tune.searcher import Ask, Told
+from motip.train.ray_train import ResourcePlan, plan_resources
+from motip.tune.searcher import TrialResult, TrialSpec
 
 _log = logging.getLogger(__name__)
 
 DECODER_CPUS = 0.5
-"""CPUs that a decoding actor should have where trials run side by side."""
-WAIT_S = 60.0
-"""A trial whose workers have not said a word for so long says what it waits for; also how often progress is told."""
+"""CPUs that a decoding actor should have if trials run concurrently."""
+STATUS_INTERVAL_S = 60.0
+"""Seconds without output after which a trial logs what it waits for; also the interval of progress lines."""
 
-Source = Callable[[Sequence[Told]], Ask | None]
-"""The next training, given all so far (also those that run); None where there are no more."""
+NextTrial = Callable[[Sequence[TrialResult]], TrialSpec | None]
+"""The next training, given all so far (running ones included); None to end the search."""
 
 
 class RunTrial(Protocol):
-    """One training, in a process of its own; must be picklable."""
+    """One training, in a separate process; must be picklable."""
 
-    def __call__(self, ask: Ask, report: Report) -> Told: ...
+    def __call__(self, spec: TrialSpec, reporter: TrialReporter) -> TrialResult: ...
 
 
-class Watch(Protocol):
-    """Told in the driver what happens."""
+class SweepObserver(Protocol):
+    """Callbacks in the driver."""
 
-    def asked(self, told: Told) -> None: ...
-    def ended(self, told: Told) -> None: ...
-    def said(self, text: str) -> None: ...
-    def progress(self, known: Sequence[Told], running: dict[str, str]) -> None: ...
+    def trial_started(self, result: TrialResult) -> None: ...
+    def trial_ended(self, result: TrialResult) -> None: ...
+    def message(self, text: str) -> None: ...
+    def progress(self, trials: Sequence[TrialResult], running: dict[str, str]) -> None: ...
 
 
 @dataclass(frozen=True)
-class Room:
-    """How many trials run side by side, how each is laid out, and the arithmetic in words."""
+class ConcurrencyPlan:
+    """Number of concurrent trials, the resources of each, and the calculation as text."""
 
-    at_once: int
-    placement: Placement
-    sentence: str
+    max_concurrent_trials: int
+    resources: ResourcePlan
+    calculation: str
 
 
-def room(workers: int, config: Config, cluster: Cluster, wanted: int | None = None) -> Room:
-    """Divide a cluster among trials, or refuse with the arithmetic what could only wait for ever.
+def plan_concurrency(workers: int, config: Config, cluster: Cluster, requested: int | None = None) -> ConcurrencyPlan:
+    """Divide a cluster among trials; raise, with the calculation, for a request that would wait forever.
 
-    With GPUs a trial takes one for each worker. Without, it takes a CPU for each worker and half a CPU for each
-    decoding actor; where not even one trial has that much, a single one shares what there is.
+    With GPUs a trial takes one per worker. Without, it takes a CPU per worker and half a CPU per decoding actor; if
+    even a single trial exceeds that, it runs alone and shares the CPUs.
 
     Args:
         workers: training workers of each trial.
-        wanted: trials that must fit at once; None takes as many as do.
+        requested: trials that must fit concurrently; None for as many as fit.
 
     Raises:
-        MotipError: not even one trial fits, or fewer than wanted.
+        MotipError: a single trial does not fit, or fewer trials than requested.
     """
+    # one trial
     if workers < 1:
         raise MotipError(
-            "a trial has at least one worker of its own",
+            "a trial needs at least one worker",
             where="--workers-per-trial",
             found=workers,
             expected="1 or more",
         )
     try:
-        alone = place(workers, config, cluster)
+        alone = plan_resources(workers, config, cluster)
     except MotipError as error:
         raise MotipError(
-            f"not even one trial fits: {error.what}",
+            f"a single trial does not fit: {error.what}",
             where="--workers-per-trial",
             found=error.found,
             expected=error.expected,
             fix="lower --workers-per-trial, or add nodes",
         ) from None
+
+    # trials that fit, by CPUs and by GPUs
     cpus = workers * (1 + DECODER_CPUS * alone.decoders)
     fit_cpus = math.floor(cluster.cpus / cpus + 1e-9)
     parts = [f"{cluster.cpus:g} CPUs / ({workers} x (1 + {alone.decoders} x {DECODER_CPUS:g}) per trial) = {fit_cpus}"]
@@ -105,83 +107,87 @@ def room(workers: int, config: Config, cluster: Cluster, wanted: int | None = No
         fit_gpus = math.floor(cluster.gpus / workers)
         parts.append(f"{cluster.gpus:g} GPUs / ({workers} x 1 per trial) = {fit_gpus}")
         fitting = min(fit_cpus, fit_gpus)
-    at_once = max(1, fitting)
-    sentence = "; ".join(parts) + (f": {at_once} at once" if fitting else ": 1 at once, sharing what there is")
-    if wanted is not None and wanted > at_once:
+    concurrent = max(1, fitting)
+    calculation = "; ".join(parts) + (
+        f": {concurrent} concurrently" if fitting else ": 1 concurrently, sharing the CPUs"
+    )
+    if requested is not None and requested > concurrent:
         raise MotipError(
-            "so many trials do not fit at once",
+            "so many trials do not fit concurrently",
             where="--at-once",
-            found=wanted,
-            expected=f"at most {at_once}: {sentence}",
+            found=requested,
+            expected=f"at most {concurrent}: {calculation}",
             fix="lower --at-once or --workers-per-trial, or add nodes",
         )
-    at_once = at_once if wanted is None else max(1, wanted)
-    together = place(workers * at_once, config, cluster)
-    return Room(at_once, replace(together, workers=workers, runs=at_once), sentence)
+
+    # resources of each trial
+    concurrent = concurrent if requested is None else max(1, requested)
+    together = plan_resources(workers * concurrent, config, cluster)
+    return ConcurrencyPlan(concurrent, replace(together, workers=workers, concurrent_runs=concurrent), calculation)
 
 
-class Report:
-    """A trial's way to the driver.
+class TrialReporter:
+    """Reports from a trial's process to the driver.
 
     Attributes:
-        pruned: the trial was given up; others were better after as many epochs.
+        pruned: ASHA stopped the trial; others were better after as many epochs.
     """
 
-    def __init__(self, board: Any, key: str, needs: str) -> None:
-        self._board = board
+    def __init__(self, channel: Any, key: str, resources: str) -> None:
+        self._channel = channel
         self._key = key
-        self._needs = needs
-        self._timer = threading.Timer(WAIT_S, self._waits)
+        self._resources = resources
+        self._timer = threading.Timer(STATUS_INTERVAL_S, self._log_waiting)
         self._timer.daemon = True
         self._timer.start()
         self.pruned = False
 
-    def value(self, epochs: int, value: float, of: int) -> None:
-        """Tell the value after so many of the trial's epochs.
+    def report_value(self, epochs: int, value: float, of: int) -> None:
+        """Report the value after `epochs` of the trial's `of` epochs.
 
         Raises:
-            Stopped: the trial is given up.
+            Stopped: the trial was pruned.
         """
         import ray
         import ray.tune
 
         ray.tune.report({"epochs": epochs, "value": value, "of": of})
-        # Tune has decided by now: it lets go of a report after the scheduler has seen it.
-        self.pruned = bool(ray.get(self._board.is_pruned.remote(self._key)))
+        # Tune's report returns after the scheduler has processed it, so the decision is already available.
+        self.pruned = bool(ray.get(self._channel.is_pruned.remote(self._key)))
         if self.pruned:
             raise Stopped
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         import ray
 
-        ray.get(self._board.say.remote(f"trial {self._key}: {text}"))
+        ray.get(self._channel.log.remote(f"trial {self._key}: {text}"))
 
-    def at(self, position: str) -> None:
-        """How far the training is; shown now and then. The first word ends the wait for workers."""
+    def report_position(self, position: str) -> None:
+        """Report the training's position, for progress lines. The first call ends the wait for workers."""
         import ray
 
         self._timer.cancel()
-        ray.get(self._board.at.remote(self._key, position))
+        ray.get(self._channel.set_position.remote(self._key, position))
 
     def close(self) -> None:
         self._timer.cancel()
 
-    def _waits(self) -> None:
+    def _log_waiting(self) -> None:
         import ray
 
         free = {name: f"{amount:g}" for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
         have = ", ".join(f"{amount} {name}" for name, amount in sorted(free.items())) or "none"
-        self.say(f"has waited {WAIT_S:.0f} s for its workers; it needs {self._needs}; free now: {have}")
+        self.log(f"has waited {STATUS_INTERVAL_S:.0f} s for its workers; it needs {self._resources}; free now: {have}")
 
 
-class _Board:
-    """Between the driver and its trials."""
+class _TrialChannel:
+    """Actor that carries messages, positions and results from the trials to the driver, and pruning requests back."""
 
     def __init__(self) -> None:
         self._pruned: set[str] = set()
-        self._said: list[str] = []
-        self._at: dict[str, str] = {}
-        self._ended: dict[str, Told] = {}
+        self._messages: list[str] = []
+        self._positions: dict[str, str] = {}
+        self._results: dict[str, TrialResult] = {}
 
     def prune(self, key: str) -> None:
         self._pruned.add(key)
@@ -189,88 +195,95 @@ class _Board:
     def is_pruned(self, key: str) -> bool:
         return key in self._pruned
 
-    def say(self, text: str) -> None:
-        self._said.append(text)
+    def log(self, text: str) -> None:
+        self._messages.append(text)
 
-    def at(self, key: str, position: str) -> None:
-        self._at[key] = position
+    def set_position(self, key: str, position: str) -> None:
+        self._positions[key] = position
 
-    def end(self, key: str, told: Told) -> None:
-        self._ended[key] = told
-        self._at.pop(key, None)
+    def set_result(self, key: str, result: TrialResult) -> None:
+        self._results[key] = result
+        self._positions.pop(key, None)
 
-    def ending(self, key: str) -> Told | None:
-        self._at.pop(key, None)
-        return self._ended.get(key)
+    def result(self, key: str) -> TrialResult | None:
+        self._positions.pop(key, None)
+        return self._results.get(key)
 
     def drain(self) -> tuple[list[str], dict[str, str]]:
-        said, self._said = self._said, []
-        return said, dict(self._at)
+        """Messages since the last call, and the position of each running trial."""
+        messages, self._messages = self._messages, []
+        return messages, dict(self._positions)
 
 
 def search(
-    source: Source,
+    next_trial: NextTrial,
     run_trial: RunTrial,
-    room: Room,
-    watch: Watch,
+    concurrency: ConcurrencyPlan,
+    observer: SweepObserver,
     *,
-    known: Sequence[Told] = (),
+    earlier: Sequence[TrialResult] = (),
     prune: Prune | None = None,
     longest: int = 1,
-) -> list[Told]:
-    """Run trainings until the source has no more; returns all, those known before included.
+) -> list[TrialResult]:
+    """Run trials until `next_trial` returns None; returns all results, earlier ones included.
 
     Args:
-        known: trials of an earlier call that ended; ASHA compares with them too.
-        prune: ASHA; None lets every trial come to its end.
+        earlier: trials that ended in an earlier run; ASHA compares with them too.
+        prune: ASHA; None trains every trial to its end.
         longest: epochs of the longest trial.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM; trials that ran are not in the end states.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; running trials have no final status.
     """
     import ray
     from ray import tune
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    first = source(known)
+    first = next_trial(earlier)
     if first is None:
-        return list(known)
-    os.environ.update(_QUIET)
+        return list(earlier)
+
+    # channel to the trials
+    os.environ.update(_TUNE_ENVIRONMENT)
     here = ray.get_runtime_context().get_node_id()
-    beside = NodeAffinitySchedulingStrategy(here, soft=False)
-    board: Any = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=beside).remote()
-    driver = _driver_types()
-    asker = driver.Asker(_after(first, source), board, watch, room.at_once, list(known))
+    same_node = NodeAffinitySchedulingStrategy(here, soft=False)
+    channel: Any = ray.remote(_TrialChannel).options(num_cpus=0, scheduling_strategy=same_node).remote()
+
+    # searcher, scheduler and tuner
+    types = _tune_types()
+    limit = concurrency.max_concurrent_trials
+    searcher = types.TrialSearcher(_starting_with(first, next_trial), channel, observer, limit, list(earlier))
     folder = tempfile.mkdtemp(prefix="motip_tune_")
     try:
-        scheduler = None if prune is None else driver.Rungs(board, prune, longest, known)
+        scheduler = None if prune is None else types.CooperativeASHA(channel, prune, longest, earlier)
+        callback = types.ProgressCallback(channel, observer, searcher)
+        resources = _resources_text(concurrency.resources)
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_trial, run_trial=run_trial, board=board, needs=_needs(room.placement)),
-                # On the driver's own node, where MLflow's database and local storage are; it costs no CPU.
+                tune.with_parameters(_trial, run_trial=run_trial, channel=channel, resources=resources),
+                # On the driver's node, where MLflow's database and local storage are; it costs no CPU.
                 tune.PlacementGroupFactory([{_node_resource(here): 0.001}]),
             ),
-            tune_config=tune.TuneConfig(search_alg=asker, scheduler=scheduler, num_samples=-1, reuse_actors=False),
-            run_config=tune.RunConfig(
-                name="sweep", storage_path=folder, verbose=0, callbacks=[driver.Teller(board, watch, asker)]
-            ),
+            tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=False),
+            run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0, callbacks=[callback]),
         )
+        # run
         with _sigterm_as_interrupt(), _quiet_tune():
             tuner.fit()
     finally:
-        ray.kill(board)
+        ray.kill(channel)
         shutil.rmtree(folder, ignore_errors=True)
-    if asker.live or not asker.finished:
+    if searcher.running or not searcher.finished:
         raise KeyboardInterrupt
-    return list(asker.known)
+    return list(searcher.trials)
 
 
-def _after(first: Ask, source: Source) -> Source:
-    waiting = [first]
-    return lambda known: waiting.pop() if waiting else source(known)
+def _starting_with(first: TrialSpec, next_trial: NextTrial) -> NextTrial:
+    pending = [first]
+    return lambda trials: pending.pop() if pending else next_trial(trials)
 
 
-_QUIET = {
+_TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records are kept in MLflow and beside the checkpoints
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails has no metric
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -279,85 +292,95 @@ _QUIET = {
 }
 
 
-def _trial(config: dict[str, Any], run_trial: RunTrial, board: Any, needs: str) -> None:
-    """What a trial's process runs."""
+def _trial(config: dict[str, Any], run_trial: RunTrial, channel: Any, resources: str) -> None:
+    """Entry point of a trial's process."""
     import ray
 
-    # As `connect` sets them for the driver; on a cluster that was joined, processes do not inherit them.
+    # As `connect` sets them for the driver; processes on a joined cluster do not inherit them.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ask = Ask(config["key"], json.loads(config["values"]), config["seed"])
-    report = Report(board, ask.key, needs)
+    spec = TrialSpec(config["key"], json.loads(config["values"]), config["seed"])
+    reporter = TrialReporter(channel, spec.key, resources)
     try:
-        told = run_trial(ask, report)
+        result = run_trial(spec, reporter)
     except MotipError as error:
-        told = Told(ask, "failed", message=" ".join(str(error).split()))
+        result = TrialResult(spec, "failed", message=" ".join(str(error).split()))
     except Exception as error:
-        _log.exception("trial %s failed", ask.key)
-        last = traceback.format_exc().strip().splitlines()[-3:]
-        told = Told(ask, "failed", message=f"{type(error).__name__}: {error} ({' | '.join(map(str.strip, last))})")
+        _log.exception("trial %s failed", spec.key)
+        last = " | ".join(map(str.strip, traceback.format_exc().strip().splitlines()[-3:]))
+        result = TrialResult(spec, "failed", message=f"{type(error).__name__}: {error} ({last})")
     finally:
-        report.close()
-    ray.get(board.end.remote(ask.key, told))
+        reporter.close()
+    ray.get(channel.set_result.remote(spec.key, result))
 
 
-def _driver_types() -> Any:
-    """The classes that Tune calls in the driver, made here so that importing this file does not import Ray."""
+def _tune_types() -> Any:
+    """Subclasses of Tune's interfaces, defined here so that importing this module does not import Ray."""
     import ray
     from ray import tune
     from ray.tune.schedulers import AsyncHyperBandScheduler
     from ray.tune.search import Searcher
 
-    class Asker(Searcher):
-        """Hands out what the source asks for, as many at once as there is room for."""
+    class TrialSearcher(Searcher):
+        """Starts the trials that `next_trial` returns, at most `limit` concurrently."""
 
-        def __init__(self, source: Source, board: Any, watch: Watch, at_once: int, known: list[Told]) -> None:
+        def __init__(
+            self,
+            next_trial: NextTrial,
+            channel: Any,
+            observer: SweepObserver,
+            limit: int,
+            trials: list[TrialResult],
+        ) -> None:
             super().__init__(metric="value", mode="max")
-            self._source, self._board, self._watch, self._at_once = source, board, watch, at_once
-            self.known = known
-            self.live: dict[str, Told] = {}
+            self._next_trial, self._channel, self._observer, self._limit = next_trial, channel, observer, limit
+            self.trials = trials
+            self.running: dict[str, TrialResult] = {}
             self.finished = False
 
         def suggest(self, trial_id: str) -> Any:
-            if len(self.live) >= self._at_once:
+            if len(self.running) >= self._limit:
                 return None
-            ask = self._source(self.known)
-            if ask is None:
+            spec = self._next_trial(self.trials)
+            if spec is None:
                 self.finished = True
                 return Searcher.FINISHED
-            told = Told(ask)
-            self.known.append(told)
-            self.live[trial_id] = told
-            self._watch.asked(told)
-            return {"key": ask.key, "values": json.dumps(ask.values), "seed": ask.seed}
+            result = TrialResult(spec)
+            self.trials.append(result)
+            self.running[trial_id] = result
+            self._observer.trial_started(result)
+            return {"key": spec.key, "values": json.dumps(spec.values), "seed": spec.seed}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            told = self.live.pop(trial_id)
-            ending = ray.get(self._board.ending.remote(told.ask.key))
-            if ending is None:
-                told.status, told.message = "failed", "its process ended without a word (killed, or out of memory?)"
+            trial = self.running.pop(trial_id)
+            final = ray.get(self._channel.result.remote(trial.spec.key))
+            if final is None:
+                trial.status = "failed"
+                trial.message = "the trial process exited without a result (killed or out of memory?)"
             else:
-                told.status, told.history, told.message = ending.status, ending.history, ending.message
-            self._watch.ended(told)
+                trial.status, trial.history, trial.message = final.status, final.history, final.message
+            self._observer.trial_ended(trial)
 
-        # The caller's records are what a sweep goes on from, not Tune's.
+        # A sweep resumes from the caller's records, not from Tune's state.
         def save(self, checkpoint_path: str) -> None:
             with open(checkpoint_path, "w") as file:
                 file.write("")
 
         def restore(self, checkpoint_path: str) -> None:
-            raise NotImplementedError("a sweep goes on from the records of its trials")
+            raise NotImplementedError("a sweep resumes from the records of its trials")
 
         def __getstate__(self) -> dict[str, Any]:
             return {}
 
-        def __deepcopy__(self, memo: Any) -> Asker:
+        def __deepcopy__(self, memo: Any) -> TrialSearcher:
             return self
 
-    class Rungs(AsyncHyperBandScheduler):
-        """ASHA that tells a trial to end instead of killing it, and knows trials by their key."""
+    # ASHA scheduler
 
-        def __init__(self, board: Any, prune: Prune, longest: int, known: Sequence[Told]) -> None:
+    class CooperativeASHA(AsyncHyperBandScheduler):
+        """ASHA that requests a trial to stop instead of killing it, and identifies trials by their key."""
+
+        def __init__(self, channel: Any, prune: Prune, longest: int, earlier: Sequence[TrialResult]) -> None:
             super().__init__(
                 time_attr="epochs",
                 metric="value",
@@ -367,22 +390,22 @@ def _driver_types() -> Any:
                 reduction_factor=prune.reduction,
                 stop_last_trials=False,
             )
-            self._board = board
-            for told in known:
-                named: Any = SimpleNamespace(trial_id=told.ask.key)
-                super().on_trial_add(_NOBODY, named)
-                for epochs, value in told.best_so_far().items():
-                    super().on_trial_result(_NOBODY, named, {"epochs": epochs, "value": value})
+            self._channel = channel
+            for result in earlier:
+                by_key: Any = SimpleNamespace(trial_id=result.spec.key)
+                super().on_trial_add(_NO_CONTROLLER, by_key)
+                for epochs, value in result.best_so_far().items():
+                    super().on_trial_result(_NO_CONTROLLER, by_key, {"epochs": epochs, "value": value})
 
         def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
             super().on_trial_add(tune_controller, _by_key(trial))
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
             decision = super().on_trial_result(tune_controller, _by_key(trial), result)
-            # The hand-set setting is what all others are judged by: it is trained to its end.
-            hand_set = trial.config.get("values") == "{}"
-            if decision == self.STOP and result["epochs"] < result["of"] and not hand_set:
-                ray.get(self._board.prune.remote(trial.config["key"]))
+            # The baseline is never pruned: all other trials are compared with it.
+            baseline = trial.config.get("values") == "{}"
+            if decision == self.STOP and result["epochs"] < result["of"] and not baseline:
+                ray.get(self._channel.prune.remote(trial.config["key"]))
             return str(self.CONTINUE)
 
         def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -394,63 +417,67 @@ def _driver_types() -> Any:
         def __getstate__(self) -> dict[str, Any]:
             return {}
 
-        def __deepcopy__(self, memo: Any) -> Rungs:
+        def __deepcopy__(self, memo: Any) -> CooperativeASHA:
             return self
 
         def save(self, checkpoint_path: str) -> None:
             with open(checkpoint_path, "w") as file:
                 file.write("")
 
-    class Teller(tune.Callback):
-        """Passes on what the trials say, and now and then how far they are."""
+    # progress lines
 
-        def __init__(self, board: Any, watch: Watch, asker: Asker) -> None:
-            self._board, self._watch, self._asker = board, watch, asker
-            self._told = self._looked = time.monotonic()
+    class ProgressCallback(tune.Callback):
+        """Forwards the trials' messages to the observer every second, and their progress every STATUS_INTERVAL_S."""
+
+        def __init__(self, channel: Any, observer: SweepObserver, searcher: TrialSearcher) -> None:
+            self._channel, self._observer, self._searcher = channel, observer, searcher
+            self._last_progress = self._last_poll = time.monotonic()
 
         def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
             now = time.monotonic()
-            if now - self._looked >= 1.0:
-                self._looked = now
-                self._look(now)
+            if now - self._last_poll >= 1.0:
+                self._last_poll = now
+                self._poll(now)
 
         def on_experiment_end(self, trials: Any, **info: Any) -> None:
-            self._look(time.monotonic())
+            self._poll(time.monotonic())
 
-        def _look(self, now: float) -> None:
-            said, running = ray.get(self._board.drain.remote())
-            for text in said:
-                self._watch.said(text)
-            if now - self._told >= WAIT_S and self._asker.live:
-                self._told = now
-                self._watch.progress(self._asker.known, running)
+        def _poll(self, now: float) -> None:
+            messages, running = ray.get(self._channel.drain.remote())
+            for text in messages:
+                self._observer.message(text)
+            if now - self._last_progress >= STATUS_INTERVAL_S and self._searcher.running:
+                self._last_progress = now
+                self._observer.progress(self._searcher.trials, running)
 
         def __getstate__(self) -> dict[str, Any]:
             return {}
 
-        def __deepcopy__(self, memo: Any) -> Teller:
+        def __deepcopy__(self, memo: Any) -> ProgressCallback:
             return self
 
-    return SimpleNamespace(Asker=Asker, Rungs=Rungs, Teller=Teller)
+    return SimpleNamespace(
+        TrialSearcher=TrialSearcher, CooperativeASHA=CooperativeASHA, ProgressCallback=ProgressCallback
+    )
 
 
-_NOBODY: Any = None
-"""ASHA takes Tune's controller and does not look at it."""
+_NO_CONTROLLER: Any = None
+"""ASHA's methods take Tune's controller as an argument and do not use it."""
 
 
 def _by_key(trial: Any) -> Any:
     return SimpleNamespace(trial_id=trial.config["key"])
 
 
-def _needs(placement: Placement) -> str:
-    gpu = " and 1 GPU" if placement.gpu else ""
-    text = f"{placement.workers} x ({placement.cpus:g} CPU{gpu}) for workers"
-    decoders = placement.workers * placement.decoders
-    return text + (f", {decoders} x {placement.decoder_cpus:g} CPU for decoding" if decoders else "")
+def _resources_text(resources: ResourcePlan) -> str:
+    gpu = " and 1 GPU" if resources.gpu else ""
+    text = f"{resources.workers} x ({resources.cpus:g} CPU{gpu}) for workers"
+    decoders = resources.workers * resources.decoders
+    return text + (f", {decoders} x {resources.decoder_cpus:g} CPU for decoding" if decoders else "")
 
 
 def _node_resource(node_id: str) -> str:
-    """The resource that only this node has."""
+    """Name of the resource that only this node has."""
     import ray
 
     own = next(node for node in ray.nodes() if node["NodeID"] == node_id)
@@ -459,7 +486,7 @@ def _node_resource(node_id: str) -> str:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """`ray job stop` sends SIGTERM; Tune listens for SIGUSR1, upon which it ends its trials and returns."""
+    """Forward SIGTERM, sent by `ray job stop`, as SIGUSR1, upon which Tune ends its trials and returns."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -474,7 +501,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Tune's own log speaks of its files, which nobody needs, and repeats what is shown already."""
+    """Limit Tune's log to errors: the rest names temporary files and repeats the progress lines."""
     logger = logging.getLogger("ray.tune")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Which settings a sweep tries next: Optuna's TPE or random search, as a function of what is known so far.
+"""Search algorithm of a sweep: Optuna's TPE or random search, as a pure function of the trials so far.
 
-Nothing is remembered between calls: the same seed, number and results give the same suggestion, so a sweep that was
-killed goes on as it would have.
+No state is kept between calls: the same seed, trial number and results give the same suggestion, so a sweep that was
+killed resumes with the suggestions it would have made.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from motip.config.sweep_file import Choices, Range, SweepFile, whole
+from motip.config.sweep_file import Choices, Range, SweepFile, as_integer
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
-TRIES = 50
-"""Draws after which a setting that was not tried before is no longer looked for."""
+MAX_ATTEMPTS = 50
+"""Samples per suggestion; if all of them were tried before, the space counts as exhausted."""
 DIGITS = 3
-"""Significant digits of a searched rate: more could not be told apart, and the result stays readable."""
+"""Significant digits of a sampled float: differences below that are noise, and the result stays readable."""
 
 
 @dataclass(frozen=True)
-class Ask:
+class TrialSpec:
     """A training to be run.
 
     Attributes:
-        key: its name within the sweep, such as `003`, or `003-seed30` for a repetition.
-        values: configuration keys that differ from the hand-set ones; empty for the hand-set setting itself.
+        key: name within the sweep, such as `003`, or `003-seed30` for a repetition.
+        values: configuration keys that differ from the baseline; empty for the baseline itself.
         seed: SEED of the training; None for the configuration's own.
     """
 
@@ -41,28 +41,28 @@ class Ask:
 
 
 @dataclass
-class Told:
-    """What came of a training.
+class TrialResult:
+    """State and scores of a trial.
 
     Attributes:
         history: number of epochs trained, to the value that is maximised; of validated epochs.
-        status: `running`, `finished`, `pruned` (ended early, others were better by then) or `failed`.
+        status: `running`, `finished`, `pruned` (stopped early by ASHA) or `failed`.
         message: of a failure.
     """
 
-    ask: Ask
+    spec: TrialSpec
     status: str = "running"
     history: dict[int, float] = field(default_factory=dict)
     message: str = ""
 
     @property
     def value(self) -> float | None:
-        """The best of its epochs, as a stage keeps the checkpoint of its best epoch; None without any."""
+        """The best epoch's value, as a stage keeps the checkpoint of its best epoch; None without a finite value."""
         found = [value for value in self.history.values() if math.isfinite(value)]
         return max(found, default=None)
 
     def best_so_far(self) -> dict[int, float]:
-        """Epochs trained to the best value by then."""
+        """Epochs trained, to the best value up to then."""
         best, rising = -math.inf, {}
         for epoch, value in sorted(self.history.items()):
             best = max(best, value) if math.isfinite(value) else best
@@ -71,46 +71,50 @@ class Told:
         return rising
 
 
-def suggest(sweep: SweepFile, hand_set: Mapping[str, Any], known: Sequence[Told], number: int) -> dict[str, Any] | None:
-    """Values for the trial of this number, other than those tried before; None where all settings were tried.
+def suggest(
+    sweep: SweepFile, baseline: Mapping[str, Any], trials: Sequence[TrialResult], number: int
+) -> dict[str, Any] | None:
+    """Values for the trial of this number, different from all earlier ones; None once the space is exhausted.
 
     Args:
-        hand_set: what the hand-set setting (the one with empty values) has for the keys of the space.
-        known: all trials so far, also those that still run.
+        baseline: values of the baseline trial (the one with empty `values`) for the keys of the search space.
+        trials: all trials so far, running ones included.
     """
-    tried = {_name(_values_of(sweep, told, hand_set)) for told in known}
-    inside = {_name(values) for told in known if _inside(sweep, values := _values_of(sweep, told, hand_set))}
+    tried = {_canonical(_values_of(sweep, trial, baseline)) for trial in trials}
+    inside = {_canonical(values) for trial in trials if _inside(sweep, values := _values_of(sweep, trial, baseline))}
     if len(inside) >= sweep.size():
         return None
-    for attempt in range(TRIES):
-        values = _draw(sweep, hand_set, known, number, attempt)
-        if _name(values) not in tried:
+    for attempt in range(MAX_ATTEMPTS):
+        values = _sample(sweep, baseline, trials, number, attempt)
+        if _canonical(values) not in tried:
             return values
     return None
 
 
-def _draw(
-    sweep: SweepFile, hand_set: Mapping[str, Any], known: Sequence[Told], number: int, attempt: int
+def _sample(
+    sweep: SweepFile, baseline: Mapping[str, Any], trials: Sequence[TrialResult], number: int, attempt: int
 ) -> dict[str, Any]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("optuna").setLevel(logging.WARNING)
     seed = (sweep.seed * 100_003 + number) * 101 + attempt
-    startup = sweep.startup + attempt * len(known)  # what TPE wants again and again is left to chance the next time
+    # After a duplicate, raise the number of start-up trials so that TPE samples at random instead of repeating itself.
+    startup = sweep.startup + attempt * len(trials)
     sampler = (
         optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
         if sweep.search == "tpe"
         else optuna.samplers.RandomSampler(seed=seed)
     )
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    kinds = {key: _distribution(sweep, key) for key in sweep.space}
-    for told in known:
-        values = _values_of(sweep, told, hand_set)
+    distributions = {key: _distribution(sweep, key) for key in sweep.space}
+    for trial in trials:
+        values = _values_of(sweep, trial, baseline)
         if _inside(sweep, values):
-            study.add_trial(_frozen(told, {key: _to_optuna(sweep, key, values[key]) for key in kinds}, kinds))
-    drawn = study.ask(kinds).params
-    return {key: _from_optuna(sweep, key, drawn[key]) for key in sweep.space}
+            params = {key: _to_optuna(sweep, key, values[key]) for key in distributions}
+            study.add_trial(_frozen(trial, params, distributions))
+    sampled = study.ask(distributions).params
+    return {key: _from_optuna(sweep, key, sampled[key]) for key in sweep.space}
 
 
 def _distribution(sweep: SweepFile, key: str) -> BaseDistribution:
@@ -119,33 +123,33 @@ def _distribution(sweep: SweepFile, key: str) -> BaseDistribution:
     values = sweep.space[key]
     if isinstance(values, Choices):
         return CategoricalDistribution([_text(choice) for choice in values.choices])
-    if sweep.is_whole(key):
+    if sweep.is_integer(key):
         step = 1 if values.step is None else int(values.step)
         return IntDistribution(int(values.low), int(values.high), log=values.log, step=step)
     return FloatDistribution(values.low, values.high, log=values.log, step=values.step)
 
 
-def _frozen(told: Told, params: dict[str, Any], kinds: dict[str, BaseDistribution]) -> FrozenTrial:
+def _frozen(trial: TrialResult, params: dict[str, Any], distributions: dict[str, BaseDistribution]) -> FrozenTrial:
     import optuna
     from optuna.trial import TrialState
 
-    rising = told.best_so_far()
+    rising = trial.best_so_far()
     state = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}.get(
-        told.status, TrialState.RUNNING
+        trial.status, TrialState.RUNNING
     )
     if state in (TrialState.COMPLETE, TrialState.PRUNED) and not rising:
         state = TrialState.FAIL
     return optuna.trial.create_trial(
         state=state,
         params=params,
-        distributions=kinds,
+        distributions=distributions,
         value=max(rising.values()) if state == TrialState.COMPLETE else None,
         intermediate_values=rising,
     )
 
 
-def _values_of(sweep: SweepFile, told: Told, hand_set: Mapping[str, Any]) -> dict[str, Any]:
-    values = {**hand_set, **told.ask.values}
+def _values_of(sweep: SweepFile, trial: TrialResult, baseline: Mapping[str, Any]) -> dict[str, Any]:
+    values = {**baseline, **trial.spec.values}
     return {key: _as_listed(sweep.space[key], values.get(key)) for key in sweep.space}
 
 
@@ -168,7 +172,7 @@ def _from_optuna(sweep: SweepFile, key: str, value: Any) -> Any:
     values = sweep.space[key]
     if isinstance(values, Choices):
         return json.loads(value)
-    return whole(sweep, key, _rounded(value, values))
+    return as_integer(sweep, key, _rounded(value, values))
 
 
 def _rounded(value: float, within: Range) -> float:
@@ -181,5 +185,5 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _name(values: Mapping[str, Any]) -> str:
+def _canonical(values: Mapping[str, Any]) -> str:
     return json.dumps(dict(values), sort_keys=True)

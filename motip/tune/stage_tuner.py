@@ -1,4 +1,4 @@
-"""Sweeps inside a curriculum: each stage that names a sweep is tuned before it is trained."""
+"""Sweeps within a curriculum: each stage with a `sweep:` is tuned before it is trained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StageTuner:
     tuning: Tuning
 
     def stages_to_tune(self, curriculum: Curriculum, options: Options, cluster: Cluster | None) -> set[str]:
-        """Names of the stages that are tuned: those with a line `sweep:`.
+        """Names of the stages to tune: those with a `sweep:`.
 
         Raises:
             MotipError: no stage has one, or a sweep does not fit its stage or the cluster.
@@ -42,23 +42,23 @@ class StageTuner:
         return {stage.name for stage in stages}
 
     def tuned(self, session: Session, stage: Stage, parent: Parent | None) -> Stage:
-        """The stage with the values that its sweep found."""
-        found = tune_stage(session, stage, parent, self.tuning)
-        session.ui.note(found.summary())
-        return stage.model_copy(update={"config": with_values(stage.config, found.values, str(found.overlay))})
+        """Run the stage's sweep; returns the stage with the values found."""
+        result = tune_stage(session, stage, parent, self.tuning)
+        session.ui.note(result.summary())
+        return stage.model_copy(update={"config": with_values(stage.config, result.values, str(result.overlay))})
 
 
 def run_sweep(
     curriculum: Curriculum, stage: Stage, options: Options, cluster: Cluster, lineage: Lineage, ui: Ui, tuning: Tuning
 ) -> SweepResult:
-    """Search values for one stage; earlier stages that its weights come from are trained first where they are not yet.
+    """Run the sweep of one stage, after training the earlier stages that its weights come from, unless they are done.
 
     Args:
         stage: of the curriculum, with a sweep.
         tuning: number of trials and their workers.
 
     Raises:
-        MotipError: wrong input, or a sweep that does not fit stage or cluster; raised before anything is trained.
+        MotipError: wrong input, or a sweep that does not fit stage or cluster; raised before any training.
     """
     check_tuning(stage, tuning, cluster)
     earlier = curriculum.parent_of(stage)

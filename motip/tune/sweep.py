@@ -1,9 +1,8 @@
-"""A sweep over one stage: trials as child runs of one MLflow run, the winner confirmed, the result as an overlay."""
+"""Sweep over one stage: search, confirmation with further seeds, decision, and the tuned values as an overlay file."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,88 +13,107 @@ from typing import Any
 from motip.cluster import Cluster
 from motip.config import Stage
 from motip.config.curriculum_file import tuned_file
-from motip.config.sweep_file import SweepFile, check_sweep, hand_set
+from motip.config.sweep_file import SweepFile, baseline_values, check_sweep
 from motip.config.tuned import overlay_text
 from motip.config.yaml_chain import with_values
-from motip.curriculum.failure import beside_a_failure, tell_failure
-from motip.curriculum.records import claim, release
+from motip.curriculum.failure import log_exceptions, mark_run_failed
+from motip.curriculum.records import acquire_lock, release_lock
 from motip.curriculum.stage import Session, Ui
-from motip.curriculum.stage_inputs import SPEED_ONLY, stage_job
+from motip.curriculum.stage_inputs import NON_IDENTITY_KEYS, stage_job
 from motip.data.manifest import entries_digest
 from motip.errors import MotipError
 from motip.lineage.driver_process import this_driver
 from motip.lineage.provenance import provenance
 from motip.storage.atomic import digest
-from motip.storage.paths import Location, files_under, location, put, write_bytes, write_json
+from motip.storage.paths import Location, absolute, files_under, location, upload, write_bytes, write_json
 from motip.train.stage_job import EpochPlans, Parent, StageJob
-from motip.tune.decision import Verdict, evidence, favourite, judge, setting_text
-from motip.tune.ray_tune import Room, room, search
-from motip.tune.searcher import Ask, Told, suggest
-from motip.tune.sweep_plot import Shown, sweep_figure
-from motip.tune.sweep_records import HAND_SET, read_trial, read_trials, repeat_key, trial_key, write_trial
+from motip.tune.decision import SweepDecision, best_trial, decide, report_lines, setting_text
+from motip.tune.ray_tune import ConcurrencyPlan, plan_concurrency, search
+from motip.tune.searcher import TrialResult, TrialSpec, suggest
+from motip.tune.sweep_plot import PlottedTrial, trials_figure
+from motip.tune.sweep_records import BASELINE, read_trial, read_trials, repeat_key, trial_key, write_trial
 from motip.tune.trial import TrialRunner, drop_weights
 
-_log = logging.getLogger(__name__)
-
 FORMAT = 1
-"""Part of every sweep's identity; raised when the meaning of what is searched changes."""
+"""Part of every sweep's identity; incremented when the meaning of the search space changes."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How sweeps are run.
+    """Settings of a sweep that come from the command line.
 
     Attributes:
         workers: training workers of each trial.
-        trials: settings that are tried; None for the sweep file's number.
-        at_once: trials that must run side by side; None for as many as fit.
-        overlay: file that the values found are written to; None for a place by the stage's name.
+        trials: number of settings, baseline included; None for the sweep file's number.
+        max_concurrent_trials: trials that must run concurrently; None for as many as fit.
+        overlay: file for the tuned values; None for a path by the stage's name.
     """
 
     workers: int = 1
     trials: int | None = None
-    at_once: int | None = None
+    max_concurrent_trials: int | None = None
     overlay: str | None = None
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep produced.
+    """Result of a sweep.
 
     Attributes:
-        values: what goes on top of the stage's configuration; empty where the hand-set values stay.
-        overlay: the file that holds them.
+        values: overrides for the stage's configuration; empty if the baseline is kept.
+        overlay: file with these values.
     """
 
     stage: str
     metric: str
-    verdict: Verdict
+    decision: SweepDecision
     values: dict[str, Any]
-    trials: tuple[Told, ...]
-    repeats: tuple[Told, ...]
+    trials: tuple[TrialResult, ...]
+    repeats: tuple[TrialResult, ...]
     folder: Location
     overlay: Location
-    picture: Location
+    figure: Location
     run_id: str
 
     def summary(self) -> str:
-        """The last line of a sweep."""
-        best, own = self.verdict.best, self.verdict.hand_set
+        """The last line that a sweep logs."""
+        best, own = self.decision.best, self.decision.baseline
         if not self.values:
-            found = f"the hand-set values stay ({self.metric} {own.mean:.2f}; best trial {best.key} {best.mean:.2f})"
+            found = f"the baseline is kept ({self.metric} {own.mean:.2f}; best trial {best.key} {best.mean:.2f})"
         else:
-            found = f"{setting_text(self.values)}: {self.metric} {best.mean:.2f}, hand-set {own.mean:.2f}"
-        return f"tuned {self.stage}: {found}; values: {self.overlay}; picture: {self.picture}"
+            found = f"{setting_text(self.values)}: {self.metric} {best.mean:.2f}, baseline {own.mean:.2f}"
+        return f"tuned {self.stage}: {found}; values: {self.overlay}; figure: {self.figure}"
+
+
+@dataclass(frozen=True)
+class _SweepRun:
+    """State that the steps of one sweep share.
+
+    Attributes:
+        stage: as in :class:`motip.tune.trial.TrialRunner`.
+        baseline: the configuration's values for the searched keys.
+        run_id: MLflow run of the sweep.
+    """
+
+    session: Session
+    stage: Stage
+    sweep: SweepFile
+    baseline: dict[str, Any]
+    concurrency: ConcurrencyPlan
+    runner: TrialRunner
+    folder: Location
+    run_id: str
 
 
 def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tuning) -> SweepResult:
-    """Search the values that the stage's sweep file names, or go on with a search that was cut off.
+    """Run the stage's sweep, or resume an interrupted one.
 
     Raises:
-        MotipError: the sweep does not fit the stage or the cluster, or no trial came to its end.
-        KeyboardInterrupt: it was interrupted; the same command goes on.
+        MotipError: the sweep does not fit the stage or the cluster, or no trial finished.
+        KeyboardInterrupt: interrupted; the same command resumes it.
     """
-    sweep, at_once = check_tuning(stage, tuning, session.cluster)
+    # stage and identity of the sweep
+    sweep, concurrency = check_tuning(stage, tuning, session.cluster)
     base = stage.model_copy(
         update={
             "config": with_values(stage.config, sweep.set, "set: of the sweep file"),
@@ -103,268 +121,268 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
         }
     )
     job, train = stage_job(session.curriculum, base, parent, session.manifest, session.options)
-    EpochPlans(job, base.config, tuning.workers)(0)  # no trainable clip is said now, not by every trial
+    EpochPlans(job, base.config, tuning.workers)(0)  # fail here, before the trials start, if no clip can be trained
     identity = _identity(job, sweep, tuning.workers)
     folder = _folder(session, stage, identity)
     data = entries_digest([*train, *job.val])
-    with _driven(session, stage, sweep, identity, data, folder) as run_id:
+    with _sweep_run(session, stage, sweep, identity, data, folder) as run_id:
+        # search and confirmation
         runner = TrialRunner(
-            session.curriculum,
-            base,
-            parent,
-            session.manifest,
-            session.options,
-            session.lineage,
-            run_id,
-            str(folder),
-            at_once.placement,
+            curriculum=session.curriculum,
+            stage=base,
+            parent=parent,
+            manifest=session.manifest,
+            options=session.options,
+            lineage=session.lineage,
+            sweep_run=run_id,
+            folder=str(folder),
+            resources=concurrency.resources,
         )
-        hand = hand_set(base.config, sweep.space)
-        asked = tuning.trials or sweep.trials
+        baseline = baseline_values(base.config, sweep.space)
+        run = _SweepRun(session, base, sweep, baseline, concurrency, runner, folder, run_id)
+        count = tuning.trials or sweep.trials
         session.ui.note(
-            f"{stage.name}: sweep over {', '.join(sweep.space)}; {asked} trials of {tuning.workers} "
-            f"worker{'s' if tuning.workers != 1 else ''} each; {at_once.sentence}; into {folder}"
+            f"{stage.name}: sweep over {', '.join(sweep.space)}; {count} trials of {tuning.workers} "
+            f"worker{'s' if tuning.workers != 1 else ''} each; {concurrency.calculation}; into {folder}"
         )
-        trials = _search(session, sweep, hand, asked, runner, at_once, folder)
-        repeats = _confirm(session, sweep, base.config.SEED, trials, runner, at_once, folder)
-        verdict = judge(trials, repeats, base.config.SEED)
-        lines = evidence(
-            verdict,
+        trials = _search(run, count)
+        repeats = _confirm(run, trials)
+
+        # decision, written as an overlay
+        decision = decide(trials, repeats, base.config.SEED)
+        lines = report_lines(
+            decision,
             trials,
             sweep,
             stage=stage.name,
             metric=base.best,
             videos=len(job.val),
-            hand_set=hand,
+            baseline=baseline,
             digests={"sweep": identity, "data": data, "code": _commit()},
         )
-        overlay = _overlay_place(session, stage, tuning)
-        text = overlay_text(verdict.chosen, lines)
+        overlay = _overlay_location(session, stage, tuning)
+        text = overlay_text(decision.values, lines)
         write_bytes(overlay, text.encode())
         write_bytes(folder / "tuned.yaml", text.encode())
-        picture = _picture(session, stage, base.best, sweep, hand, trials, repeats, verdict, folder, run_id)
+
+        # figure and MLflow
         result = SweepResult(
-            stage.name,
-            base.best,
-            verdict,
-            verdict.chosen,
-            tuple(trials),
-            tuple(repeats),
-            folder,
-            overlay,
-            picture,
-            run_id,
+            stage=stage.name,
+            metric=base.best,
+            decision=decision,
+            values=decision.values,
+            trials=tuple(trials),
+            repeats=tuple(repeats),
+            folder=folder,
+            overlay=overlay,
+            figure=_save_figure(run, trials, repeats, decision),
+            run_id=run_id,
         )
-        _record(session, result, hand, text)
-    _drop_others(folder, verdict.best.key)
+        _record_result(run, result, text)
+    _drop_other_weights(folder, decision.best.key)
     return result
 
 
-def check_tuning(stage: Stage, tuning: Tuning, cluster: Cluster | None) -> tuple[SweepFile, Room]:
-    """What is refused before anything is trained or converted: a sweep that fits neither stage nor cluster.
+def check_tuning(stage: Stage, tuning: Tuning, cluster: Cluster | None) -> tuple[SweepFile, ConcurrencyPlan]:
+    """Check a sweep against its stage and the cluster, before anything is converted or trained.
 
     Raises:
-        MotipError: so it is, with the arithmetic.
+        MotipError: it does not fit, with the calculation.
     """
     sweep = stage.sweep
     if sweep is None or cluster is None:
         raise MotipError(
-            "a sweep needs a sweep file and Ray workers",
+            "a sweep requires a sweep file and Ray workers",
             where=f"stage {stage.name}",
             fix="give the stage a line `sweep: FILE`, and --workers-per-trial 1 or more",
         )
     check_sweep(sweep, stage.config, f"sweep of stage {stage.name}")
-    useless = sorted(set(sweep.space) & SPEED_ONLY)
-    if useless:
+    without_effect = sorted(set(sweep.space) & NON_IDENTITY_KEYS)
+    if without_effect:
         raise MotipError(
-            f"{useless[0]} cannot be searched: it changes speed or places, not the result",
+            f"{without_effect[0]} cannot be searched: it changes speed or paths, not the result",
             where=f"sweep of stage {stage.name}",
         )
     config = with_values(stage.config, sweep.set, "set: of the sweep file")
-    return sweep, room(tuning.workers, config, cluster, tuning.at_once)
+    return sweep, plan_concurrency(tuning.workers, config, cluster, tuning.max_concurrent_trials)
 
 
 def _identity(job: StageJob, sweep: SweepFile, workers: int) -> str:
-    """Names what its trials have in common; more trials or further seeds belong to the same sweep."""
-    how = sweep.model_dump(mode="json", include={"search", "seed", "startup", "space", "prune"})
-    return digest({"format": FORMAT, "stage": job.inputs, "sweep": how, "workers": workers})
+    """Hex digest of what all trials have in common; `trials` and `confirm` may change within a sweep."""
+    search_settings = sweep.model_dump(mode="json", include={"search", "seed", "startup", "space", "prune"})
+    return digest({"format": FORMAT, "stage": job.inputs, "sweep": search_settings, "workers": workers})
 
 
 def _folder(session: Session, stage: Stage, identity: str) -> Location:
-    storage = location(session.options.storage)
-    storage = storage.resolve() if isinstance(storage, Path) else storage
-    return storage / "sweeps" / session.curriculum.name / stage.name / identity[:12]
+    return absolute(session.options.storage) / "sweeps" / session.curriculum.name / stage.name / identity[:12]
 
 
 def _start_run(session: Session, stage: Stage, sweep: SweepFile, identity: str, data: str) -> str:
-    above = {"mlflow.parentRunId": session.run_id} if session.run_id else {}
+    parent = {"mlflow.parentRunId": session.run_id} if session.run_id else {}
     return session.lineage.start_curriculum(
         f"{stage.name} sweep",
-        {"identity": identity, "stage": stage.name, "sweep": sweep.model_dump(mode="json")},
-        {**above, "motip.stage": stage.name, "motip.data.sha256": data, "motip.config": session.options.config_path},
+        # By alias: a digest of this identifies the run, also one of version 0.1.
+        {"identity": identity, "stage": stage.name, "sweep": sweep.model_dump(mode="json", by_alias=True)},
+        {**parent, "motip.stage": stage.name, "motip.data.sha256": data, "motip.config": session.options.config_path},
         reopen_finished=True,
         kind="sweep",
     )
 
 
 @contextlib.contextmanager
-def _driven(
+def _sweep_run(
     session: Session, stage: Stage, sweep: SweepFile, identity: str, data: str, folder: Location
 ) -> Iterator[str]:
-    """The sweep in the hands of this process, as its MLflow run; whatever fails in here ends the run."""
-    claim(folder / "sweep.json", "sweep", under=session.run_id)
+    """Lock the sweep for this process and open its MLflow run; an exception in the body ends the run."""
+    acquire_lock(folder / "sweep.json", "sweep", parent_run_id=session.run_id)
     try:
         run_id = _start_run(session, stage, sweep, identity, data)
         try:
             running = {"status": "running", "identity": identity, "run_id": run_id}
-            driven = {"driver": this_driver(), "curriculum_run": session.run_id}
-            write_json(folder / "sweep.json", {**running, **driven})
+            owner = {"driver": this_driver(), "curriculum_run": session.run_id}
+            write_json(folder / "sweep.json", {**running, **owner})
             yield run_id
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
-                _mark_cut_off(session, folder, error)
-            tell_failure(session.lineage, run_id, error)
+                _mark_interrupted(session, folder, error)
+            mark_run_failed(session.lineage, run_id, error)
             raise
     except BaseException:
-        with beside_a_failure(f"{folder} stays in use by this process while it lives"):
-            release(folder / "sweep.json")
+        with log_exceptions(f"{folder} stays locked until this process exits"):
+            release_lock(folder / "sweep.json")
         raise
 
 
-# ------------------------------------------------------------------------------------------------ the two searches
+# ---------------------------------------------------------------------------------------- search and confirmation
 
 
-def _search(
-    session: Session,
-    sweep: SweepFile,
-    hand: dict[str, Any],
-    asked: int,
-    runner: TrialRunner,
-    at_once: Room,
-    folder: Location,
-) -> list[Told]:
-    """The hand-set setting and what the search suggests, up to the number asked for."""
-    written = [told for told in read_trials(folder) if told.ask.seed is None]
-    # Without the hand-set trial nothing can be judged, so it is tried again where it failed.
-    again = [t.ask for t in written if t.status == "running" or (t.ask.key == HAND_SET and t.status == "failed")]
-    known = [told for told in written if told.ask not in again]
+def _search(run: _SweepRun, count: int) -> list[TrialResult]:
+    """Train the baseline and the suggested settings, `count` in all; resumes and returns earlier trials too."""
+    # records of earlier attempts
+    written = [trial for trial in read_trials(run.folder) if trial.spec.seed is None]
+    # A failed baseline is repeated too: without it no trial can be compared.
+    repeat = [
+        trial.spec
+        for trial in written
+        if trial.status == "running" or (trial.spec.key == BASELINE and trial.status == "failed")
+    ]
+    earlier = [trial for trial in written if trial.spec not in repeat]
+    ui = run.session.ui
     if written:
-        session.ui.note(f"going on with an earlier run: {len(known)} trials ended, {len(again)} were cut off")
+        ui.note(f"resuming: {len(earlier)} trials ended, {len(repeat)} were interrupted")
 
-    def source(all_: Sequence[Told]) -> Ask | None:
-        if any(told.ask.key == HAND_SET and told.status == "failed" for told in all_):
+    # trials
+    def next_trial(trials: Sequence[TrialResult]) -> TrialSpec | None:
+        if any(trial.spec.key == BASELINE and trial.status == "failed" for trial in trials):
             return None
-        if again:
-            return again.pop(0)
-        if len(all_) >= asked:
+        if repeat:
+            return repeat.pop(0)
+        if len(trials) >= count:
             return None
-        if not all_:
-            return Ask(HAND_SET, {})
-        number = 1 + max(int(told.ask.key) for told in all_)
-        values = suggest(sweep, hand, all_, number)
+        if not trials:
+            return TrialSpec(BASELINE, {})
+        number = 1 + max(int(trial.spec.key) for trial in trials)
+        values = suggest(run.sweep, run.baseline, trials, number)
         if values is None:
-            session.ui.note(f"all {len(all_)} settings of the space are tried; there are no more")
+            ui.note(f"the search space is exhausted after {len(trials)} settings")
             return None
-        return Ask(trial_key(number), values)
+        return TrialSpec(trial_key(number), values)
 
-    longest = max((runner.stage.config.EPOCHS, *map(int, _searched_epochs(sweep))))
-    watch = _Watch(session.ui, folder, asked, len(known))
-    trials = search(source, runner, at_once, watch, known=known, prune=sweep.prune, longest=longest)
-    first = next(told for told in trials if told.ask.key == HAND_SET)
+    longest = max((run.stage.config.EPOCHS, *map(int, _searched_epochs(run.sweep))))
+    log = _SweepLog(ui, run.folder, count, len(earlier))
+    trials = search(
+        next_trial, run.runner, run.concurrency, log, earlier=earlier, prune=run.sweep.prune, longest=longest
+    )
+    first = next(trial for trial in trials if trial.spec.key == BASELINE)
     if first.status == "failed":
         raise MotipError(
-            f"the hand-set setting itself cannot be trained: {first.message}",
-            where=f"trial {HAND_SET} in {folder}",
+            f"the baseline cannot be trained: {first.message}",
+            where=f"trial {BASELINE} in {run.folder}",
             fix="train the stage without a sweep first (ray_jobs/train.py), then run the same command again",
         )
-    return sorted(trials, key=lambda told: told.ask.key)
+    return sorted(trials, key=lambda trial: trial.spec.key)
 
 
-def _confirm(
-    session: Session,
-    sweep: SweepFile,
-    seed: int,
-    trials: Sequence[Told],
-    runner: TrialRunner,
-    at_once: Room,
-    folder: Location,
-) -> list[Told]:
-    """The favourite, and where wanted the hand-set setting, with further seeds and without pruning."""
-    best = favourite(trials)
-    settings = {best.ask.key: best.ask.values}
-    if sweep.confirm.hand_set or best.ask.key == HAND_SET:
-        settings[HAND_SET] = {}
-    seeds = range(seed + 1, seed + 1 + sweep.confirm.seeds)
-    wanted = [Ask(repeat_key(key, each), values, each) for each in seeds for key, values in settings.items()]
-    written = {told.ask.key: told for told in read_trials(folder) if told.status == "finished"}
-    known = [written[ask.key] for ask in wanted if ask.key in written]
-    missing = [ask for ask in wanted if ask.key not in written]
+def _confirm(run: _SweepRun, trials: Sequence[TrialResult]) -> list[TrialResult]:
+    """Train the best trial's setting, and if configured the baseline, with further seeds and without pruning."""
+    best = best_trial(trials)
+    settings = {best.spec.key: best.spec.values}
+    if run.sweep.confirm.baseline or best.spec.key == BASELINE:
+        settings[BASELINE] = {}
+    seed = run.stage.config.SEED
+    seeds = range(seed + 1, seed + 1 + run.sweep.confirm.seeds)
+    specs = [TrialSpec(repeat_key(key, each), values, each) for each in seeds for key, values in settings.items()]
+    written = {trial.spec.key: trial for trial in read_trials(run.folder) if trial.status == "finished"}
+    earlier = [written[spec.key] for spec in specs if spec.key in written]
+    missing = [spec for spec in specs if spec.key not in written]
     if missing:
-        session.ui.note(
-            f"trial {best.ask.key} is best so far, {best.value:.2f}; trained again with seeds "
-            f"{', '.join(map(str, seeds))}{', as the hand-set setting is' if len(settings) > 1 else ''}"
+        run.session.ui.note(
+            f"trial {best.spec.key} is best so far, {best.value:.2f}; repeated with seeds "
+            f"{', '.join(map(str, seeds))}{', and so is the baseline' if len(settings) > 1 else ''}"
         )
-    watch = _Watch(session.ui, folder, len(wanted), len(known))
-    return search(lambda _: missing.pop(0) if missing else None, runner, at_once, watch, known=known)
+    log = _SweepLog(run.session.ui, run.folder, len(specs), len(earlier))
+    return search(lambda _: missing.pop(0) if missing else None, run.runner, run.concurrency, log, earlier=earlier)
 
 
-class _Watch:
-    """Says what happens, and writes down what was asked for, so that it is asked again after a kill."""
+class _SweepLog:
+    """Observer that logs the trials, and writes a record when a trial starts, so that it is repeated after a kill."""
 
-    def __init__(self, ui: Ui, folder: Location, asked: int, ended: int) -> None:
-        self._ui, self._folder, self._asked, self._ended = ui, folder, asked, ended
+    def __init__(self, ui: Ui, folder: Location, count: int, ended: int) -> None:
+        self._ui, self._folder, self._count, self._ended = ui, folder, count, ended
 
-    def asked(self, told: Told) -> None:
-        earlier = read_trial(self._folder, told.ask.key)
+    def trial_started(self, result: TrialResult) -> None:
+        spec = result.spec
+        earlier = read_trial(self._folder, spec.key)
         if not earlier:
-            write_trial(self._folder, told)
-        seed = "" if told.ask.seed is None else f", seed {told.ask.seed}"
-        verb = "goes on" if earlier.get("run_id") else "starts"
-        self._ui.note(f"trial {told.ask.key} {verb}: {setting_text(told.ask.values)}{seed}")
+            write_trial(self._folder, result)
+        seed = "" if spec.seed is None else f", seed {spec.seed}"
+        verb = "resumes" if earlier.get("run_id") else "starts"
+        self._ui.note(f"trial {spec.key} {verb}: {setting_text(spec.values)}{seed}")
 
-    def ended(self, told: Told) -> None:
+    def trial_ended(self, result: TrialResult) -> None:
         self._ended += 1
-        after = max(told.history, default=0)
+        after = max(result.history, default=0)
         epochs = f"{after} epoch{'s' if after != 1 else ''}"
         how = {
             "finished": f"finished after {epochs}",
             "pruned": f"pruned after {epochs}: others were better by then",
-            "failed": f"failed: {told.message}",
-        }.get(told.status, told.status)
-        value = "" if told.value is None else f", best {told.value:.2f}"
-        self._ui.note(f"trial {told.ask.key} {how}{value} ({self._ended} of {self._asked} done)")
+            "failed": f"failed: {result.message}",
+        }.get(result.status, result.status)
+        value = "" if result.value is None else f", best {result.value:.2f}"
+        self._ui.note(f"trial {result.spec.key} {how}{value} ({self._ended} of {self._count} done)")
 
-    def said(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self._ui.note(text)
 
-    def progress(self, known: Sequence[Told], running: dict[str, str]) -> None:
-        best = max((told for told in known if told.value is not None), key=lambda told: told.value or 0, default=None)
+    def progress(self, trials: Sequence[TrialResult], running: dict[str, str]) -> None:
+        scored = [trial for trial in trials if trial.value is not None]
+        best = max(scored, key=lambda trial: trial.value or 0, default=None)
         where = "; ".join(f"trial {key} at {position}" for key, position in sorted(running.items()))
-        so_far = "" if best is None else f"; best so far trial {best.ask.key}, {best.value:.2f}"
-        self._ui.note(f"{self._ended} of {self._asked} done; {where or 'workers are starting'}{so_far}")
+        so_far = "" if best is None else f"; best so far trial {best.spec.key}, {best.value:.2f}"
+        self._ui.note(f"{self._ended} of {self._count} done; {where or 'workers are starting'}{so_far}")
 
 
 def _searched_epochs(sweep: SweepFile) -> tuple[Any, ...]:
     searched = sweep.space.get("EPOCHS")
-    return () if searched is None else tuple(searched.ends())
+    return () if searched is None else tuple(searched.values_to_check())
 
 
-def _mark_cut_off(session: Session, folder: Location, error: KeyboardInterrupt) -> None:
-    """The trials, in MLflow; their records stay `running`, which is what makes them go on."""
-    with beside_a_failure("the trials that were cut off could not be marked so"):
-        for told in read_trials(folder):
-            own = read_trial(folder, told.ask.key).get("run_id")
-            if told.status == "running" and own:
-                tell_failure(session.lineage, own, error)
+def _mark_interrupted(session: Session, folder: Location, error: KeyboardInterrupt) -> None:
+    """Mark the running trials in MLflow; their records stay `running`, by which they are resumed."""
+    with log_exceptions("the interrupted trials could not be marked in MLflow"):
+        for trial in read_trials(folder):
+            own = read_trial(folder, trial.spec.key).get("run_id")
+            if trial.status == "running" and own:
+                mark_run_failed(session.lineage, own, error)
 
 
-# ------------------------------------------------------------------------------------------------ the result
+# -------------------------------------------------------------------------------------------------------- result
 
 
-def _overlay_place(session: Session, stage: Stage, tuning: Tuning) -> Location:
-    """Where the values go: as asked for, where the stage looks for them, or configs/tuned/ by the stage's name.
+def _overlay_location(session: Session, stage: Stage, tuning: Tuning) -> Location:
+    """Path of the overlay: the command line's, else the stage's `tuned:`, else under configs/tuned/ by stage name.
 
-    A submitted job's working directory is thrown away, so there relative places lie under the storage.
+    In a submitted job a relative path is under the storage, since the job's working directory is temporary.
     """
     own = (
         f"{stage.name}.yaml"
@@ -381,90 +399,102 @@ def _overlay_place(session: Session, stage: Stage, tuning: Tuning) -> Location:
     return Path.cwd() / named
 
 
-def _picture(
-    session: Session,
-    stage: Stage,
-    metric: str,
-    sweep: SweepFile,
-    hand: dict[str, Any],
-    trials: Sequence[Told],
-    repeats: Sequence[Told],
-    verdict: Verdict,
-    folder: Location,
-    run_id: str,
+def _save_figure(
+    run: _SweepRun, trials: Sequence[TrialResult], repeats: Sequence[TrialResult], decision: SweepDecision
 ) -> Location:
-    shown = [
-        Shown(
-            key=told.ask.key,
-            values={**hand, **told.ask.values},
-            value=told.value,
-            status=told.status,
+    # trials with their repetitions
+    plotted = [
+        PlottedTrial(
+            key=trial.spec.key,
+            values={**run.baseline, **trial.spec.values},
+            value=trial.value,
+            status=trial.status,
             repeats=tuple(
                 each.value
                 for each in repeats
-                if each.value is not None and each.ask.key.startswith(f"{told.ask.key}-seed")
+                if each.value is not None and each.spec.key.startswith(f"{trial.spec.key}-seed")
             ),
         )
-        for told in trials
+        for trial in trials
     ]
-    figure = sweep_figure(
-        shown, sweep.space, title=f"{stage.name}, sweep", metric=metric, hand_set=HAND_SET, best=verdict.best.key
+
+    # file in the sweep's folder and in MLflow
+    figure = trials_figure(
+        plotted,
+        run.sweep.space,
+        title=f"{run.stage.name}, sweep",
+        metric=run.stage.best,
+        baseline=BASELINE,
+        best=decision.best.key,
     )
-    with tempfile.TemporaryDirectory(prefix="motip-") as place:
-        file = Path(place) / "sweep.png"
+    with tempfile.TemporaryDirectory(prefix="motip-") as folder:
+        file = Path(folder) / "sweep.png"
         figure.savefig(file, dpi=110)
-        put(file, folder / "sweep.png")
-        session.lineage.log_artifact(run_id, file)
-    return folder / "sweep.png"
+        upload(file, run.folder / "sweep.png")
+        run.session.lineage.log_artifact(run.run_id, file)
+    return run.folder / "sweep.png"
 
 
-def _record(session: Session, result: SweepResult, hand: dict[str, Any], text: str) -> None:
-    lineage, run_id, verdict = session.lineage, result.run_id, result.verdict
-    header = ["trial", "status", *hand, "seed", "epochs", result.metric, "run"]
+def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
+    """Log the trials, the values and the decision to MLflow, end the run, and write `sweep.json`."""
+    lineage, run_id, decision = run.session.lineage, run.run_id, result.decision
+
+    # table of trials, and the overlay
+    header = ["trial", "status", *run.baseline, "seed", "epochs", result.metric, "run"]
     rows = []
-    for told in (*result.trials, *result.repeats):
-        record = read_trial(result.folder, told.ask.key)
-        values = [(hand | told.ask.values)[key] for key in hand]
+    for trial in (*result.trials, *result.repeats):
+        record = read_trial(result.folder, trial.spec.key)
+        values = run.baseline | trial.spec.values
         rows.append(
             [
-                *(told.ask.key, told.status, *values, told.ask.seed or verdict.best.seed),
-                *(max(told.history, default=0), told.value, record.get("run_id", "")),
+                trial.spec.key,
+                trial.status,
+                *(values[key] for key in run.baseline),
+                trial.spec.seed or decision.best.seed,
+                max(trial.history, default=0),
+                trial.value,
+                record.get("run_id", ""),
             ]
         )
     lineage.log_table(run_id, header, rows, "trials.json")
     lineage.log_text(run_id, text, "tuned.yaml")
+
+    # metrics and tags
     best_so_far = 0.0
-    for number, told in enumerate(result.trials):
-        if told.value is not None:
-            best_so_far = max(best_so_far, told.value)
-            lineage.log_metrics(run_id, {"trial": told.value, "best_so_far": best_so_far}, number)
-    counts = Counter(told.status for told in result.trials)
+    for number, trial in enumerate(result.trials):
+        if trial.value is not None:
+            best_so_far = max(best_so_far, trial.value)
+            lineage.log_metrics(run_id, {"trial": trial.value, "best_so_far": best_so_far}, number)
+    counts = Counter(trial.status for trial in result.trials)
     lineage.log_metrics(
         run_id,
         {
-            f"best_{result.metric}": verdict.best.mean,
-            f"hand_set_{result.metric}": verdict.hand_set.mean,
+            f"best_{result.metric}": decision.best.mean,
+            # The baseline's metric has the name of version 0.1, so that its sweeps can be compared.
+            f"hand_set_{result.metric}": decision.baseline.mean,
             **{f"trials_{status}": float(counts[status]) for status in ("finished", "pruned", "failed")},
         },
         len(result.trials),
     )
     lineage.set_tags(run_id, {"motip.sweep.result": result.summary()})
     lineage.finish(run_id, "FINISHED")
+
+    # record on disk
     write_json(
         result.folder / "sweep.json",
         {
             "status": "finished",
             "run_id": run_id,
-            "best": verdict.best.key,
+            "best": decision.best.key,
             "values": result.values,
-            "better": verdict.better,
+            "better": decision.better,
             "overlay": str(result.overlay),
         },
     )
 
 
-def _drop_others(folder: Location, best: str) -> None:
-    """The winner's weights stay; those of the others were needed only until they were scored."""
+def _drop_other_weights(folder: Location, best: str) -> None:
+    """Remove the weights of all trials but the best; they are not needed once the trials are scored."""
     for path in sorted({file.parent.parent for file in _weights(folder)}, key=str):
         if not path.name.startswith(f"{best}-") or path.name.startswith(f"{best}-seed"):
             drop_weights(path)

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a stage's own training with some values changed, as a child run of the sweep."""
+"""One trial of a sweep: the stage's training with some values changed, as a child run of the sweep's MLflow run."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 
 from motip.config import Config, Curriculum, Stage
 from motip.config.yaml_chain import with_values
-from motip.curriculum.failure import beside_a_failure, tell_failure
-from motip.curriculum.records import Options
-from motip.curriculum.stage import Keeper
-from motip.curriculum.stage_inputs import PACE_ONLY, datasets, job_facts, stage_job
+from motip.curriculum.failure import log_exceptions, mark_run_failed
+from motip.curriculum.records import Options, StageRecord
+from motip.curriculum.stage_inputs import RESUMABLE_KEYS, datasets, job_facts, stage_job
+from motip.curriculum.stage_recorder import StageRecorder
+from motip.data.convert_report import ConvertReport
 from motip.data.manifest import Manifest, entries_digest
 from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.storage.paths import Location, files_under, location, size_and_time, write_json
 from motip.train.preemption import Stopped
-from motip.train.ray_train import Placement, completed, fit
+from motip.train.ray_train import ResourcePlan, completed, fit
 from motip.train.stage_job import Parent, StageJob
-from motip.tune.ray_tune import Report
-from motip.tune.searcher import Ask, Told
+from motip.tune.ray_tune import TrialReporter
+from motip.tune.searcher import TrialResult, TrialSpec
 from motip.tune.sweep_records import read_trial, write_trial
 
-KEPT = {"CHECKPOINTS_KEPT": 1, "EPOCH_CHECKPOINTS_KEPT": 1}
-"""A trial is there for its score: the newest position to go on from, and its best epoch."""
+CHECKPOINT_LIMITS = {"CHECKPOINTS_KEPT": 1, "EPOCH_CHECKPOINTS_KEPT": 1}
+"""Of a trial only the newest checkpoint, to resume from, and the best epoch's are needed."""
 
 PRUNED_TAG = "motip.pruned"
 TRIAL_TAG = "motip.trial"
@@ -32,11 +33,11 @@ TRIAL_TAG = "motip.trial"
 
 @dataclass(frozen=True)
 class TrialRunner:
-    """Runs trials in processes of their own; plain data, so that it travels there.
+    """Runs a trial in its process; picklable.
 
     Attributes:
-        stage: with the values that hold for every trial in its configuration, and the sweep's metric as `best`.
-        sweep_run: MLflow run that the trials are children of.
+        stage: the sweep file's `set:` values are in its configuration, the sweep's metric is its `best`.
+        sweep_run: parent MLflow run of the trials.
         folder: of the sweep.
     """
 
@@ -48,117 +49,136 @@ class TrialRunner:
     lineage: Lineage
     sweep_run: str
     folder: str
-    placement: Placement
+    resources: ResourcePlan
 
-    def __call__(self, ask: Ask, report: Report) -> Told:
-        """Train with these values; `pruned`, `finished` or `failed`.
+    def __call__(self, spec: TrialSpec, reporter: TrialReporter) -> TrialResult:
+        """Train with these values; the result is `pruned`, `finished` or `failed`.
 
         Raises:
-            Stopped: it was told to end for another reason than its score; the record stays `running`.
+            Stopped: stopped without being pruned; the record stays `running`.
         """
+        # configuration, and the record of an interrupted attempt
         begin = time.monotonic()
-        place = location(self.folder)
-        earlier = read_trial(place, ask.key)
-        told = Told(ask, history={int(epoch): value for epoch, value in earlier.get("history", {}).items()})
+        sweep_folder = location(self.folder)
+        earlier = read_trial(sweep_folder, spec.key)
+        result = TrialResult(spec, history={int(epoch): value for epoch, value in earlier.get("history", {}).items()})
         try:
-            config = trial_config(self.stage.config, ask)
+            config = trial_config(self.stage.config, spec)
             stage = self.stage.model_copy(update={"config": config})
             job, train = stage_job(self.curriculum, stage, self.parent, self.manifest, self.options)
         except MotipError as error:
-            told.status, told.message = "failed", " ".join(str(error).split())
-            write_trial(place, told)
-            return told
-        parent = None if self.parent is None else _as_dict(self.parent)
+            result.status, result.message = "failed", " ".join(str(error).split())
+            write_trial(sweep_folder, result)
+            return result
+
+        # MLflow run and folder
+        parent = None if self.parent is None else self.parent.to_dict()
         run_id = self.lineage.start_stage(
             self.sweep_run,
-            f"{self.stage.name} trial {ask.key}",
+            f"{self.stage.name} trial {spec.key}",
             config.to_dict(),
             entries_digest([*train, *job.val]),
             parent,
             datasets=datasets(train, job.val),
-            tags={"motip.kind": "trial", "motip.stage": self.stage.name, TRIAL_TAG: ask.key},
+            tags={"motip.kind": "trial", "motip.stage": self.stage.name, TRIAL_TAG: spec.key},
             resume_run_id=earlier.get("run_id"),
-            free=PACE_ONLY,
+            resumable_keys=RESUMABLE_KEYS,
         )
-        write_trial(place, told, run_id=run_id, inputs=job.inputs)
-        own = place / "trials" / f"{ask.key}-{job.inputs[:12]}"
-        write_json(own / "stage.json", {"status": "running", "inputs": job.inputs, "run_id": run_id})
-        write_json(own / "config.json", config.to_dict())
-        write_json(own / "job.json", job_facts(job))
-        keeper = _TrialKeeper(self.lineage, run_id, report, own, told, self.stage.best, config.EPOCHS, place)
+        write_trial(sweep_folder, result, run_id=run_id, inputs=job.inputs)
+        folder = sweep_folder / "trials" / f"{spec.key}-{job.inputs[:12]}"
+        write_json(folder / "stage.json", {"status": "running", "inputs": job.inputs, "run_id": run_id})
+        write_json(folder / "config.json", config.to_dict())
+        write_json(folder / "job.json", job_facts(job))
+
+        # training
+        recorder = _TrialRecorder(
+            self.lineage,
+            run_id,
+            reporter,
+            folder,
+            result=result,
+            metric=self.stage.best,
+            epochs=config.EPOCHS,
+            sweep_folder=sweep_folder,
+        )
         try:
-            told = self._train(job, own, keeper, report, told)
+            self._train(job, folder, recorder, reporter, result)
         except BaseException as error:
             if isinstance(error, MotipError):
-                told.status, told.message = "failed", " ".join(str(error).split())
-                with beside_a_failure(f"the record of trial {ask.key} could not be written"):
-                    write_trial(place, told, seconds=time.monotonic() - begin)
-            tell_failure(self.lineage, run_id, error)
+                result.status, result.message = "failed", " ".join(str(error).split())
+                with log_exceptions(f"the record of trial {spec.key} could not be written"):
+                    write_trial(sweep_folder, result, seconds=time.monotonic() - begin)
+            mark_run_failed(self.lineage, run_id, error)
             raise
-        self._tell_ending(run_id, told, config.EPOCHS, own)
+        self._record_end(run_id, result, config.EPOCHS, folder)
         seconds = float(earlier.get("seconds", 0.0)) + time.monotonic() - begin
-        write_trial(place, told, seconds=seconds)
-        return told
+        write_trial(sweep_folder, result, seconds=seconds)
+        return result
 
-    def _train(self, job: StageJob, own: Location, keeper: _TrialKeeper, report: Report, told: Told) -> Told:
+    def _train(
+        self, job: StageJob, folder: Location, recorder: _TrialRecorder, reporter: TrialReporter, result: TrialResult
+    ) -> None:
+        """Train to the end or until pruned; fills in the result's status and history."""
         try:
-            with keeper.notes_delivered():
-                keeper.make_up(completed(str(own)))
-                self._tell_again(job, own, report, told)
-                fit(job, self.placement, str(own), keeper)
-            told.status = "finished"
+            with recorder.notes_delivered():
+                recorder.backfill(completed(str(folder)))
+                self._report_earlier_epochs(job, folder, reporter, result)
+                fit(job, self.resources, str(folder), recorder)
+            result.status = "finished"
         except Stopped:
-            if not report.pruned:
+            if not reporter.pruned:
                 raise
-            told.status = "pruned"
-        keeper.dashboard.finish()
-        if self._recall(own, told) == job.config["EPOCHS"]:
-            told.status = "finished"  # the word to end came after its last epoch
-        if told.status == "finished" and told.value is None:
+            result.status = "pruned"
+        recorder.dashboard.finish()
+        if self._restore_history(folder, result) == job.config["EPOCHS"]:
+            result.status = "finished"  # the pruning request arrived after the last epoch
+        if result.status == "finished" and result.value is None:
             raise MotipError(
                 f"no epoch of the trial has the metric {self.stage.best}",
                 where="metric of the sweep file",
                 expected="one that a stage's validation scores have",
             )
-        return told
 
-    def _tell_again(self, job: StageJob, own: Location, report: Report, told: Told) -> None:
-        """What the trial reached before it was cut off: others are judged by it, and it may be given up right away.
+    def _report_earlier_epochs(
+        self, job: StageJob, folder: Location, reporter: TrialReporter, result: TrialResult
+    ) -> None:
+        """Report the epochs of an interrupted attempt: ASHA compares other trials with them and may prune this one.
 
         Raises:
-            Stopped: so it is.
+            Stopped: the trial is pruned.
         """
-        self._recall(own, told)
-        for epochs, value in told.best_so_far().items():
-            report.value(epochs, value, job.config["EPOCHS"])
+        self._restore_history(folder, result)
+        for epochs, value in result.best_so_far().items():
+            reporter.report_value(epochs, value, job.config["EPOCHS"])
 
-    def _recall(self, own: Location, told: Told) -> int:
-        """Complete the history from the checkpoints, which know all attempts; returns how many epochs are done."""
-        epochs = completed(str(own)).epochs
+    def _restore_history(self, folder: Location, result: TrialResult) -> int:
+        """Complete the history from the checkpoints, which cover all attempts; returns the number of epochs done."""
+        epochs = completed(str(folder)).epochs
         for epoch, metrics in epochs.items():
             if self.stage.best in metrics:
-                told.history[epoch + 1] = metrics[self.stage.best]
+                result.history[epoch + 1] = metrics[self.stage.best]
         return max(epochs, default=-1) + 1
 
-    def _tell_ending(self, run_id: str, told: Told, epochs: int, own: Location) -> None:
-        best = next(epoch for epoch, value in sorted(told.history.items()) if value == told.value)
-        metrics = completed(str(own)).epochs.get(best - 1, {self.stage.best: told.history[best]})
+    def _record_end(self, run_id: str, result: TrialResult, epochs: int, folder: Location) -> None:
+        """Log the best epoch's metrics and end the run; drops the checkpoints of a pruned trial."""
+        best = next(epoch for epoch, value in sorted(result.history.items()) if value == result.value)
+        metrics = completed(str(folder)).epochs.get(best - 1, {self.stage.best: result.history[best]})
         self.lineage.log_metrics(run_id, {f"best_{name}": value for name, value in metrics.items()}, best)
-        if told.status == "pruned":
-            after = max(told.history)
+        if result.status == "pruned":
+            after = max(result.history)
             self.lineage.set_tags(run_id, {PRUNED_TAG: f"after epoch {after} of {epochs}: others were better by then"})
-            drop_weights(own)
-        self.lineage.finish(run_id, "KILLED" if told.status == "pruned" else "FINISHED")
+            drop_weights(folder)
+        self.lineage.finish(run_id, "KILLED" if result.status == "pruned" else "FINISHED")
 
 
-def trial_config(config: Config, ask: Ask) -> Config:
-    """The configuration of a trial: the base with its values, its seed, and no more checkpoints than needed."""
-    seed = {} if ask.seed is None else {"SEED": ask.seed}
-    return with_values(config, {**ask.values, **KEPT, **seed}, f"trial {ask.key}")
+def trial_config(config: Config, spec: TrialSpec) -> Config:
+    """The configuration of a trial: the base with the trial's values and seed, and the checkpoint limits."""
+    seed = {} if spec.seed is None else {"SEED": spec.seed}
+    return with_values(config, {**spec.values, **CHECKPOINT_LIMITS, **seed}, f"trial {spec.key}")
 
 
 def drop_weights(folder: Location) -> int:
-    """Remove the checkpoints of a trial that is over; what it scored stays. Returns bytes freed."""
+    """Remove the checkpoints of an ended trial; its scores stay. Returns bytes freed."""
     freed = 0
     for path in files_under(folder):
         if path.name.endswith(".pth"):
@@ -167,62 +187,60 @@ def drop_weights(folder: Location) -> int:
     return freed
 
 
-def _as_dict(parent: Parent) -> dict[str, str | None]:
-    return {"path": parent.path, "sha256": parent.sha256, "run_id": parent.run_id}
-
-
-class _TrialKeeper(Keeper):
-    """Keeps what a stage keeps, and tells the sweep the value of every validated epoch."""
+class _TrialRecorder(StageRecorder):
+    """Records a stage's events, and reports the value of every validated epoch to the sweep."""
 
     def __init__(
         self,
         lineage: Lineage,
         run_id: str,
-        report: Report,
-        own: Location,
-        told: Told,
+        reporter: TrialReporter,
+        folder: Location,
+        *,
+        result: TrialResult,
         metric: str,
         epochs: int,
         sweep_folder: Location,
     ) -> None:
-        super().__init__(lineage, run_id, _TrialUi(report), own)
-        self._report, self._told, self._metric, self._epochs = report, told, metric, epochs
+        super().__init__(lineage, run_id, _TrialUi(reporter), folder)
+        self._reporter, self._result, self._metric, self._epochs = reporter, result, metric, epochs
         self._sweep_folder = sweep_folder
 
     def __call__(self, kind: str, values: dict[str, Any]) -> None:
         super().__call__(kind, values)
         if kind == "step":
-            self._report.at(f"epoch {values['epoch'] + 1}/{self._epochs}, step {values['index'] + 1}/{values['of']}")
+            position = f"epoch {values['epoch'] + 1}/{self._epochs}, step {values['index'] + 1}/{values['of']}"
+            self._reporter.report_position(position)
         elif kind == "epoch" and self._metric in values["metrics"]:
             trained = values["epoch"] + 1
-            self._told.history[trained] = float(values["metrics"][self._metric])
-            write_trial(self._sweep_folder, self._told)
-            best = self._told.best_so_far().get(trained)
+            self._result.history[trained] = float(values["metrics"][self._metric])
+            write_trial(self._sweep_folder, self._result)
+            best = self._result.best_so_far().get(trained)
             if best is not None:
-                self._report.value(trained, best, self._epochs)
+                self._reporter.report_value(trained, best, self._epochs)
 
 
 class _TrialUi:
-    """What a stage shows, said through the sweep where it matters there."""
+    """A stage's `Ui` that sends notes to the sweep's driver and ignores the rest."""
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
+    def __init__(self, reporter: TrialReporter) -> None:
+        self._reporter = reporter
 
     def note(self, text: str) -> None:
-        self._report.say(text)
+        self._reporter.log(text)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         if kind == "note":
-            self._report.say(str(values["text"]))
+            self._reporter.log(str(values["text"]))
 
     def converting(self, phase: str, done: int, total: int) -> None:
-        """A trial converts nothing."""
+        """Not called: a trial converts nothing."""
 
-    def converted(self, report: Any) -> None:
-        """A trial converts nothing."""
+    def converted(self, report: ConvertReport) -> None:
+        """Not called: a trial converts nothing."""
 
-    def stage_begins(self, stage: Any, job: Any, folder: str) -> None:
-        """The sweep says so."""
+    def stage_begins(self, stage: Stage, job: StageJob, folder: str) -> None:
+        """Shown by the sweep instead."""
 
-    def stage_ends(self, record: Any) -> None:
-        """The sweep says so."""
+    def stage_ends(self, record: StageRecord) -> None:
+        """Shown by the sweep instead."""

@@ -1,4 +1,4 @@
-"""Every shipped YAML loads, opens with its purpose and command, and means what the plan says."""
+"""Shipped YAML files: each loads, has a header with its purpose and command, and has the training plan's values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAGE_FILES = [path for path in SHIPPED if path not in (*CURRICULA, *EXPERIMENTS
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_opens_with_its_purpose_and_the_command_that_runs_it(path: Path) -> None:
+def test_header_has_purpose_and_command(path: Path) -> None:
     header = [line for line in path.read_text().splitlines()[:8] if line.startswith("#")]
     assert len(header) >= 2
     assert any("python ray_jobs/" in line or "ray job submit" in line for line in header)
@@ -37,15 +37,19 @@ def test_curricula_load_and_have_four_stages(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["curriculum.yaml", "curriculum_replay.yaml"])
-def test_the_demo_has_the_videos_of_the_plan(name: str) -> None:
+def test_the_demo_has_the_training_plans_numbers_of_videos(name: str) -> None:
     curriculum = load_curriculum(ROOT / "configs" / "demo" / name)
     assert [stage.data[0].videos for stage in curriculum.stages] == [56, 150, 80, 150]
-    for stage in curriculum.stages[2:] if "replay" in name else ():
-        aerial, *others = [mix.videos * mix.weight for mix in stage.data]
-        assert sum(others) / (aerial + sum(others)) == pytest.approx(0.3, abs=0.01)
 
 
-def test_the_plan_in_numbers() -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_replay_is_30_percent_of_the_aerial_stages_clips(stage: int) -> None:
+    curriculum = load_curriculum(ROOT / "configs" / "demo" / "curriculum_replay.yaml")
+    aerial, *others = [(mix.videos or 0) * mix.weight for mix in curriculum.stages[stage].data]
+    assert sum(others) / (aerial + sum(others)) == pytest.approx(0.3, abs=0.01)
+
+
+def test_the_curriculum_has_the_training_plans_values() -> None:
     curriculum = load_curriculum(ROOT / "configs" / "curriculum.yaml")
     assert [stage.name for stage in curriculum.stages] == [
         "BDD-Foundation",
@@ -67,7 +71,7 @@ def test_the_plan_in_numbers() -> None:
     assert curriculum.parent_of(curriculum.stages[3]) is curriculum.stages[2]
 
 
-def test_overrides_reach_all_stages_or_one() -> None:
+def test_overrides_apply_to_all_stages_or_one() -> None:
     path = ROOT / "configs" / "curriculum.yaml"
     curriculum = load_curriculum(path, ["EPOCHS=3", "Vis-Adaptation:LR=5e-5"])
     assert [stage.config.EPOCHS for stage in curriculum.stages] == [3] * 4
@@ -83,17 +87,21 @@ def test_overrides_reach_all_stages_or_one() -> None:
         ("    car: [car]\n", "", "no source of this stage has labels for: car"),
         ("weights: ./pretrains/motip_dancetrack.pth", "weights: previous", "no previous one"),
         ("format: visdrone", "format: visdron", "format"),
-        ("videos: 56", "videos: 56, frame_budget: 100", "either videos or frame_budget"),
+        ("videos: 56", "videos: 56, frame_budget: 100", "set either videos or frame_budget"),
         ("name: BDD-Refinement", "name: BDD-Foundation", "same name"),
         ("config: bdd_stage2.yaml", "config: bdd_stage9.yaml", "file not found"),
-        ("name: BDD-Refinement", "name: BDD-Refinement\n    allow_unlabelled: [cat]", "cat is no class of this stage"),
-        ("    best: HOTA ", "    best: hota ", "no metric that can choose the best checkpoint"),
-        ("    best: HOTA ", "    best: IDSW ", "no metric that can choose"),
-        ("    best: HOTA ", "    best: HOTA/truck ", "no metric that can choose"),
-        ("    best: HOTA ", "    best: bdd100k/HOTA ", "no metric that can choose"),
+        (
+            "name: BDD-Refinement",
+            "name: BDD-Refinement\n    allow_unlabelled: [cat]",
+            "cat is not a class",
+        ),
+        ("    best: HOTA ", "    best: hota ", "unknown metric for the best checkpoint"),
+        ("    best: HOTA ", "    best: IDSW ", "unknown metric for the best checkpoint"),
+        ("    best: HOTA ", "    best: HOTA/truck ", "unknown metric for the best checkpoint"),
+        ("    best: HOTA ", "    best: bdd100k/HOTA ", "unknown metric for the best checkpoint"),
     ],
 )
-def test_wrong_curricula_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_an_invalid_curriculum_is_an_error(tmp_path: Path, old: str, new: str, message: str) -> None:
     text = _without_sweeps((ROOT / "configs" / "curriculum.yaml").read_text())
     if old == "    car: [car]\n":
         text = text.replace("      car: [car]\n", "", 1)
@@ -110,17 +118,17 @@ def test_wrong_curricula_are_refused(tmp_path: Path, old: str, new: str, message
 
 
 @pytest.mark.parametrize("name", ["IDF1", "HOTA/car", "det_avg/AssA", "agnostic/MOTA"])
-def test_other_metrics_may_choose_the_best(tmp_path: Path, name: str) -> None:
+def test_other_metrics_may_select_the_best(tmp_path: Path, name: str) -> None:
     assert _with_line(tmp_path, "    best: HOTA ", f"    best: {name} ").stages[-1].best == name
 
 
-def test_metrics_of_one_of_several_sources_may_choose_the_best(tmp_path: Path) -> None:
+def test_a_metric_of_one_of_several_sources_may_select_the_best(tmp_path: Path) -> None:
     line = "    best: visdrone/HOTA/car\n    val: [visdrone, bdd100k] "
     assert _with_line(tmp_path, "    best: HOTA ", line).stages[-1].best == "visdrone/HOTA/car"
 
 
 def _without_sweeps(text: str) -> str:
-    """For a copy in another folder."""
+    """The curriculum without its sweep files, to be written to another folder."""
     return re.sub(r"\n    sweep: .*", "", text)
 
 
@@ -138,15 +146,15 @@ def _with_line(folder: Path, old: str, new: str) -> Curriculum:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sources: [a]\nstages: []\n", "sources: holds a block"),
-        ("sources: a\nstages: []\n", "sources: holds a block"),
-        ("sources: {a: 1}\nstages: []\n", "a block of `key: value` lines is needed"),
-        ("stages: {name: a}\n", "stages: holds a list"),
-        ("stages: a\n", "stages: holds a list"),
-        ("stages: [a]\n", "a block of `key: value` lines is needed"),
+        ("sources: [a]\nstages: []\n", "sources: must be a block"),
+        ("sources: a\nstages: []\n", "sources: must be a block"),
+        ("sources: {a: 1}\nstages: []\n", "must be a block of `key: value` lines"),
+        ("stages: {name: a}\n", "stages: must be a list"),
+        ("stages: a\n", "stages: must be a list"),
+        ("stages: [a]\n", "must be a block of `key: value` lines"),
     ],
 )
-def test_blocks_and_lists_in_the_wrong_place_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_block_in_place_of_a_list_or_a_value_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "curriculum.yaml").write_text(text)
     with pytest.raises(MotipError, match=message) as caught:
         load_curriculum(tmp_path / "curriculum.yaml")

@@ -1,3 +1,5 @@
+"""A curriculum of a single stage: sources, classes and validation from the configuration's published keys."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,7 +11,7 @@ from motip.config import Config, load_config
 from motip.config.single_stage import single_stage
 from motip.data.formats.motchallenge import CATEGORIES
 from motip.errors import MotipError
-from tests.helpers.small_dataset import write_dance_world, write_sequence
+from tests.helpers.small_dataset import write_dance_dataset, write_sequence
 
 
 def config(**values: Any) -> Config:
@@ -20,8 +22,8 @@ def config(**values: Any) -> Config:
 def test_the_shipped_stages_find_their_data(tmp_path: Path, repo_root: Path) -> None:
     (tmp_path / "bdd100k").mkdir()
     (tmp_path / "datasets" / "visdrone").mkdir(parents=True)
-    stage2 = single_stage(load_config(repo_root / "configs/bdd_stage2.yaml"), str(tmp_path), CATEGORIES, videos=150)
-    curriculum = stage2
+    config = load_config(repo_root / "configs/bdd_stage2.yaml")
+    curriculum = single_stage(config, str(tmp_path), CATEGORIES, videos=150)
     assert curriculum.name == "bdd_stage2" and curriculum.stages[0].val is None
     source = curriculum.sources["bdd100k"]
     assert (source.format, source.root, source.fps) == ("bdd100k", str(tmp_path / "bdd100k"), 5.0)
@@ -29,7 +31,7 @@ def test_the_shipped_stages_find_their_data(tmp_path: Path, repo_root: Path) -> 
     assert source.classes == {"pedestrian": ("pedestrian",), "car": ("car",)}
     assert curriculum.stages[0].data[0].videos == 150
     assert curriculum.parent_of(curriculum.stages[0]) is None and curriculum.stages[0].weights is None
-    # DATA_ROOT below the data root goes first.
+    # DATA_ROOT below the data root is searched first.
     aerial = single_stage(load_config(repo_root / "configs/visdrone_stage1.yaml"), str(tmp_path), CATEGORIES)
     assert aerial.sources["visdrone"].root == str(tmp_path / "datasets" / "visdrone")
     assert aerial.sources["visdrone"].classes["car"] == ("car", "van")
@@ -46,29 +48,29 @@ def test_several_datasets_with_splits_and_weights(tmp_path: Path) -> None:
         ("bdd100k", 1.0, 3),
         ("visdrone", 3.0, 3),
     ]
-    with pytest.raises(MotipError, match="DATASET_WEIGHTS needs an entry"):
+    with pytest.raises(MotipError, match="DATASET_WEIGHTS must have an entry"):
         single_stage(both.replaced(DATASET_WEIGHTS=[1.0]), str(tmp_path), CATEGORIES)
 
 
-def test_gt_numbers_mean_the_names_beside_them_or_those_of_mot17(tmp_path: Path) -> None:
+def test_class_numbers_are_named_by_labels_txt_or_by_mot17(tmp_path: Path) -> None:
     named = {"val_config": {"CLASS_NAME_TO_ID": {"car": 2, "pedestrian": 1}}}
-    write_dance_world(tmp_path / "with")
+    write_dance_dataset(tmp_path / "with")
     made = single_stage(config(**named), str(tmp_path / "with"), CATEGORIES)
     assert made.sources["dancetrack"].classes == {"pedestrian": ("pedestrian",), "car": ("car",)}
-    write_dance_world(tmp_path / "without", labels=None)
+    write_dance_dataset(tmp_path / "without", labels=None)
     made = single_stage(config(**named), str(tmp_path / "without"), CATEGORIES)
-    # The reader calls an unnamed 2 `person on vehicle`; the plan's files mean a car by it.
+    # Without labels.txt the reader names class 2 `person on vehicle`, while it is a car in the training plan's files.
     assert made.sources["dancetrack"].classes == {"pedestrian": ("pedestrian",), "car": ("person on vehicle",)}
     swapped = {"val_config": {"CLASS_NAME_TO_ID": {"car": 1, "pedestrian": 2}}}
     with pytest.raises(MotipError, match="class car has another number"):
         single_stage(config(**swapped), str(tmp_path / "with"), CATEGORIES)
     write_sequence(tmp_path / "with" / "DanceTrack" / "train" / "t2", 5, labels=None)
-    with pytest.raises(MotipError, match="some sequences name their classes"):
+    with pytest.raises(MotipError, match="only some sequences have"):
         single_stage(config(**named), str(tmp_path / "with"), CATEGORIES)
 
 
-def test_gt_folder_judges_alone_and_only_what_the_map_lists(tmp_path: Path) -> None:
-    base = write_dance_world(tmp_path / "datasets")
+def test_gt_folder_is_the_only_validation_source_limited_to_the_seqmap(tmp_path: Path) -> None:
+    base = write_dance_dataset(tmp_path / "datasets")
     (tmp_path / "bdd100k").mkdir()
     val = {"GT_FOLDER": "./datasets/DanceTrack/val", "SEQMAP_FILE": "./datasets/DanceTrack/val_seqmap.txt"}
     for datasets in (["BDD100K"], ["DanceTrack"]):
@@ -86,19 +88,18 @@ def test_gt_folder_judges_alone_and_only_what_the_map_lists(tmp_path: Path) -> N
     assert single_stage(config(val_config=val), str(tmp_path), CATEGORIES).sources["validation"].sequences == {}
 
 
-def test_the_stage_trains_on_one_and_is_judged_on_the_other(tmp_path: Path, repo_root: Path) -> None:
-    from motip.config import load_config
+def test_training_and_validation_sources_differ_with_a_gt_folder(tmp_path: Path, repo_root: Path) -> None:
     from motip.curriculum.records import Options
     from motip.curriculum.stage_inputs import stage_job
     from motip.data.convert import convert
     from motip.data.manifest import Manifest
 
-    base = write_dance_world(tmp_path / "datasets")
+    base = write_dance_dataset(tmp_path / "datasets")
     (base / "val_seqmap.txt").write_text("name\nv1\n")
-    settings = load_config(repo_root / "configs/demo/motip_tiny.yaml", [
-        "NUM_CLASSES=2", "sampler_lengths=[2]", "sample_intervals=[1]", "val_config.GT_FOLDER=datasets/DanceTrack/val",
-        "val_config.SEQMAP_FILE=datasets/DanceTrack/val_seqmap.txt",
-    ])  # fmt: skip
+    overrides = ["NUM_CLASSES=2", "sampler_lengths=[2]", "sample_intervals=[1]"]
+    overrides += ["val_config.GT_FOLDER=datasets/DanceTrack/val"]
+    overrides += ["val_config.SEQMAP_FILE=datasets/DanceTrack/val_seqmap.txt"]
+    settings = load_config(repo_root / "configs/demo/motip_tiny.yaml", overrides)
     made = single_stage(settings, str(tmp_path), CATEGORIES)
     convert(made, tmp_path, tmp_path / "s")
     manifest = Manifest.load(tmp_path / "s")
@@ -107,17 +108,17 @@ def test_the_stage_trains_on_one_and_is_judged_on_the_other(tmp_path: Path, repo
     assert [video.identity for video in train] == [("dancetrack", "train", "t0"), ("dancetrack", "train", "t1")]
     assert set(job.protocols) == set(job.classes) == {"dancetrack", "validation"}
     (base / "val_seqmap.txt").write_text("name\nv1\nv9\n")
-    with pytest.raises(MotipError, match="are not there, such as v9"):
+    with pytest.raises(MotipError, match="are missing, such as v9"):
         convert(single_stage(settings, str(tmp_path), CATEGORIES), tmp_path, tmp_path / "s2")
 
 
-def test_bad_input_is_named(tmp_path: Path) -> None:
+def test_invalid_datasets_are_errors(tmp_path: Path) -> None:
     with pytest.raises(MotipError, match="unknown dataset MOT17") as caught:
         single_stage(config(DATASETS=["MOT17"]), str(tmp_path), CATEGORIES)
     assert "BDD100K, VisDrone, DanceTrack" in str(caught.value)
-    with pytest.raises(MotipError, match="dataset DanceTrack is not there"):
+    with pytest.raises(MotipError, match="dataset DanceTrack was not found"):
         single_stage(config(), str(tmp_path), CATEGORIES)
-    with pytest.raises(MotipError, match="named twice"):
+    with pytest.raises(MotipError, match="listed twice"):
         single_stage(config(DATASETS=["VisDrone", "visdrone"]), str(tmp_path), CATEGORIES)
     with pytest.raises(MotipError, match="local data root"):
         single_stage(config(), "s3://bucket/raw", CATEGORIES)

@@ -1,4 +1,4 @@
-"""Sweep files: what is refused and how it is said, and that every shipped one fits its stage."""
+"""Sweep files: validation and its messages; every shipped sweep fits its stage; overlays of tuned values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from motip.config import Config, load_config, load_curriculum
-from motip.config.sweep_file import Choices, Range, SweepFile, check_sweep, hand_set, load_sweep
+from motip.config.sweep_file import Choices, Range, SweepFile, baseline_values, check_sweep, load_sweep
 from motip.config.tuned import overlay_text, read_overlay, with_overlay
 from motip.errors import MotipError
 
@@ -36,8 +36,8 @@ def sweep(folder: Path, text: str) -> SweepFile:
         ("space: {LR: {low: 1, hgih: 2}}", ["unknown key hgih", "did you mean high?"]),
         ("space: {LR: 1.0e-4}", ["a range or a list of choices", "0.0001"]),
         ("space: {sample_intervals: {choices: []}}", ["the list of choices is empty"]),
-        ("space: {sample_intervals: {choices: [[1], [1]]}}", ["stands twice"]),
-        ("space: {SEED: {choices: [1, 2]}}", ["SEED cannot be searched", "seed cannot be what wins"]),
+        ("space: {sample_intervals: {choices: [[1], [1]]}}", ["listed twice"]),
+        ("space: {SEED: {choices: [1, 2]}}", ["SEED cannot be searched", "confirmed with other seeds"]),
         ("space: {USE_WANDB: {choices: [true]}}", ["USE_WANDB cannot be searched", "MLflow"]),
         (f"trials: many\nspace: {{{LR}}}", ["trials: Input should be a valid integer", "'many'"]),
         (f"search: grid\nspace: {{{LR}}}", ["search: Input should be 'tpe' or 'random'"]),
@@ -46,11 +46,19 @@ def sweep(folder: Path, text: str) -> SweepFile:
         (f"confirm: {{seeds: 0}}\nspace: {{{LR}}}", ["confirm.seeds"]),
     ],
 )
-def test_a_bad_sweep_file_is_one_message(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_an_invalid_sweep_file_is_one_error(tmp_path: Path, text: str, words: list[str]) -> None:
     with pytest.raises(MotipError) as caught:
         sweep(tmp_path, text)
-    said = caught.value.render()
-    assert [word for word in words if word not in said] == [], said
+    message = caught.value.render()
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("key", ["baseline", "hand_set"])
+def test_confirm_reads_the_key_of_version_0_1_and_writes_it(tmp_path: Path, key: str) -> None:
+    """The written form is part of a digest that finds the sweep's MLflow run."""
+    found = sweep(tmp_path, f"confirm: {{seeds: 1, {key}: false}}\nspace: {{{LR}}}")
+    assert not found.confirm.baseline
+    assert found.model_dump(mode="json", by_alias=True)["confirm"] == {"seeds": 1, "hand_set": False}
 
 
 @pytest.mark.parametrize(
@@ -61,20 +69,20 @@ def test_a_bad_sweep_file_is_one_message(tmp_path: Path, text: str, words: list[
         ("space: {NUM_ID_VOCABULARY: {low: 0, high: 4}}\nprune: null", ["NUM_ID_VOCABULARY"]),
         (
             "space: {LR_DROP: {choices: [2]}, SCHEDULER_MILESTONES: {choices: [[2]]}}\nprune: null",
-            ["LR_DROP and SCHEDULER_MILESTONES say the same thing"],
+            ["LR_DROP and SCHEDULER_MILESTONES are the same setting"],
         ),
         (f"space: {{{LR}}}", ["no trial could be pruned", "scores every 6 epochs, 6 epochs", "EVALUATE_EVERY_EPOCHS"]),
         (f"space: {{{LR}}}\nset: {{EVALUATE_EVERY_EPOCHS: 2}}\nprune: {{first: 5}}", ["no trial could be pruned"]),
     ],
 )
-def test_values_that_a_stage_cannot_have_are_refused(
+def test_values_that_are_invalid_for_the_stage_are_errors(
     repo_root: Path, tmp_path: Path, text: str, words: list[str]
 ) -> None:
     config = load_config(repo_root / "configs/demo/stage1.yaml", ["EPOCHS=6", "EVALUATE_EVERY_EPOCHS=6"])
     with pytest.raises(MotipError) as caught:
         check_sweep(sweep(tmp_path, text), config)
-    said = caught.value.render()
-    assert [word for word in words if word not in said] == [], said
+    message = caught.value.render()
+    assert [word for word in words if word not in message] == [], message
 
 
 @pytest.mark.parametrize("name", ["lr_and_intervals", "bdd_stage2", "visdrone_stage1", "visdrone_stage2"])
@@ -84,30 +92,31 @@ def test_shipped_sweeps_fit_their_stages(repo_root: Path, name: str) -> None:
     for stage in stages:
         config = load_config(repo_root / f"configs/{stage}.yaml")
         check_sweep(found, config)
-        own = hand_set(config, found.space)
+        own = baseline_values(config, found.space)
         assert [key for key in ("LR", "LR_BACKBONE_SCALE") if not found.space[key].contains(own[key])] == []
 
 
-def test_every_stage_of_the_plan_has_a_sweep_and_so_has_the_demo(repo_root: Path) -> None:
+def test_every_stage_of_the_curriculum_and_the_demos_first_have_a_sweep(repo_root: Path) -> None:
     curriculum = load_curriculum(repo_root / "configs/curriculum.yaml")
+    assert all(stage.sweep is not None for stage in curriculum.stages)
     for stage in curriculum.stages:
         check_sweep(load_sweep(repo_root / f"configs/sweeps/{stage.config.name}.yaml"), stage.config)
     demo = load_curriculum(repo_root / "configs/demo/curriculum.yaml")
     check_sweep(load_sweep(repo_root / "configs/demo/sweep.yaml"), demo.stages[0].config)
 
 
-def test_hand_set_values_in_the_terms_of_the_sweep(repo_root: Path) -> None:
+def test_baseline_values_are_converted_to_the_searched_keys(repo_root: Path) -> None:
     config = load_config(repo_root / "configs/bdd_stage2.yaml")
     assert config.LR_BACKBONE_SCALE is None
-    assert hand_set(config, {"LR_BACKBONE_SCALE": 0, "LR_DROP": 0}) == {
+    assert baseline_values(config, {"LR_BACKBONE_SCALE": 0, "LR_DROP": 0}) == {
         "LR_BACKBONE_SCALE": pytest.approx(0.1),
         "LR_DROP": 10,
     }
     by_milestones = load_config(repo_root / "configs/demo/stage1.yaml", ["SCHEDULER_MILESTONES=[3, 5]"])
-    assert hand_set(by_milestones, {"LR_DROP": 0}) == {"LR_DROP": None}
+    assert baseline_values(by_milestones, {"LR_DROP": 0}) == {"LR_DROP": None}
 
 
-def test_what_a_range_and_a_list_contain() -> None:
+def test_contains_of_ranges_and_choices() -> None:
     stepped = Range(low=6, high=15, step=3)
     assert [value for value in range(5, 17) if stepped.contains(value)] == [6, 9, 12, 15]
     assert not stepped.contains(None) and not stepped.contains(True)
@@ -115,18 +124,18 @@ def test_what_a_range_and_a_list_contain() -> None:
     assert lists.contains([1, 2]) and lists.contains((1,)) and not lists.contains([2]) and not lists.contains(None)
 
 
-def test_size_counts_settings() -> None:
+def test_size_is_the_number_of_settings() -> None:
     space = {"LR_DROP": Range(low=6, high=15, step=3), "sample_intervals": Choices(choices=([1], [1, 2]))}
     assert SweepFile(space=space).size() == 8
     assert SweepFile(space={**space, "LR": Range(low=1, high=2)}).size() == float("inf")
     assert SweepFile(space={"LR_DROP": Range(low=2, high=5)}).size() == 4
 
 
-def test_an_overlay_is_read_back_and_stands_between_configuration_and_set(repo_root: Path, tmp_path: Path) -> None:
+def test_an_overlay_is_read_back_and_overrides_the_configuration_but_not_set(repo_root: Path, tmp_path: Path) -> None:
     path = tmp_path / "tuned.yaml"
     values = {"LR": 1e-05, "LR_DROP": 4, "sample_intervals": [1, 2], "DETR_AUX_LOSS": True}
-    path.write_text(overlay_text(values, ["evidence: 46.1", ""]))
-    assert path.read_text().startswith("# evidence: 46.1\n#\nLR: 1.0e-05\n")
+    path.write_text(overlay_text(values, ["HOTA 46.1", ""]))
+    assert path.read_text().startswith("# HOTA 46.1\n#\nLR: 1.0e-05\n")
     assert read_overlay(path) == values
     config = load_config(repo_root / "configs/demo/stage1.yaml")
     assert config.SCHEDULER_MILESTONES is not None
@@ -138,7 +147,7 @@ def test_an_overlay_is_read_back_and_stands_between_configuration_and_set(repo_r
 
 def test_an_overlay_without_values_changes_nothing(repo_root: Path, tmp_path: Path) -> None:
     path = tmp_path / "tuned.yaml"
-    path.write_text(overlay_text({}, ["the hand-set values stay"]))
+    path.write_text(overlay_text({}, ["the baseline is kept"]))
     config = load_config(repo_root / "configs/demo/stage1.yaml")
     assert with_overlay(config, path).to_dict() == config.to_dict()
 
@@ -156,9 +165,9 @@ def write_curriculum(folder: Path, stage_lines: str) -> Path:
 
 def test_a_stage_names_its_sweep_and_its_tuned_values(tmp_path: Path) -> None:
     path = write_curriculum(tmp_path, "sweep: sweep.yaml, tuned: tuned.yaml")
-    with pytest.raises(MotipError, match="the tuned values are not there"):
+    with pytest.raises(MotipError, match="the file of tuned values does not exist"):
         load_curriculum(path)
-    # The sweep starts from the hand-set values, so the tuned ones need not be there yet, and do not count.
+    # The sweep starts from the baseline, so the tuned values need not exist yet, and are ignored.
     assert load_curriculum(path, tune=True).stages[0].config.LR == 1e-4
     (tmp_path / "tuned.yaml").write_text("LR: 3.0e-4\n")
     assert load_curriculum(path).stages[0].config.LR == 3e-4
@@ -170,7 +179,7 @@ def test_a_stage_names_its_sweep_and_its_tuned_values(tmp_path: Path) -> None:
     assert sweep_file is not None and list(sweep_file.space) == ["LR"]
 
 
-def test_a_bad_tuned_value_names_its_file(tmp_path: Path) -> None:
+def test_an_error_in_tuned_values_names_their_file(tmp_path: Path) -> None:
     path = write_curriculum(tmp_path, "tuned: tuned.yaml")
     (tmp_path / "tuned.yaml").write_text("LRR: 3.0e-4\n")
     with pytest.raises(MotipError, match="unknown configuration key LRR") as caught:
@@ -178,7 +187,7 @@ def test_a_bad_tuned_value_names_its_file(tmp_path: Path) -> None:
     assert "tuned.yaml" in str(caught.value.where)
 
 
-def test_a_broken_step_of_a_whole_key_is_refused_before_anything_is_trained() -> None:
+def test_a_fractional_step_of_an_integer_key_is_an_error() -> None:
     sweep = SweepFile(space={"EPOCHS": Range(low=2, high=8, step=2.5)})
-    with pytest.raises(MotipError, match="takes whole numbers"):
+    with pytest.raises(MotipError, match="takes integers"):
         check_sweep(sweep, Config())

@@ -1,4 +1,4 @@
-"""Chains, overrides, precedence and the messages a wrong file gets."""
+"""YAML chains: inheritance, overrides, precedence and error messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_child_overrides_parent_and_origin_names_the_line(tmp_path: Path) -> Non
     assert config.origin("SEED") == "default"
 
 
-def test_the_plans_own_spelling_of_the_chain_works_from_any_directory(
+def test_a_path_relative_to_the_repository_root_works_from_any_directory(
     repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -34,7 +34,7 @@ def test_the_plans_own_spelling_of_the_chain_works_from_any_directory(
     assert config.DETR_ENC_LAYERS == 6 and config.NUM_CLASSES == 2
 
 
-def test_overrides_come_last_and_reach_into_blocks(tmp_path: Path) -> None:
+def test_overrides_take_precedence_and_set_keys_of_blocks(tmp_path: Path) -> None:
     leaf = write(tmp_path / "leaf.yaml", "LR: 1.0e-4\n")
     config = load_config(leaf, ["LR=2e-5", "val_config.SPLIT_TO_EVAL=test", "sampler_lengths=[2, 4]"])
     assert config.LR == 2.0e-5
@@ -49,13 +49,15 @@ def test_overrides_come_last_and_reach_into_blocks(tmp_path: Path) -> None:
         ("LR_DROP: 15\n", "SCHEDULER_MILESTONES: [6, 9]\n", [6, 9]),
     ],
 )
-def test_the_key_nearest_the_leaf_wins(tmp_path: Path, base: str, leaf: str, milestones: list[int]) -> None:
+def test_the_equivalent_key_nearest_the_leaf_takes_precedence(
+    tmp_path: Path, base: str, leaf: str, milestones: list[int]
+) -> None:
     write(tmp_path / "base.yaml", base)
     path = write(tmp_path / "leaf.yaml", "SUPER_CONFIG_PATH: base.yaml\n" + leaf)
     assert load_config(path).lr_milestones == milestones
 
 
-def test_lengths_from_the_plan_keep_the_published_interval_rule(tmp_path: Path) -> None:
+def test_sampler_lengths_alone_keep_the_published_interval_rule(tmp_path: Path) -> None:
     path = write(tmp_path / "leaf.yaml", "sampler_lengths: [2]\n")
     schedule = load_config(path).clip_schedule(3)
     assert (schedule.lengths, schedule.intervals, schedule.max_interval) == ((2,), None, 4)
@@ -76,12 +78,12 @@ def test_intervals_in_seconds_and_in_frames_are_one_setting(
     write(tmp_path / "base.yaml", base)
     schedule = load_config(write(tmp_path / "leaf.yaml", "SUPER_CONFIG_PATH: base.yaml\n" + leaf)).clip_schedule(0)
     assert (schedule.intervals, schedule.max_interval, schedule.interval_seconds) == expected
-    with pytest.raises(MotipError, match="say the same thing"):
+    with pytest.raises(MotipError, match="are the same setting"):
         load_config(write(tmp_path / "both.yaml", base + leaf))
 
 
 @pytest.mark.parametrize("value", ["[]", "[0]", "[-1.0]", "[.inf]", "[.nan]"])
-def test_intervals_in_seconds_are_positive(tmp_path: Path, value: str) -> None:
+def test_intervals_in_seconds_must_be_positive(tmp_path: Path, value: str) -> None:
     with pytest.raises(MotipError, match="sample_interval_seconds"):
         load_config(write(tmp_path / "leaf.yaml", f"sample_interval_seconds: {value}\n"))
 
@@ -93,7 +95,7 @@ def test_published_schedule_changes_at_its_epochs(tmp_path: Path) -> None:
     assert config.clip_schedule(9).max_interval == 2
 
 
-def test_absolute_backbone_rate_becomes_a_share(tmp_path: Path) -> None:
+def test_absolute_backbone_rate_is_converted_to_a_fraction(tmp_path: Path) -> None:
     config = load_config(write(tmp_path / "leaf.yaml", "LR: 2.0e-5\nLR_BACKBONE: 1.0e-6\n"))
     assert config.backbone_lr_scale == pytest.approx(0.05)
 
@@ -109,8 +111,8 @@ def test_absolute_backbone_rate_becomes_a_share(tmp_path: Path) -> None:
         ("LR: fast\n", ("LR", "leaf.yaml:1", "'fast'")),
         ("LR: 1\nLR: 2\n", ("twice", "leaf.yaml:2")),
         ("LR_DROP: 3\nSCHEDULER_MILESTONES: [6]\n", ("LR_DROP and SCHEDULER_MILESTONES", "leaf.yaml")),
-        ("NUM_CLASSES: 3\n", ("no names", "CLASSES", "leaf.yaml:1")),
-        ("NUM_CLASSES: 2\nCLASSES: [pedestrian]\n", ("disagree", "CLASSES")),
+        ("NUM_CLASSES: 3\n", ("not named", "CLASSES", "leaf.yaml:1")),
+        ("NUM_CLASSES: 2\nCLASSES: [pedestrian]\n", ("does not match", "CLASSES")),
         ("sampler_lengths: [31]\n", ("REL_PE_LENGTH", "leaf.yaml:1")),
         ("AUG_RANDOM_CROP_MIN: 700\n", ("smallest crop", "leaf.yaml:1")),
         ("SUPER_CONFIG_PATH: nowhere.yaml\n", ("file not found", "leaf.yaml:1", "nowhere.yaml")),
@@ -118,7 +120,7 @@ def test_absolute_backbone_rate_becomes_a_share(tmp_path: Path) -> None:
         ("- LR\n", ("KEY: value",)),
     ],
 )
-def test_wrong_files_are_refused_with_place_and_remedy(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+def test_errors_name_the_line_and_a_fix(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
     leaf = write(tmp_path / "leaf.yaml", text)
     with pytest.raises(MotipError) as caught:
         load_config(leaf)
@@ -127,22 +129,22 @@ def test_wrong_files_are_refused_with_place_and_remedy(tmp_path: Path, text: str
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04\xff\xfe\x80", b"LR: 1\n# caf\xe9\n", b"\x80\x02}q\x00."])
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_binary_file_is_an_error(tmp_path: Path, content: bytes) -> None:
     leaf = tmp_path / "leaf.yaml"
     leaf.write_bytes(content)
-    with pytest.raises(MotipError, match="the file is no text") as caught:
+    with pytest.raises(MotipError, match="the file is not text") as caught:
         load_config(leaf)
     assert caught.value.where == leaf
 
 
-def test_a_circle_in_the_chain_is_refused(tmp_path: Path) -> None:
+def test_a_cyclic_chain_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", "SUPER_CONFIG_PATH: b.yaml\n")
     write(tmp_path / "b.yaml", "SUPER_CONFIG_PATH: a.yaml\n")
-    with pytest.raises(MotipError, match="circle"):
+    with pytest.raises(MotipError, match="cyclic"):
         load_config(tmp_path / "a.yaml")
 
 
-def test_a_bare_no_is_a_precision_not_false(tmp_path: Path) -> None:
+def test_a_bare_no_is_parsed_as_a_precision(tmp_path: Path) -> None:
     leaf = write(tmp_path / "leaf.yaml", "MIXED_PRECISION: no\n")
     assert load_config(leaf).MIXED_PRECISION == "no"
     bf16 = write(tmp_path / "bf16.yaml", "MIXED_PRECISION: bf16\n")
@@ -153,16 +155,16 @@ def test_a_bare_no_is_a_precision_not_false(tmp_path: Path) -> None:
         load_config(bf16, ["MIXED_PRECISION=yes"])
 
 
-def test_configs_travel_as_plain_values(tmp_path: Path) -> None:
+def test_configs_round_trip_through_dicts(tmp_path: Path) -> None:
     config = load_config(write(tmp_path / "leaf.yaml", "LR: 2.0e-5\nsample_intervals: [1, 2]\n"))
     copy = Config.from_dict(config.to_dict())
     assert copy.to_dict() == config.to_dict() and copy.name == "leaf" and copy.digest() == config.digest()
     assert config.replaced(LR=1.0).digest() != config.digest()
 
 
-def test_keys_without_effect_are_named_once(tmp_path: Path) -> None:
-    quiet = load_config(write(tmp_path / "quiet.yaml", "LR: 1\nUSE_WANDB: False\nEXP_OWNER:\n"))
-    loud = load_config(write(tmp_path / "loud.yaml", "USE_WANDB: True\nEXP_OWNER: me\n"))
-    assert without_effect_message(quiet) is None
-    message = without_effect_message(loud)
+def test_keys_without_effect_are_listed_if_set(tmp_path: Path) -> None:
+    defaults = load_config(write(tmp_path / "defaults.yaml", "LR: 1\nUSE_WANDB: False\nEXP_OWNER:\n"))
+    changed = load_config(write(tmp_path / "changed.yaml", "USE_WANDB: True\nEXP_OWNER: me\n"))
+    assert without_effect_message(defaults) is None
+    message = without_effect_message(changed)
     assert message is not None and "USE_WANDB" in message and "EXP_OWNER" in message
