@@ -1,1 +1,1 @@
-"""Scores that can be believed: protocols, metrics, stage × domain."""
+"""Evaluation: protocols, HOTA/CLEAR/Identity, bootstrap comparison, stage-by-domain matrix, threshold search."""

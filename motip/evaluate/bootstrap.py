@@ -1,6 +1,7 @@
-"""Scores of many re-drawn sets of sequences at once, by TrackEval's own rules of combination.
+"""Bootstrap scores: scores of many resamples of the sequences, combined by TrackEval's rules.
 
-A set is told by how often each sequence is in it, so combining all sets is arithmetic on arrays with a column per set.
+A resample is a weight per sequence (how often it is in it), so all resamples are combined by arithmetic on arrays with
+one column per resample.
 """
 
 from __future__ import annotations
@@ -15,28 +16,28 @@ from motip.evaluate.metrics import COUNT_FIELDS, FAMILIES, PERCENT_FIELDS, Seque
 MEAN, ALL_BOXES, AGNOSTIC = "mean of the classes", "all boxes", "class-agnostic"
 """Names of the three means, beside those of the classes."""
 
-DrawValues = dict[str, np.ndarray]
-"""Metric -> (B,) values, NaN where the set has no ground truth: percentages, and counts summed over the set."""
+ResampledValues = dict[str, np.ndarray]
+"""Metric -> (B,) values, NaN if a resample has no ground truth: percentages, and counts summed over the resample."""
 
 
-def draw_weights(sequences: int, draws: int, seed: int) -> np.ndarray:
-    """(sequences, draws) int64: how often each sequence is in each of the sets drawn with replacement."""
-    picks = np.random.default_rng(seed).integers(0, sequences, (draws, sequences))
-    weights = np.zeros((sequences, draws), np.int64)
-    np.add.at(weights, (picks, np.arange(draws)[:, None]), 1)
+def resample_weights(sequences: int, resamples: int, seed: int) -> np.ndarray:
+    """(sequences, resamples) int64: how often each sequence is in each resample, drawn with replacement."""
+    picks = np.random.default_rng(seed).integers(0, sequences, (resamples, sequences))
+    weights = np.zeros((sequences, resamples), np.int64)
+    np.add.at(weights, (picks, np.arange(resamples)[:, None]), 1)
     return weights
 
 
-def combine_draws(
+def combine_resamples(
     results: Sequence[SequenceCounts], classes: tuple[str, ...], weights: np.ndarray, averaged: Collection[str]
-) -> dict[str, DrawValues]:
-    """Scores of every set, under the class names and MEAN, ALL_BOXES, AGNOSTIC.
+) -> dict[str, ResampledValues]:
+    """Scores of every resample, under the class names and MEAN, ALL_BOXES, AGNOSTIC.
 
     Args:
         results: raw results of the S sequences.
         classes: names of all classes.
-        weights: (S, B) how often each sequence is in each of the B sets.
-        averaged: classes that MEAN is taken over; those without ground truth in a set are left out of it there.
+        weights: (S, B) how often each sequence is in each of the B resamples.
+        averaged: classes that MEAN is taken over; a class without ground truth in a resample is excluded there.
     """
     combined = {name: _combine([result.per_class[name] for result in results], weights) for name in classes}
     per_class = {name: _values(counts) for name, counts in combined.items()}
@@ -58,7 +59,7 @@ def combine_draws(
 
 
 def _combine(cells: Sequence[Counts], weights: np.ndarray) -> Counts:
-    """Counts of every set; a column per set."""
+    """Counts of every resample, one column each."""
     hota, identity = {}, {}
     for number, (cell, times) in enumerate(zip(cells, weights, strict=True)):
         hota[number] = {field: cell["HOTA"][field][:, None] * times for field in HOTA_COUNTS} | {
@@ -74,16 +75,16 @@ def _combine(cells: Sequence[Counts], weights: np.ndarray) -> Counts:
 
 
 def _clear(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """CLEAR of every set from its sums; TrackEval's formula takes one set at a time (it asks `if IDSW > 0`)."""
-    sets = [
-        FAMILIES["CLEAR"].combine_sequences({"set": dict(zip(CLEAR_FIELDS, column, strict=True))})
+    """CLEAR of every resample from its sums, one at a time: TrackEval's formula branches on scalars."""
+    resamples = [
+        FAMILIES["CLEAR"].combine_sequences({"all": dict(zip(CLEAR_FIELDS, column, strict=True))})
         for column in np.stack([sums[field] for field in CLEAR_FIELDS], axis=1).tolist()
     ]
-    wanted = {*CLEAR_FIELDS, *PERCENT_FIELDS["CLEAR"]}
-    return {field: np.array([each[field] for each in sets], np.float64) for field in wanted}
+    fields = {*CLEAR_FIELDS, *PERCENT_FIELDS["CLEAR"]}
+    return {field: np.array([each[field] for each in resamples], np.float64) for field in fields}
 
 
-def _values(counts: Counts) -> DrawValues:
+def _values(counts: Counts) -> ResampledValues:
     boxes = counts["CLEAR"]["CLR_TP"] + counts["CLEAR"]["CLR_FN"]
     values = {}
     for family, fields in PERCENT_FIELDS.items():
@@ -94,14 +95,14 @@ def _values(counts: Counts) -> DrawValues:
     return values | {name: counts["CLEAR"][field] for name, field in COUNT_FIELDS.items()} | {"GT": boxes}
 
 
-def _mean(per_class: Sequence[DrawValues]) -> DrawValues:
-    """Mean over the classes that have ground truth in a set; counts are summed over them."""
-    there = np.stack([values["GT"] > 0 for values in per_class])
-    number = there.sum(axis=0)
+def _mean(per_class: Sequence[ResampledValues]) -> ResampledValues:
+    """Mean over the classes with ground truth in a resample; counts are summed over them."""
+    has_gt = np.stack([values["GT"] > 0 for values in per_class])
+    number = has_gt.sum(axis=0)
     mean = {}
     for metric in per_class[0]:
         table = np.stack([values[metric] for values in per_class])
-        total = np.where(there, table, 0.0).sum(axis=0)
+        total = np.where(has_gt, table, 0.0).sum(axis=0)
         if metric in COUNT_FIELDS or metric == "GT":
             mean[metric] = total
         else:

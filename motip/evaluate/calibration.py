@@ -1,4 +1,4 @@
-"""How sure the detector is where it is right, and where it is wrong: detections by confidence, before any tracking."""
+"""Confidence histograms of true and false detections, before tracking."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from motip.data.sequence import TrackRows
-from motip.evaluate.metrics import prepare
+from motip.evaluate.metrics import prepare_class
 from motip.evaluate.protocols import ScoredSequence
 from motip.evaluate.regions import MATCH_IOU
 from motip.losses.boxes import cxcywh_to_xyxy
 
 BINS = 20
-"""Of equal width between 0 and 1."""
+"""Number of bins, of equal width in 0..1."""
 
 Histogram = dict[str, np.ndarray]
 """``true`` and ``false`` -> (BINS,) int64 detections."""
@@ -22,10 +22,10 @@ _SLACK = float(np.finfo(np.float64).eps)
 
 
 class DetectionCollector:
-    """Keeps the detections of a sequence that exceed a low threshold; give ``add`` to ``track_variants``.
+    """Collects detections above a low threshold; pass ``add`` to ``track_variants`` as ``on_detections``.
 
     Args:
-        floor: lowest class score of interest; detectors have hundreds of queries that hardly say anything.
+        floor: detections must exceed this class score; most of the hundreds of queries score close to 0.
         area_thresh: as AREA_THRESH, in square pixels of the original image.
     """
 
@@ -53,7 +53,7 @@ class DetectionCollector:
         )
 
     def rows(self) -> TrackRows:
-        """All of them; in place of a track id stands the query, which is unique in a frame."""
+        """All detections; ``track_ids`` hold the query number, which is unique in a frame."""
         fields = ("frames", "track_ids", "boxes_xyxy", "scores", "class_ids")
         every = [TrackRows.empty(), *self._frames]
         return TrackRows(*(np.concatenate([getattr(rows, name) for rows in every]) for name in fields))
@@ -64,33 +64,33 @@ def confidence_histograms(
 ) -> dict[str, Histogram]:
     """True and false positives per class and bin of confidence, for a sequence whose predictions are detections.
 
-    Per frame and class the most confident detection chooses first, as in COCO's evaluation: it is true if a box that
-    is still free overlaps it with an IoU of at least 0.5. What the protocol ignores is in neither count.
+    Per frame and class, detections are matched in order of confidence as in COCO's evaluation: one is true if its IoU
+    with an unmatched box is at least 0.5. Detections ignored by the protocol are not counted.
     """
     return {name: _histogram(sequence, classes, name, protocol) for name in classes}
 
 
 def _histogram(sequence: ScoredSequence, classes: tuple[str, ...], name: str, protocol: str) -> Histogram:
-    _, pred, data = prepare(sequence, classes, name, protocol)
+    _, pred, data = prepare_class(sequence, classes, name, protocol)
     true, false = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     for columns, similarity in zip(data["tracker_rows"], data["similarity_scores"], strict=True):
         scores = pred.scores[columns]
-        right = _greedy(similarity, scores)
+        true_positive = _greedy(similarity, scores)
         bins = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
-        np.add.at(true, bins[right], 1)
-        np.add.at(false, bins[~right], 1)
+        np.add.at(true, bins[true_positive], 1)
+        np.add.at(false, bins[~true_positive], 1)
     return {"true": true, "false": false}
 
 
 def _greedy(similarity: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """(P,) bool: detections that find a ground-truth box of the (G, P) similarities, the most confident first."""
-    right = np.zeros(len(scores), bool)
+    """(P,) bool: detections matched to a ground-truth box by the (G, P) similarities, in order of confidence."""
+    matched = np.zeros(len(scores), bool)
     if not len(similarity):
-        return right
+        return matched
     free = np.ones(len(similarity), bool)
     for column in np.argsort(-scores, kind="stable").tolist():
         overlaps = np.where(free, similarity[:, column], -1.0)
         row = int(overlaps.argmax())
         if overlaps[row] >= MATCH_IOU - _SLACK:
-            right[column], free[row] = True, False
-    return right
+            matched[column], free[row] = True, False
+    return matched

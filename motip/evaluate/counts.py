@@ -1,7 +1,6 @@
-"""The counts behind a score, per sequence and class: kept with the scores, so that any set of sequences can be scored.
+"""Counts per sequence and class, stored with the scores: the fields from which TrackEval combines sequences.
 
-Percentages of two sequences cannot be averaged into that of both. These fields can: TrackEval combines sequences from
-exactly them.
+Percentages of sequences cannot be averaged into those of a set; scores of any set are computed from these counts.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ CLEAR_FIELDS = ("CLR_TP", "CLR_FN", "CLR_FP", "IDSW", "MT", "PT", "ML", "Frag", 
 IDENTITY_FIELDS = ("IDTP", "IDFN", "IDFP")
 
 StoredCell = dict[str, dict[str, Any]] | None
-"""A cell as JSON: lists and numbers; None where there is neither ground truth nor a prediction."""
+"""A cell as JSON: lists and numbers; None without ground truth and predictions."""
 
 
 def to_stored(counts: Counts) -> StoredCell:
-    """The fields that combining needs, as plain values."""
+    """The fields needed to combine sequences, as JSON-serialisable values."""
     hota, clear, identity = counts["HOTA"], counts["CLEAR"], counts["Identity"]
     if not (clear["CLR_TP"] or clear["CLR_FN"] or clear["CLR_FP"]):
         return None
@@ -41,7 +40,7 @@ def to_stored(counts: Counts) -> StoredCell:
 
 
 def from_stored(stored: Mapping[str, Mapping[str, Any]] | None) -> Counts:
-    """Inverse of ``to_stored``; a cell without a box gets zeros, which add nothing to any sum or weighted mean.
+    """Inverse of ``to_stored``; None becomes zeros, which change no sum or weighted mean.
 
     Raises:
         KeyError: a field is missing.

@@ -1,4 +1,4 @@
-"""What each stage can still do in every domain seen so far: the matrix R[stage][domain], and what was forgotten."""
+"""Stage-by-domain matrix R[stage][domain], forgetting and backward transfer (Lopez-Paz and Ranzato 2017)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from motip.data.manifest import VideoEntry
-from motip.data.selection import rank
+from motip.data.selection import selection_key
 from motip.errors import MotipError
 from motip.evaluate.scores import Scores, check_comparable, metric_name
 
 Column = tuple[str, str]
-"""A domain and one of its classes; an empty class stands for the mean over them."""
+"""A domain and one of its classes; an empty class is the mean over them."""
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """A domain, or one class of it, that a later stage is worse in.
+    """Loss of a metric in a domain, or in one class of it, against an earlier stage.
 
     Attributes:
         domain: the domain.
-        best_stage, best: where the metric was highest before.
-        value: the metric now.
+        best_stage, best: earlier stage with the highest value, and that value.
+        value: the current value.
         class_name: the class; empty for the domain's class average.
     """
 
@@ -34,6 +34,7 @@ class Forgetting:
 
     @property
     def name(self) -> str:
+        """Domain and class."""
         return f"{self.domain} {self.class_name}".rstrip()
 
     @property
@@ -42,6 +43,7 @@ class Forgetting:
         return self.best - self.value
 
     def describe(self, metric: str) -> str:
+        """One line of text."""
         return f"{self.name}: {metric} {self.best:.1f} after {self.best_stage}, {self.value:.1f} now (-{self.loss:.1f})"
 
 
@@ -51,13 +53,13 @@ class DomainMatrix:
 
     Attributes:
         metric: e.g. HOTA.
-        stages: in the order they were trained; the base weights may be the first.
-        domains: in the order they first appear.
+        stages: in training order; the base weights may be the first.
+        domains: in the order of their first score.
         values: stage -> domain -> value; a domain not scored after a stage is absent.
         by_class: stage -> domain -> class -> value, for the classes with ground truth.
-        known: stage -> domains it has been trained on; a domain scored but not in it is a zero-shot value and neither
-            gained nor lost. None: all that are scored.
-        before: stage -> stages it descends from, oldest first. None: all that stand above it.
+        trained_on: stage -> domains its model was trained on; other scored domains are zero-shot values, which do not
+            count as gained or lost. None: all scored domains.
+        ancestors: stage -> stages it descends from, oldest first. None: all earlier stages.
     """
 
     metric: str
@@ -65,8 +67,8 @@ class DomainMatrix:
     domains: tuple[str, ...]
     values: dict[str, dict[str, float]]
     by_class: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    known: Mapping[str, Collection[str]] | None = None
-    before: Mapping[str, Sequence[str]] | None = None
+    trained_on: Mapping[str, Collection[str]] | None = None
+    ancestors: Mapping[str, Sequence[str]] | None = None
 
     @classmethod
     def from_sources(
@@ -74,13 +76,13 @@ class DomainMatrix:
         scores: Mapping[str, Mapping[str, Mapping[str, Scores]]],
         metric: str = "HOTA",
         *,
-        known: Mapping[str, Collection[str]] | None = None,
-        before: Mapping[str, Sequence[str]] | None = None,
+        trained_on: Mapping[str, Collection[str]] | None = None,
+        ancestors: Mapping[str, Sequence[str]] | None = None,
     ) -> DomainMatrix:
         """Build from stage -> domain -> source -> scores; a domain's value is the mean over its sources.
 
         Raises:
-            MotipError: a domain was scored on other sources, rules, classes or sequences in two stages.
+            MotipError: two stages differ in the sources, protocol, classes or sequences of a domain.
         """
         domains = tuple(dict.fromkeys(domain for cells in scores.values() for domain in cells))
         for domain in domains:
@@ -93,25 +95,25 @@ class DomainMatrix:
             stage: {domain: _class_values(own.values(), metric) for domain, own in cells.items()}
             for stage, cells in scores.items()
         }
-        return cls(metric, tuple(scores), domains, values, by_class, known, before)
+        return cls(metric, tuple(scores), domains, values, by_class, trained_on, ancestors)
 
     def backward_transfer(self, learned: Mapping[str, str], stage: str | None = None) -> float | None:
-        """Mean over earlier domains of (value after ``stage``) - (value after the stage that learned it).
+        """Mean over earlier domains of the value after ``stage`` minus that after the stage that learned the domain.
 
         Args:
             learned: domain -> the last stage that trained on it (Lopez-Paz and Ranzato 2017, equation 3).
-            stage: by default the last one.
+            stage: None for the last one.
 
         Returns:
-            Negative where the curriculum forgot; None if no earlier domain has both values.
+            Points; negative means forgetting. None if no earlier domain has both values.
         """
         if not self.stages:
             return None
         last = self.stages[-1] if stage is None else stage
         changes = [
-            self.values[last][domain] - self.values[taught][domain]
-            for domain, taught in learned.items()
-            if taught != last and domain in self.values.get(taught, {}) and domain in self.values[last]
+            self.values[last][domain] - self.values[learner][domain]
+            for domain, learner in learned.items()
+            if learner != last and domain in self.values.get(learner, {}) and domain in self.values[last]
         ]
         return sum(changes) / len(changes) if changes else None
 
@@ -119,7 +121,11 @@ class DomainMatrix:
         """Domains in which ``stage`` is more than ``allowed`` points below the best stage before it.
 
         Args:
-            each_class: single classes too: where a class is won, the mean hides that another was lost.
+            allowed: tolerated loss in points.
+            each_class: also report single classes, since a gain in one class can hide a loss in another.
+
+        Raises:
+            MotipError: the stage has no scores.
         """
         if stage not in self.stages:
             raise MotipError("there are no scores of this stage", found=stage, expected=", ".join(self.stages))
@@ -128,7 +134,7 @@ class DomainMatrix:
         return [change for change in found if change is not None and change.loss > allowed]
 
     def columns(self, classes: bool = False) -> list[Column]:
-        """The domains; with ``classes`` each is followed by its classes, where it has more than one."""
+        """The domains; with ``classes`` each is followed by its classes if it has more than one."""
         columns: list[Column] = []
         for domain in self.domains:
             columns.append((domain, ""))
@@ -138,39 +144,41 @@ class DomainMatrix:
         return columns
 
     def value(self, stage: str, column: Column) -> float | None:
-        """The value of a cell, None where it was not scored."""
+        """Value of a cell, None if not scored."""
         domain, name = column
         return (
             self.by_class.get(stage, {}).get(domain, {}).get(name) if name else self.values.get(stage, {}).get(domain)
         )
 
-    def is_known(self, stage: str, domain: str) -> bool:
+    def is_trained_on(self, stage: str, domain: str) -> bool:
         """Whether the stage's model has been trained on the domain."""
-        return self.known is None or domain in self.known.get(stage, ())
+        return self.trained_on is None or domain in self.trained_on.get(stage, ())
 
     def row_dict(self, stage: str, prefix: str = "R") -> dict[str, float]:
-        """Flat metrics of one row for MLflow: ``R/<domain>``, and ``R/<domain>/<class>`` where there are several."""
+        """Flat metrics of one row for MLflow: ``R/<domain>``, and ``R/<domain>/<class>`` for several classes."""
         named = {"/".join(filter(None, column)): self.value(stage, column) for column in self.columns(classes=True)}
         return {f"{prefix}/{metric_name_of(name)}": value for name, value in named.items() if value is not None}
 
     def cells(self, stage: str) -> dict[str, float]:
-        """The same under names that tell the stages apart: ``R/<stage>/<domain>``."""
+        """The metrics of ``row_dict`` with the stage in their names: ``R/<stage>/<domain>``."""
         return self.row_dict(stage, f"R/{metric_name(stage)}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
+        """JSON-serialisable values; ``trained_on`` and ``ancestors`` are stored as ``known`` and ``before``."""
         return {
             "metric": self.metric,
             "stages": list(self.stages),
             "domains": list(self.domains),
             "values": self.values,
             "by_class": self.by_class,
-            "known": {stage: [name for name in self.domains if self.is_known(stage, name)] for stage in self.stages},
+            "known": {
+                stage: [name for name in self.domains if self.is_trained_on(stage, name)] for stage in self.stages
+            },
             "before": {stage: list(self._ancestors(stage)) for stage in self.stages},
         }
 
     def _ancestors(self, stage: str) -> Sequence[str]:
-        return self.stages[: self.stages.index(stage)] if self.before is None else self.before.get(stage, ())
+        return self.stages[: self.stages.index(stage)] if self.ancestors is None else self.ancestors.get(stage, ())
 
     def _change(self, stage: str, column: Column) -> Forgetting | None:
         domain, name = column
@@ -178,7 +186,7 @@ class DomainMatrix:
         earlier = {
             each: value
             for each in self._ancestors(stage)
-            if self.is_known(each, domain) and (value := self.value(each, column)) is not None
+            if self.is_trained_on(each, domain) and (value := self.value(each, column)) is not None
         }
         if now is None or not earlier:
             return None
@@ -186,15 +194,16 @@ class DomainMatrix:
         return Forgetting(domain, best, earlier[best], now, name)
 
 
-def thin(
+def subsample(
     videos: Sequence[VideoEntry], count: int, classes: Mapping[str, Collection[str]], seed: int
 ) -> list[VideoEntry]:
-    """``count`` of the videos, always the same ones: first one that shows each class, then in a seeded order.
+    """Deterministic subset of the videos: first one with each class, then in seeded order.
 
     Args:
+        count: largest number of videos.
         classes: class name to raw categories.
     """
-    ordered = sorted(videos, key=lambda video: rank(video.sequence, video.segment, seed))
+    ordered = sorted(videos, key=lambda video: selection_key(video.sequence, video.segment, seed))
     picked: list[VideoEntry] = []
     for raws in classes.values():
         showing = [video for video in ordered if _shows(video, raws)]
@@ -209,7 +218,7 @@ def _shows(video: VideoEntry, raws: Collection[str]) -> bool:
 
 
 def metric_name_of(path: str) -> str:
-    """A path of names as MLflow accepts it: each part cleaned, the slashes kept."""
+    """A slash-separated path whose parts are valid MLflow metric names."""
     return "/".join(metric_name(part) for part in path.split("/"))
 
 
@@ -218,7 +227,7 @@ def _check_same(by_stage: Mapping[str, Mapping[str, Scores]], domain: str) -> No
     for stage, own in by_stage.items():
         if set(own) != set(first):
             raise MotipError(
-                f"domain {domain} was scored on other sources",
+                f"domain {domain} was scored on different sources",
                 where=stage,
                 found=", ".join(sorted(own)),
                 expected=", ".join(sorted(first)),

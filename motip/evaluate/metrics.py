@@ -1,7 +1,7 @@
-"""HOTA, CLEAR and Identity of tracks against ground truth, by TrackEval's own metric classes [TrackEval lives here].
+"""HOTA, CLEAR and Identity metrics, by TrackEval's metric classes (no other module imports TrackEval).
 
-``score`` does everything; ``score_sequence`` (one sequence, the expensive part) and ``combine`` are its halves for
-callers that spread sequences over processes.
+``score`` is ``score_sequence`` (one sequence, the expensive part) followed by ``combine``; callers that distribute
+sequences over processes call the two separately.
 
 Sources: HOTA, Luiten et al., IJCV 2021; CLEAR MOT, Bernardin and Stiefelhagen 2008; IDF1, Ristani et al. 2016.
 """
@@ -21,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
 from motip.evaluate.counts import Counts, from_stored, to_stored
-from motip.evaluate.protocols import Protocol, ScoredSequence, find_protocol
+from motip.evaluate.protocols import EvaluationProtocol, ScoredSequence, find_protocol
 from motip.evaluate.regions import box_iou, match, share_in_one, share_in_union
 from motip.evaluate.scores import Scores, Values
 
@@ -32,11 +32,12 @@ with contextlib.redirect_stdout(io.StringIO()):  # TrackEval prints at import wh
 class SparseIdentity(Identity):
     """TrackEval's Identity with the assignment solved over (ground-truth ids × tracker ids) only.
 
-    Leaving a pair unmatched costs exactly what its boxes cost, so the (n+m)² problem of the definition has the same
-    optimum as the largest total of common boxes: equal results in a fraction of the time and memory.
+    An unmatched pair costs exactly its boxes, so the (n+m)² problem of the definition has the same optimum as the
+    largest total of common boxes: equal results in a fraction of the time and memory.
     """
 
     def eval_sequence(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Identity fields of one sequence in TrackEval's form."""
         result: dict[str, Any] = dict.fromkeys(self.fields, 0)
         common = np.zeros((data["num_gt_ids"], data["num_tracker_ids"]))
         for gt_ids, tracker_ids, similarity in zip(
@@ -66,13 +67,13 @@ COUNT_FIELDS = {"IDSW": "IDSW", "FP": "CLR_FP", "FN": "CLR_FN", "TP": "CLR_TP", 
 
 @dataclass(frozen=True)
 class SequenceCounts:
-    """Raw results of one sequence; plain containers, so it travels between processes.
+    """Counts of one sequence, in picklable containers.
 
     Attributes:
         name: the sequence.
         per_class: class name -> counts, for every class.
         agnostic: counts with all classes taken as one.
-        removed: boxes taken out by the protocol, by reason.
+        removed: boxes removed by the protocol, by reason.
     """
 
     name: str
@@ -81,7 +82,7 @@ class SequenceCounts:
     removed: Counter[str]
 
     def to_json(self) -> dict[str, Any]:
-        """What ``combine`` needs of it, as plain values."""
+        """The fields that ``combine`` needs, as JSON-serialisable values."""
         return {
             "per_class": {name: to_stored(cell) for name, cell in self.per_class.items()},
             "agnostic": to_stored(self.agnostic),
@@ -90,8 +91,8 @@ class SequenceCounts:
 
     @classmethod
     def from_json(cls, name: str, stored: Mapping[str, Any]) -> SequenceCounts:
-        """Inverse of ``to_json``; raises KeyError where a field is missing."""
-        # Combining a cell with nothing else computes the fields that were not stored.
+        """Inverse of ``to_json``; raises KeyError if a field is missing."""
+        # Combining a single cell computes the fields that were not stored.
         per_class = {
             label: _combine_sequences({name: from_stored(cell)}) for label, cell in stored["per_class"].items()
         }
@@ -112,11 +113,11 @@ def score(
         sequences: ground truth and predictions; names must be distinct.
         classes: names in the order of the class ids in the rows.
         protocol: see ``motip.evaluate.protocols``.
-        split: kept with the numbers.
-        averaged: classes that the class average is taken over; None: all. The others are scored beside it.
+        split: stored with the scores.
+        averaged: classes that the class average is taken over; None: all. The others are scored as well.
 
     Returns:
-        Scores, in percent where a metric is a share.
+        Scores; shares are in percent.
 
     Raises:
         MotipError: unknown protocol, duplicate ids in a frame, a class id outside the list, boxes that are not finite,
@@ -128,7 +129,7 @@ def score(
 
 
 def score_sequence(sequence: ScoredSequence, classes: tuple[str, ...], protocol: str = "plain") -> SequenceCounts:
-    """Raw results of one sequence (see ``score`` for arguments and errors)."""
+    """Counts of one sequence (arguments and errors as for ``score``)."""
     rules = find_protocol(protocol)
     rules.check_classes(tuple(classes))
     removed: Counter[str] = Counter()
@@ -137,14 +138,14 @@ def score_sequence(sequence: ScoredSequence, classes: tuple[str, ...], protocol:
     return SequenceCounts(sequence.name, per_class, _counts(sequence, None, rules, Counter()), removed)
 
 
-def prepare(
+def prepare_class(
     sequence: ScoredSequence, classes: tuple[str, ...], class_name: str, protocol: str = "plain"
 ) -> tuple[TrackRows, TrackRows, dict[str, Any]]:
-    """What TrackEval sees of one class, for whoever explains the scores box by box.
+    """TrackEval's input for one class, for box-by-box analysis of the scores.
 
     Returns:
-        ground truth, predictions (both sorted by frame, after the protocol's first step) and TrackEval's dictionary
-        with three more lists: ``frames``, and per frame ``gt_rows`` and ``tracker_rows``, positions in the two.
+        ground truth, predictions (both sorted by frame, after the protocol's filters) and TrackEval's dictionary with
+        three more lists: ``frames``, and per frame ``gt_rows`` and ``tracker_rows``, positions in the two.
         Predictions in no frame's ``tracker_rows`` were ignored.
     """
     rules = find_protocol(protocol)
@@ -161,7 +162,11 @@ def combine(
     split: str = "val",
     averaged: Collection[str] | None = None,
 ) -> Scores:
-    """Scores over all sequences: sums within a class, then means over the classes that have ground truth."""
+    """Scores over all sequences: sums within a class, then means over the classes with ground truth.
+
+    Raises:
+        MotipError: a sequence is repeated, or no averaged class has ground truth.
+    """
     names = [result.name for result in results]
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
@@ -173,10 +178,10 @@ def combine(
     labelled = {name: per_class[name] for name in headline if _gt_boxes(per_class[name])}
     if not labelled:
         raise MotipError(
-            "there is no ground truth to score against",
+            "no ground truth to score against",
             where=f"{len(results)} sequences, split {split}",
             expected=f"labelled boxes of at least one of: {', '.join(headline) or 'no class'}",
-            fix="check the class map, or only track this split",
+            fix="check the class map, or track this split without scores",
         )
     return Scores(
         protocol=protocol,
@@ -222,7 +227,7 @@ def _gt_boxes(counts: Counts) -> int:
 
 
 def _values(counts: Counts) -> Values:
-    """Percentages and counts; a share over no ground truth is None, never a 0 that looks like a bad score."""
+    """Percentages and counts; a share without ground truth is None, since 0 would read as a bad score."""
     scored = _gt_boxes(counts) > 0
     values: Values = {
         field: float(100.0 * np.mean(counts[family][field])) if scored else None
@@ -234,16 +239,21 @@ def _values(counts: Counts) -> Values:
     return values | {"GT": _gt_boxes(counts)}
 
 
-def _clean(sequence: ScoredSequence, num_classes: int, rules: Protocol, removed: Counter[str]) -> ScoredSequence:
-    """Check both sides and apply what the protocol does before any matching."""
+def _clean(
+    sequence: ScoredSequence, num_classes: int, rules: EvaluationProtocol, removed: Counter[str]
+) -> ScoredSequence:
+    """Check both sides and apply the filters of the protocol that precede matching."""
+    # checks
     sequence = replace(sequence, gt=_sorted(sequence.gt), pred=_sorted(sequence.pred))
     _check_rows(sequence.gt, sequence.name, "ground truth", num_classes)
     _check_rows(sequence.pred, sequence.name, "prediction", num_classes)
+    # predictions after the last label
     if rules.cut_after_labels:
         last = sequence.gt.frames.max(initial=-1)
         sequence = replace(
             sequence, pred=_keep(sequence.pred, sequence.pred.frames <= last, "predictions cut", removed)
         )
+    # frames outside the sequence
     if sequence.frames is not None:
         for rows, what in ((sequence.gt, "ground truth"), (sequence.pred, "prediction")):
             outside = rows.frames[~np.isin(rows.frames, sequence.frames)]
@@ -255,6 +265,7 @@ def _clean(sequence: ScoredSequence, num_classes: int, rules: Protocol, removed:
                     expected=f"frames {sequence.frames.min()}..{sequence.frames.max()}",
                     fix="frame numbers are 0-based inside motip and 1-based in MOT files: check the conversion",
                 )
+    # ignored regions
     if rules.region_rule == "before matching":
         sequence = replace(
             sequence,
@@ -268,7 +279,7 @@ def _check_rows(rows: TrackRows, name: str, what: str, num_classes: int) -> None
     where = f"sequence {name}, {what}"
     if not np.isfinite(rows.boxes_xyxy).all():
         raise MotipError(
-            "a box is not finite", where=where, fix="a diverged model writes such boxes: look at its losses"
+            "a box is not finite", where=where, fix="usually the model has diverged: check its training losses"
         )
     wrong = (rows.class_ids < 0) | (rows.class_ids >= num_classes)
     if wrong.any():
@@ -284,7 +295,7 @@ def _check_rows(rows: TrackRows, name: str, what: str, num_classes: int) -> None
     twice = np.flatnonzero((frames[1:] == frames[:-1]) & (ids[1:] == ids[:-1]))
     if len(twice):
         raise MotipError(
-            "a track id stands twice in one frame",
+            "a track id occurs twice in one frame",
             where=where,
             found=f"id {int(ids[twice[0]])} in frame {int(frames[twice[0]])} (0-based); {len(twice)} such boxes in all",
             expected="each id at most once per frame",
@@ -308,7 +319,7 @@ def _keep(rows: TrackRows, keep: np.ndarray, reason: str, removed: Counter[str])
 
 
 def _drop_in_regions(
-    sequence: ScoredSequence, rows: TrackRows, rules: Protocol, reason: str, removed: Counter[str]
+    sequence: ScoredSequence, rows: TrackRows, rules: EvaluationProtocol, reason: str, removed: Counter[str]
 ) -> TrackRows:
     keep = np.ones(len(rows), bool)
     for frame in np.intersect1d(rows.frames, sequence.ignore_frames):
@@ -318,22 +329,22 @@ def _drop_in_regions(
     return _keep(rows, keep, reason, removed)
 
 
-def _covered(boxes: np.ndarray, regions: np.ndarray, rules: Protocol) -> np.ndarray:
-    """(N,) bool: enough of the box lies in the regions."""
+def _covered(boxes: np.ndarray, regions: np.ndarray, rules: EvaluationProtocol) -> np.ndarray:
+    """(N,) bool: the share of the box inside the regions reaches the protocol's threshold."""
     in_one = rules.region_rule == "unmatched in one"
     share = share_in_one(boxes, regions) if in_one else share_in_union(boxes, regions)
     slack = float(np.finfo(np.float64).eps)
     return share > rules.region_overlap + slack if rules.strict else share >= rules.region_overlap - slack
 
 
-def _counts(sequence: ScoredSequence, class_id: int | None, rules: Protocol, removed: Counter[str]) -> Counts:
-    """TrackEval's results for one class of one sequence (None: all classes taken as one)."""
+def _counts(sequence: ScoredSequence, class_id: int | None, rules: EvaluationProtocol, removed: Counter[str]) -> Counts:
+    """TrackEval's results for one class of one sequence (None: all classes as one)."""
     _, _, data = _class_data(sequence, class_id, rules, removed)
     return {family: metric.eval_sequence(data) for family, metric in FAMILIES.items()}
 
 
 def _class_data(
-    sequence: ScoredSequence, class_id: int | None, rules: Protocol, removed: Counter[str]
+    sequence: ScoredSequence, class_id: int | None, rules: EvaluationProtocol, removed: Counter[str]
 ) -> tuple[TrackRows, TrackRows, dict[str, Any]]:
     gt, pred = sequence.gt, sequence.pred
     if class_id is not None:
@@ -352,10 +363,11 @@ def _trackeval_data(
     gt: TrackRows,
     pred: TrackRows,
     sequence: ScoredSequence,
-    rules: Protocol,
+    rules: EvaluationProtocol,
     removed: Counter[str],
 ) -> dict[str, Any]:
-    """The dictionary TrackEval's metric classes read: ids per frame made contiguous, similarities as IoU."""
+    """Input of TrackEval's metric classes: contiguous ids per frame, similarities as IoU."""
+    # rows and regions of each frame
     gt_cuts = _frame_slices(gt.frames, frames)
     pred_cuts = _frame_slices(pred.frames, frames)
     region_order = np.argsort(sequence.ignore_frames, kind="stable")
@@ -364,16 +376,18 @@ def _trackeval_data(
     removes = np.ones(len(regions), bool) if sequence.ignore_removes is None else sequence.ignore_removes[region_order]
     gt_boxes, pred_boxes = gt.boxes_xyxy.astype(np.float64), pred.boxes_xyxy.astype(np.float64)
     after_matching = rules.region_rule != "before matching" and len(regions) > 0
+    # predictions to score, and their IoU with the ground truth
     similarities, pred_kept = [], []
     for gt_cut, pred_cut, region_cut in zip(gt_cuts, pred_cuts, region_cuts, strict=True):
         similarity = box_iou(gt_boxes[gt_cut], pred_boxes[pred_cut])
         kept = np.arange(pred_cut.start, pred_cut.stop)
         if after_matching and len(kept) and region_cut.stop > region_cut.start:
-            judged = ~_to_ignore(similarity, pred_boxes[pred_cut], regions[region_cut], removes[region_cut], rules)
-            removed["predictions in ignored regions"] += int((~judged).sum())
-            kept, similarity = kept[judged], similarity[:, judged]
+            scored = ~_to_ignore(similarity, pred_boxes[pred_cut], regions[region_cut], removes[region_cut], rules)
+            removed["predictions in ignored regions"] += int((~scored).sum())
+            kept, similarity = kept[scored], similarity[:, scored]
         similarities.append(similarity)
         pred_kept.append(kept)
+    # contiguous ids
     gt_ids, gt_numbers = np.unique(gt.track_ids, return_inverse=True)
     all_kept = np.concatenate([np.zeros(0, np.int64), *pred_kept])
     pred_ids = np.unique(pred.track_ids[all_kept])
@@ -394,14 +408,14 @@ def _trackeval_data(
 
 
 def _to_ignore(
-    similarity: np.ndarray, pred_boxes: np.ndarray, regions: np.ndarray, removes: np.ndarray, rules: Protocol
+    similarity: np.ndarray, pred_boxes: np.ndarray, regions: np.ndarray, removes: np.ndarray, rules: EvaluationProtocol
 ) -> np.ndarray:
-    """(P,) bool: predictions of one frame that are neither right nor wrong."""
+    """(P,) bool: predictions of one frame that the protocol ignores."""
     ignored = np.zeros(len(pred_boxes), bool)
     if rules.region_rule == "matched one-to-one":
         rows, columns = match(np.concatenate([similarity, box_iou(regions, pred_boxes)]))
-        excusing = np.concatenate([np.zeros(len(similarity), bool), removes])
-        ignored[columns[excusing[rows]]] = True
+        removing = np.concatenate([np.zeros(len(similarity), bool), removes])
+        ignored[columns[removing[rows]]] = True
         return ignored
     unmatched = np.ones(len(pred_boxes), bool)
     unmatched[match(similarity)[1]] = False
@@ -410,7 +424,7 @@ def _to_ignore(
 
 
 def _frame_slices(row_frames: np.ndarray, frames: np.ndarray) -> list[slice]:
-    """For each of the sorted `frames`, the slice of the sorted `row_frames` that belongs to it."""
+    """For each of the sorted `frames`, its slice of the sorted `row_frames`."""
     starts = np.searchsorted(row_frames, frames, side="left")
     stops = np.searchsorted(row_frames, frames, side="right")
     return [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]

@@ -1,4 +1,4 @@
-"""Which objects are lost: the fates of all boxes by class, size, occlusion, truncation, place and crowd."""
+"""Box outcomes counted by class, size, occlusion, truncation, distance to the border, and crowding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from motip.data.sequence import ClassMap, Sequence
-from motip.evaluate.outcomes import GT_FATES, PRED_FATES, SIZE_BINS, ClassErrors, explain
+from motip.evaluate.outcomes import GT_OUTCOMES, PRED_OUTCOMES, SIZE_BINS, ClassOutcomes, box_outcomes
 from motip.evaluate.protocols import ScoredSequence
 from motip.evaluate.regions import areas, distance_to_border
 
@@ -21,26 +21,27 @@ BORDER = {"at the border": 1.0, "within 50 px of it": 50.0, "farther inside": np
 CROWD = {"up to 4 in the frame": 4.0, "5 to 9": 9.0, "10 to 19": 19.0, "20 to 49": 49.0, "50 and more": np.inf}
 """Upper bounds of the number of labelled boxes of the class in the frame, inclusive."""
 GAPS = {"next frame": 1.0, "2 to 10 frames": 10.0, "11 to 30 frames": 30.0, "more than 30 frames": np.inf}
-"""Upper bounds of the frames since an object's last match when its id switches, inclusive."""
+"""Upper bounds of the frames between an object's last match and its identity switch, inclusive."""
 
-NOTES_BOTH = ("bdd100k", "visdrone")
-"""Formats that note occlusion and truncation of each box."""
+HAS_BOTH_ATTRIBUTES = ("bdd100k", "visdrone")
+"""Formats with occlusion and truncation of each box."""
 
 WORST_FRAMES = 20
+"""Number of frames listed by ``worst_frames``."""
 
 Group = dict[str, int]
-"""Fate -> boxes; see ``Summary``."""
+"""Outcome -> boxes; see ``OutcomeSummary``."""
 
 
 @dataclass
-class Summary:
-    """Fates in any number of sequences of one source.
+class OutcomeSummary:
+    """Outcomes in any number of sequences of one source.
 
     Attributes:
-        totals: class -> fate -> boxes: those of GT_FATES (which sum to ``boxes``), ``fragment``, those of PRED_FATES.
-        groups: class -> dimension (size, occlusion, truncation, border, crowd) -> group -> the same. Occlusion and
-            truncation are known of labels only, so there predictions are in no group. Within each dimension the groups
-            sum to the totals; where a format does not note something, the boxes are in the group ``unknown``.
+        totals: class -> outcome -> boxes: GT_OUTCOMES (which sum to ``boxes``), ``fragment``, PRED_OUTCOMES.
+        groups: class -> dimension (size, occlusion, truncation, border, crowd) -> group -> outcome -> boxes. Occlusion
+            and truncation are attributes of labels, so they do not group predictions. Within each dimension the groups
+            sum to the totals; boxes without the attribute in their format are in the group ``unknown``.
         gaps: class -> group of GAPS -> identity switches.
         switches: every identity switch: sequence, class, frame (0-based), object, from, to, gap (frames).
         frames: (sequence, frame) -> misses + switches + false positives.
@@ -52,8 +53,8 @@ class Summary:
     switches: list[dict[str, Any]] = field(default_factory=list)
     frames: Counter[tuple[str, int]] = field(default_factory=Counter)
 
-    def add(self, other: Summary) -> None:
-        """Take in another sequence of the same classes."""
+    def add(self, other: OutcomeSummary) -> None:
+        """Add the counts of another sequence with the same classes."""
         for name, totals in other.totals.items():
             self.totals[name] = _sum(self.totals.get(name, {}), totals)
             own = self.groups.setdefault(name, {})
@@ -66,20 +67,20 @@ class Summary:
         self.frames += other.frames
 
     def table(self, class_name: str) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of text for one class; groups without a box are left out."""
+        """Header and rows of the text table of one class; groups without a box are omitted."""
         rows = [_row("all", "", self.totals[class_name])]
         for dimension, groups in self.groups[class_name].items():
             filled = [(group, counts) for group, counts in groups.items() if any(counts.values())]
-            rows += [_row("" if place else dimension, *each) for place, each in enumerate(filled)]
+            rows += [_row("" if index else dimension, *each) for index, each in enumerate(filled)]
         return ["", "", "boxes", "missed", "missed %", "ID switches", "fragments", "false pos.", "ignored"], rows
 
     def worst_frames(self, number: int = WORST_FRAMES) -> list[dict[str, Any]]:
-        """The frames with most errors: sequence, frame (0-based), errors."""
+        """The frames with the most errors: sequence, frame (0-based), errors."""
         most = sorted(self.frames.items(), key=lambda item: (-item[1], item[0]))[:number]
         return [{"sequence": name, "frame": frame, "errors": errors} for (name, frame), errors in most]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """JSON-serialisable values."""
         return {
             "totals": self.totals,
             "groups": self.groups,
@@ -89,18 +90,20 @@ class Summary:
         }
 
 
-def summarise(labels: Sequence, scored: ScoredSequence, class_map: ClassMap, protocol: str = "plain") -> Summary:
-    """Sort and count every box of one sequence.
+def summarise_outcomes(
+    labels: Sequence, scored: ScoredSequence, class_map: ClassMap, protocol: str = "plain"
+) -> OutcomeSummary:
+    """Count the box outcomes of one sequence.
 
     Args:
-        labels: the sequence as it was read, for the image size and what the format notes of each box.
-        scored: made of it by ``scored_sequence``, with the predictions.
+        labels: the sequence as read, with image size, occlusion and truncation.
+        scored: the same sequence after ``scored_sequence``, with the predictions.
 
     Raises:
         MotipError: as ``metrics.score``.
     """
-    summary = Summary()
-    for class_id, (name, errors) in enumerate(explain(scored, class_map.names, protocol).items()):
+    summary = OutcomeSummary()
+    for class_id, (name, errors) in enumerate(box_outcomes(scored, class_map.names, protocol).items()):
         gt_groups, pred_groups = _groupings(errors, labels, class_map, class_id)
         summary.totals[name] = {"boxes": len(errors.gt)} | errors.counts()
         summary.groups[name] = {
@@ -119,13 +122,14 @@ def summarise(labels: Sequence, scored: ScoredSequence, class_map: ClassMap, pro
 
 
 Masks = dict[str, np.ndarray]
+"""Group -> (N,) bool."""
 
 
 def _groupings(
-    errors: ClassErrors, labels: Sequence, class_map: ClassMap, class_id: int
+    errors: ClassOutcomes, labels: Sequence, class_map: ClassMap, class_id: int
 ) -> tuple[dict[str, Masks], dict[str, Masks]]:
-    """Dimension -> group -> mask, over the labels and over the predictions."""
-    occlusion, truncation = _noted(errors, labels, class_map, class_id)
+    """Dimension -> group -> mask, for the labels and for the predictions."""
+    occlusion, truncation = _attributes(errors, labels, class_map, class_id)
     gt_boxes, pred_boxes = errors.gt.boxes_xyxy.astype(np.float64), errors.pred.boxes_xyxy.astype(np.float64)
     frames, numbers = np.unique(errors.gt.frames, return_counts=True)
     in_frame = dict(zip(frames.tolist(), numbers.tolist(), strict=True))
@@ -145,14 +149,16 @@ def _groupings(
     return gt_groups, pred_groups
 
 
-def _noted(errors: ClassErrors, labels: Sequence, class_map: ClassMap, class_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _attributes(
+    errors: ClassOutcomes, labels: Sequence, class_map: ClassMap, class_id: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(G,) positions in OCCLUSION and in TRUNCATION of each labelled box.
 
-    MOTChallenge files hold no truncation, and a visibility that DanceTrack and older files leave at 1 throughout: a
-    video in which nothing is ever occluded counts as one that does not note it.
+    MOTChallenge files have no truncation, and a visibility that DanceTrack and older files set to 1 throughout: a video
+    without any occlusion counts as unannotated.
     """
-    notes_truncation = labels.dataset in NOTES_BOTH
-    notes_occlusion = notes_truncation or any(frame.occlusion.any() for frame in labels.frames)
+    has_truncation = labels.dataset in HAS_BOTH_ATTRIBUTES
+    has_occlusion = has_truncation or any(frame.occlusion.any() for frame in labels.frames)
     found: dict[tuple[int, bytes], list[tuple[int, int]]] = defaultdict(list)
     for frame in labels.frames:
         for row in np.flatnonzero(class_map.class_ids(frame.categories) == class_id).tolist():
@@ -162,14 +168,14 @@ def _noted(errors: ClassErrors, labels: Sequence, class_map: ClassMap, class_id:
     occlusion = np.full(len(errors.gt), OCCLUSION.index("unknown"))
     truncation = np.full(len(errors.gt), TRUNCATION.index("unknown"))
     for row, (number, box) in enumerate(zip(errors.gt.frames.tolist(), errors.gt.boxes_xyxy, strict=True)):
-        # Identical boxes of one class in one frame take turns.
+        # Identical boxes of one class in one frame are consumed in order.
         same = found.get((number, _key(box)))
         if not same:
             continue
         levels = same.pop(0)
-        if notes_occlusion:
+        if has_occlusion:
             occlusion[row] = levels[0]
-        if notes_truncation:
+        if has_truncation:
             truncation[row] = levels[1]
     return occlusion, truncation
 
@@ -179,16 +185,16 @@ def _key(box_xyxy: np.ndarray) -> bytes:
 
 
 def _binned(values: np.ndarray, bounds: Mapping[str, float], inclusive: bool = True) -> Masks:
-    places = np.searchsorted(list(bounds.values()), values, side="left" if inclusive else "right")
-    return {name: places == index for index, name in enumerate(bounds)}
+    bins = np.searchsorted(list(bounds.values()), values, side="left" if inclusive else "right")
+    return {name: bins == index for index, name in enumerate(bounds)}
 
 
-def _counts(errors: ClassErrors, gt: np.ndarray, pred: np.ndarray | None) -> Group:
+def _counts(errors: ClassOutcomes, gt: np.ndarray, pred: np.ndarray | None) -> Group:
     counts = {"boxes": int(gt.sum())}
-    counts |= {name: int((errors.gt_fates[gt] == index).sum()) for index, name in enumerate(GT_FATES)}
+    counts |= {name: int((errors.gt_outcomes[gt] == index).sum()) for index, name in enumerate(GT_OUTCOMES)}
     counts["fragment"] = int(errors.resumed[gt].sum())
     if pred is not None:
-        counts |= {name: int((errors.pred_fates[pred] == index).sum()) for index, name in enumerate(PRED_FATES)}
+        counts |= {name: int((errors.pred_outcomes[pred] == index).sum()) for index, name in enumerate(PRED_OUTCOMES)}
     return counts
 
 

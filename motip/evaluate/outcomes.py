@@ -1,7 +1,7 @@
-"""Why a score is what it is: the fate of every ground-truth and every predicted box.
+"""Outcome of every ground-truth and every predicted box: tracked, switched, missed, true or false positive, ignored.
 
-The matching is CLEAR's (Bernardin and Stiefelhagen 2008, as TrackEval counts it): in each frame a pair that was matched
-in the previous one goes first, then the largest IoU. Counts therefore equal TP, FN, FP, IDSW and Frag of the scores.
+The matching is CLEAR's (Bernardin and Stiefelhagen 2008, as TrackEval counts it): in each frame pairs matched in the
+previous one come first, then the largest IoU. Counts therefore equal TP, FN, FP, IDSW and Frag of the scores.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from motip.data.sequence import TrackRows
-from motip.evaluate.metrics import prepare
+from motip.evaluate.metrics import prepare_class
 from motip.evaluate.protocols import ScoredSequence
 from motip.evaluate.regions import MATCH_IOU, distance_to_border
 
-GT_FATES = ("tracked", "identity switch", "missed")
-PRED_FATES = ("true positive", "false positive", "ignored")
+GT_OUTCOMES = ("tracked", "identity switch", "missed")
+PRED_OUTCOMES = ("true positive", "false positive", "ignored")
 SIZE_BINS = {"tiny": 16.0**2, "small": 32.0**2, "medium": 96.0**2, "large": np.inf}
 """Upper bounds of a box's area in square pixels: COCO's three bins, the smallest split for aerial images."""
 
-_CONTINUES = 1000.0  # outweighs any IoU, so a pair of the previous frame is kept wherever it still overlaps enough
+_CONTINUES = 1000.0  # outweighs any IoU, so a pair of the previous frame is kept while its IoU reaches the threshold
 
 
 @dataclass(frozen=True)
-class ClassErrors:
-    """Fates of the boxes of one class in one sequence.
+class ClassOutcomes:
+    """Outcomes of the boxes of one class in one sequence.
 
     Attributes:
         gt, pred: the boxes, sorted by frame.
-        gt_fates: (G,) index into GT_FATES.
-        pred_fates: (P,) index into PRED_FATES.
-        matched_ids: (G,) predicted track id on each ground-truth box, -1 where missed.
-        previous_ids: (G,) predicted id the object had when it was last matched, -1 if it never was.
+        gt_outcomes: (G,) index into GT_OUTCOMES.
+        pred_outcomes: (P,) index into PRED_OUTCOMES.
+        matched_ids: (G,) predicted track id of each ground-truth box, -1 where missed.
+        previous_ids: (G,) predicted id of the object's last match, -1 if there is none.
         gaps: (G,) frames since that match, 0 if none.
-        resumed: (G,) bool, matched again after being unmatched: each is one fragment.
+        resumed: (G,) bool, first match after a miss: each is one fragment.
         ious: (G,) IoU with the matched prediction, 0 where missed.
     """
 
     gt: TrackRows
     pred: TrackRows
-    gt_fates: np.ndarray
-    pred_fates: np.ndarray
+    gt_outcomes: np.ndarray
+    pred_outcomes: np.ndarray
     matched_ids: np.ndarray
     previous_ids: np.ndarray
     gaps: np.ndarray
@@ -51,13 +51,13 @@ class ClassErrors:
     ious: np.ndarray
 
     def counts(self) -> dict[str, int]:
-        """Boxes by fate, and fragments; a switch is also a true positive of the predictions."""
-        found = {name: int((self.gt_fates == index).sum()) for index, name in enumerate(GT_FATES)}
-        found |= {name: int((self.pred_fates == index).sum()) for index, name in enumerate(PRED_FATES)}
+        """Boxes by outcome, and fragments; the prediction of a switch is also a true positive."""
+        found = {name: int((self.gt_outcomes == index).sum()) for index, name in enumerate(GT_OUTCOMES)}
+        found |= {name: int((self.pred_outcomes == index).sum()) for index, name in enumerate(PRED_OUTCOMES)}
         return found | {"fragment": int(self.resumed.sum())}
 
     def switches(self) -> list[dict[str, int]]:
-        """Every identity switch: frame (0-based), ground-truth id, id before, id after, frames in between."""
+        """Identity switches: frame (0-based), ground-truth id, predicted id before and after, frames since match."""
         return [
             {
                 "frame": int(self.gt.frames[row]),
@@ -66,12 +66,12 @@ class ClassErrors:
                 "to": int(self.matched_ids[row]),
                 "gap": int(self.gaps[row]),
             }
-            for row in np.flatnonzero(self.gt_fates == GT_FATES.index("identity switch")).tolist()
+            for row in np.flatnonzero(self.gt_outcomes == GT_OUTCOMES.index("identity switch")).tolist()
         ]
 
     def errors_per_frame(self) -> dict[int, int]:
-        """Frame number -> misses + switches + false positives, to find the frames worth looking at."""
-        wrong = np.concatenate([self.gt.frames[self.gt_fates > 0], self.pred.frames[self.pred_fates == 1]])
+        """Frame number -> misses + switches + false positives."""
+        wrong = np.concatenate([self.gt.frames[self.gt_outcomes > 0], self.pred.frames[self.pred_outcomes == 1]])
         frames, numbers = np.unique(wrong, return_counts=True)
         return dict(zip(frames.tolist(), numbers.tolist(), strict=True))
 
@@ -86,48 +86,50 @@ class ClassErrors:
         return density
 
 
-def explain(sequence: ScoredSequence, classes: tuple[str, ...], protocol: str = "plain") -> dict[str, ClassErrors]:
-    """Sort every box of a sequence, per class (arguments and errors as in ``metrics.score``)."""
-    return {name: _explain_class(*prepare(sequence, classes, name, protocol)) for name in classes}
+def box_outcomes(
+    sequence: ScoredSequence, classes: tuple[str, ...], protocol: str = "plain"
+) -> dict[str, ClassOutcomes]:
+    """Outcomes of every box of a sequence, by class (arguments and errors as in ``metrics.score``)."""
+    return {name: _class_outcomes(*prepare_class(sequence, classes, name, protocol)) for name in classes}
 
 
-def _explain_class(gt: TrackRows, pred: TrackRows, data: dict[str, Any]) -> ClassErrors:
-    missed = GT_FATES.index("missed")
-    false_positive, ignored = PRED_FATES.index("false positive"), PRED_FATES.index("ignored")
-    gt_fates = np.full(len(gt), missed)
-    pred_fates = np.full(len(pred), ignored)
+def _class_outcomes(gt: TrackRows, pred: TrackRows, data: dict[str, Any]) -> ClassOutcomes:
+    missed = GT_OUTCOMES.index("missed")
+    false_positive, ignored = PRED_OUTCOMES.index("false positive"), PRED_OUTCOMES.index("ignored")
+    gt_outcomes = np.full(len(gt), missed)
+    pred_outcomes = np.full(len(pred), ignored)
     matched_ids, previous_ids = np.full(len(gt), -1), np.full(len(gt), -1)
     gaps, resumed, ious = np.zeros(len(gt), np.int64), np.zeros(len(gt), bool), np.zeros(len(gt))
-    # Per object, by TrackEval's contiguous number: the last match ever, and the match in the last judged frame.
+    # Per object, by TrackEval's contiguous number: the last match of all, and the match in the last scored frame.
     last_id = np.full(data["num_gt_ids"], -1)
     last_frame = np.full(data["num_gt_ids"], -1)
     current_id = np.full(data["num_gt_ids"], -1)
     for step, frame in enumerate(data["frames"].tolist()):
         rows, columns = data["gt_rows"][step], data["tracker_rows"][step]
-        pred_fates[columns] = false_positive
+        pred_outcomes[columns] = false_positive
         if not len(rows) or not len(columns):
-            continue  # as TrackEval: such a frame leaves the memory of current matches alone
+            continue  # as TrackEval: such a frame does not change the current matches
         objects, similarity = data["gt_ids"][step], data["similarity_scores"][step]
         row_picks, column_picks = _match(similarity, current_id[objects][:, None] == pred.track_ids[columns][None])
-        hit, by, objects = rows[row_picks], columns[column_picks], objects[row_picks]
-        ids = pred.track_ids[by]
-        seen_before = last_id[objects] >= 0
-        switched = seen_before & (last_id[objects] != ids)
-        gt_fates[hit] = np.where(switched, GT_FATES.index("identity switch"), GT_FATES.index("tracked"))
-        pred_fates[by] = PRED_FATES.index("true positive")
-        matched_ids[hit], previous_ids[hit] = ids, last_id[objects]
-        gaps[hit] = np.where(seen_before, frame - last_frame[objects], 0)
-        resumed[hit] = seen_before & (current_id[objects] < 0)
-        ious[hit] = similarity[row_picks, column_picks]
+        matched, predictions, objects = rows[row_picks], columns[column_picks], objects[row_picks]
+        ids = pred.track_ids[predictions]
+        matched_before = last_id[objects] >= 0
+        switched = matched_before & (last_id[objects] != ids)
+        gt_outcomes[matched] = np.where(switched, GT_OUTCOMES.index("identity switch"), GT_OUTCOMES.index("tracked"))
+        pred_outcomes[predictions] = PRED_OUTCOMES.index("true positive")
+        matched_ids[matched], previous_ids[matched] = ids, last_id[objects]
+        gaps[matched] = np.where(matched_before, frame - last_frame[objects], 0)
+        resumed[matched] = matched_before & (current_id[objects] < 0)
+        ious[matched] = similarity[row_picks, column_picks]
         last_id[objects], last_frame[objects] = ids, frame
         current_id[:] = -1
         current_id[objects] = ids
-    return ClassErrors(gt, pred, gt_fates, pred_fates, matched_ids, previous_ids, gaps, resumed, ious)
+    return ClassOutcomes(gt, pred, gt_outcomes, pred_outcomes, matched_ids, previous_ids, gaps, resumed, ious)
 
 
 def _match(similarity: np.ndarray, continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     slack = float(np.finfo(np.float64).eps)
     scores = np.where(similarity < MATCH_IOU - slack, 0.0, similarity + _CONTINUES * continues)
     rows, columns = linear_sum_assignment(scores, maximize=True)
-    real = scores[rows, columns] > slack
-    return rows[real], columns[real]
+    valid = scores[rows, columns] > slack
+    return rows[valid], columns[valid]

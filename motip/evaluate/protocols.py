@@ -1,10 +1,10 @@
-"""The named rules under which scores are taken, and how a labelled sequence is prepared for them.
+"""Evaluation protocols: which boxes count, and the preparation of a labelled sequence for scoring.
 
-A number is only comparable to one of the same protocol, classes and sequences; each rule here has its source.
+Scores are comparable only with the same protocol, classes and sequences. The source of each rule is cited.
 
 ``plain``
-    Any classes. Unmatched predictions with at least half of their area in the union of the regions to ignore (all that
-    no class claims, and what the format itself marks) are removed after matching.
+    Any classes. Unmatched predictions with at least half of their area in the union of the ignore regions (boxes of
+    unmapped categories, and regions marked by the format) are removed after matching.
 ``bdd100k``
     BDD100K MOT: unmatched predictions with more than half of their own area inside one crowd box or one distractor
     (other person, trailer, other vehicle) are removed after matching (bdd100k docs, "Evaluation"; TrackEval BDD100K).
@@ -37,18 +37,18 @@ RegionRule = Literal["unmatched in one", "unmatched in union", "before matching"
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """One set of rules.
+class EvaluationProtocol:
+    """Rules of one evaluation protocol.
 
     Attributes:
-        name: as it appears in tables.
-        class_lists: the class lists it may be used with (order free); empty: any.
-        region_rule: what removes a box that lies in a region to ignore.
+        name: as shown in tables.
+        class_lists: class lists the protocol is defined for (in any order); empty: any.
+        region_rule: condition that removes a box inside an ignore region.
         region_overlap: share of the box's own area that must lie inside (unused for one-to-one matching).
-        strict: True where the share must exceed ``region_overlap``, False where reaching it is enough.
+        strict: whether the share must exceed ``region_overlap`` instead of reaching it.
         split_class_flips: a ground-truth track that changes class becomes another track.
         cut_after_labels: predictions after the last frame with ground truth are cut.
-        score_absent_classes: False positives count in a sequence that has no ground truth of the class.
+        score_absent_classes: false positives count in a sequence without ground truth of the class.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Protocol:
     score_absent_classes: bool = True
 
     def check_classes(self, classes: tuple[str, ...]) -> None:
-        """Raise MotipError where the protocol does not define scores for this class list."""
+        """Raise MotipError if the protocol is not defined for this class list."""
         if not classes or len(set(classes)) != len(classes):
             raise MotipError(
                 "scores need a list of distinct classes", where="classes", found=", ".join(classes) or "none"
@@ -72,16 +72,16 @@ class Protocol:
                 where="classes",
                 found=", ".join(classes),
                 expected=" or ".join("[" + ", ".join(allowed) + "]" for allowed in self.class_lists),
-                fix="use the protocol `plain` for other class lists; its numbers are kept apart",
+                fix="use the protocol `plain` for other class lists; its scores are not comparable with others",
             )
 
 
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("plain"),
-        Protocol("bdd100k", (BDD100K_CLASSES, PLAN_CLASSES), "unmatched in one", strict=True),
-        Protocol(
+        EvaluationProtocol("plain"),
+        EvaluationProtocol("bdd100k", (BDD100K_CLASSES, PLAN_CLASSES), "unmatched in one", strict=True),
+        EvaluationProtocol(
             "visdrone",
             (VISDRONE_CLASSES, PLAN_CLASSES),
             "before matching",
@@ -89,13 +89,17 @@ PROTOCOLS = {
             cut_after_labels=True,
             score_absent_classes=False,
         ),
-        Protocol("motchallenge", (("pedestrian",), ("person",)), "matched one-to-one"),
+        EvaluationProtocol("motchallenge", (("pedestrian",), ("person",)), "matched one-to-one"),
     )
 }
 
 
-def find_protocol(name: str) -> Protocol:
-    """The protocol called `name`; MotipError listing the valid names otherwise."""
+def find_protocol(name: str) -> EvaluationProtocol:
+    """The protocol with this name.
+
+    Raises:
+        MotipError: the name is unknown; the error lists the valid names.
+    """
     if name not in PROTOCOLS:
         raise MotipError(f"there is no protocol {name}", where="protocol", found=name, expected=" | ".join(PROTOCOLS))
     return PROTOCOLS[name]
@@ -103,17 +107,17 @@ def find_protocol(name: str) -> Protocol:
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """Ground truth and predictions of one sequence, ready to be compared.
+    """Ground truth and predictions of one sequence, prepared for a protocol.
 
     Attributes:
         name: unique among the sequences scored together.
-        gt, pred: boxes with ids unique per frame; class ids index the class list that is scored.
-        frames: (F,) 0-based numbers of the frames that were labelled; None: those that hold a box. Predictions
-            elsewhere are an error, unless the protocol cuts them.
-        ignore_frames: (K,) frame number of each region to ignore.
-        ignore_xyxy: (K, 4) the regions.
-        ignore_removes: (K,) bool, False for a box that may attract a prediction in one-to-one matching but does not
-            excuse it; None: all excuse.
+        gt, pred: boxes in pixels with ids unique per frame; class ids index the scored class list.
+        frames: (F,) 0-based numbers of the labelled frames; None: those with a box. Predictions in other frames are an
+            error, unless the protocol cuts them.
+        ignore_frames: (K,) frame number of each ignore region.
+        ignore_xyxy: (K, 4) ignore regions in pixels.
+        ignore_removes: (K,) bool, False for a box that takes part in one-to-one matching without removing its match;
+            None: all remove.
     """
 
     name: str
@@ -128,16 +132,17 @@ class ScoredSequence:
 def scored_sequence(
     sequence: Sequence, class_map: ClassMap, pred: TrackRows, protocol: str = "plain"
 ) -> ScoredSequence:
-    """Prepare a labelled sequence for `protocol`: which boxes are ground truth, which are regions to ignore.
+    """Split the boxes of a labelled sequence into ground truth and ignore regions, by `protocol`.
 
     Args:
-        pred: the tracker's rows; class ids index ``class_map.names``.
+        pred: rows of the tracker; class ids index ``class_map.names``.
 
     Raises:
         MotipError: the protocol is unknown or not defined for the class list.
     """
     rules = find_protocol(protocol)
     rules.check_classes(class_map.names)
+    # boxes and regions of each frame
     frames, ids, boxes, classes, region_frames, regions, removes = [], [], [], [], [], [], []
     for frame in sequence.frames:
         claimed = class_map.class_ids(frame.categories)
@@ -149,7 +154,8 @@ def scored_sequence(
         classes.append(claimed[keep])
         region_frames.append(np.full(int(region.sum()), frame.number, np.int64))
         regions.append(frame.boxes_xyxy[region])
-        removes.append(_excusing(frame, rules)[region])
+        removes.append(_removing(frame, rules)[region])
+    # ground truth
     gt = _rows(frames, ids, boxes, classes)
     if rules.split_class_flips:
         gt = split_class_flips(gt)
@@ -165,26 +171,26 @@ def scored_sequence(
 
 
 def split_class_flips(rows: TrackRows) -> TrackRows:
-    """Give a track a new id from each frame on where its class changes; the first stretch keeps its id."""
+    """Assign a track a new id at each change of its class; the first segment keeps its id."""
     order = np.lexsort((rows.frames, rows.track_ids))
     ids, classes = rows.track_ids[order], rows.class_ids[order]
     same_track = np.concatenate([[False], ids[1:] == ids[:-1]])
     flips = same_track & np.concatenate([[False], classes[1:] != classes[:-1]])
     if not flips.any():
         return rows
-    # `stretch` numbers the class changes seen so far; it is 0 within a track up to its first change.
+    # `segment` counts the class changes of a track so far.
     changes = np.cumsum(flips)
     track_starts = np.maximum.accumulate(np.where(~same_track, np.arange(len(ids)), 0))
-    stretch = changes - changes[track_starts]
-    new_ids = np.where(stretch > 0, ids.max() + changes, ids)
+    segment = changes - changes[track_starts]
+    new_ids = np.where(segment > 0, ids.max() + changes, ids)
     split = np.empty_like(rows.track_ids)
     split[order] = new_ids
     return TrackRows(rows.frames, split, rows.boxes_xyxy, rows.scores, rows.class_ids)
 
 
-def _region_mask(frame: Frame, claimed: np.ndarray, rules: Protocol) -> np.ndarray:
-    """(N,) bool: boxes of a frame that are regions to ignore under the protocol."""
-    # VisDrone's categories 0 and 11 and BDD100K's crowds are what their readers mark as ignored.
+def _region_mask(frame: Frame, claimed: np.ndarray, rules: EvaluationProtocol) -> np.ndarray:
+    """(N,) bool: boxes of a frame that are ignore regions of the protocol."""
+    # The readers mark VisDrone's categories 0 and 11 and BDD100K's crowds as ignored.
     region = frame.ignore | (frame.track_ids == UNTRACKED)
     if rules.name in ("plain", "motchallenge"):
         return region | (claimed < 0)
@@ -193,8 +199,8 @@ def _region_mask(frame: Frame, claimed: np.ndarray, rules: Protocol) -> np.ndarr
     return region
 
 
-def _excusing(frame: Frame, rules: Protocol) -> np.ndarray:
-    """(N,) bool: boxes that excuse the predictions on them, if they are regions to ignore."""
+def _removing(frame: Frame, rules: EvaluationProtocol) -> np.ndarray:
+    """(N,) bool: boxes that, as ignore regions, remove the predictions matched to them."""
     if rules.name == "motchallenge":
         return _is_any_of(frame, MOTCHALLENGE_DISTRACTORS)
     return np.ones(len(frame.categories), bool)

@@ -1,4 +1,4 @@
-"""Overlaps between boxes, and how much of a box lies inside regions that are not to be judged (numpy, float64)."""
+"""Box overlaps: IoU, one-to-one matching, share of a box inside ignore regions (numpy, float64)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 MATCH_IOU = 0.5
-"""IoU from which a prediction counts as a match when ignore regions are applied (TrackEval, BDD100K, MOTChallenge)."""
+"""Smallest IoU of a match between prediction and ground truth (TrackEval, BDD100K, MOTChallenge)."""
 
 _EPS = float(np.finfo(np.float64).eps)
 
 
 def areas(boxes_xyxy: np.ndarray) -> np.ndarray:
-    """(N,) areas of (N, 4) boxes, 0 for inverted ones."""
+    """(N,) areas of (N, 4) xyxy boxes, 0 for inverted ones."""
     sides = np.maximum(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], 0.0)
     return sides[:, 0] * sides[:, 1]
 
@@ -32,7 +32,7 @@ def intersections(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
 
 
 def box_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
-    """(N, M) IoU; a box without area has IoU 0 with everything."""
+    """(N, M) IoU of (N, 4) and (M, 4) xyxy boxes; 0 for a box without area."""
     shared = intersections(boxes_a, boxes_b)
     area_a, area_b = areas(boxes_a), areas(boxes_b)
     union = area_a[:, None] + area_b[None, :] - shared
@@ -41,7 +41,7 @@ def box_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
 
 
 def share_in_one(boxes_xyxy: np.ndarray, regions_xyxy: np.ndarray) -> np.ndarray:
-    """(N,) largest share of each box's own area inside any single region."""
+    """(N,) largest share of each box's own area inside a single region."""
     if not len(boxes_xyxy) or not len(regions_xyxy):
         return np.zeros(len(boxes_xyxy))
     area = areas(boxes_xyxy)
@@ -53,7 +53,7 @@ def share_in_union(boxes_xyxy: np.ndarray, regions_xyxy: np.ndarray) -> np.ndarr
     """(N,) share of each box's own area inside the union of the regions: an overlap of two regions counts once."""
     if not len(boxes_xyxy) or not len(regions_xyxy):
         return np.zeros(len(boxes_xyxy))
-    # The regions' edges cut the plane into cells that are wholly inside or outside the union.
+    # The regions' edges cut the plane into cells that are entirely inside or outside the union.
     x_edges = np.unique(regions_xyxy[:, [0, 2]])
     y_edges = np.unique(regions_xyxy[:, [1, 3]])
     x_inside = (regions_xyxy[:, None, 0] <= x_edges[:-1]) & (x_edges[1:] <= regions_xyxy[:, None, 2])
@@ -72,8 +72,8 @@ def match(similarity: np.ndarray, threshold: float = MATCH_IOU) -> tuple[np.ndar
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     scores = np.where(similarity < threshold - _EPS, 0.0, similarity)
     rows, columns = linear_sum_assignment(scores, maximize=True)
-    real = scores[rows, columns] > _EPS
-    return rows[real], columns[real]
+    valid = scores[rows, columns] > _EPS
+    return rows[valid], columns[valid]
 
 
 def _interval_overlaps(spans: np.ndarray, edges: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The scores of one evaluation, always together with what makes them comparable."""
+"""Scores of one evaluation, with the protocol, classes, split and sequences they belong to."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from motip.storage.atomic import digest
 Values = dict[str, float | int | None]
 """Metric name -> percentage (None where there is no ground truth) or count."""
 
-PERCENTAGES = (
-    "HOTA", "DetA", "AssA", "DetRe", "DetPr", "AssRe", "AssPr", "LocA", "MOTA", "MOTP", "IDF1", "IDR", "IDP",
-)  # fmt: skip
+_HOTA_METRICS = ("HOTA", "DetA", "AssA", "DetRe", "DetPr", "AssRe", "AssPr", "LocA")
+PERCENTAGES = (*_HOTA_METRICS, "MOTA", "MOTP", "IDF1", "IDR", "IDP")
 COUNTS = ("IDSW", "FP", "FN", "TP", "Frag", "MT", "ML", "GT")
 TABLE_METRICS = ("HOTA", "DetA", "AssA", "DetRe", "DetPr", "LocA", "MOTA", "IDF1", "IDSW", "FP", "FN")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Everything one evaluation found; shares in percent.
+    """All scores of one evaluation of one source; shares are in percent.
 
     Attributes:
-        protocol, classes, split, sequences: what the numbers are about.
+        protocol, classes, split, sequences: conditions of the evaluation.
         class_averaged: mean over the classes with ground truth (counts are summed over them); the headline.
-        detection_averaged: over all boxes of all classes, each compared within its class.
-        class_agnostic: all classes taken as one.
-        per_class: class -> over all sequences.
+        detection_averaged: over all boxes of all classes, each matched within its class.
+        class_agnostic: all classes as one.
+        per_class: class -> values over all sequences.
         per_sequence: sequence -> class -> values.
-        classes_without_gt: classes left out of the mean.
-        removed: boxes the protocol took out, by reason.
-        notes: whatever else must stand beside the numbers (e.g. long-term memory on).
-        counts: sequence -> what any set of sequences can be scored from (``SequenceCounts.to_json``); empty in scores
-            that were stored before it was kept.
+        classes_without_gt: classes excluded from the mean.
+        removed: boxes removed by the protocol, by reason.
+        notes: remarks that must be shown with the scores (e.g. long-term memory on).
+        counts: sequence -> counts from which any set of sequences can be scored (``SequenceCounts.to_json``); empty in
+            files of versions that did not store them.
     """
 
     protocol: str
@@ -59,7 +58,7 @@ class Scores:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What two evaluations must share for their numbers to stand in one table."""
+        """Conditions that must be equal for two evaluations to be comparable."""
         return {
             "protocol": self.protocol,
             "classes": ",".join(self.classes),
@@ -69,13 +68,17 @@ class Scores:
 
     @property
     def hota(self) -> float:
-        """Class-averaged HOTA, the number by which a stage's best checkpoint is chosen."""
+        """Class-averaged HOTA of this source, in percent.
+
+        The best checkpoint of a stage is chosen by its ``best`` metric, by default the mean of this value over the
+        validation sources.
+        """
         value = self.class_averaged["HOTA"]
-        assert value is not None  # `combine` refuses to score without ground truth
+        assert value is not None  # `combine` raises without ground truth
         return float(value)
 
     def to_dict(self) -> dict[str, float]:
-        """Flat metrics under names MLflow accepts.
+        """Flat metrics under valid MLflow names.
 
         ``HOTA`` is class-averaged, ``HOTA/car`` one class, ``det_avg/HOTA`` and ``agnostic/HOTA`` the other two means.
         """
@@ -86,9 +89,9 @@ class Scores:
         return flat | _flat(self.class_agnostic, "agnostic/{metric}")
 
     def table(self, per_sequence: bool = False) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of text: one row per class, then the three means.
+        """Header and rows of the text table: one row per class, then the three means.
 
-        The number of classes in the mean, and the classes left out of it, stand in the row's name.
+        The row name of the mean gives the number of classes and the excluded ones.
         """
         averaged = len(self.classes) - len(self.classes_without_gt)
         rows: list[tuple[str, Values]] = []
@@ -96,9 +99,9 @@ class Scores:
             for sequence, cells in self.per_sequence.items():
                 rows += [(f"{sequence} / {name}", values) for name, values in cells.items()]
         rows += list(self.per_class.items())
-        left_out = f", without {', '.join(self.classes_without_gt)}" if self.classes_without_gt else ""
+        excluded = f", without {', '.join(self.classes_without_gt)}" if self.classes_without_gt else ""
         plural = "class" if averaged == 1 else "classes"
-        rows.append((f"mean of {averaged} {plural}{left_out}", self.class_averaged))
+        rows.append((f"mean of {averaged} {plural}{excluded}", self.class_averaged))
         rows.append(("all boxes", self.detection_averaged))
         rows.append(("class-agnostic", self.class_agnostic))
         return ["", *TABLE_METRICS], [
@@ -106,7 +109,7 @@ class Scores:
         ]
 
     def caption(self) -> str:
-        """One line that must stand with the table."""
+        """Line with the conditions of the evaluation, to be shown with the table."""
         note = "".join(f"; {note}" for note in self.notes)
         return (
             f"protocol {self.protocol}, split {self.split}, classes {', '.join(self.classes)}, "
@@ -114,12 +117,16 @@ class Scores:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
+        """JSON-serialisable values."""
         return asdict(self) | {"sequence_digest": self.sequence_digest}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Scores:
-        """Inverse of ``to_json``."""
+        """Inverse of ``to_json``.
+
+        Raises:
+            MotipError: the digest does not match the sequence list.
+        """
         values = {key: value for key, value in stored.items() if key != "sequence_digest"}
         for key in ("classes", "sequences", "classes_without_gt", "notes"):
             values[key] = tuple(values[key])
@@ -141,7 +148,7 @@ def check_comparable(evaluations: Iterable[Scores]) -> None:
         for what, value in evaluations[0].identity.items():
             if other.identity[what] != value:
                 raise MotipError(
-                    f"scores of different {what} do not belong in one table",
+                    f"scores of different {what} cannot be compared",
                     found=other.identity[what],
                     expected=value,
                     fix="evaluate both with the same protocol, classes, split and sequences",

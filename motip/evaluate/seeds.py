@@ -1,9 +1,8 @@
-"""How far a result over several training seeds can be trusted: a bootstrap over seeds and sequences together.
+"""Two-stage bootstrap over training seeds and sequences.
 
-Sequences and seeds are drawn with replacement (Efron and Tibshirani 1993, chapter 8: a sample of two stages), the same
-draw for everything that is compared. With S seeds the spread among them is widened by sqrt(S / (S - 1)), since so few
-values drawn from themselves vary too little. One seed says nothing of other seeds: the interval is then of sequences
-alone.
+Sequences and seeds are resampled with replacement (Efron and Tibshirani 1993, chapter 8: two-stage samples), with the
+same resample for all that is compared. With S seeds their deviation from the mean is scaled by sqrt(S / (S - 1)),
+the small-sample correction of a bootstrap over so few values. With one seed the interval covers sequences only.
 """
 
 from __future__ import annotations
@@ -15,52 +14,53 @@ from dataclasses import dataclass
 import numpy as np
 
 from motip.errors import MotipError
-from motip.evaluate.bootstrap import MEAN, combine_draws, draw_weights
-from motip.evaluate.comparison import COVERAGE, DRAWS, sequence_counts
+from motip.evaluate.bootstrap import MEAN, combine_resamples, resample_weights
+from motip.evaluate.comparison import COVERAGE, RESAMPLES, sequence_counts
 from motip.evaluate.scores import Scores, check_comparable
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with the interval that holds the middle 95 % of the draws; ``each`` has a value per seed."""
+    """A mean over seeds, the interval with the middle 95 % of the resamples, and the value of each seed."""
 
     mean: float
     low: float
     high: float
-    each: tuple[float, ...]
+    per_seed: tuple[float, ...]
 
     def text(self, sign: bool = False) -> str:
+        """``mean [low, high]`` with one decimal; ``sign`` adds a plus to a positive mean."""
         return f"{self.mean:{'+' if sign else ''}.1f} [{self.low:.1f}, {self.high:.1f}]"
 
 
-def estimate(scores: Sequence[Scores], metric: str = "HOTA", draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """The class-averaged metric over seeds.
+def estimate(scores: Sequence[Scores], metric: str = "HOTA", resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    """Mean of a class-averaged metric over seeds, with interval.
 
     Args:
-        scores: one of each seed, of the same sequences.
+        scores: one per seed, of the same sequences.
 
     Raises:
-        MotipError: sequences, protocols or classes differ, or scores came without counts.
+        MotipError: sequences, protocols or classes differ, or scores have no counts.
     """
-    table = _drawn(scores, metric, draws, seed)
+    table = _resampled(scores, metric, resamples, seed)
     return _estimate(table, tuple(_value(each, metric) for each in scores), seed)
 
 
 def difference(
-    a: Sequence[Scores], b: Sequence[Scores], metric: str = "HOTA", draws: int = DRAWS, seed: int = 0
+    a: Sequence[Scores], b: Sequence[Scores], metric: str = "HOTA", resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """B minus A over seeds, paired by seed and sequence. Where A is one model (the base weights), it is every seed's.
+    """B minus A over seeds, paired by seed and sequence. A single A (the base weights) is used for every seed.
 
     Raises:
-        MotipError: as ``estimate``; or A and B are not of the same seeds.
+        MotipError: as ``estimate``, or A and B differ in the number of seeds.
     """
     a = [*a] * len(b) if len(a) == 1 else [*a]
     if len(a) != len(b):
         raise MotipError("a difference over seeds needs the same seeds on both sides", found=f"{len(a)} and {len(b)}")
     check_comparable([*a, *b])
-    table = _drawn(b, metric, draws, seed) - _drawn(a, metric, draws, seed)
-    each = tuple(_value(second, metric) - _value(first, metric) for first, second in zip(a, b, strict=True))
-    return _estimate(table, each, seed)
+    table = _resampled(b, metric, resamples, seed) - _resampled(a, metric, resamples, seed)
+    per_seed = tuple(_value(second, metric) - _value(first, metric) for first, second in zip(a, b, strict=True))
+    return _estimate(table, per_seed, seed)
 
 
 def _value(scores: Scores, metric: str) -> float:
@@ -70,25 +70,25 @@ def _value(scores: Scores, metric: str) -> float:
     return float(value)
 
 
-def _drawn(scores: Sequence[Scores], metric: str, draws: int, seed: int) -> np.ndarray:
-    """(S, B): the metric of each seed's model on each of the drawn sets of sequences."""
+def _resampled(scores: Sequence[Scores], metric: str, resamples: int, seed: int) -> np.ndarray:
+    """(S, B): the metric of each seed's model on each of the B resamples."""
     check_comparable(list(scores))
     order = scores[0].sequences
-    weights = draw_weights(len(order), draws, seed)
+    weights = resample_weights(len(order), resamples, seed)
     rows = []
     for each in scores:
         averaged = [name for name in each.classes if name not in each.classes_without_gt]
-        rows.append(combine_draws(sequence_counts(each, order), each.classes, weights, averaged)[MEAN][metric])
+        rows.append(combine_resamples(sequence_counts(each, order), each.classes, weights, averaged)[MEAN][metric])
     return np.stack(rows)
 
 
-def _estimate(table: np.ndarray, each: tuple[float, ...], seed: int) -> Estimate:
-    seeds, draws = table.shape
+def _estimate(table: np.ndarray, per_seed: tuple[float, ...], seed: int) -> Estimate:
+    seeds, resamples = table.shape
     centre = table.mean(0)
     if seeds > 1:
-        picks = np.random.default_rng([seed, 1]).integers(0, seeds, (seeds, draws))
-        spread = np.take_along_axis(table, picks, 0).mean(0) - centre
-        centre = centre + math.sqrt(seeds / (seeds - 1)) * spread
+        picks = np.random.default_rng([seed, 1]).integers(0, seeds, (seeds, resamples))
+        deviation = np.take_along_axis(table, picks, 0).mean(0) - centre
+        centre = centre + math.sqrt(seeds / (seeds - 1)) * deviation
     edge = (100.0 - COVERAGE) / 2
     low, high = np.nanpercentile(centre, [edge, 100.0 - edge])
-    return Estimate(float(np.mean(each)), float(low), float(high), each)
+    return Estimate(float(np.mean(per_seed)), float(low), float(high), per_seed)

@@ -1,7 +1,7 @@
-"""Which DET_THRESH tracks best: a sweep on the validation videos, tracked once per threshold.
+"""Threshold search: score DET_THRESH candidates on the validation videos.
 
-The threshold decides which detections the tracker sees, and so every track after them; scores of one run cannot be cut
-at another threshold afterwards. The detector, which takes nearly all the time, still sees each frame only once.
+DET_THRESH selects the detections passed to the tracker and so changes all later tracks; scores of another threshold
+cannot be derived from stored tracks. The detector, which takes nearly all the time, runs once per frame.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from motip.data.sequence import ClassMap
 from motip.data.shards import read_labels
 from motip.errors import MotipError
 from motip.evaluate.calibration import BINS, DetectionCollector, Histogram, confidence_histograms
-from motip.evaluate.evaluation import Work, labelled, spread
+from motip.evaluate.evaluation import EvalJob, has_labels, map_videos
 from motip.evaluate.metrics import SequenceCounts, combine, score_sequence
 from motip.evaluate.protocols import scored_sequence
 from motip.evaluate.scores import Scores
@@ -28,24 +28,24 @@ from motip.storage.paths import Location, read_json, write_json
 from motip.track.api import track_variants
 from motip.track.settings import TrackerSettings
 
-FORMAT = 1
-"""Part of every kept video's identity; raised when what is kept of it comes to mean something else."""
+FORMAT_VERSION = 1
+"""Part of the digest of stored results; raised when their meaning changes."""
 
 GRID = tuple(round(0.05 * step, 2) for step in range(2, 19))
-"""DET_THRESH that are tried: 0.1 to 0.9."""
+"""Default candidates of DET_THRESH: 0.1 to 0.9."""
 
 FLOOR = 0.05
-"""Detections less confident than this (or than the lowest threshold) are not in the histogram."""
+"""Lowest confidence in the histogram, unless a candidate is lower."""
 
 
-def candidates(settings: TrackerSettings, thresholds: Sequence[float] | None = None) -> list[TrackerSettings]:
-    """Settings to try, by rising DET_THRESH, the configured one among them.
+def candidate_settings(settings: TrackerSettings, thresholds: Sequence[float] | None = None) -> list[TrackerSettings]:
+    """Candidate settings in ascending order of DET_THRESH, including the configured one.
 
-    NEWBORN_THRESH keeps its configured distance above DET_THRESH; thresholds that would lift it to 1 or more, where no
-    track could start, are left out of the default grid.
+    NEWBORN_THRESH keeps its configured distance to DET_THRESH. Thresholds of the default grid that would raise it to 1
+    or more, where no track could start, are dropped.
 
     Raises:
-        MotipError: a threshold is outside 0..1, or no track could start with it.
+        MotipError: a given threshold, or the NEWBORN_THRESH that follows from it, is outside 0..1.
     """
     distance = settings.newborn_thresh - settings.det_thresh
     if thresholds is not None:
@@ -68,10 +68,13 @@ def candidates(settings: TrackerSettings, thresholds: Sequence[float] | None = N
 
 
 @dataclass(frozen=True)
-class SweepSubject:
-    """What is swept: a model in eval mode on the CPU, its file's sha256, the settings to try, how tracks are scored.
+class ThresholdSearchInput:
+    """Model and candidate settings of a threshold search.
 
     Attributes:
+        model: in eval mode on the CPU.
+        sha256: hex digest of its weights file.
+        variants: candidate settings, see ``candidate_settings``.
         class_maps, protocols: by source; the class names are the model's.
     """
 
@@ -86,38 +89,42 @@ class SweepSubject:
         """Lowest confidence in the histogram."""
         return min(FLOOR, *(each.det_thresh for each in self.variants))
 
-    def inputs(self, video: VideoEntry) -> str:
-        """Hex digest of all that the result of a video follows from."""
+    def result_digest(self, video: VideoEntry) -> str:
+        """Hex digest of everything the result of a video depends on."""
         class_map = self.class_maps[video.source]
         return digest(
             [
-                *(FORMAT, self.sha256, [asdict(each) for each in self.variants], video.shard_sha256),
-                *(list(class_map.names), {name: list(raws) for name, raws in class_map.mapping.items()}),
+                FORMAT_VERSION,
+                self.sha256,
+                [asdict(each) for each in self.variants],
+                video.shard_sha256,
+                list(class_map.names),
+                {name: list(raws) for name, raws in class_map.mapping.items()},
                 self.protocols[video.source],
             ]
         )
 
 
-class SweepTracker:
-    """Tracks and scores one video after the other under every setting; an actor on the cluster, or an object here."""
+class VariantTracker:
+    """Worker that tracks and scores one video per call under every candidate, in this process or as a Ray actor."""
 
-    def __init__(self, subject: SweepSubject, storage: str, device: str, threads: int | None = None) -> None:
+    def __init__(self, search: ThresholdSearchInput, storage: str, device: str, threads: int | None = None) -> None:
         import torch
 
         if threads is not None:
             torch.set_num_threads(threads)
-        self._subject = subject
-        self._model = subject.model.to(torch.device(device))
+        self._search = search
+        self._model = search.model.to(torch.device(device))
         self._storage = storage
 
     def track(self, video: VideoEntry) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Counts per setting and the histogram, as JSON; and what must be said beside them."""
-        subject = self._subject
-        collector = DetectionCollector(subject.floor, subject.variants[0].area_thresh)
+        """JSON-serialisable counts per candidate and histograms, and notes and seconds."""
+        search = self._search
+        collector = DetectionCollector(search.floor, search.variants[0].area_thresh)
         frames = read_video_frames(video, self._storage)
-        results = track_variants(self._model, frames, subject.variants, on_detections=collector.add)
+        results = track_variants(self._model, frames, search.variants, on_detections=collector.add)
         labels = read_labels(entry_path(self._storage, video))
-        class_map, protocol = subject.class_maps[video.source], subject.protocols[video.source]
+        class_map, protocol = search.class_maps[video.source], search.protocols[video.source]
         counts = [
             score_sequence(
                 scored_sequence(labels, class_map, result.rows, protocol), class_map.names, protocol
@@ -138,8 +145,8 @@ class SweepTracker:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One setting and its scores by source."""
+class ScoredSettings:
+    """A candidate and its scores by source."""
 
     settings: TrackerSettings
     scores: dict[str, Scores]
@@ -155,20 +162,20 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Outcome of a sweep.
+class ThresholdSearchResult:
+    """Result of a threshold search.
 
     Attributes:
-        candidates: by rising DET_THRESH.
-        configured: position of the setting that the checkpoint came with.
+        candidates: in ascending order of DET_THRESH.
+        configured: index of the checkpoint's own settings.
         confidences: source -> class -> histogram of all detections.
-        floor: confidence below which nothing was counted.
+        floor: lowest confidence in the histograms.
         skipped: sources without a label of the averaged classes.
-        videos, reused: how many, and how many of them were there from an interrupted or equal sweep.
-        notes: what must stand beside the numbers.
+        videos, reused: number of videos, and of those whose results were stored by an earlier search.
+        notes: remarks that must be shown with the scores.
     """
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[ScoredSettings, ...]
     configured: int
     confidences: dict[str, dict[str, Histogram]]
     floor: float
@@ -179,18 +186,18 @@ class Sweep:
 
     @property
     def best(self) -> int:
-        """Position of the setting with the highest HOTA; of equals the one nearest to the configured."""
+        """Index of the candidate with the highest HOTA; ties go to the one nearest to the configured."""
         order = range(len(self.candidates))
-        return max(order, key=lambda place: (self.candidates[place].hota, -abs(place - self.configured)))
+        return max(order, key=lambda index: (self.candidates[index].hota, -abs(index - self.configured)))
 
     @property
-    def several(self) -> bool:
-        """Whether the table is over more than one source."""
+    def has_several_sources(self) -> bool:
+        """Whether the scores are means over more than one source."""
         return len(self.confidences) > 1
 
     @property
-    def at_the_edge(self) -> bool:
-        """Whether the best lies at an end of what was tried, so that a better one may lie beyond."""
+    def best_at_edge(self) -> bool:
+        """Whether the best candidate is the lowest or highest, so that a better threshold may lie outside the range."""
         return len(self.candidates) > 1 and self.best in (0, len(self.candidates) - 1)
 
     def pooled(self) -> Histogram:
@@ -199,40 +206,40 @@ class Sweep:
         return {side: np.sum([each[side] for each in every], axis=0) for side in ("true", "false")}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of text, one row per setting."""
+        """Header and rows of the text table, one row per candidate."""
         metrics = ("HOTA", "DetA", "AssA", "DetRe", "DetPr", "IDF1")
-        several = list(self.confidences) if self.several else []
+        sources = list(self.confidences) if self.has_several_sources else []
         rows = []
-        for place, each in enumerate(self.candidates):
-            remarks = [text for text, at in (("best", self.best), ("configured", self.configured)) if at == place]
+        for index, each in enumerate(self.candidates):
+            remarks = [text for text, at in (("best", self.best), ("configured", self.configured)) if at == index]
             rows.append(
                 [
                     f"{each.settings.det_thresh:g}",
                     f"{each.settings.newborn_thresh:g}",
                     *(f"{each.metric(name):.1f}" for name in metrics),
-                    *(f"{each.scores[source].hota:.1f}" for source in several),
+                    *(f"{each.scores[source].hota:.1f}" for source in sources),
                     ", ".join(remarks),
                 ]
             )
-        return ["DET_THRESH", "NEWBORN", *metrics, *(f"HOTA {source}" for source in several), ""], rows
+        return ["DET_THRESH", "NEWBORN", *metrics, *(f"HOTA {source}" for source in sources), ""], rows
 
     def bars(self, width: int = 50) -> list[str]:
-        """The pooled histogram as lines of text, true positives as ``#``, false ones as ``-``."""
+        """The pooled histogram as lines of text, true positives as ``#``, false positives as ``-``."""
         pooled = self.pooled()
         longest = max(int((pooled["true"] + pooled["false"]).max()), 1)
         best = self.candidates[self.best].settings.det_thresh
         lines = []
         for index in range(int(self.floor * BINS + 1e-9), BINS):
             true, false = int(pooled["true"][index]), int(pooled["false"][index])
-            right = round(width * true / longest)
-            bar = "#" * right + "-" * (round(width * (true + false) / longest) - right)
+            filled = round(width * true / longest)
+            bar = "#" * filled + "-" * (round(width * (true + false) / longest) - filled)
             mark = "  <- best DET_THRESH" if int(best * BINS + 1e-9) == index else ""
             low = index / BINS
             lines.append(f"{low:.2f}-{low + 1 / BINS:.2f}  {bar.ljust(width)}  {true:7d} {false:7d}{mark}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; the scores of the best and of the configured setting in full."""
+        """JSON-serialisable values, with the full settings of the best and the configured candidate."""
         return {
             "best": asdict(self.candidates[self.best].settings),
             "configured": asdict(self.candidates[self.configured].settings),
@@ -257,80 +264,86 @@ class Sweep:
         }
 
 
-def check_sweep_split(split: str) -> None:
-    """Raise MotipError unless thresholds may be chosen on this split."""
+def check_search_split(split: str) -> None:
+    """Raise MotipError unless the split is val."""
     if split != "val":
         raise MotipError(
-            f"thresholds are not chosen on the {split} split",
+            f"thresholds cannot be chosen on the {split} split",
             where="--sweep-thresholds, --split",
             found=split,
             expected="val",
-            fix="sweep on val, then score once on test with the chosen threshold: a threshold chosen on the videos "
-            "that are reported makes the report look better than the tracker is",
+            fix="search on val, then score once on test with the chosen threshold: a threshold chosen on the reported "
+            "videos biases their scores upwards",
         )
 
 
-def sweep(subject: SweepSubject, configured: TrackerSettings, work: Work) -> Sweep:
-    """Track the videos under every setting and score each; a video's counts are kept as it is finished.
+def search_thresholds(search: ThresholdSearchInput, configured: TrackerSettings, job: EvalJob) -> ThresholdSearchResult:
+    """Track and score the videos under every candidate.
+
+    Counts are written to ``<folder>/thresholds/<source>/<split>/<video>.json`` as each video finishes; a later search
+    reads them back.
 
     Args:
-        configured: the one of ``subject.variants`` that was in use so far.
-        work: ``<folder>/thresholds/<source>/<split>/<video>.json`` keeps what is finished.
+        configured: the checkpoint's own settings, one of ``search.variants``.
+        job: videos, output folder and resources.
 
     Raises:
-        MotipError: not the val split, no labels of the averaged classes, or as ``evaluate``.
+        MotipError: the split is not val, no source has labels of the averaged classes, or as ``evaluate``.
     """
-    check_sweep_split(work.split)
-    videos, averaged = work.videos, work.averaged
+    check_search_split(job.split)
+    # videos with labels
+    videos, averaged = job.videos, job.averaged
     sources = sorted({video.source for video in videos})
     own = {source: [video for video in videos if video.source == source] for source in sources}
-    skipped = tuple(source for source in sources if not labelled(own[source], subject.class_maps[source], averaged))
-    wanted = [video for source in sources if source not in skipped for video in own[source]]
-    if not wanted:
+    skipped = tuple(source for source in sources if not has_labels(own[source], search.class_maps[source], averaged))
+    scored = [video for source in sources if source not in skipped for video in own[source]]
+    if not scored:
         raise MotipError(
-            "no source has labels to choose a threshold by",
+            "no source has labels to score thresholds with",
             found=", ".join(skipped) or "no videos",
             fix="check the class map, or name sources with labels",
         )
-    place = {
-        video.identity: work.folder / f"thresholds/{video.source}/{work.split}/{video.video}.json" for video in wanted
+    # track, score and store the missing ones
+    paths = {
+        video.identity: job.folder / f"thresholds/{video.source}/{job.split}/{video.video}.json" for video in scored
     }
-    waiting = [video for video in wanted if not _kept(place[video.identity], subject.inputs(video))]
-    reused = len(wanted) - len(waiting)
-    finished = spread(SweepTracker, subject, waiting, work.storage, work.device, work.cluster, work.workers)
-    for done, (video, found, facts) in enumerate(finished, start=reused + 1):
-        write_json(place[video.identity], {"inputs": subject.inputs(video), **found, **facts})
-        if work.on_video is not None:
-            work.on_video(video, done, len(wanted))
-    kept = {video.identity: read_json(place[video.identity]) for video in wanted}
-    notes = tuple(dict.fromkeys(note for each in kept.values() for note in each["notes"]))
+    missing = [video for video in scored if not _is_stored(paths[video.identity], search.result_digest(video))]
+    reused = len(scored) - len(missing)
+    results = map_videos(VariantTracker, search, missing, job.storage, job.device, job.cluster, job.workers)
+    for done, (video, found, facts) in enumerate(results, start=reused + 1):
+        write_json(paths[video.identity], {"inputs": search.result_digest(video), **found, **facts})
+        if job.on_video is not None:
+            job.on_video(video, done, len(scored))
+    # combine by source
+    stored = {video.identity: read_json(paths[video.identity]) for video in scored}
+    notes = tuple(dict.fromkeys(note for each in stored.values() for note in each["notes"]))
     found_by_source = {
-        source: [kept[video.identity] for video in sorted(own[source], key=lambda video: video.identity)]
+        source: [stored[video.identity] for video in sorted(own[source], key=lambda video: video.identity)]
         for source in sources
         if source not in skipped
     }
 
     def scores_of(number: int, source: str) -> Scores:
         counts = [SequenceCounts.from_json(each["name"], each["counts"][number]) for each in found_by_source[source]]
-        names, protocol = subject.class_maps[source].names, subject.protocols[source]
-        return replace(combine(counts, names, protocol, work.split, averaged), notes=notes)
+        names, protocol = search.class_maps[source].names, search.protocols[source]
+        return replace(combine(counts, names, protocol, job.split, averaged), notes=notes)
 
-    return Sweep(
+    return ThresholdSearchResult(
         candidates=tuple(
-            Candidate(settings, {source: scores_of(number, source) for source in found_by_source})
-            for number, settings in enumerate(subject.variants)
+            ScoredSettings(settings, {source: scores_of(number, source) for source in found_by_source})
+            for number, settings in enumerate(search.variants)
         ),
-        configured=subject.variants.index(configured),
+        configured=search.variants.index(configured),
         confidences={source: _pooled(found) for source, found in found_by_source.items()},
-        floor=subject.floor,
+        floor=search.floor,
         skipped=skipped,
-        videos=len(wanted),
+        videos=len(scored),
         reused=reused,
         notes=notes,
     )
 
 
-def _kept(path: Location, inputs: str) -> bool:
+def _is_stored(path: Location, inputs: str) -> bool:
     return path.is_file() and read_json(path).get("inputs") == inputs
 
 

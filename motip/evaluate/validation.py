@@ -1,4 +1,4 @@
-"""Track the locked validation videos and score them: what a stage is judged by after each epoch."""
+"""Validation of a stage after each epoch: track its fixed validation videos and score them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StageScores:
         return sum(scores.hota for scores in self.by_source.values()) / len(self.by_source)
 
     def flat(self) -> dict[str, float]:
-        """Metric names for a tracking server; with several sources each metric also stands under its source."""
+        """Flat metrics: the mean over sources and, with several sources, each metric also as ``<source>/<metric>``."""
         tables = {source: scores.to_dict() for source, scores in self.by_source.items()}
         if len(tables) == 1:
             return next(iter(tables.values()))
@@ -42,6 +42,7 @@ class StageScores:
         return means | {f"{source}/{name}": value for source, table in tables.items() for name, value in table.items()}
 
     def to_json(self) -> dict[str, Any]:
+        """Source -> JSON-serialisable scores."""
         return {source: scores.to_json() for source, scores in self.by_source.items()}
 
 
@@ -53,23 +54,24 @@ def track_videos(
     on_video: Callable[[VideoEntry, TrackResult], None] | None = None,
     on_frame: Callable[[VideoEntry, int], None] | None = None,
 ) -> dict[tuple[str, str], TrackRows]:
-    """Tracks of each video, by (source, video). The model is in eval mode and on its device.
+    """Tracks of each video, by (source, video).
 
     Args:
-        on_video: called with each video that is tracked.
-        on_frame: called with the number of each frame that was tracked.
+        model: in eval mode, on its device.
+        on_video: called after each video with its result.
+        on_frame: called after each frame with its number.
     """
     tracked: dict[tuple[str, str], TrackRows] = {}
     for video in videos:
-        heard = None if on_frame is None else functools.partial(_tell, on_frame, video)
-        result = track_sequence(model, read_video_frames(video, storage), settings, on_frame=heard)
+        callback = None if on_frame is None else functools.partial(_report_frame, on_frame, video)
+        result = track_sequence(model, read_video_frames(video, storage), settings, on_frame=callback)
         tracked[video.source, video.video] = result.rows
         if on_video is not None:
             on_video(video, result)
     return tracked
 
 
-def _tell(on_frame: Callable[[VideoEntry, int], None], video: VideoEntry, number: int, _: FrameTracks) -> None:
+def _report_frame(on_frame: Callable[[VideoEntry, int], None], video: VideoEntry, number: int, _: FrameTracks) -> None:
     on_frame(video, number)
 
 
@@ -84,26 +86,27 @@ def score_videos(
     notes: Sequence[str] = (),
     on_video: Callable[[str, str], None] | None = None,
 ) -> StageScores:
-    """Score every video exactly once, each source by its protocol.
+    """Score every video once, each source by its protocol.
 
     Args:
         averaged: classes the class average is taken over (CLASSES_TO_EVAL); None: all.
-        notes: what must stand beside the numbers.
+        class_maps, protocols: by source.
+        notes: remarks stored with the scores.
         on_video: called with source and name of each video before it is scored.
 
     Raises:
-        MotipError: a video was not tracked, or was tracked without being listed.
+        MotipError: the tracked videos are not exactly the listed ones.
     """
     listed = sorted(videos, key=lambda video: video.identity)
     keys = [(video.source, video.video) for video in listed]
     if keys != sorted(tracked):
         raise MotipError(
-            "the tracked videos are not the validation videos",
+            "the tracked videos differ from the validation videos",
             found=", ".join("/".join(key) for key in sorted(tracked)) or "none",
             expected=", ".join("/".join(key) for key in keys),
         )
 
-    def each_of(source: str, sequences: list[ScoredSequence]) -> Iterator[ScoredSequence]:
+    def reported(source: str, sequences: list[ScoredSequence]) -> Iterator[ScoredSequence]:
         for sequence in sequences:
             if on_video is not None:
                 on_video(source, sequence.name)
@@ -119,7 +122,7 @@ def score_videos(
     return StageScores(
         {
             source: replace(
-                score(each_of(source, sequences), class_maps[source].names, protocols[source], split, averaged),
+                score(reported(source, sequences), class_maps[source].names, protocols[source], split, averaged),
                 notes=tuple(notes),
             )
             for source, sequences in prepared.items()

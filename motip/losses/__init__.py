@@ -1,1 +1,1 @@
-"""Detection and identity losses; torch, numpy and scipy only."""
+"""Detection and ID losses; imports only torch, numpy and scipy."""

@@ -1,4 +1,4 @@
-"""Box arithmetic of the losses: forms, generalised IoU, and how much of a box lies in ignore regions."""
+"""Box arithmetic of the losses: coordinate forms, generalised IoU, share of a box inside ignore regions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
 
 
 def box_area(boxes_xyxy: Tensor) -> Tensor:
-    """(..., 4) xyxy to (...) area; a box with its corners swapped has area 0 if one side is negative, never below."""
+    """(..., 4) xyxy to (...) area; negative sides count as 0."""
     sides = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0)
     return sides[..., 0] * sides[..., 1]
 
@@ -50,15 +50,15 @@ def generalised_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
 
 
 def covered_share(boxes_xyxy: Tensor, regions_xyxy: Tensor) -> Tensor:
-    """Share of each box's own area that lies inside the union of regions, exactly.
+    """Exact share of each box's own area inside the union of regions.
 
-    The regions' edges cut a frame into a grid whose cells are wholly inside or wholly outside the union, so the covered
-    area of a box is a sum over cells. Overlapping regions are therefore not counted twice, and a box that straddles
-    two adjoining regions is seen as covered, which the largest single overlap would miss.
+    The regions' edges cut a frame into a grid whose cells are entirely inside or outside the union, so the covered area
+    of a box is a sum over cells. Overlapping regions are counted once, and a box across two adjoining regions is
+    covered, which the largest single overlap would miss.
 
     Args:
         boxes_xyxy: (..., F, Q, 4) boxes of F frames.
-        regions_xyxy: (F, R, 4) regions of each frame; empty regions (for padding) cover nothing.
+        regions_xyxy: (F, R, 4) regions of each frame; padding with empty regions has no effect.
 
     Returns:
         (..., F, Q) in 0..1; boxes without area have 0.
@@ -79,6 +79,6 @@ def covered_share(boxes_xyxy: Tensor, regions_xyxy: Tensor) -> Tensor:
 
 
 def _contains(low: Tensor, high: Tensor, points: Tensor) -> Tensor:
-    """(F, R) intervals and (F, P) points to (F, R, P) ones where the interval holds the point."""
+    """(F, R) intervals and (F, P) points to (F, R, P) ones where the interval contains the point."""
     points = points.unsqueeze(1)
     return ((points > low.unsqueeze(-1)) & (points < high.unsqueeze(-1))).to(low.dtype)

@@ -1,9 +1,9 @@
-"""Detection loss of Deformable-DETR over all decoder layers, with ignore regions that are not punished."""
+"""Detection loss of Deformable-DETR over all decoder layers; unmatched queries in ignore regions cost nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _FOCAL_GAMMA = 2
 
 
-class Detections(Protocol):
-    """What the criterion reads of a detector's output; see `motip.model.detector.DetectorOutput`."""
+class DetectorPredictions(Protocol):
+    """Detector output as read by the criterion; implemented by `motip.model.detector.DetectorOutput`."""
 
     @property
     def pred_logits(self) -> Tensor: ...
@@ -39,8 +39,8 @@ class DetectionLosses:
         losses: unweighted, by published name: `loss_ce`, `loss_bbox`, `loss_giou`, with `_0`, … for earlier layers.
         total: weighted sum, with graph.
         matching_last: (M,) query of each object by the last layer, -1 for none.
-        matching_published: (M,) by the second-to-last layer, which the published code ties identities to.
-        logs: only logged: `class_error` and `cardinality_error` per layer, `ignored_queries` of the last layer.
+        matching_published: (M,) by the second-to-last layer, used for identities by the published code.
+        logs: without gradient: `class_error` and `cardinality_error` per layer, `ignored_queries` of the last layer.
     """
 
     losses: dict[str, Tensor]
@@ -57,7 +57,7 @@ class DetectionCriterion:
     Attributes:
         class_weight, bbox_weight, giou_weight: DETR_{CLS,BBOX,GIOU}_LOSS_COEF, the same for every layer.
         focal_alpha: DETR_FOCAL_ALPHA.
-        ignore_overlap: IGNORE_OVERLAP, share of a box inside ignore regions from which on it is not punished.
+        ignore_overlap: IGNORE_OVERLAP, share of a box in ignore regions from which an unmatched query is ignored.
         log_chunk: DETR_CRITERION_BATCH_LEN, frames per chunk of the two logged values that depend on it.
     """
 
@@ -83,27 +83,31 @@ class DetectionCriterion:
 
     def __call__(
         self,
-        output: Detections,
+        output: DetectorPredictions,
         targets: DetectionTargets,
         num_boxes: float,
         frame_weights: Tensor | None = None,
     ) -> DetectionLosses:
-        """Losses of F frames, in float32 whatever the precision of the output.
+        """Losses of F frames, computed in float32 for any precision of the output.
 
         Args:
             output: predictions of F frames.
             targets: their objects.
-            num_boxes: the divisor: objects of the whole batch over all ranks; values under 1 count as 1.
-            frame_weights: (F,) factor on each frame's loss, None for 1.
+            num_boxes: divisor, the number of objects in the batch over all ranks; values under 1 count as 1.
+            frame_weights: (F,) factor of each frame's loss, None for 1.
         """
         layers = [*output.aux, (output.pred_logits, output.pred_boxes)]
         with torch.autocast(output.pred_logits.device.type, enabled=False):
             logits = torch.stack([layer_logits.float() for layer_logits, _ in layers])
             boxes = torch.stack([layer_boxes.float() for _, layer_boxes in layers])
+
+            # matching and divisor
             matching = self.matcher(logits, boxes, targets)
             divisor = max(float(num_boxes), 1.0)
             weights = logits.new_ones(targets.num_frames) if frame_weights is None else frame_weights
             ignored = self._ignored(boxes, targets, matching)
+
+            # losses per layer
             per_layer = {
                 "loss_ce": self._class_loss(logits, targets, matching, ignored, weights) / divisor,
                 **_box_losses(boxes, targets, matching, weights, divisor),
@@ -116,25 +120,27 @@ class DetectionCriterion:
                 ]
             ).sum()
             logs = self._logs(logits.detach(), targets, matching, divisor)
+
+        # published names
         named_logs = _named(logs)
         named_logs["ignored_queries"] = ignored[-1].sum().float() if ignored is not None else total.new_zeros(())
         return DetectionLosses(
             losses=_named(per_layer),
             total=total,
             matching_last=matching[-1],
-            # The published loop over the earlier layers overwrites the last layer's matching; it has none of those
-            # with DETR_AUX_LOSS False.
+            # The published loop over the earlier layers overwrites the last layer's matching; with DETR_AUX_LOSS
+            # False there are no earlier layers.
             matching_published=matching[-2] if len(layers) > 1 else matching[-1],
             logs=named_logs,
         )
 
     @torch.no_grad()
     def _ignored(self, boxes_cxcywh: Tensor, targets: DetectionTargets, matching: Tensor) -> Tensor | None:
-        """(L, F, Q) True on unmatched queries whose box lies in ignore regions; None where no frame has any."""
+        """(L, F, Q) True on unmatched queries whose box lies in ignore regions; None if no frame has any."""
         if targets.ignore_cxcywh is None:
             return None
         regions = cxcywh_to_xyxy(targets.ignore_cxcywh)
-        # A region that covers a box exactly must count whole at IGNORE_OVERLAP 1 despite rounding.
+        # With IGNORE_OVERLAP 1 a region that equals the box must count despite rounding.
         inside = covered_share(cxcywh_to_xyxy(boxes_cxcywh), regions) >= self.ignore_overlap - 1e-5
         return inside & ~_matched_queries(inside, targets, matching)
 
@@ -142,13 +148,13 @@ class DetectionCriterion:
         self, logits: Tensor, targets: DetectionTargets, matching: Tensor, ignored: Tensor | None, weights: Tensor
     ) -> Tensor:
         """(L,) sum of the sigmoid focal loss over frames, queries and classes (Lin et al., ICCV 2017)."""
-        wanted = torch.zeros_like(logits)
+        one_hot = torch.zeros_like(logits)
         layer, valid = _layer_index(matching)
-        # An object without a query (-1) must not mark query 0, and index_put may not skip it without a sync: amax
-        # keeps a one that another object put there.
+        # An object without a query (-1) must not mark query 0, and dropping it would need a device sync: amax with 0
+        # keeps a one written by another object.
         flat = ((layer * logits.shape[1] + targets.frames) * logits.shape[2] + matching.clamp(min=0)) * logits.shape[3]
-        wanted.view(-1).scatter_reduce_(0, (flat + targets.classes).view(-1), valid.float().view(-1), reduce="amax")
-        loss = sigmoid_focal(logits, wanted, self.focal_alpha) * weights.view(1, -1, 1, 1)
+        one_hot.view(-1).scatter_reduce_(0, (flat + targets.classes).view(-1), valid.float().view(-1), reduce="amax")
+        loss = sigmoid_focal(logits, one_hot, self.focal_alpha) * weights.view(1, -1, 1, 1)
         if ignored is not None:
             loss = loss.masked_fill(ignored.unsqueeze(-1), 0.0)
         return loss.sum((1, 2, 3))
@@ -158,7 +164,7 @@ class DetectionCriterion:
         """`class_error` and `cardinality_error` of each layer, chunk by chunk as published.
 
         The published error of a chunk is divided by the objects of the whole batch and then summed over chunks, so it
-        is far smaller than a percentage; it is kept so that logs of both codes can be laid side by side.
+        is far smaller than a percentage; it is kept for comparison with logs of the published code.
         """
         num_frames = targets.num_frames
         chunk_of_frame = torch.arange(num_frames, device=logits.device) // self.log_chunk
@@ -166,24 +172,26 @@ class DetectionCriterion:
         counts = torch.tensor(targets.counts, dtype=torch.float32, device=logits.device)
         best = logits.argmax(-1)
 
+        # class error
         layer, valid = _layer_index(matching)
         correct = (best[layer, targets.frames, matching.clamp(min=0)] == targets.classes) & valid
         hits = counts.new_zeros(logits.shape[0], chunks).index_add_(1, chunk_of_frame[targets.frames], correct.float())
         objects = counts.new_zeros(chunks).index_add_(0, chunk_of_frame, counts)
         error = 100.0 - 100.0 * hits / objects.clamp(min=1)
 
+        # cardinality error
         surplus = ((best != logits.shape[-1] - 1).sum(-1).float() - counts).abs()
         summed = counts.new_zeros(logits.shape[0], chunks).index_add_(1, chunk_of_frame, surplus)
         frames = counts.new_zeros(chunks).index_add_(0, chunk_of_frame, torch.ones_like(counts))
         return {"class_error": error.sum(1) / divisor, "cardinality_error": (summed / frames).sum(1)}
 
 
-def sigmoid_focal(logits: Tensor, wanted: Tensor, alpha: float) -> Tensor:
-    """Elementwise focal loss, gamma 2: -alpha_t (1 - p_t)^2 log p_t. Shapes of both arguments agree."""
+def sigmoid_focal(logits: Tensor, targets: Tensor, alpha: float) -> Tensor:
+    """Elementwise focal loss, gamma 2: -alpha_t (1 - p_t)^2 log p_t; `targets` are 0 or 1, shaped as `logits`."""
     probability = logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    agreement = probability * wanted + (1 - probability) * (1 - wanted)
-    balance = alpha * wanted + (1 - alpha) * (1 - wanted)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    agreement = probability * targets + (1 - probability) * (1 - targets)
+    balance = alpha * targets + (1 - alpha) * (1 - targets)
     return balance * (1 - agreement) ** _FOCAL_GAMMA * cross_entropy
 
 
@@ -203,7 +211,7 @@ def _box_losses(
 
 
 def _matched_queries(like: Tensor, targets: DetectionTargets, matching: Tensor) -> Tensor:
-    """(L, F, Q) True where a query answers for an object."""
+    """(L, F, Q) True where a query is matched to an object."""
     layer, valid = _layer_index(matching)
     flat = (layer * like.shape[1] + targets.frames) * like.shape[2] + matching.clamp(min=0)
     marks = torch.zeros(like.numel(), device=like.device)
@@ -217,9 +225,9 @@ def _layer_index(matching: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _named(per_layer: dict[str, Tensor]) -> dict[str, Tensor]:
-    """(L,) values to published names: the last layer's bare, then the earlier layers' with their number."""
+    """(L,) values to published names: the last layer without suffix, earlier layers with their number."""
     earlier = next(iter(per_layer.values())).shape[0] - 1
-    named: dict[str, Any] = {name: values[-1] for name, values in per_layer.items()}
+    named: dict[str, Tensor] = {name: values[-1] for name, values in per_layer.items()}
     for index in range(earlier):
         named.update({f"{name}_{index}": values[index] for name, values in per_layer.items()})
     return named

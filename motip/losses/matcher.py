@@ -1,4 +1,4 @@
-"""Which query answers for which object: Hungarian matching of all frames and decoder layers at once."""
+"""Hungarian matching of queries to objects, for all frames and decoder layers in one call."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor
 from motip.errors import MotipError
 from motip.losses.boxes import cxcywh_to_xyxy, generalised_iou
 
-# The cost keeps these constants even where the loss uses another DETR_FOCAL_ALPHA, as the published matcher does.
+# As in the published matcher, independent of the DETR_FOCAL_ALPHA of the loss.
 _COST_ALPHA = 0.25
 _COST_EPS = 1e-8
-# Stands for a cost that is not a number, so that a diverged prediction reaches the non-finite check of the step.
+# Replaces a NaN or infinite cost, so that a diverged prediction reaches the non-finite check of the training step.
 _WORST_COST = 1e6
 
 
 @dataclass
 class DetectionTargets:
-    """The objects of F frames in one flat list of M, frame after frame.
+    """The M objects of F frames, flattened in frame order.
 
     Attributes:
         boxes_cxcywh: (M, 4) normalised.
         classes: (M,) int64 class ids.
         frames: (M,) int64 frame of each object.
-        counts: objects per frame, on the host.
-        ignore_cxcywh: (F, R, 4) ignore regions, padded with empty ones, or None where no frame has any.
+        counts: objects per frame, in host memory.
+        ignore_cxcywh: (F, R, 4) normalised ignore regions, padded with empty ones, or None if no frame has any.
     """
 
     boxes_cxcywh: Tensor
@@ -48,7 +48,7 @@ class DetectionTargets:
         """Flatten per-frame lists: (n, 4) boxes, (n,) classes and (m, 4) ignore regions each.
 
         Raises:
-            MotipError: a frame has not one class per box.
+            MotipError: a frame's number of classes differs from its number of boxes.
         """
         counts = [int(boxes.shape[0]) for boxes in boxes_cxcywh]
         for frame, (count, frame_classes) in enumerate(zip(counts, classes, strict=True)):
@@ -71,10 +71,12 @@ class DetectionTargets:
 
     @property
     def num_frames(self) -> int:
+        """F."""
         return len(self.counts)
 
     @property
     def num_objects(self) -> int:
+        """M."""
         return sum(self.counts)
 
 
@@ -88,7 +90,7 @@ def _padded_regions(regions: Sequence[Tensor] | None, device: torch.device | str
 
 @dataclass(frozen=True)
 class Matcher:
-    """Weights of the matching cost (DETR_SET_COST_*)."""
+    """Hungarian matcher with the weights of its cost (DETR_SET_COST_*)."""
 
     class_cost: float = 2.0
     bbox_cost: float = 5.0
@@ -96,7 +98,7 @@ class Matcher:
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, boxes_cxcywh: Tensor, targets: DetectionTargets) -> Tensor:
-        """Assign one query to each object, per frame and layer, at the least total cost (Carion et al., ECCV 2020).
+        """Assign one query to each object, per frame and layer, at minimum total cost (Carion et al., ECCV 2020).
 
         Args:
             logits: (L, F, Q, C) before the sigmoid.
@@ -104,7 +106,7 @@ class Matcher:
             targets: the M objects of the F frames.
 
         Returns:
-            (L, M) int64 query of each object, on the device of the logits; -1 where a frame holds more objects than
+            (L, M) int64 query of each object, on the device of the logits; -1 where a frame has more objects than
             queries. One device-to-host transfer for all layers and frames.
         """
         layers = logits.shape[0]
@@ -123,9 +125,9 @@ class Matcher:
         return matched.to(logits.device)
 
     def cost(self, logits: Tensor, boxes_cxcywh: Tensor, targets: DetectionTargets) -> Tensor:
-        """Cost of giving an object to a query of its own frame: focal class cost + L1 - generalised IoU, weighted.
+        """Weighted cost of matching an object to a query of its frame: focal class cost + L1 - generalised IoU.
 
-        Only pairs within a frame are computed, so crowded frames do not make empty ones expensive.
+        Only pairs within a frame are computed, so a crowded frame does not raise the cost of others.
 
         Args:
             logits: (F, Q, C) of one layer.

@@ -1,1 +1,1 @@
-"""The runtime tracker: detections in, tracks out; torch, numpy and scipy only."""
+"""Tracking: detector and ID-decoder outputs to tracks; imports only torch, torchvision, numpy and scipy."""

@@ -1,4 +1,4 @@
-"""Frames of a sequence in, tracks out: frame by frame (`track`) or the whole at once (`track_sequence`)."""
+"""Tracking API: frame by frame (`track`), one sequence (`track_sequence`), one sequence under several settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
 from motip.model import MOTIP
-from motip.model.fast.frame_detector import Detector, detector_for_frames
+from motip.model.fast import Detector, prepare_for_inference
 from motip.model.preprocess import normalise
 from motip.track.detections import Detections
-from motip.track.loading import open_checkpoint
+from motip.track.loading import LoadedModel, load
 from motip.track.settings import TrackerSettings
-from motip.track.tracker import FrameTracks, RuntimeTracker
+from motip.track.tracker import FrameTracks, Tracker
 
 if TYPE_CHECKING:
     from motip.config import Config
@@ -33,21 +33,26 @@ Resize = Callable[[Tensor], Tensor]
 OnDetections = Callable[[int, tuple[int, int], Tensor, Tensor], None]
 """Frame number, (height, width) of the frame in pixels, (Q, C) logits, (Q, 4) boxes as cxcywh in 0..1."""
 
+NumberedFrames = Iterable[tuple[int, np.ndarray]]
+"""(0-based frame number, (H, W, 3) uint8 RGB image), numbers ascending."""
+
+SourceT = TypeVar("SourceT", bound=NumberedFrames)
+
 _AUTOCAST = {"FP16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class TrackResult:
-    """Tracks of one sequence and how they came about.
+    """Tracks of one sequence, with counters and run time.
 
     Attributes:
-        rows: one entry per box; ``class_ids`` is the class voted over the whole life of each track.
+        rows: one entry per box; ``class_ids`` holds the class voted over all frames of each track.
         frame_class_ids: (R,) class of each box in its own frame.
         num_frames: frames tracked, with and without boxes.
-        image_size: (height, width) of the frames, None without frames.
-        counters: see ``RuntimeTracker.counters``.
-        notes: what must be said beside scores of these tracks.
-        seconds: wall time, reading the frames included.
+        image_size: (height, width) of the frames in pixels, None without frames.
+        counters: see ``Tracker.counters``.
+        notes: see ``Tracker.notes``.
+        seconds: wall time, decoding included.
     """
 
     rows: TrackRows
@@ -60,29 +65,28 @@ class TrackResult:
 
     @property
     def fps(self) -> float:
+        """Frames tracked per second of wall time, 0 without frames."""
         return self.num_frames / self.seconds if self.seconds > 0 else 0.0
 
 
-class Tracking(Iterator[Detections]):
-    """A video being tracked: each step of the iteration is one frame; ask for the ``result`` whenever enough is done.
+class TrackIterator(Iterator[Detections], Generic[SourceT]):
+    """Iterator over the frames of a video; each step reads, detects and tracks one frame.
 
     Args:
-        model: a MOTIP; it is used where it lies (CPU or GPU) and left in eval mode.
-        source: frames as ``track_sequence`` takes them.
+        model: a MOTIP, used on its current device and left in eval mode.
+        source: numbered frames, see ``track_sequence``.
         settings: thresholds, rules and frame size.
-        class_names: by class id.
+        class_names: names by class id.
 
     Raises:
         MotipError: while iterating, as ``track_sequence``.
     """
 
-    def __init__(
-        self, model: MOTIP, source: VideoSource, settings: TrackerSettings, class_names: Sequence[str]
-    ) -> None:
+    def __init__(self, model: MOTIP, source: SourceT, settings: TrackerSettings, class_names: Sequence[str]) -> None:
         self.source = source
         self.settings = settings
         self.class_names = tuple(class_names)
-        self._run = _Run(model, [settings])
+        self._loop = _TrackingLoop(model, [settings])
         self._frames = self._detections()
 
     def __next__(self) -> Detections:
@@ -90,13 +94,13 @@ class Tracking(Iterator[Detections]):
 
     @property
     def result(self) -> TrackResult:
-        """The tracks of the frames so far."""
-        return self._run.results()[0]
+        """Tracks of the frames processed so far."""
+        return self._loop.results()[0]
 
     def _detections(self) -> Iterator[Detections]:
         highest = -1
-        for number, image, (tracks,) in self._run.steps(self.source):
-            # A newborn under an id that was given before is one that the long-term memory recognised.
+        for number, image, (tracks,) in self._loop.steps(self.source):
+            # A newborn with an id used before was re-identified by the long-term memory.
             recalled = tracks.newborn & (tracks.ids <= highest)
             highest = max(highest, int(tracks.ids.max(initial=-1)))
             yield Detections(
@@ -113,9 +117,10 @@ class Tracking(Iterator[Detections]):
             )
 
 
+@overload
 def track(
     video: str | Path,
-    checkpoint: str | Path,
+    checkpoint: str | Path | LoadedModel,
     config: str | Path | Config | None = None,
     *,
     device: str = "auto",
@@ -123,84 +128,146 @@ def track(
     end_frame: int | None = None,
     fps: float | None = None,
     **settings: float | int | str | None,
-) -> Tracking:
-    """Track a video, frame by frame::
+) -> TrackIterator[VideoSource]: ...
 
-        for found in track("street.mp4", "checkpoint_best.pth", det_thresh=0.4):
-            print(found.frame, found.track_ids, found.classes, found.boxes_xywh)
 
-    Everything that can be wrong with the arguments is said here, before the first frame.
+@overload
+def track(
+    video: Iterable[np.ndarray],
+    checkpoint: str | Path | LoadedModel,
+    config: str | Path | Config | None = None,
+    *,
+    device: str = "auto",
+    start_frame: None = None,
+    end_frame: None = None,
+    fps: None = None,
+    **settings: float | int | str | None,
+) -> TrackIterator[NumberedFrames]: ...
+
+
+def track(
+    video: str | Path | Iterable[np.ndarray],
+    checkpoint: str | Path | LoadedModel,
+    config: str | Path | Config | None = None,
+    *,
+    device: str = "auto",
+    start_frame: int | None = None,
+    end_frame: int | None = None,
+    fps: float | None = None,
+    **settings: float | int | str | None,
+) -> TrackIterator[Any]:
+    """Track a video frame by frame. All arguments are checked before the first frame.
 
     Args:
-        video: a video file, a pattern such as ``img1/%08d.jpg``, or a folder of images.
-        checkpoint: our checkpoint, a published one, a safetensors file, or an export folder.
-        config: a configuration or its YAML file; None: the one that the checkpoint carries.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        video: a video file, a pattern such as ``img1/%08d.jpg``, a folder of images, or (H, W, 3) uint8 RGB arrays.
+        checkpoint: a checkpoint of this project or of the published code, a safetensors file, an export folder, or the
+            result of ``load``.
+        config: configuration or path of its YAML file; None uses the one stored in the checkpoint.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; a loaded model stays on its device.
         start_frame, end_frame: first and last frame, both included, from 1 (for images: the number in the name).
-        fps: frame rate, where the source does not state it.
-        settings: fields of ``TrackerSettings`` to use instead of the checkpoint's, such as ``det_thresh``,
-            ``miss_tolerance``, ``longterm_patience`` or ``dtype``; None leaves one as it is.
+        fps: frame rate of a file or images that do not state it.
+        settings: fields of ``TrackerSettings`` that replace the stored ones, such as ``det_thresh``,
+            ``miss_tolerance``, ``longterm_patience`` or ``dtype``; None keeps the stored value.
+
+    Returns:
+        Iterator of one ``Detections`` per frame; its ``result`` holds the rows of the frames so far.
 
     Raises:
-        MotipError: no such video, checkpoint, device or setting; an empty range; classes that differ from the
-            configuration's. While iterating: frames that do not decode or do not fit.
-    """
-    from motip.data.video_reader import open_source  # the codecs are loaded only where a file is tracked
+        MotipError: the video, checkpoint, device or setting does not exist, the range is empty, the classes differ from
+            the configuration's, or a range, frame rate, configuration or device is given where it cannot apply. While
+            iterating: a frame cannot be decoded or is invalid.
 
-    source = open_source(str(video), start=start_frame, end=end_frame, fps=fps)
-    loaded = open_checkpoint(checkpoint, config, device, **settings)
-    return Tracking(loaded.model, source, loaded.settings, loaded.classes)
+    Example:
+        >>> from motip.model import ModelSpec, build_model
+        >>> spec = ModelSpec(backbone="tiny_gn", num_queries=5, hidden_dim=32, num_heads=2, enc_layers=1, dec_layers=1,
+        ...                  feature_dim=32, id_dim=32, num_id_decoder_layers=1, rel_pe_length=32)
+        >>> loaded = LoadedModel(build_model(spec).eval(), ("car",), TrackerSettings(short_side=64), {})
+        >>> frames = np.zeros((2, 96, 128, 3), np.uint8)
+        >>> for found in track(frames, loaded, det_thresh=0.0, newborn_thresh=0.0):
+        ...     print(found.frame, found.boxes_xywh.shape, set(found.classes))
+        0 (5, 4) {'car'}
+        1 (5, 4) {'car'}
+    """
+    source: NumberedFrames
+    if isinstance(video, (str, Path)):
+        from motip.data.video_reader import open_source  # imports the video codecs
+
+        source = open_source(str(video), start=start_frame, end=end_frame, fps=fps)
+    else:
+        _check_unused("frames are given as arrays", start_frame=start_frame, end_frame=end_frame, fps=fps)
+        source = enumerate(video)
+    if isinstance(checkpoint, LoadedModel):
+        _check_unused("the model is loaded", config=config, device=None if device == "auto" else device)
+        loaded = checkpoint.with_settings(**settings)
+    else:
+        loaded = load(checkpoint, config, device, **settings)
+    return TrackIterator(loaded.model, source, loaded.settings, loaded.class_names)
+
+
+def _check_unused(reason: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise MotipError(f"{name} does not apply: {reason}", where=name, found=value, expected="not given")
 
 
 def track_sequence(
     model: MOTIP,
-    frames: Iterable[tuple[int, np.ndarray]],
+    frames: NumberedFrames,
     settings: TrackerSettings,
     resize: Resize | None = None,
     batch_size: int = 1,
     on_frame: Callable[[int, FrameTracks], None] | None = None,
 ) -> TrackResult:
-    """Track one sequence.
+    """Track one sequence of decoded frames.
 
     Args:
-        model: a MOTIP; it is used where it lies (CPU or GPU) and left in eval mode.
-        frames: (0-based frame number, RGB uint8 (H, W, 3) array) in ascending order, all of one size.
+        model: a MOTIP, used on its current device and left in eval mode.
+        frames: (0-based frame number, (H, W, 3) uint8 RGB array), numbers ascending, all frames of one size.
         settings: thresholds, rules and frame size.
         resize: replaces the built-in resizing to ``settings.short_side`` / ``max_longer``.
-        batch_size: frames the detector sees at once; the tracks do not depend on it beyond rounding.
+        batch_size: frames per detector batch; the tracks depend on it only by rounding.
         on_frame: called after each frame, e.g. for progress.
 
     Raises:
-        MotipError: a frame is no RGB uint8 image, changes size, or is out of order.
+        MotipError: a frame is not an RGB uint8 image, differs in size, or is out of order; ``batch_size`` below 1.
+
+    Example:
+        >>> from motip.model import ModelSpec, build_model
+        >>> spec = ModelSpec(backbone="tiny_gn", hidden_dim=32, num_heads=2, enc_layers=1, dec_layers=1,
+        ...                  feature_dim=32, id_dim=32, num_id_decoder_layers=1, rel_pe_length=32)
+        >>> frames = enumerate(np.zeros((3, 96, 128, 3), np.uint8))
+        >>> result = track_sequence(build_model(spec), frames, TrackerSettings(short_side=64))
+        >>> result.num_frames, result.image_size
+        (3, (96, 128))
     """
-    run = _Run(model, [settings], resize, batch_size)
-    for number, _, (tracks,) in run.steps(frames):
+    loop = _TrackingLoop(model, [settings], resize, batch_size)
+    for number, _, (tracks,) in loop.steps(frames):
         if on_frame is not None:
             on_frame(number, tracks)
-    return run.results()[0]
+    return loop.results()[0]
 
 
 def track_variants(
     model: MOTIP,
-    frames: Iterable[tuple[int, np.ndarray]],
+    frames: NumberedFrames,
     variants: Sequence[TrackerSettings],
     resize: Resize | None = None,
     batch_size: int = 1,
     on_detections: OnDetections | None = None,
 ) -> list[TrackResult]:
-    """Track one sequence under several settings; the detector, which takes nearly all the time, sees each frame once.
+    """Track one sequence under several settings in one detector pass (the detector takes nearly all the time).
 
-    Each result is what ``track_sequence`` would find with these settings (arguments and errors as there).
+    Each result equals that of ``track_sequence`` with the same settings; further arguments and errors as there.
 
     Args:
-        variants: settings that differ in the tracker only, not in frame size or the detector's arithmetic.
-        on_detections: called with each frame's detections before any threshold.
+        variants: settings that share frame size and arithmetic of the detector.
+        on_detections: called with each frame's detections before thresholds are applied.
 
     Raises:
-        MotipError: no settings, or some that need another detector pass.
+        MotipError: no settings, or settings that differ in ``short_side``, ``max_longer`` or ``dtype``.
     """
     if not variants:
-        raise MotipError("there are no settings to track with", where="variants")
+        raise MotipError("no settings to track with", where="variants")
     for name in ("short_side", "max_longer", "dtype"):
         values = {getattr(each, name) for each in variants}
         if len(values) > 1:
@@ -211,14 +278,14 @@ def track_variants(
                 expected="one value",
                 fix="track once for each value",
             )
-    run = _Run(model, variants, resize, batch_size, on_detections)
-    for _ in run.steps(frames):
+    loop = _TrackingLoop(model, variants, resize, batch_size, on_detections)
+    for _ in loop.steps(frames):
         pass
-    return run.results()
+    return loop.results()
 
 
-class _Run:
-    """The loop over the frames: the detector once, then each variant's tracker, and what they found."""
+class _TrackingLoop:
+    """Frame loop: runs the detector per batch and each variant's tracker per frame, and collects the tracks."""
 
     def __init__(
         self,
@@ -229,27 +296,25 @@ class _Run:
         on_detections: OnDetections | None = None,
     ) -> None:
         if batch_size < 1:
-            raise MotipError(
-                "the detector's batch needs frames", where="batch_size", found=batch_size, expected="1 or more"
-            )
+            raise MotipError("invalid detector batch size", where="batch_size", found=batch_size, expected="1 or more")
         self._model = model
         self._variants = variants
         self._resize = resize
         self._batch_size = batch_size
         self._on_detections = on_detections
         self._detector: Detector = model.detr
-        self._trackers: list[RuntimeTracker] = []
+        self._trackers: list[Tracker] = []
         self._image_size: tuple[int, int] | None = None
         self._numbers: list[int] = []
         self._tracked: list[list[FrameTracks]] = []
         self._seconds = 0.0
 
-    def steps(self, frames: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray, list[FrameTracks]]]:
-        """Frame number, the frame, and each variant's tracks in it."""
+    def steps(self, frames: NumberedFrames) -> Iterator[tuple[int, np.ndarray, list[FrameTracks]]]:
+        """Yield frame number, image, and the tracks of each variant."""
         self._model.eval()
         started = time.perf_counter()
         for batch in _batches(_checked(frames), self._batch_size):
-            size = self._image_size or self._begin(batch[0][1])
+            size = self._image_size or self._prepare(batch[0][1])
             images = [image for _, image in batch]
             logits, boxes, embeds = _detect(self._model, images, self._variants[0], self._resize, self._detector)
             for index, (number, image) in enumerate(batch):
@@ -263,10 +328,10 @@ class _Run:
         self._seconds = time.perf_counter() - started
 
     def results(self) -> list[TrackResult]:
-        """Each variant's tracks of the frames so far."""
+        """Tracks of each variant in the frames so far."""
         results = []
-        for place in range(len(self._variants)):
-            own = [tracks[place] for tracks in self._tracked]
+        for index in range(len(self._variants)):
+            own = [tracks[index] for tracks in self._tracked]
             pairs = list(zip(self._numbers, own, strict=True))
             rows, frame_class_ids = _collect(pairs, self._model.spec.num_classes)
             results.append(
@@ -275,30 +340,30 @@ class _Run:
                     frame_class_ids=frame_class_ids,
                     num_frames=len(self._tracked),
                     image_size=self._image_size,
-                    counters=dict(self._trackers[place].counters) if self._trackers else {},
-                    notes=tuple(self._trackers[place].notes) if self._trackers else (),
+                    counters=dict(self._trackers[index].counters) if self._trackers else {},
+                    notes=tuple(self._trackers[index].notes) if self._trackers else (),
                     seconds=self._seconds,
                 )
             )
         return results
 
-    def _begin(self, image: np.ndarray) -> tuple[int, int]:
-        """Make the trackers, now that the size of the frames is known, and the detector ready for many of them."""
+    def _prepare(self, image: np.ndarray) -> tuple[int, int]:
+        """Create trackers and prepare the detector for the size of the first frame, which is returned."""
         size = (int(image.shape[0]), int(image.shape[1]))
         for settings in self._variants:
             shared = self._trackers[0].decoder if self._trackers else None
-            self._trackers.append(RuntimeTracker(self._model, settings, size, shared))
+            self._trackers.append(Tracker(self._model, settings, size, shared))
         arithmetic = _AUTOCAST.get(self._variants[0].dtype, torch.float32)
-        self._detector = detector_for_frames(self._model.detr, arithmetic)
+        self._detector = prepare_for_inference(self._model.detr, arithmetic)
         self._image_size = size
         return size
 
 
 def inference_size(height: int, width: int, short_side: int, max_longer: int) -> tuple[int, int]:
-    """(height, width) a frame is resized to: short side first, unless the long side would become too long.
+    """(height, width) of the resized frame in pixels: short side ``short_side``, long side up to ``max_longer``.
 
-    The roundings are those of torchvision's ``Resize(size, max_size)``, which the published results were made with. A
-    frame so narrow that its short side would round to nothing keeps one pixel.
+    Rounding equals torchvision's ``Resize(size, max_size)``, used for the published results; each side keeps at least
+    one pixel.
     """
     short, long = min(height, width), max(height, width)
     new_short, new_long = short_side, int(short_side * long / short)
@@ -310,7 +375,7 @@ def inference_size(height: int, width: int, short_side: int, max_longer: int) ->
 def resize_frame(image: Tensor, settings: TrackerSettings) -> Tensor:
     """(3, H, W) uint8 -> resized (3, h, w) uint8, bilinear with antialiasing."""
     size = inference_size(image.shape[-2], image.shape[-1], settings.short_side, settings.max_longer)
-    from torchvision.transforms.v2.functional import resize  # takes as long to import as torch
+    from torchvision.transforms.v2.functional import resize  # slow import
 
     resized: Tensor = resize(image, list(size), antialias=True)
     return resized
@@ -333,8 +398,8 @@ def _detect(
     return output.pred_logits, output.pred_boxes, output.outputs
 
 
-def _checked(frames: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-    """The frames as they come; an error at the first that does not fit."""
+def _checked(frames: NumberedFrames) -> Iterator[tuple[int, np.ndarray]]:
+    """Pass frames on; raise MotipError at the first invalid one."""
     size: tuple[int, ...] | None = None
     previous: int | None = None
     for number, image in frames:
@@ -353,7 +418,7 @@ def _checked(frames: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np
                 where=where,
                 found=f"{image.shape[0]}x{image.shape[1]}",
                 expected=f"{size[0]}x{size[1]}",
-                fix="give each video as a sequence of its own",
+                fix="track each video as a separate sequence",
             )
         if previous is not None and number <= previous:
             raise MotipError("frames are out of order", where=where, found=number, expected=f"more than {previous}")
@@ -367,7 +432,7 @@ def _batches(frames: Iterator[tuple[int, np.ndarray]], size: int) -> Iterator[li
 
 
 def _collect(tracked: list[tuple[int, FrameTracks]], num_classes: int) -> tuple[TrackRows, np.ndarray]:
-    """All boxes in frame order, every track under the class with the largest summed score over its life."""
+    """All boxes in frame order; each track gets the class with its largest summed score."""
     filled = [(number, tracks) for number, tracks in tracked if len(tracks)]
     if not filled:
         return TrackRows.empty(), np.zeros(0, np.int64)

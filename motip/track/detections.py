@@ -1,4 +1,4 @@
-"""What `track` gives for each frame, and the forms that other programs take it in."""
+"""Tracked boxes of one frame, with conversions to JSON and `supervision`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Detections:
     """The n tracked boxes of one frame.
 
     Attributes:
-        frame: number in the source, from 0; numbered images keep the numbers in their names.
-        image: (H, W, 3) uint8 RGB, the frame itself.
-        track_ids: (n,) int64 from 0, unique in the frame. MOT rows, JSON lines and pictures count from 1.
+        frame: 0-based frame number in the source; numbered images keep the number in their name.
+        image: (H, W, 3) uint8 RGB frame.
+        track_ids: (n,) int64 from 0, unique in the frame. MOT rows, JSON lines and drawn labels count from 1.
         boxes_xyxy: (n, 4) float32 pixels of the image, not clipped.
-        class_ids: (n,) int64 class of each track, by the summed scores of its life so far; indexes ``class_names``.
+        class_ids: (n,) int64 class of each track by its summed scores so far; indexes ``class_names``.
         frame_class_ids: (n,) int64 class in this frame alone.
-        scores: (n,) float32 in 0..1.
-        newborn: (n,) bool, seen under this id for the first time.
-        recalled: (n,) bool, given its old id back by the long-term memory in this frame.
+        scores: (n,) float32 detection scores in 0..1.
+        newborn: (n,) bool, first frame of the track id.
+        recalled: (n,) bool, re-identified by the long-term memory in this frame.
         class_names: names by class id.
     """
 
@@ -56,10 +56,10 @@ class Detections:
         return [self.class_names[each] for each in self.class_ids.tolist()]
 
     def to_json(self, fps: float) -> dict[str, Any]:
-        """The frame as plain values; frames and ids count from 1, as in MOT rows.
+        """The frame as JSON-serialisable values; frames and ids count from 1, as in MOT rows.
 
         Args:
-            fps: frames per second of the source, for the time.
+            fps: frames per second of the source, from which ``time_s`` is computed.
         """
         height, width = self.image.shape[:2]
         columns = (self.track_ids, self.classes, self.scores, self.boxes_xywh, self.newborn, self.recalled)
@@ -82,13 +82,13 @@ class Detections:
         }
 
     def to_supervision(self) -> Any:
-        """The boxes as ``supervision.Detections``; ``tracker_id`` are the track ids, ``data["class_name"]`` the names.
+        """Convert to ``supervision.Detections``; ``tracker_id`` holds track ids, ``data["class_name"]`` class names.
 
         Raises:
             MotipError: the package `supervision` is not installed.
         """
         try:
-            # By name: the room of the tracker imports nothing beyond torch, and this package is no dependency.
+            # By name: the package is optional, and the import rules of `motip.track` allow only torch.
             supervision = importlib.import_module("supervision")
         except ImportError as error:
             raise MotipError(

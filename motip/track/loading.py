@@ -1,4 +1,4 @@
-"""Any weights file, ready to track with."""
+"""Load a weights file as a model ready to track."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from motip.errors import MotipError
 from motip.model import MOTIP
-from motip.track.settings import TrackerSettings
+from motip.track.settings import TrackerSettings, check_setting_names
 from motip.weights.export import load_for_tracking
 
 if TYPE_CHECKING:
@@ -18,64 +18,96 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model on its device, its classes, how it is to be run, and what the file says about itself."""
+class LoadedModel:
+    """A model with everything needed to track.
+
+    Attributes:
+        model: the network in eval mode, on its device.
+        class_names: names by class id.
+        settings: thresholds, assignment protocol and frame size stored with the weights.
+        meta: description read from the file: ``sha256``, ``config``, ``thresholds``, ``training``, ``parent``.
+    """
 
     model: MOTIP
-    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
     settings: TrackerSettings
     meta: dict[str, Any]
 
+    @property
+    def sha256(self) -> str:
+        """Hex sha256 of the weights file."""
+        return str(self.meta["sha256"])
 
-def open_checkpoint(
-    path: str | Path, config: str | Path | Config | None = None, device: str = "cpu", **changes: Any
-) -> Loaded:
-    """Read a checkpoint with the configuration it carries, or the one given.
+    def with_settings(self, **changes: float | int | str | None) -> LoadedModel:
+        """The same model with some fields of ``settings`` replaced; None leaves a field unchanged.
+
+        Raises:
+            MotipError: a setting is unknown or out of range.
+        """
+        check_setting_names(changes)
+        given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        return replace(self, settings=replace(self.settings, **given))
+
+
+def load(
+    path: str | Path,
+    config: str | Path | Config | None = None,
+    device: str = "cpu",
+    **settings: float | int | str | None,
+) -> LoadedModel:
+    """Load a checkpoint for tracking.
 
     Args:
-        path: our checkpoint, a published one, a safetensors file, or an export folder.
-        config: a configuration, or its YAML file; None: the checkpoint's own.
+        path: a checkpoint of this project or of the published code, a safetensors file, or an export folder.
+        config: configuration or path of its YAML file; None uses the one stored in the checkpoint.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        changes: tracker settings to use instead of the checkpoint's; None leaves one as it is.
+        settings: fields of ``TrackerSettings`` that replace the stored ones; None keeps the stored value.
+
+    Returns:
+        The model on its device in eval mode, with class names and settings.
 
     Raises:
-        MotipError: the device is not there (said before anything is read), the file is missing or is no MOTIP
-            checkpoint, a setting is unknown or out of range.
+        MotipError: the device does not exist (checked first), a setting is unknown or out of range, the file is missing
+            or is not a MOTIP checkpoint.
+
+    Example:
+        >>> import tempfile
+        >>> from motip.model import ModelSpec, build_model
+        >>> from motip.weights import save_checkpoint
+        >>> spec = ModelSpec(backbone="tiny_gn", hidden_dim=32, num_heads=2, enc_layers=1, dec_layers=1,
+        ...                  feature_dim=32, id_dim=32, num_id_decoder_layers=1)
+        >>> path = Path(tempfile.mkdtemp()) / "tiny.pth"
+        >>> _ = save_checkpoint(path, model=build_model(spec), classes=("car",), config={}, epoch=0, step=1)
+        >>> loaded = load(path, det_thresh=0.4)
+        >>> loaded.class_names, loaded.settings.det_thresh, loaded.model.training
+        (('car',), 0.4, False)
     """
-    target = pick_device(device)
-    changes = {name: value for name, value in changes.items() if value is not None}
-    for name in changes:
-        if name not in TrackerSettings.__dataclass_fields__:
-            raise MotipError(
-                "the tracker has no such setting",
-                where="settings",
-                found=name,
-                expected="some of " + ", ".join(TrackerSettings.__dataclass_fields__),
-            )
+    target = resolve_device(device)
+    check_setting_names(settings)
     if isinstance(config, (str, Path)):
-        from motip.config import load_config  # YAML is read only where a file is given
+        from motip.config import load_config  # imports the YAML parser
 
         config = load_config(config)
-    model, classes, meta = load_for_tracking(path, config)
-    settings = TrackerSettings.from_keys({**(meta["config"] or {}), **meta["thresholds"]})
-    return Loaded(model.to(target), classes, replace(settings, **changes), meta)
+    model, class_names, meta = load_for_tracking(path, config)
+    stored = TrackerSettings.from_keys({**(meta["config"] or {}), **meta["thresholds"]})
+    return LoadedModel(model.to(target), class_names, stored, meta).with_settings(**settings)
 
 
-def pick_device(named: str) -> torch.device:
-    """The torch device; ``auto`` is CUDA where there is one.
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a ``--device`` value; ``auto`` is CUDA if available, else the CPU.
 
     Raises:
-        MotipError: no such device.
+        MotipError: the device does not exist.
     """
-    if named == "auto":
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(named)
+        device = torch.device(name)
     except RuntimeError:
         device = None
-    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if device is None or (str(device) not in there and not (named == "cuda" and len(there) > 1)):
+    available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if device is None or (str(device) not in available and not (name == "cuda" and len(available) > 1)):
         raise MotipError(
-            "there is no such device", where="--device", found=named, expected="auto or one of " + ", ".join(there)
+            "there is no such device", where="--device", found=name, expected="auto or one of " + ", ".join(available)
         )
     return device

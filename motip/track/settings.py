@@ -1,8 +1,8 @@
-"""Every choice the tracker offers, checked once."""
+"""Tracker settings: thresholds, memory, assignment protocol and frame size, validated on construction."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,39 +36,43 @@ _CONFIG_KEYS = {
 
 @dataclass(frozen=True)
 class TrackerSettings:
-    """How detections become tracks. Defaults are the published DanceTrack values where those are sound."""
+    """Settings of the runtime tracker; defaults are the published DanceTrack values, except ``memory_rule`` and
+    ``newborn_order``, where the published behaviour is faulty.
+
+    Raises MotipError, naming the configuration key, if a value is out of range.
+    """
 
     det_thresh: float = 0.3
-    """A query is a detection if its best class score exceeds this."""
+    """A query is a detection if its best class score exceeds this (DET_THRESH; ``--score_thresh`` of `motip track`)."""
     newborn_thresh: float = 0.6
-    """A detection without identity starts a track if its score exceeds this."""
+    """A detection without identity starts a track if its score exceeds this (``--newborn_thresh``)."""
     id_thresh: float = 0.2
-    """An ID label is believed from this score on."""
+    """Smallest score at which an ID label is accepted."""
     area_thresh: float = 0.0
-    """A detection must cover more pixels of the original image than this."""
+    """A detection must cover more square pixels of the original image than this."""
     miss_tolerance: int = 30
-    """Frames an object may be missing and still come back under its id."""
+    """Frames an object may be missing and keep its track id."""
     assignment_protocol: Literal["hungarian", "object-max", "id-max"] = "object-max"
     memory_rule: Literal["ours", "published"] = "ours"
     """``published`` keeps miss_tolerance - 1 frames, so an object may be missing two frames fewer."""
     newborn_order: Literal["score", "query"] = "score"
-    """Who gets a label when there are fewer labels than objects."""
+    """Order in which newborns get labels when there are more objects than labels."""
     mask_unused_labels: bool = True
-    """Labels that no remembered track holds cannot be the answer: they are taken out of the scores."""
+    """Exclude labels without a remembered track from the ID scores."""
     use_sigmoid: bool = False
     """ID scores by sigmoid (models trained with focal ID loss) instead of softmax."""
     short_side: int = 800
-    """Frames are resized to this short side ..."""
+    """Short side of the resized frame in pixels ..."""
     max_longer: int = 1440
-    """... unless the long side would exceed this."""
+    """... reduced where the long side would exceed this."""
     dtype: Literal["FP32", "FP16", "BF16"] = "FP32"
-    """Arithmetic of the detector. Boxes are always turned into pixels in float32."""
+    """Arithmetic of the detector. Boxes are always converted to pixels in float32."""
     longterm_patience: int = 0
-    """Frames a lost track waits in the long-term memory; 0 = no such memory."""
+    """Frames a lost track stays in the long-term memory; 0 turns the memory off."""
     longterm_similarity: float = 0.85
-    """Cosine similarity from which a newborn is taken for a track of the long-term memory."""
+    """Smallest cosine similarity at which a newborn is matched to a track of the long-term memory."""
     longterm_capacity: int = 1000
-    """Lost tracks that the long-term memory holds; beyond it the one lost longest ago leaves."""
+    """Tracks in the long-term memory; beyond it the one lost longest ago is removed."""
 
     def __post_init__(self) -> None:
         self._check_choice("assignment_protocol", ASSIGNMENT_PROTOCOLS)
@@ -84,8 +88,8 @@ class TrackerSettings:
         self._check("short_side", self.short_side >= 1, "1 or more pixels")
         self._check("max_longer", self.max_longer >= self.short_side, f"at least short_side = {self.short_side}")
         # With the published arithmetic 1 and 2 crash or never forget; see history_frames.
-        least = 3 if self.memory_rule == "published" else 0
-        self._check("miss_tolerance", self.miss_tolerance >= least, f"{least} or more frames")
+        minimum = 3 if self.memory_rule == "published" else 0
+        self._check("miss_tolerance", self.miss_tolerance >= minimum, f"{minimum} or more frames")
 
     @property
     def history_frames(self) -> int:
@@ -99,7 +103,7 @@ class TrackerSettings:
 
     @classmethod
     def from_keys(cls, values: Mapping[str, Any]) -> TrackerSettings:
-        """Settings from stored configuration keys; those that an older file does not hold have their default."""
+        """Settings from stored configuration keys; a key missing in an older file gets its default."""
         return cls(**{name: values[key] for name, key in _CONFIG_KEYS.items() if key in values})
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
@@ -113,6 +117,18 @@ class TrackerSettings:
                 found=getattr(self, name),
                 expected=expected,
                 fix=f"set {_CONFIG_KEYS[name]} to one of the expected values",
+            )
+
+
+def check_setting_names(names: Iterable[str]) -> None:
+    """Raise MotipError if one of the names is not a field of ``TrackerSettings``."""
+    for name in names:
+        if name not in TrackerSettings.__dataclass_fields__:
+            raise MotipError(
+                "the tracker has no such setting",
+                where="settings",
+                found=name,
+                expected="some of " + ", ".join(TrackerSettings.__dataclass_fields__),
             )
 
 

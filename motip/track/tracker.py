@@ -1,4 +1,4 @@
-"""Detections of one frame after the other in, tracks out (MOTIP, section 3.4)."""
+"""Online tracker: detections of one frame at a time to tracks (MOTIP, Gao et al., CVPR 2025, section 3.4)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class FrameTracks:
         ids: (n,) int64 track ids from 0, unique in the frame.
         scores: (n,) float32 detection scores.
         boxes_xyxy: (n, 4) float32 pixels of the original image, not clipped.
-        class_ids: (n,) int64 class of the track, by the summed scores of its life so far.
+        class_ids: (n,) int64 class of the track by its summed scores so far.
         frame_class_ids: (n,) int64 class in this frame alone.
         queries: (n,) int64 detector query of each box.
         labels: (n,) int64 ID label of each track.
-        newborn: (n,) bool, tracks that start (or come back from the long-term memory) in this frame.
+        newborn: (n,) bool, tracks that start (or are re-identified by the long-term memory) in this frame.
     """
 
     ids: np.ndarray
@@ -58,6 +58,7 @@ class _Detections:
     embeds: Tensor
 
     def select(self, index: np.ndarray) -> _Detections:
+        """The detections at these positions."""
         return _Detections(
             self.queries[index],
             self.scores[index],
@@ -67,21 +68,34 @@ class _Detections:
         )
 
 
-class RuntimeTracker:
-    """The state of one sequence. Make a new one for each sequence.
+class Tracker:
+    """Tracker of one sequence, updated frame by frame from the detector's output. Each sequence needs a new instance.
 
     Args:
         model: a MOTIP with ID decoder, in eval mode.
         settings: thresholds and rules.
         image_size: (height, width) of the original frames in pixels.
-        decoder: another tracker's, of the same model; without it one is made, with a copy of the weights.
+        decoder: decoder of another tracker of the same model, to share it; None creates one with a copy of the weights.
 
     Attributes:
-        decoder: the ID half of the model. It has no state of its own, so trackers side by side share it.
-        counters: ``newborns_refused`` (objects that waited because every label was taken in that frame),
-            ``labels_recycled`` (remembered but unseen tracks that lost their label to a newborn),
-            ``recalled`` (ids given back by the long-term memory).
-        notes: what differs from the plain algorithm, for whoever shows the result.
+        decoder: trajectory modelling and ID decoder of the model. Stateless, so several trackers may share it.
+        counters: ``newborns_refused`` (newborns without a free label in their frame), ``labels_recycled`` (remembered
+            but unseen tracks that lost their label to a newborn), ``recalled`` (ids re-assigned by long-term memory).
+        notes: differences from the plain algorithm that a report of the results must show.
+
+    Raises:
+        MotipError: the model has no ID decoder, or a side of ``image_size`` is below 1.
+
+    Example:
+        >>> from motip.model import ModelSpec, build_model
+        >>> spec = ModelSpec(backbone="tiny_gn", hidden_dim=32, num_heads=2, enc_layers=1, dec_layers=1,
+        ...                  feature_dim=32, id_dim=32, num_id_decoder_layers=1)
+        >>> settings = TrackerSettings(miss_tolerance=20)
+        >>> tracker = Tracker(build_model(spec).eval(), settings, image_size=(480, 640))
+        >>> logits, boxes = torch.tensor([[3.0]]), torch.tensor([[0.5, 0.5, 0.25, 0.5]])  # one query, cxcywh in 0..1
+        >>> tracks = tracker.update(logits, boxes, embeds=torch.randn(1, 32))
+        >>> tracks.ids.tolist(), tracks.boxes_xyxy.tolist()
+        ([0], [[240.0, 120.0, 400.0, 360.0]])
     """
 
     def __init__(
@@ -111,7 +125,7 @@ class RuntimeTracker:
         self._frame = 0
         self._next_id = 0
         self._history = TokenHistory()
-        self._queue = np.arange(self._vocabulary)  # labels, the longest unused first
+        self._queue = np.arange(self._vocabulary)  # labels, least recently used first
         self._ids = np.full(self._vocabulary, -1)  # label -> track id, -1: label free
         self._last_seen = np.full(self._vocabulary, -1)
         self._votes = np.zeros((self._vocabulary, model.spec.num_classes))
@@ -127,27 +141,30 @@ class RuntimeTracker:
 
     @property
     def history_length(self) -> int:
-        """Frames remembered, 0..``settings.history_frames``."""
+        """Frames in the history, 0..``settings.history_frames``."""
         return min(self._frame, self.settings.history_frames)
 
     @property
     def active_labels(self) -> np.ndarray:
-        """Sorted labels of the remembered tracks, seen or not."""
+        """Sorted labels of the remembered tracks, seen in the last frame or not."""
         return np.flatnonzero(self._ids >= 0)
 
     @property
     def id_queue(self) -> np.ndarray:
-        """(V,) all labels, the one used longest ago first."""
+        """(V,) all labels, the least recently used first."""
         return self._queue.copy()
 
     @torch.inference_mode()
     def update(self, logits: Tensor, boxes: Tensor, embeds: Tensor) -> FrameTracks:
-        """Advance by one frame.
+        """Track the next frame.
 
         Args:
             logits: (Q, C) class scores before the sigmoid.
             boxes: (Q, 4) cxcywh in 0..1.
-            embeds: (Q, D) decoder outputs, D = FEATURE_DIM.
+            embeds: (Q, D) outputs of the detector's decoder, D = FEATURE_DIM.
+
+        Returns:
+            The n <= Q tracks observed in the frame.
 
         Raises:
             MotipError: shapes do not fit the model, or values are not finite.
@@ -159,7 +176,7 @@ class RuntimeTracker:
         keep = np.flatnonzero(~newborn | (found.scores > self.settings.newborn_thresh))
         keep = keep[self._fits_vocabulary(newborn[keep], found.scores[keep])]
         found, labels, newborn = found.select(keep), labels[keep], newborn[keep]
-        labels = self._name_newborns(found, labels, newborn)
+        labels = self._label_newborns(found, labels, newborn)
         self._remember(found, labels)
         return FrameTracks(
             ids=self._ids[labels],
@@ -173,7 +190,7 @@ class RuntimeTracker:
         )
 
     def _detect(self, logits: Tensor, boxes: Tensor, embeds: Tensor) -> _Detections:
-        """Queries above DET_THRESH and AREA_THRESH, boxes in pixels (float32 whatever the model computes in)."""
+        """Queries above DET_THRESH and AREA_THRESH, boxes in pixels, always in float32."""
         scores, classes = logits.float().sigmoid().max(dim=-1)
         centre, size = boxes.float().split(2, dim=-1)
         corner = centre - size / 2
@@ -194,25 +211,25 @@ class RuntimeTracker:
             scores=chosen[:, 0],
             classes=chosen[:, 1].astype(np.int64),
             boxes_xyxy=np.concatenate([chosen[:, 2:4], chosen[:, 2:4] + chosen[:, 4:]], axis=1),
-            # The ID half works in the type of its weights: the history must not lose precision over 30 frames.
+            # In the type of the decoder weights, so that the history keeps its precision over 30 frames.
             embeds=embeds[torch.from_numpy(queries).to(embeds.device)].to(self.decoder.dtype),
         )
 
     def _identify(self, embeds: Tensor) -> np.ndarray:
-        """(n,) label of each detection, V where it belongs to no remembered track."""
+        """(n,) label of each detection, V if it belongs to no remembered track."""
         tracked = self._ids >= 0
         if not len(embeds) or not tracked.any():
             return np.full(len(embeds), self._vocabulary)
         ages = np.minimum(self._frame - self._history.frames, self._oldest_age)
         hidden = self._history.labels < 0
         device = embeds.device
-        not_in_use = np.append(~tracked, False)  # newborn can always be the answer
+        unused = np.append(~tracked, False)  # "newborn" is never masked
         logits = self.decoder.decode(
             embeds,
             self._history.tokens(),
-            torch.from_numpy(ages),  # looked at on the host: on a card that would be two waits
+            torch.from_numpy(ages),  # on the CPU: the range check would synchronise the GPU twice
             torch.from_numpy(hidden).to(device) if hidden.any() else None,
-            torch.from_numpy(not_in_use).to(device) if self.settings.mask_unused_labels else None,
+            torch.from_numpy(unused).to(device) if self.settings.mask_unused_labels else None,
         ).float()
         scores = (logits.sigmoid() if self.settings.use_sigmoid else logits.softmax(dim=-1)).cpu().numpy()
         if not np.isfinite(scores).all():
@@ -224,62 +241,62 @@ class RuntimeTracker:
         return self._assign(scores, tracked, self.settings.id_thresh)
 
     def _fits_vocabulary(self, newborn: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Positions of the detections that get a label; newborns beyond the labels not taken in this frame wait."""
-        waiting = np.flatnonzero(newborn)
-        room = self._vocabulary - int((~newborn).sum())
-        surplus = len(waiting) - room
+        """Positions of the detections that get a label; newborns beyond the labels free in this frame are refused."""
+        candidates = np.flatnonzero(newborn)
+        free = self._vocabulary - int((~newborn).sum())
+        surplus = len(candidates) - free
         if surplus <= 0:
             return np.arange(len(newborn))
         self.counters["newborns_refused"] += surplus
         if self.settings.newborn_order == "score":
-            waiting = waiting[np.argsort(-scores[waiting], kind="stable")]
-        return np.setdiff1d(np.arange(len(newborn)), waiting[room:])
+            candidates = candidates[np.argsort(-scores[candidates], kind="stable")]
+        return np.setdiff1d(np.arange(len(newborn)), candidates[free:])
 
-    def _name_newborns(self, found: _Detections, labels: np.ndarray, newborn: np.ndarray) -> np.ndarray:
-        """Give newborns the labels unused longest, and ids; a remembered track that held such a label is given up."""
+    def _label_newborns(self, found: _Detections, labels: np.ndarray, newborn: np.ndarray) -> np.ndarray:
+        """Assign newborns the least recently used labels, dropping remembered tracks that have them, and track ids."""
         labels = labels.copy()
         matched = np.isin(self._queue, labels[~newborn])
         fresh = self._queue[~matched][: int(newborn.sum())]
-        given_up = fresh[self._ids[fresh] >= 0]
-        self.counters["labels_recycled"] += len(given_up)
-        self._release(given_up)
+        recycled = fresh[self._ids[fresh] >= 0]
+        self.counters["labels_recycled"] += len(recycled)
+        self._release(recycled)
         labels[newborn] = fresh
         self._ids[fresh] = self._new_ids(found, newborn)
         return labels
 
     def _new_ids(self, found: _Detections, newborn: np.ndarray) -> np.ndarray:
-        """Ids of the newborns: from the long-term memory where it recognises one, else the next unused numbers."""
+        """Track ids of the newborns: re-identified by the long-term memory, else the next unused numbers."""
         count = int(newborn.sum())
         ids = np.full(count, -1)
         if self._memory is not None and count:
-            ids = self._memory.recall(self._on_host(found.select(np.flatnonzero(newborn)).embeds), self._frame)
+            ids = self._memory.recall(self._to_numpy(found.select(np.flatnonzero(newborn)).embeds), self._frame)
             self.counters["recalled"] += int((ids >= 0).sum())
-        unknown = ids < 0
-        ids[unknown] = self._next_id + np.arange(int(unknown.sum()))
-        self._next_id += int(unknown.sum())
+        new = ids < 0
+        ids[new] = self._next_id + np.arange(int(new.sum()))
+        self._next_id += int(new.sum())
         return ids
 
     def _remember(self, found: _Detections, labels: np.ndarray) -> None:
-        """Append this frame to the history and give up tracks unseen for too long."""
+        """Append this frame to the history and drop tracks unseen for longer than MISS_TOLERANCE."""
         if len(labels):
             features = self.decoder.model_trajectories(found.embeds)
             tokens = self.decoder.encode_history(features, torch.from_numpy(labels).to(features.device))
             self._history.append(tokens, labels, self._frame)
             self._last_seen[labels] = self._frame
             np.add.at(self._votes, (labels, found.classes), found.scores)
-            # Published order within a frame is query order; by score, the weakest of a frame is given up first.
+            # The published order within a frame is query order; by score, the weakest of a frame is recycled first.
             by_score = self.settings.newborn_order == "score"
             used = labels[np.argsort(found.scores, kind="stable")] if by_score else labels
             self._queue = np.concatenate([self._queue[~np.isin(self._queue, labels)], used])
         if self._memory is not None:
-            self._memory.observe(self._ids[labels], self._on_host(found.embeds))
+            self._memory.observe(self._ids[labels], self._to_numpy(found.embeds))
         oldest = self._frame + 1 - self.settings.history_frames
         self._history.forget_before(oldest)
         self._release(np.flatnonzero((self._ids >= 0) & (self._last_seen < oldest)))
         self._frame += 1
 
     def _release(self, labels: np.ndarray) -> None:
-        """Forget the tracks behind these labels."""
+        """Drop the tracks with these labels."""
         if not len(labels):
             return
         if self._memory is not None:
@@ -289,12 +306,12 @@ class RuntimeTracker:
         self._votes[labels] = 0.0
 
     @staticmethod
-    def _on_host(embeds: Tensor) -> np.ndarray:
-        host: np.ndarray = embeds.float().cpu().numpy()
-        return host
+    def _to_numpy(embeds: Tensor) -> np.ndarray:
+        array: np.ndarray = embeds.float().cpu().numpy()
+        return array
 
     def _check_memory(self, rel_pe_length: int) -> int:
-        """The largest age the relative position embedding knows; a longer memory reads its last row."""
+        """Largest age in the relative position embedding; older history uses its last row, with a warning."""
         oldest = rel_pe_length - 1
         if self.settings.history_frames > oldest:
             note = (

@@ -1,4 +1,4 @@
-"""What the tracker remembers of past detections: their keys and values, projected once."""
+"""Trajectory history of the tracker: keys and values of past detections, projected once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from motip.model.fast.frame_decoder import HistoryTokens
 
 
 class TokenHistory:
-    """A queue of history tokens in order of time: appended at one end, forgotten at the other.
+    """FIFO queue of history tokens in order of time.
 
-    Only detections that were seen are stored (a hidden token has no influence). Tokens lie contiguous in a buffer with
-    spare room, so a frame costs one small copy; when the end is reached, they move to the start. The zero token stands
-    before the first of them and moves with it, over the tokens that are forgotten.
+    Only observed detections are stored (a masked token has no influence). Tokens are contiguous in a buffer with spare
+    capacity, so a frame costs one small copy; at the end of the buffer they are moved to its start. The zero token
+    precedes the first of them and overwrites forgotten tokens.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,9 @@ class TokenHistory:
         return self._end - self._start - 1
 
     def append(self, tokens: HistoryTokens, labels: np.ndarray, frame: int) -> None:
-        """Add the tokens of the objects of one frame."""
+        """Append the tokens of the n objects of one frame, with their (n,) labels."""
         count = len(labels)
-        keys, values = self._with_room(tokens, count)
+        keys, values = self._reserve(tokens, count)
         keys[:, :, self._end : self._end + count] = tokens.keys[:, :, 1:]
         values[:, :, self._end : self._end + count] = tokens.values[:, :, 1:]
         self._end += count
@@ -50,21 +50,21 @@ class TokenHistory:
         self.frames, self.labels = self.frames[old:], self.labels[old:]
 
     def drop_labels(self, labels: np.ndarray) -> None:
-        """Hide every token of these labels from now on."""
+        """Mask every token of these labels from now on."""
         self.labels[np.isin(self.labels, labels)] = -1
 
     def tokens(self) -> HistoryTokens:
-        """Views of the zero token and all S tokens, hidden ones included (``labels == -1``)."""
+        """Views of the zero token and all S tokens, masked ones included (``labels == -1``)."""
         assert self._keys is not None and self._values is not None
         return HistoryTokens(self._keys[:, :, self._start : self._end], self._values[:, :, self._start : self._end])
 
-    def _with_room(self, like: HistoryTokens, count: int) -> tuple[Tensor, Tensor]:
-        """Both buffers, with room for `count` more tokens behind the last."""
+    def _reserve(self, like: HistoryTokens, count: int) -> tuple[Tensor, Tensor]:
+        """Both buffers, with capacity for `count` more tokens after the last."""
         old_keys, old_values, rows = self._keys, self._values, self._end - self._start
         if old_keys is not None and old_values is not None and self._end + count <= old_keys.shape[2]:
             return old_keys, old_values
         keys, values = old_keys, old_values
-        # In place only where what moves does not overlap where it goes. Fresh memory costs more than the copy.
+        # Reuse the buffer unless source and target overlap: an allocation costs more than the copy.
         if keys is None or values is None or rows > self._start or rows + count > keys.shape[2]:
             layers, heads, _, head_dim = like.keys.shape
             keys = like.keys.new_empty(layers, heads, 2 * (rows + count) + 64, head_dim)

@@ -471,7 +471,7 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
         {
             f"best_{result.metric}": decision.best.mean,
             # The baseline's metric has the name of version 0.1, so that its sweeps can be compared.
-            f"hand_set_{result.metric}": decision.baseline.mean,
+            f"baseline_{result.metric}": decision.baseline.mean,
             **{f"trials_{status}": float(counts[status]) for status in ("finished", "pruned", "failed")},
         },
         len(result.trials),

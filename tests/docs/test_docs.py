@@ -168,11 +168,11 @@ def test_make_targets_named_exist() -> None:
 
 def test_configuration_page_is_the_generated_one() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert page == reference.page(), "run python -m motip.config.reference > docs/configuration.md"
+    assert page == reference.configuration_page(), "run python -m motip.config.reference > docs/configuration.md"
 
 
 def test_every_key_stands_in_the_configuration_page_once() -> None:
-    stage_keys = reference.page().split("## A stage's keys")[1].split("## The curriculum file")[0]
+    stage_keys = reference.configuration_page().split("## A stage's keys")[1].split("## The curriculum file")[0]
     rows = re.findall(r"^\| `(\w+)` \|", stage_keys, re.MULTILINE)
     assert [key for key in Config.model_fields if rows.count(key) != 1] == []
     assert all(key.meaning for key in reference.keys_of(Config))

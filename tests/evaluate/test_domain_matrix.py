@@ -1,4 +1,4 @@
-"""The matrix R[stage][domain] by itself: sources and classes, who is compared with whom, and thinning."""
+"""Stage-by-domain matrix: sources and classes, ancestors, table and heat map, subsampling."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.console import Console
 
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
-from motip.evaluate.domain_matrix import DomainMatrix, thin
-from motip.evaluate.evaluation import in_classes
+from motip.evaluate.domain_matrix import DomainMatrix, subsample
+from motip.evaluate.evaluation import remap_classes
 from motip.evaluate.scores import Scores
 from motip.report.domain_table import domain_table
 from motip.report.heatmap import heat_map, png_of
@@ -39,7 +39,7 @@ def matrix(**options: Any) -> DomainMatrix:
     )
 
 
-def test_a_domain_is_the_mean_over_its_sources_and_classes() -> None:
+def test_domain_value_is_the_mean_over_sources_and_classes() -> None:
     built = DomainMatrix.from_sources(
         {"one": {"ground": {"a": scores(pedestrian=20.0, car=40.0), "b": scores(pedestrian=50.0, car=None)}}}
     )
@@ -49,15 +49,15 @@ def test_a_domain_is_the_mean_over_its_sources_and_classes() -> None:
     assert built.cells("one") == {"R/one/ground": 40.0, "R/one/ground/pedestrian": 35.0, "R/one/ground/car": 40.0}
 
 
-def test_a_domain_scored_on_other_sources_or_classes_is_refused() -> None:
+def test_different_sources_or_classes_of_a_domain_are_an_error() -> None:
     one = {"ground": {"a": scores(car=40.0)}}
-    with pytest.raises(MotipError, match="other sources"):
+    with pytest.raises(MotipError, match="different sources"):
         DomainMatrix.from_sources({"one": one, "two": {"ground": {"b": scores(car=40.0)}}})
     with pytest.raises(MotipError, match="different classes"):
         DomainMatrix.from_sources({"one": one, "two": {"ground": {"a": scores(pedestrian=4.0, car=40.0)}}})
 
 
-def test_a_class_may_be_lost_while_the_mean_grows() -> None:
+def test_class_loss_is_reported_although_the_mean_grows() -> None:
     built = matrix()
     assert built.forgotten("one") == []
     (lost,) = built.forgotten("one", each_class=True)
@@ -65,24 +65,24 @@ def test_a_class_may_be_lost_while_the_mean_grows() -> None:
     assert [each.name for each in built.forgotten("two", each_class=True)] == ["dance", "ground pedestrian"]
 
 
-def test_only_what_was_seen_and_what_a_stage_descends_from_is_compared() -> None:
-    seen = {"base": {"dance"}, "one": {"dance", "ground"}, "two": {"dance", "ground"}}
-    assert matrix(known=seen).forgotten("one", each_class=True) == []
-    apart = matrix(before={"base": (), "one": ("base",), "two": ()})
+def test_forgetting_compares_only_trained_domains_and_ancestors() -> None:
+    trained = {"base": {"dance"}, "one": {"dance", "ground"}, "two": {"dance", "ground"}}
+    assert matrix(trained_on=trained).forgotten("one", each_class=True) == []
+    apart = matrix(ancestors={"base": (), "one": ("base",), "two": ()})
     assert apart.forgotten("two", each_class=True) == []
     assert apart.forgotten("one", each_class=True) != []
 
 
-def test_backward_transfer_is_taken_after_any_stage() -> None:
+def test_backward_transfer_after_any_stage() -> None:
     built = matrix()
     assert built.backward_transfer({"dance": "base", "ground": "one"}, "one") == pytest.approx(-2.0)
     assert built.backward_transfer({"dance": "base", "ground": "one"}, "two") == pytest.approx((-20.0 - 0.5) / 2)
     assert built.backward_transfer({"dance": "base"}, "base") is None
 
 
-def test_the_table_marks_losses_and_unseen_domains() -> None:
+def test_table_marks_losses_and_zero_shot_values() -> None:
     stream = io.StringIO()
-    built = matrix(known={"base": {"dance"}, "one": {"dance", "ground"}, "two": {"dance", "ground"}})
+    built = matrix(trained_on={"base": {"dance"}, "one": {"dance", "ground"}, "two": {"dance", "ground"}})
     table = domain_table(built, {"base": None, "one": -2.0, "two": -10.25})
     Console(file=stream, width=140).print(table)
     lines = [line.strip() for line in stream.getvalue().splitlines()]
@@ -93,7 +93,7 @@ def test_the_table_marks_losses_and_unseen_domains() -> None:
     assert "zero-shot" in stream.getvalue()
 
 
-def test_the_heat_map_frames_losses_and_leaves_unscored_cells_empty() -> None:
+def test_heat_map_frames_losses_and_leaves_unscored_cells_empty() -> None:
     built = replace(
         matrix(), values={**matrix().values, "base": {"dance": 60.0}}, by_class={**matrix().by_class, "base": {}}
     )
@@ -106,7 +106,7 @@ def test_the_heat_map_frames_losses_and_leaves_unscored_cells_empty() -> None:
     assert png_of(figure).startswith(b"\x89PNG")
 
 
-def test_thinning_keeps_every_class_and_is_the_same_each_time() -> None:
+def test_subsample_is_deterministic_and_contains_every_class() -> None:
     videos: Any = [
         SimpleNamespace(
             sequence=f"s{number}",
@@ -118,17 +118,17 @@ def test_thinning_keeps_every_class_and_is_the_same_each_time() -> None:
         for number in range(10)
     ]
     classes = {"pedestrian": ("person",), "car": ("car",)}
-    picked = thin(videos, 2, classes, seed=0)
+    picked = subsample(videos, 2, classes, seed=0)
     assert len(picked) == 2 and videos[7] in picked
-    assert thin(videos[::-1], 2, classes, seed=0) == picked
-    assert thin(videos, 99, classes, seed=0) == videos
+    assert subsample(videos[::-1], 2, classes, seed=0) == picked
+    assert subsample(videos, 99, classes, seed=0) == videos
 
 
-def test_tracks_are_renumbered_for_other_classes() -> None:
+def test_remap_classes_converts_ids_and_drops_other_classes() -> None:
     rows = TrackRows(
         np.arange(3), np.arange(3), np.zeros((3, 4), np.float32), np.ones(3, np.float32), np.array([0, 1, 2])
     )
-    assert in_classes(rows, ("a", "b", "c"), ("a", "b", "c")) is rows
-    same = in_classes(rows, ("bus", "person", "car"), ("pedestrian", "car"))
+    assert remap_classes(rows, ("a", "b", "c"), ("a", "b", "c")) is rows
+    same = remap_classes(rows, ("bus", "person", "car"), ("pedestrian", "car"))
     assert list(same.class_ids) == [0, 1] and list(same.track_ids) == [1, 2]
-    assert len(in_classes(TrackRows.empty(), ("a",), ("b",))) == 0
+    assert len(remap_classes(TrackRows.empty(), ("a",), ("b",))) == 0

@@ -7,25 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from motip.cli.evaluation_job import Asked, device_of_workers, evaluate_checkpoint
+from motip.cli.evaluation_job import EvaluateOptions, device_of_workers, evaluate_checkpoint
 from motip.cluster import Cluster, connect, disconnect
 from motip.config import load_curriculum
 from motip.data.convert import convert
 from motip.data.manifest import Manifest
 from motip.data.sequence import ClassMap
 from motip.errors import MotipError
-from motip.evaluate.evaluation import Evaluation, Subject, Work, evaluate
-from motip.track.loading import open_checkpoint
-from tests.helpers.small_dataset import FRAMES, write_checkpoint, write_curriculum, write_dance_world
+from motip.evaluate.evaluation import EvalJob, Evaluation, ModelUnderTest, evaluate, evaluation_folder
+from motip.track.loading import load
+from tests.helpers.small_dataset import FRAMES, write_checkpoint, write_curriculum, write_dance_dataset
 
 CLASSES = {"pedestrian": ("pedestrian",), "car": ("car",)}
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
-    """Converted shards and a checkpoint."""
+    """Storage with converted shards and a checkpoint."""
     root = tmp_path_factory.mktemp("evaluate")
-    write_dance_world(root / "raw")
+    write_dance_dataset(root / "raw")
     curriculum = load_curriculum(write_curriculum(root / "curriculum.yaml", repo_root))
     convert(curriculum, root / "raw", root / "storage")
     write_checkpoint(root / "storage" / "tiny.pth", root / "stage.yaml")
@@ -33,28 +33,27 @@ def storage(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
 
 
 def run(storage: Path, folder: Path, classes: dict[str, tuple[str, ...]] = CLASSES, **options: object) -> Evaluation:
-    loaded = open_checkpoint(str(storage / "tiny.pth"))
-    subject = Subject(loaded.model, loaded.meta["sha256"], loaded.settings)
+    loaded = load(str(storage / "tiny.pth"))
+    model = ModelUnderTest(loaded.model, loaded.meta["sha256"], loaded.settings)
     videos = Manifest.load(storage).of("dance", "val")
     maps = {"dance": ClassMap(("pedestrian", "car"), classes)}
-    work = Work(videos, str(storage), folder, "val", **options)  # type: ignore[arg-type]
-    return evaluate(subject, work, maps, {"dance": "plain"})
+    job = EvalJob(videos, str(storage), folder, "val", **options)  # type: ignore[arg-type]
+    return evaluate(model, job, maps, {"dance": "plain"})
 
 
-def test_every_video_is_tracked_once_scored_and_kept(storage: Path, tmp_path: Path) -> None:
+def test_every_video_is_tracked_once_scored_and_stored(storage: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     done = run(storage, tmp_path, on_video=lambda video, number, total: seen.append((video.video, number, total)))
     assert seen == [("v0", 1, 2), ("v1", 2, 2)] and done.reused == 0
     scores = done.scores["dance"]
     assert scores.sequences == ("v0", "v1") and scores.per_class["car"]["GT"] == 2 * FRAMES
     assert scores.class_agnostic["FN"] + scores.class_agnostic["TP"] == 2 * 2 * FRAMES  # type: ignore[operator]
-    assert sorted(path.name for path in (tmp_path / "tracks/dance/val").iterdir()) == [
-        "v0.json", "v0.txt", "v1.json", "v1.txt",
-    ]  # fmt: skip
+    written = sorted(path.name for path in (tmp_path / "tracks/dance/val").iterdir())
+    assert written == ["v0.json", "v0.txt", "v1.json", "v1.txt"]
     assert len((tmp_path / "tracks/dance/val/v0.txt").read_text().splitlines()) > 0
 
 
-def test_run_again_only_what_is_missing_or_changed_is_tracked(storage: Path, tmp_path: Path) -> None:
+def test_second_run_tracks_only_missing_or_changed_videos(storage: Path, tmp_path: Path) -> None:
     first = run(storage, tmp_path)
     folder = tmp_path / "tracks/dance/val"
     (folder / "v0.json").unlink()
@@ -71,11 +70,13 @@ def test_videos_without_a_label_of_the_classes_are_tracked_only(storage: Path, t
     assert (tmp_path / "tracks/dance/val/v1.txt").is_file()
 
 
-def test_the_checkpoints_own_choice_of_classes_is_averaged(storage: Path, tmp_path: Path) -> None:
+def test_classes_to_eval_of_the_checkpoint_are_averaged(storage: Path, tmp_path: Path) -> None:
     root = storage.parent
     checkpoint = write_checkpoint(tmp_path / "car.pth", root / "stage.yaml", "val_config.CLASSES_TO_EVAL=[car]")
-    done = evaluate_checkpoint(Asked(str(checkpoint), str(root / "curriculum.yaml"), storage=str(storage), workers=0))
-    scores = done.scores["dance"]
+    done = evaluate_checkpoint(
+        EvaluateOptions(str(checkpoint), str(root / "curriculum.yaml"), storage=str(storage), workers=0)
+    )
+    scores = done.evaluation.scores["dance"]
     assert scores.class_averaged == scores.per_class["car"] and scores.per_class["pedestrian"]["GT"] == 2 * FRAMES
     (written,) = (storage / "evaluations").rglob("scores_val.json")
     assert json.loads(written.read_text())["averaged"] == ["car"]
@@ -87,13 +88,12 @@ def test_a_source_without_a_label_of_the_averaged_classes_is_tracked_only(storag
     assert run(storage, tmp_path, classes=classes, averaged=("pedestrian",)).tracked_only == ()
 
 
-def test_actors_use_the_clusters_gpus_also_where_this_process_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_of_actors_follows_the_cluster_not_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with_gpus, without = Cluster(8, 2, 2, True), Cluster(8, 0, 2, True)
-    assert [device_of_workers(name, with_gpus) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
-        "cuda", "cuda", "cuda", "cpu",
-    ]  # fmt: skip
+    devices = [device_of_workers(name, with_gpus) for name in ("auto", "cuda", "cuda:1", "cpu")]
+    assert devices == ["cuda", "cuda", "cuda", "cpu"]
     assert [device_of_workers(name, without) for name in ("auto", "cpu")] == ["cpu", "cpu"]
     assert device_of_workers("auto", None) == "cpu"
     with pytest.raises(MotipError, match="the Ray cluster has no GPU"):
@@ -101,9 +101,14 @@ def test_actors_use_the_clusters_gpus_also_where_this_process_has_none(monkeypat
     for cluster, name in ((None, "cuda"), (with_gpus, "tpu")):
         with pytest.raises(MotipError, match="no such device"):
             device_of_workers(name, cluster)
-    # A driver with a GPU that Ray was not told of has no room for actors on it.
+    # A GPU of the driver that is not a Ray resource cannot be used by actors.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device_of_workers("auto", without) == "cpu"
+
+
+def test_evaluation_folder_is_named_by_the_digest(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluations" / "0123456789ab"
+    assert evaluation_folder(tmp_path, "0123456789abcdef") == evaluation_folder(str(tmp_path), "0123456789ab") == folder
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +119,9 @@ def ray_cluster() -> Iterator[object]:
 
 
 @pytest.mark.cluster
-def test_actors_find_the_same_as_one_process(storage: Path, tmp_path: Path, ray_cluster: object) -> None:
-    here = run(storage, tmp_path / "here")
-    there = run(storage, tmp_path / "there", cluster=ray_cluster, workers=2)
-    assert there.scores["dance"].to_json() == here.scores["dance"].to_json()
+def test_actors_and_one_process_give_equal_scores(storage: Path, tmp_path: Path, ray_cluster: object) -> None:
+    local = run(storage, tmp_path / "local")
+    remote = run(storage, tmp_path / "remote", cluster=ray_cluster, workers=2)
+    assert remote.scores["dance"].to_json() == local.scores["dance"].to_json()
     with pytest.raises(MotipError, match="more workers than CPUs"):
-        run(storage, tmp_path / "crowd", cluster=ray_cluster, workers=50)
+        run(storage, tmp_path / "too_many", cluster=ray_cluster, workers=50)

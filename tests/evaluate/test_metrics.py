@@ -34,8 +34,8 @@ def test_ground_truth_against_itself_is_100_everywhere() -> None:
             assert (cell["FP"], cell["FN"], cell["IDSW"]) == (0, 0, 0)
 
 
-def test_a_case_counted_by_hand() -> None:
-    """One object in 4 frames, followed for 2, then under another id for 1, then missed; one false positive."""
+def test_metrics_equal_values_computed_by_hand() -> None:
+    """One object in 4 frames: tracked for 2, then 1 with another id, then missed; one false positive."""
     box = (0, 0, 10, 10)
     far = (100, 100, 110, 110)
     truth = rows(*[(frame, 1, *box, 0) for frame in range(4)])
@@ -68,7 +68,7 @@ def total_of(scores: Scores, count: str) -> int:
     return sum(int(cell[count]) for sequence in scores.per_sequence.values() for cell in sequence.values())  # type: ignore[arg-type]
 
 
-def test_the_wrong_class_costs_twice_but_not_class_agnostically() -> None:
+def test_wrong_class_is_penalised_twice_but_not_class_agnostically() -> None:
     truth = random_rows(1, classes=1)
     pred = replace(truth, class_ids=np.ones_like(truth.class_ids))
     scores = score([ScoredSequence("s", truth, pred)], CLASSES)
@@ -77,7 +77,7 @@ def test_the_wrong_class_costs_twice_but_not_class_agnostically() -> None:
     assert scores.class_agnostic["HOTA"] == pytest.approx(100.0)
 
 
-def test_a_class_without_ground_truth_is_named_and_left_out_of_the_mean() -> None:
+def test_class_without_ground_truth_is_excluded_from_the_mean() -> None:
     truth = random_rows(1, classes=1)
     pred = disturbed(truth, 1)
     scores = score([ScoredSequence("s", truth, pred)], ["pedestrian", "car", "van"])
@@ -90,7 +90,7 @@ def test_a_class_without_ground_truth_is_named_and_left_out_of_the_mean() -> Non
     assert all(len(row) == len(header) for row in table)
 
 
-def test_a_tracker_that_says_nothing_scores_zero() -> None:
+def test_no_predictions_score_zero() -> None:
     truth = random_rows(1)
     scores = score([ScoredSequence("s", truth, rows())], CLASSES)
     assert scores.class_averaged["HOTA"] == scores.class_averaged["MOTA"] == scores.class_averaged["IDF1"] == 0.0
@@ -115,7 +115,7 @@ def test_order_of_rows_does_not_matter() -> None:
     )
 
 
-def test_spreading_sequences_gives_the_same() -> None:
+def test_combining_sequence_counts_equals_score() -> None:
     sequences = _sequences()
     parts = [score_sequence(sequence, CLASSES) for sequence in reversed(sequences)]
     assert combine(parts, CLASSES).to_dict() == pytest.approx(score(sequences, CLASSES).to_dict(), abs=1e-9)
@@ -137,7 +137,7 @@ def test_sparse_identity_equals_trackeval(seed: int) -> None:
 
 
 @pytest.mark.parametrize("side", ["gt", "pred"])
-def test_duplicate_ids_in_a_frame_fail_loudly(side: str) -> None:
+def test_duplicate_ids_in_a_frame_are_an_error(side: str) -> None:
     good = random_rows(1)
     twice = rows((0, 1, 0, 0, 9, 9, 0), (2, 4, 0, 0, 9, 9, 0), (2, 4, 50, 50, 60, 60, 1))
     sequence = replace(ScoredSequence("street", good, good), **{side: twice})
@@ -146,7 +146,7 @@ def test_duplicate_ids_in_a_frame_fail_loudly(side: str) -> None:
     assert "street" in str(error.value) and "id 4 in frame 2" in str(error.value)
 
 
-def test_bad_input_is_named() -> None:
+def test_invalid_input_is_an_error() -> None:
     good = random_rows(1)
     with pytest.raises(MotipError, match="outside the class list"):
         score([ScoredSequence("s", good, rows((0, 0, 0, 0, 1, 1, 2)))], CLASSES)

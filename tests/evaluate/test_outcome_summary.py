@@ -8,8 +8,8 @@ import pytest
 
 from motip.data.sequence import ClassMap, Frame, Sequence, TrackRows
 from motip.evaluate.metrics import score
-from motip.evaluate.outcome_summary import Summary, summarise
-from motip.evaluate.outcomes import GT_FATES, PRED_FATES
+from motip.evaluate.outcome_summary import OutcomeSummary, summarise_outcomes
+from motip.evaluate.outcomes import GT_OUTCOMES, PRED_OUTCOMES
 from motip.evaluate.protocols import scored_sequence
 from tests.helpers.track_rows import disturbed, random_rows, rows
 
@@ -18,7 +18,7 @@ MAP = ClassMap(CLASSES, {name: (name,) for name in CLASSES})
 
 
 def _labels(truth: TrackRows, dataset: str = "visdrone", seed: int = 0, occluded: bool = True) -> Sequence:
-    """The rows as a sequence that was read; attributes are drawn, and ignored regions lie in every frame."""
+    """The rows as a labelled sequence with random attributes and an ignored region in every frame."""
     rng = np.random.default_rng(seed)
     frames = []
     for number in range(int(truth.frames.max()) + 1):
@@ -39,23 +39,23 @@ def _labels(truth: TrackRows, dataset: str = "visdrone", seed: int = 0, occluded
     return Sequence("s", dataset, "val", 10.0, 400, 300, tuple(frames))
 
 
-def _summary(seed: int, dataset: str = "visdrone", protocol: str = "plain", occluded: bool = True) -> Summary:
+def _summary(seed: int, dataset: str = "visdrone", protocol: str = "plain", occluded: bool = True) -> OutcomeSummary:
     truth = random_rows(seed)
     labels = _labels(truth, dataset, seed, occluded)
     scored = scored_sequence(labels, MAP, disturbed(truth, seed), protocol)
-    return summarise(labels, scored, MAP, protocol)
+    return summarise_outcomes(labels, scored, MAP, protocol)
 
 
 @pytest.mark.parametrize("protocol", ["plain", "visdrone"])
-def test_groups_add_up_to_the_totals_and_these_to_the_scores(protocol: str) -> None:
+def test_groups_sum_to_totals_and_totals_equal_the_scores(protocol: str) -> None:
     truths = [random_rows(seed) for seed in range(3)]
     labels = [_labels(truth, seed=seed) for seed, truth in enumerate(truths)]
     scored = [
         scored_sequence(each, MAP, disturbed(truth, seed), protocol)
         for seed, (each, truth) in enumerate(zip(labels, truths, strict=True))
     ]
-    parts = [summarise(one, other, MAP, protocol) for one, other in zip(labels, scored, strict=True)]
-    total = Summary()
+    parts = [summarise_outcomes(one, other, MAP, protocol) for one, other in zip(labels, scored, strict=True)]
+    total = OutcomeSummary()
     for part in parts:
         total.add(part)
     named = [replace(each, name=f"s{number}") for number, each in enumerate(scored)]
@@ -64,18 +64,18 @@ def test_groups_add_up_to_the_totals_and_these_to_the_scores(protocol: str) -> N
         totals = total.totals[name]
         assert totals["missed"] == cells[name]["FN"] and totals["false positive"] == cells[name]["FP"]
         assert totals["identity switch"] == cells[name]["IDSW"] and totals["fragment"] == cells[name]["Frag"]
-        assert totals["boxes"] == cells[name]["GT"] == sum(totals[fate] for fate in GT_FATES)
+        assert totals["boxes"] == cells[name]["GT"] == sum(totals[outcome] for outcome in GT_OUTCOMES)
         assert totals["true positive"] == totals["tracked"] + totals["identity switch"] == cells[name]["TP"]
         assert totals["missed"] == sum(part.totals[name]["missed"] for part in parts)
         assert set(total.groups[name]) == {"size", "occlusion", "truncation", "border", "crowd"}
         for dimension, groups in total.groups[name].items():
-            for fate in ("boxes", "fragment", *GT_FATES):
-                assert sum(counts[fate] for counts in groups.values()) == totals[fate], (dimension, fate)
-            for fate in PRED_FATES:
+            for outcome in ("boxes", "fragment", *GT_OUTCOMES):
+                assert sum(counts[outcome] for counts in groups.values()) == totals[outcome], (dimension, outcome)
+            for outcome in PRED_OUTCOMES:
                 if dimension in ("size", "border", "crowd"):
-                    assert sum(counts[fate] for counts in groups.values()) == totals[fate], (dimension, fate)
+                    assert sum(counts[outcome] for counts in groups.values()) == totals[outcome], (dimension, outcome)
                 else:
-                    assert all(fate not in counts for counts in groups.values())
+                    assert all(outcome not in counts for counts in groups.values())
         assert sum(total.gaps[name].values()) == totals["identity switch"]
     if protocol == "plain":
         assert total.totals["car"]["ignored"] + total.totals["pedestrian"]["ignored"] > 0
@@ -85,14 +85,14 @@ def test_groups_add_up_to_the_totals_and_these_to_the_scores(protocol: str) -> N
     json.dumps(total.to_json())
 
 
-def test_what_a_format_does_not_note_is_unknown_and_counted() -> None:
+def test_attributes_missing_in_the_format_are_counted_as_unknown() -> None:
     both = _summary(1, "bdd100k")
     assert both.groups["car"]["occlusion"]["unknown"]["boxes"] == 0
     assert both.groups["car"]["truncation"]["truncated"]["boxes"] > 0
     mot = _summary(1, "motchallenge")
     assert mot.groups["car"]["occlusion"]["unknown"]["boxes"] == 0
     assert mot.groups["car"]["truncation"]["unknown"] == {
-        name: mot.totals["car"][name] for name in ("boxes", *GT_FATES, "fragment")
+        name: mot.totals["car"][name] for name in ("boxes", *GT_OUTCOMES, "fragment")
     }
     dance = _summary(1, "motchallenge", occluded=False)
     assert dance.groups["car"]["occlusion"]["unknown"]["boxes"] == dance.totals["car"]["boxes"] > 0
@@ -100,8 +100,8 @@ def test_what_a_format_does_not_note_is_unknown_and_counted() -> None:
     assert seen.groups["car"]["occlusion"]["not occluded"]["boxes"] == seen.totals["car"]["boxes"]
 
 
-def test_each_box_carries_what_its_label_notes() -> None:
-    """Also where a box of another class lies on it, and where a class flip gives its track a new id."""
+def test_each_box_has_the_attributes_of_its_label() -> None:
+    """Also with an equal box of another class, and after a class flip that gives the track a new id."""
     box = np.array([100, 100, 150, 160], np.float32)
     frames = tuple(
         Frame(
@@ -118,7 +118,7 @@ def test_each_box_carries_what_its_label_notes() -> None:
     )
     labels = Sequence("s", "visdrone", "val", 10.0, 400, 300, frames)
     scored = scored_sequence(labels, MAP, rows((0, 9, 100, 100, 150, 160, 1)), "visdrone")
-    summary = summarise(labels, scored, MAP, "visdrone")
+    summary = summarise_outcomes(labels, scored, MAP, "visdrone")
     cars, persons = summary.groups["car"], summary.groups["pedestrian"]
     assert [cars["occlusion"][name]["boxes"] for name in cars["occlusion"]] == [2, 0, 3, 0]
     assert cars["occlusion"]["heavily occluded"]["tracked"] == 1
@@ -131,7 +131,7 @@ def test_switches_are_listed_with_their_sequence_and_grouped_by_gap() -> None:
     truth = rows(*[(frame, 3, 0, 0, 10, 10, 1) for frame in range(6)])
     labels = _labels(truth)
     pred = rows((0, 5, 0, 0, 10, 10, 1), (1, 6, 0, 0, 10, 10, 1), (4, 7, 0, 0, 10, 10, 1))
-    summary = summarise(labels, scored_sequence(labels, MAP, pred, "plain"), MAP, "plain")
+    summary = summarise_outcomes(labels, scored_sequence(labels, MAP, pred, "plain"), MAP, "plain")
     assert summary.switches == [
         {"sequence": "s", "class": "car", "frame": 1, "object": 3, "from": 5, "to": 6, "gap": 1},
         {"sequence": "s", "class": "car", "frame": 4, "object": 3, "from": 6, "to": 7, "gap": 3},

@@ -1,4 +1,4 @@
-"""The rules of each protocol, counted by hand."""
+"""Rules of each evaluation protocol on hand-made cases."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_iou_and_matching() -> None:
     assert match(np.zeros((0, 3)))[0].tolist() == []
 
 
-def test_plain_ignores_unmatched_predictions_on_what_no_class_claims() -> None:
+def test_plain_ignores_unmatched_predictions_on_unmapped_categories() -> None:
     sequence = _sequence(
         _frame(0, ("car", 1, LEFT, False), ("bus", 2, RIGHT, False)),
         _frame(1, ("car", 1, LEFT, False), ("car", 3, RIGHT, True)),
@@ -93,8 +93,8 @@ def test_plain_ignores_unmatched_predictions_on_what_no_class_claims() -> None:
     assert scores.removed == {"predictions in ignored regions": 3}
 
 
-def test_a_matched_prediction_inside_a_region_counts() -> None:
-    """After matching: a region around a true object does not excuse missing it nor swallow the hit."""
+def test_matched_prediction_inside_a_region_counts() -> None:
+    """Regions apply after matching: one around an object removes neither its match nor its miss."""
     sequence = _sequence(_frame(0, ("car", 1, LEFT, False), ("bus", 2, (0.0, 0.0, 50.0, 50.0), False)))
     hit = scored_sequence(sequence, PLAN, rows((0, 1, *LEFT, 1)))
     miss = scored_sequence(sequence, PLAN, rows())
@@ -111,14 +111,14 @@ def test_exactly_half_is_ignored_in_plain_but_not_in_bdd100k() -> None:
         assert score([scored], CAR.names, protocol).per_class["car"]["FP"] == false_positives
 
 
-def test_bdd100k_does_not_excuse_predictions_on_other_classes() -> None:
+def test_bdd100k_counts_predictions_on_other_classes() -> None:
     sequence = _sequence(_frame(0, ("car", 1, LEFT, False), ("truck", 2, RIGHT, False)))
     pred = rows((0, 1, *LEFT, 1), (0, 2, *RIGHT, 1))
     assert score([scored_sequence(sequence, CAR, pred, "bdd100k")], CAR.names, "bdd100k").per_class["car"]["FP"] == 1
 
 
 def test_visdrone_drops_both_sides_before_matching() -> None:
-    """Category-11 and category-0 regions together cover 60 % of the left object: hit or missed, it does not count."""
+    """Category-11 and category-0 regions cover 60 % of the left object: it does not count, matched or missed."""
     sequence = _sequence(
         _frame(
             0,
@@ -147,7 +147,7 @@ def test_visdrone_splits_a_track_that_changes_class() -> None:
     assert set(scored_sequence(sequence, PLAN, rows(), "plain").gt.track_ids.tolist()) == {7}
 
 
-def test_splitting_keeps_other_tracks_and_makes_no_id_twice() -> None:
+def test_split_class_flips_keeps_other_tracks_and_creates_unique_ids() -> None:
     truth = random_rows(4)
     assert split_class_flips(truth) is truth
     flipping = replace(truth, class_ids=(truth.frames // 5 + truth.track_ids) % 2)
@@ -156,14 +156,14 @@ def test_splitting_keeps_other_tracks_and_makes_no_id_twice() -> None:
         own = split.track_ids == track_id
         assert len(np.unique(split.class_ids[own])) == 1
         assert len(np.unique(truth.track_ids[own])) == 1
-    stretches = sum(
+    segments = sum(
         1 + int((np.diff(flipping.class_ids[truth.track_ids == number]) != 0).sum())
         for number in np.unique(truth.track_ids)
     )
-    assert len(np.unique(split.track_ids)) == stretches
+    assert len(np.unique(split.track_ids)) == segments
 
 
-def test_visdrone_cuts_after_the_last_label_and_leaves_absent_classes_out() -> None:
+def test_visdrone_cuts_after_the_last_label_and_skips_absent_classes() -> None:
     sequence = _sequence(_frame(0, ("car", 1, LEFT, False)), _frame(1, ("car", 1, LEFT, False)), _frame(2))
     pred = rows((0, 1, *LEFT, 1), (1, 1, *LEFT, 1), (0, 2, *RIGHT, 0), (2, 1, *LEFT, 1), (3, 1, *LEFT, 1))
     scores = score([scored_sequence(sequence, PLAN, pred, "visdrone")], PLAN.names, "visdrone")
@@ -173,7 +173,7 @@ def test_visdrone_cuts_after_the_last_label_and_leaves_absent_classes_out() -> N
 
 
 @pytest.mark.parametrize("name", list(PROTOCOLS))
-def test_protocols_refuse_class_lists_they_do_not_define(name: str) -> None:
+def test_undefined_class_lists_are_an_error(name: str) -> None:
     protocol = find_protocol(name)
     for allowed in protocol.class_lists:
         protocol.check_classes(tuple(reversed(allowed)))
@@ -184,7 +184,7 @@ def test_protocols_refuse_class_lists_they_do_not_define(name: str) -> None:
             protocol.check_classes(("car", "dog"))
 
 
-def test_the_lists_are_never_mixed() -> None:
+def test_partial_class_lists_are_an_error() -> None:
     truth = random_rows(0, classes=1)
     for protocol, classes in (("bdd100k", BDD100K_CLASSES[:3]), ("visdrone", VISDRONE_CLASSES[:4])):
         with pytest.raises(MotipError, match="not defined for these classes"):

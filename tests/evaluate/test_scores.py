@@ -27,7 +27,7 @@ def _scores(
     return score([ScoredSequence(n, t, disturbed(t, seed)) for n, t in zip(names, truths, strict=True)], classes)
 
 
-def test_flat_names_are_those_mlflow_takes() -> None:
+def test_flat_names_are_valid_mlflow_names() -> None:
     flat = _scores(classes=("on-road person", "车")).to_dict()
     assert flat["HOTA"] > 0
     assert "HOTA/on-road person" in flat and "agnostic/HOTA" in flat and "det_avg/IDSW" in flat
@@ -35,7 +35,7 @@ def test_flat_names_are_those_mlflow_takes() -> None:
     assert metric_name("a&b/ü") == "a_b__"
 
 
-def test_a_curriculum_may_choose_by_every_percentage_but_motp(tmp_path: Path, repo_root: Path) -> None:
+def test_best_metric_may_be_every_percentage_except_motp(tmp_path: Path, repo_root: Path) -> None:
     assert set(BEST_METRICS) == set(PERCENTAGES) - {"MOTP"}
     flat = _scores(classes=("pedestrian", "car")).to_dict()
     wanted = {name for name in flat if set(name.split("/")) & set(BEST_METRICS)}
@@ -47,18 +47,18 @@ def test_a_curriculum_may_choose_by_every_percentage_but_motp(tmp_path: Path, re
         assert load_curriculum(path).stages[0].best == name
     for name in sorted(set(flat) - wanted):
         path.write_text(text.replace("config: stage.yaml", f"config: stage.yaml, best: {name}"))
-        with pytest.raises(MotipError, match="no metric that can choose"):
+        with pytest.raises(MotipError, match="unknown metric for the best checkpoint"):
             load_curriculum(path)
 
 
-def test_stored_scores_come_back_equal() -> None:
+def test_scores_round_trip_through_json() -> None:
     scores = _scores()
     assert Scores.from_json(json.loads(json.dumps(scores.to_json()))) == scores
     with pytest.raises(MotipError, match="do not belong"):
         Scores.from_json(scores.to_json() | {"sequences": ("a", "c")})
 
 
-def test_only_like_is_compared_with_like() -> None:
+def test_check_comparable_rejects_different_conditions() -> None:
     scores = _scores()
     check_comparable([scores, replace(scores, notes=("x",))])
     for change in ({"protocol": "bdd100k"}, {"split": "test"}, {"classes": ("car",)}, {"sequences": ("a",)}):
@@ -66,13 +66,13 @@ def test_only_like_is_compared_with_like() -> None:
             check_comparable([scores, replace(scores, **change)])
 
 
-def test_the_caption_says_what_the_numbers_are() -> None:
+def test_caption_contains_the_conditions() -> None:
     caption = replace(_scores(), notes=("long-term memory on",)).caption()
     for part in ("plain", "val", "pedestrian, car", "2 sequences", "long-term memory on"):
         assert part in caption
 
 
-def test_the_table_has_a_row_per_class_and_three_means() -> None:
+def test_table_has_a_row_per_class_and_three_means() -> None:
     header, rows = _scores().table()
     assert [row[0] for row in rows] == ["pedestrian", "car", "mean of 2 classes", "all boxes", "class-agnostic"]
     assert header[1] == "HOTA"
@@ -112,6 +112,6 @@ def test_forgetting_is_measured_against_the_best_earlier_stage() -> None:
         matrix.forgotten("four")
 
 
-def test_a_domain_scored_on_other_sequences_is_refused() -> None:
+def test_different_sequences_of_a_domain_are_an_error() -> None:
     with pytest.raises(MotipError, match="sequences"):
         _matrix({"one": {"dance": _with_hota(60.0)}, "two": {"dance": _with_hota(50.0, ("a", "c"))}})

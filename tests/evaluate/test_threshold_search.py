@@ -1,4 +1,4 @@
-"""A detector that sees the squares of the small world with scripted confidence, and a sweep over its thresholds."""
+"""Threshold search with a scripted detector that finds the squares of the small dataset with fixed confidences."""
 
 from __future__ import annotations
 
@@ -18,18 +18,24 @@ from motip.data.manifest import Manifest
 from motip.data.sequence import ClassMap
 from motip.errors import MotipError
 from motip.evaluate.calibration import confidence_histograms
-from motip.evaluate.evaluation import Subject, Work, evaluate
+from motip.evaluate.evaluation import EvalJob, ModelUnderTest, evaluate
 from motip.evaluate.protocols import ScoredSequence
-from motip.evaluate.threshold_search import GRID, Sweep, SweepSubject, candidates, sweep
-from motip.report.threshold_plot import sweep_figure
+from motip.evaluate.threshold_search import (
+    GRID,
+    ThresholdSearchInput,
+    ThresholdSearchResult,
+    candidate_settings,
+    search_thresholds,
+)
+from motip.report.threshold_plot import threshold_figure
 from motip.track import api as track_run
 from motip.track.settings import TrackerSettings
 from tests.helpers.scripted_model import features, following_model
-from tests.helpers.small_dataset import FRAMES, HEIGHT, WIDTH, write_curriculum, write_dance_world
+from tests.helpers.small_dataset import FRAMES, HEIGHT, WIDTH, write_curriculum, write_dance_dataset
 from tests.helpers.track_rows import rows
 
-PERSON, CAR, GHOST = 0.62, 0.43, 0.37
-"""Ghosts are false: above 0.37 there are none, above 0.43 the cars are gone. Of the grid, 0.4 alone is right."""
+PERSON, CAR, FALSE = 0.62, 0.43, 0.37
+"""Confidences of pedestrians, cars and false detections: 0.4 is the only threshold of the grid between the last two."""
 
 SETTINGS = TrackerSettings(
     det_thresh=0.2, newborn_thresh=0.2, id_thresh=0.1, short_side=HEIGHT, max_longer=WIDTH, miss_tolerance=8
@@ -49,18 +55,18 @@ def _scripted(_model: object, images: list[np.ndarray], *_: object) -> tuple[Ten
     logits, boxes = [], []
     for image in images:
         table = torch.full((4, 2), -10.0)
-        for query, (score, class_id) in enumerate(((PERSON, 0), (CAR, 1), (GHOST, 0), (GHOST, 1))):
+        for query, (score, class_id) in enumerate(((PERSON, 0), (CAR, 1), (FALSE, 0), (FALSE, 1))):
             table[query, class_id] = float(np.log(score / (1 - score)))
         logits.append(table)
-        ghosts = [[0.8, 0.15, 0.1, 0.2], [0.15, 0.85, 0.1, 0.2]]
-        boxes.append(torch.tensor([_seen(image, 0), _seen(image, 2), *ghosts]))
+        false_boxes = [[0.8, 0.15, 0.1, 0.2], [0.15, 0.85, 0.1, 0.2]]
+        boxes.append(torch.tensor([_seen(image, 0), _seen(image, 2), *false_boxes]))
     return torch.stack(logits), torch.stack(boxes), torch.stack([features(4)] * len(images))
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
-    root = tmp_path_factory.mktemp("sweep")
-    write_dance_world(root / "raw")
+    root = tmp_path_factory.mktemp("thresholds")
+    write_dance_dataset(root / "raw")
     curriculum = load_curriculum(write_curriculum(root / "curriculum.yaml", repo_root))
     convert(curriculum, root / "raw", root / "storage")
     return root / "storage"
@@ -71,40 +77,44 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(track_run, "_detect", _scripted)
 
 
-def _sweep(storage: Path, folder: Path, thresholds: tuple[float, ...] | None = None, **options: Any) -> Sweep:
-    variants = tuple(candidates(SETTINGS, thresholds))
-    subject = SweepSubject(following_model(), "0" * 64, variants, MAPS, {"dance": "plain"})
+def _search(
+    storage: Path, folder: Path, thresholds: tuple[float, ...] | None = None, **options: Any
+) -> ThresholdSearchResult:
+    variants = tuple(candidate_settings(SETTINGS, thresholds))
+    search = ThresholdSearchInput(following_model(), "0" * 64, variants, MAPS, {"dance": "plain"})
     videos = Manifest.load(storage).of("dance", "val")
-    return sweep(subject, SETTINGS, Work(videos, str(storage), folder, options.pop("split", "val"), **options))
+    return search_thresholds(
+        search, SETTINGS, EvalJob(videos, str(storage), folder, options.pop("split", "val"), **options)
+    )
 
 
-def test_the_planted_optimum_is_found(storage: Path, tmp_path: Path, scripted: None) -> None:
-    done = _sweep(storage, tmp_path)
+def test_search_finds_the_planted_optimum(storage: Path, tmp_path: Path, scripted: None) -> None:
+    done = _search(storage, tmp_path)
     assert [each.settings.det_thresh for each in done.candidates] == list(GRID)
     best, configured = done.candidates[done.best], done.candidates[done.configured]
     assert best.settings.det_thresh == best.settings.newborn_thresh == 0.4
-    assert best.hota > 90 and not done.at_the_edge
+    assert best.hota > 90 and not done.best_at_edge
     assert configured.settings is SETTINGS and 0 < configured.hota < best.hota
     assert done.candidates[-1].hota == 0, "above every confidence nothing is tracked"
     header, lines = done.table()
     assert [line[-1] for line in lines if line[-1]] == ["configured", "best"] and header[0] == "DET_THRESH"
 
 
-def test_each_setting_scores_what_evaluating_it_alone_would(storage: Path, tmp_path: Path, scripted: None) -> None:
-    done = _sweep(storage, tmp_path / "sweep", (0.2, 0.4, 0.5))
+def test_each_candidate_scores_as_in_a_separate_evaluation(storage: Path, tmp_path: Path, scripted: None) -> None:
+    done = _search(storage, tmp_path / "search", (0.2, 0.4, 0.5))
     videos = Manifest.load(storage).of("dance", "val")
     for each in done.candidates:
-        subject = Subject(following_model(), str(each.settings.det_thresh), each.settings)
+        model = ModelUnderTest(following_model(), str(each.settings.det_thresh), each.settings)
         folder = tmp_path / f"{each.settings.det_thresh}"
-        work = Work(videos, str(storage), folder, "val")
-        alone = evaluate(subject, work, MAPS, {"dance": "plain"}).scores["dance"]
+        job = EvalJob(videos, str(storage), folder, "val")
+        alone = evaluate(model, job, MAPS, {"dance": "plain"}).scores["dance"]
         for name, value in alone.to_dict().items():
             # Tracks of an evaluation are scored as written, with rounded coordinates.
             assert each.scores["dance"].to_dict()[name] == pytest.approx(value, abs=0.05), name
 
 
-def test_the_histogram_counts_true_and_false_detections(storage: Path, tmp_path: Path, scripted: None) -> None:
-    done = _sweep(storage, tmp_path)
+def test_histogram_counts_true_and_false_detections(storage: Path, tmp_path: Path, scripted: None) -> None:
+    done = _search(storage, tmp_path)
     frames = 2 * FRAMES
     cars, persons = done.confidences["dance"]["car"], done.confidences["dance"]["pedestrian"]
     assert cars["true"][8] == cars["true"].sum() == frames
@@ -114,41 +124,39 @@ def test_the_histogram_counts_true_and_false_detections(storage: Path, tmp_path:
     line = next(line for line in done.bars() if line.startswith("0.35"))
     assert line.split() == ["0.35-0.40", "-" * 50, "0", str(2 * frames)]
     assert "best" in next(line for line in done.bars() if line.startswith("0.40"))
-    sweep_figure(done).savefig(tmp_path / "sweep.png")
-    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    threshold_figure(done).savefig(tmp_path / "thresholds.png")
+    assert (tmp_path / "thresholds.png").stat().st_size > 10_000
     assert json.loads(json.dumps(done.to_json()))["best"]["det_thresh"] == 0.4
 
 
-def test_finished_videos_are_read_back_and_other_thresholds_are_tracked(
-    storage: Path, tmp_path: Path, scripted: None
-) -> None:
-    first = _sweep(storage, tmp_path, (0.3, 0.4))
+def test_finished_videos_are_reused_unless_thresholds_change(storage: Path, tmp_path: Path, scripted: None) -> None:
+    first = _search(storage, tmp_path, (0.3, 0.4))
     assert first.reused == 0
     (tmp_path / "thresholds/dance/val/v0.json").unlink()
-    again = _sweep(storage, tmp_path, (0.3, 0.4))
+    again = _search(storage, tmp_path, (0.3, 0.4))
     assert again.reused == 1 and again.to_json() == first.to_json()
-    assert _sweep(storage, tmp_path, (0.3, 0.45)).reused == 0
+    assert _search(storage, tmp_path, (0.3, 0.45)).reused == 0
 
 
-def test_only_val_and_labelled_sources_are_swept(storage: Path, tmp_path: Path) -> None:
-    with pytest.raises(MotipError, match="not chosen on the test split"):
-        _sweep(storage, tmp_path, split="test")
+def test_search_needs_the_val_split_and_labels(storage: Path, tmp_path: Path) -> None:
+    with pytest.raises(MotipError, match="cannot be chosen on the test split"):
+        _search(storage, tmp_path, split="test")
     with pytest.raises(MotipError, match="no source has labels"):
-        _sweep(storage, tmp_path, averaged=("bus",))
+        _search(storage, tmp_path, averaged=("bus",))
 
 
-def test_newborns_keep_their_distance() -> None:
+def test_newborn_thresh_keeps_its_distance_to_det_thresh() -> None:
     settings = replace(SETTINGS, det_thresh=0.3, newborn_thresh=0.6)
-    tried = candidates(settings)
+    tried = candidate_settings(settings)
     assert all(each.newborn_thresh == pytest.approx(each.det_thresh + 0.3) for each in tried)
     assert tried[-1].det_thresh == 0.65 and settings in tried
-    assert [each.det_thresh for each in candidates(settings, [0.1])] == [0.1, 0.3]
+    assert [each.det_thresh for each in candidate_settings(settings, [0.1])] == [0.1, 0.3]
     for value in (0.7, -0.1, 1.5):
         with pytest.raises(MotipError, match="no track can start"):
-            candidates(settings, [value])
+            candidate_settings(settings, [value])
 
 
-def test_the_surest_detection_has_the_first_choice() -> None:
+def test_detections_are_matched_in_order_of_confidence() -> None:
     box = (0, 0, 10, 10)
     truth = rows((0, 1, *box, 0), (0, 2, 50, 50, 60, 60, 0))
     found = rows((0, 5, 0, 0, 10, 9, 0), (0, 6, *box, 0), (0, 7, 20, 20, 30, 30, 0), (0, 8, 50, 50, 60, 60, 1))

@@ -1,4 +1,4 @@
-"""Our scores against TrackEval's own dataset classes, which read files and prepare the data in their own way."""
+"""Parity of the scores with TrackEval's dataset classes, which read files and preprocess independently."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def test_mot15_files_score_as_in_trackeval(samples_dir: Path, tmp_path: Path) ->
     assert 0 < expected["all"]["CLEAR"]["MOTA"] < 1
 
 
-def _bdd_world(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Labels and predictions in BDD100K's form, with crowds, distractors and predictions inside them."""
+def _bdd_scene(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Labels and predictions in BDD100K's format, with crowds, distractors and predictions inside them."""
     rng = np.random.default_rng(seed)
     categories = [*BDD100K_CLASSES, *sorted(BDD100K_DISTRACTORS)]
     objects = [(rng.uniform(0, 400, 2), rng.uniform(-5, 5, 2), rng.uniform(30, 120), number) for number in range(26)]
@@ -148,7 +148,7 @@ def _bdd_sequence(name: str, labels: list[dict[str, Any]]) -> Sequence:
 
 
 def _bdd_real(path: Path) -> list[dict[str, Any]]:
-    """A published label file as TrackEval's reader wants it: `index`, and `crowd` under the name it looks for."""
+    """A published label file in the format of TrackEval's reader: `index`, and `Crowd` as attribute."""
     document = json.loads(path.read_text())
     frames = document["frames"] if isinstance(document, dict) else document
     numbers: dict[str, int] = {}
@@ -185,9 +185,9 @@ def _disturbed_labels(labels: list[dict[str, Any]], seed: int) -> list[dict[str,
 
 
 def _check_bdd(
-    tmp_path: Path, worlds: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]], classes: tuple[str, ...]
+    tmp_path: Path, videos: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]], classes: tuple[str, ...]
 ) -> int:
-    for name, (labels, predictions) in worlds.items():
+    for name, (labels, predictions) in videos.items():
         for folder, content in (("gt", labels), ("trackers/ours/data", predictions)):
             target = tmp_path / folder / f"{name}.json"
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def _check_bdd(
     )
     class_map = ClassMap(classes, {name: (name,) for name in classes})
     sequences = []
-    for name, (labels, predictions) in worlds.items():
+    for name, (labels, predictions) in videos.items():
         pred = rows(
             *(
                 (entry["index"], int(label["id"]), *label["box2d"].values(), classes.index(label["category"]))
@@ -224,20 +224,20 @@ def _check_bdd(
 
 
 @pytest.mark.parametrize("classes", [BDD100K_CLASSES, ("pedestrian", "car")])
-def test_bdd100k_protocol_on_a_random_world(tmp_path: Path, classes: tuple[str, ...]) -> None:
-    removed = _check_bdd(tmp_path, {f"v{seed}": _bdd_world(seed) for seed in range(4)}, classes)
-    assert removed > 0, "the world must contain predictions in crowds, or the rule is not tested"
+def test_bdd100k_protocol_on_random_scenes(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    removed = _check_bdd(tmp_path, {f"v{seed}": _bdd_scene(seed) for seed in range(4)}, classes)
+    assert removed > 0, "without predictions in crowds the rule is not tested"
 
 
 def test_bdd100k_protocol_on_published_labels(samples_dir: Path, tmp_path: Path) -> None:
     files = sorted((samples_dir / "labels_only" / "bdd100k").glob("*.json"))
     if not files:
         pytest.skip(f"no label files in {samples_dir / 'labels_only' / 'bdd100k'}")
-    worlds = {}
+    videos = {}
     for path in files:
         labels = _bdd_real(path)
-        worlds[path.name.split(".")[0]] = (labels, _disturbed_labels(labels, 0))
-    _check_bdd(tmp_path, worlds, BDD100K_CLASSES)
+        videos[path.name.split(".")[0]] = (labels, _disturbed_labels(labels, 0))
+    _check_bdd(tmp_path, videos, BDD100K_CLASSES)
 
 
 MOT17_NAMES = {
@@ -251,7 +251,7 @@ MOT17_NAMES = {
 
 
 def test_motchallenge_protocol_removes_what_trackeval_removes(tmp_path: Path) -> None:
-    """MOT17 rules: distractors excuse a prediction, cars and boxes marked 0 do not."""
+    """MOT17 rules: distractors remove a matched prediction, cars and boxes marked 0 do not."""
     rng = np.random.default_rng(5)
     gt_lines, pred_lines, frames, pred_boxes = [], [], [], []
     for frame in range(20):

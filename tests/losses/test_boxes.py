@@ -1,4 +1,4 @@
-"""Box arithmetic against an independent implementation and by counting pixels."""
+"""Box arithmetic against torchvision and pixel counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pixel_box = st.tuples(corner, corner, corner, corner).map(
 )
 
 
-def test_forms_and_generalised_iou_agree_with_torchvision() -> None:
+def test_box_forms_and_generalised_iou_equal_torchvision() -> None:
     generator = torch.Generator().manual_seed(3)
     first, second = torch.rand(7, 4, generator=generator), torch.rand(5, 4, generator=generator)
     first_xyxy, second_xyxy = cxcywh_to_xyxy(first), cxcywh_to_xyxy(second)
@@ -38,7 +38,7 @@ def test_empty_boxes_have_finite_iou_and_gradient() -> None:
     st.lists(pixel_box, min_size=1, max_size=4),
     st.lists(st.lists(pixel_box, max_size=5), min_size=2, max_size=3),
 )
-def test_covered_share_counts_the_pixels_of_the_union(
+def test_covered_share_equals_the_pixel_share_of_the_union(
     boxes: list[tuple[int, ...]], regions: list[list[tuple[int, ...]]]
 ) -> None:
     most = max(1, max(len(frame) for frame in regions))

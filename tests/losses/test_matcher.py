@@ -1,4 +1,4 @@
-"""The assignment is the cheapest one, for every mixture of full and empty frames."""
+"""Matching has minimum cost for every mixture of full and empty frames."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_no_objects_and_more_objects_than_queries() -> None:
     assert sorted(matching[0].tolist()) == [-1, -1, 0, 1, 2, 3]
 
 
-def test_predictions_that_are_not_numbers_are_left_to_the_step() -> None:
+def test_nan_predictions_are_matched_last() -> None:
     boxes = torch.rand(1, 1, 4, 4)
     boxes[0, 0, :2] = float("nan")
     matching = Matcher()(torch.randn(1, 1, 4, 1), boxes, _targets([2], 1, 0))
     assert sorted(matching[0].tolist()) == [2, 3]
 
 
-def test_one_class_per_box() -> None:
+def test_targets_need_one_class_per_box() -> None:
     with pytest.raises(MotipError, match="one class per box"):
         DetectionTargets.from_frames([torch.rand(2, 4)], [torch.zeros(3, dtype=torch.long)])

@@ -16,7 +16,7 @@ TRACKED = arrays(np.bool_, 4)
 
 
 @given(SCORES, TRACKED)
-def test_every_protocol_gives_each_tracked_label_once(scores: np.ndarray, tracked: np.ndarray) -> None:
+def test_every_protocol_assigns_each_tracked_label_at_most_once(scores: np.ndarray, tracked: np.ndarray) -> None:
     for assign in (hungarian, object_max, id_max):
         labels = assign(scores, tracked, 0.2)
         assert labels.shape == (len(scores),)
@@ -28,7 +28,7 @@ def test_every_protocol_gives_each_tracked_label_once(scores: np.ndarray, tracke
 
 
 @given(SCORES, TRACKED)
-def test_object_max_written_as_the_rule_reads(scores: np.ndarray, tracked: np.ndarray) -> None:
+def test_object_max_equals_a_direct_implementation(scores: np.ndarray, tracked: np.ndarray) -> None:
     best = [int(row.argmax()) for row in scores]
     expected = []
     for index, label in enumerate(best):
@@ -48,7 +48,7 @@ def test_object_max_written_as_the_rule_reads(scores: np.ndarray, tracked: np.nd
 
 
 @given(SCORES, TRACKED)
-def test_id_max_written_as_the_rule_reads(scores: np.ndarray, tracked: np.ndarray) -> None:
+def test_id_max_equals_a_direct_implementation(scores: np.ndarray, tracked: np.ndarray) -> None:
     expected = []
     for index in range(len(scores)):
         won = [label for label in range(5) if int(scores[:, label].argmax()) == index]
@@ -70,6 +70,6 @@ def test_hungarian_finds_the_largest_total(scores: np.ndarray) -> None:
     assert total >= best - 1e-6
 
 
-def test_hungarian_lets_untracked_labels_take_part() -> None:
+def test_hungarian_includes_untracked_labels_in_the_assignment() -> None:
     scores = np.array([[0.5, 0.9, 0.0]], np.float32)
     assert hungarian(scores, np.array([True, False]), 0.2).tolist() == [2]

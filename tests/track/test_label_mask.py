@@ -1,4 +1,4 @@
-"""Labels that nobody holds are taken out of the scores, so a grown vocabulary tracks as before."""
+"""Mask of unused ID labels: a larger vocabulary gives the same tracks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from motip.model import MOTIP
 from motip.track.settings import TrackerSettings
-from motip.track.tracker import FrameTracks, RuntimeTracker
-from motip.weights.pretrained import load_pretrained, save_checkpoint
+from motip.track.tracker import FrameTracks, Tracker
+from motip.weights import load_pretrained, save_checkpoint
 from tests.helpers.scripted_model import detections, features, following_model
 from tests.parity import recipe, traces
 from tests.parity.sizes import or_skip
@@ -22,7 +22,7 @@ SIZE = (480, 640)
 
 
 def grow(parent: MOTIP, child: MOTIP, folder: Path) -> MOTIP:
-    """`child` with the parent's weights, through a file, as a stage with a larger vocabulary starts."""
+    """`child` initialised from the parent's weights through a file, like a stage with a larger vocabulary."""
     names = tuple(f"class {row}" for row in range(parent.spec.num_classes))
     path = save_checkpoint(folder / "parent.pth", model=parent, classes=names, config={}, epoch=0, step=1)
     load_pretrained(child, path, names)
@@ -32,7 +32,7 @@ def grow(parent: MOTIP, child: MOTIP, folder: Path) -> MOTIP:
 def track(
     model: MOTIP, settings: TrackerSettings, frames: list[Detections], size: tuple[int, int] = SIZE
 ) -> list[FrameTracks]:
-    tracker = RuntimeTracker(model, settings, size)
+    tracker = Tracker(model, settings, size)
     return [tracker.update(*frame) for frame in frames]
 
 
@@ -56,13 +56,13 @@ def random_model(vocabulary: int, salt: int) -> MOTIP:
 
 
 def noisy_frames(count: int, objects: int) -> list[Detections]:
-    """Objects that come and go, so alike under their noise that the decoder is not always sure."""
+    """Objects that appear and disappear, with features so similar under noise that ID scores are ambiguous."""
     rng, noise = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    looks = features(objects) * 0.3
+    appearance = features(objects) * 0.3
     return [
         detections(
             rng.permutation(objects)[: rng.integers(2, objects + 1)].tolist(),
-            looks + torch.randn(looks.shape, generator=noise) * 8,
+            appearance + torch.randn(appearance.shape, generator=noise) * 8,
         )
         for _ in range(count)
     ]
@@ -70,7 +70,7 @@ def noisy_frames(count: int, objects: int) -> list[Detections]:
 
 @pytest.mark.parametrize("protocol", ["hungarian", "object-max", "id-max"])
 @pytest.mark.parametrize("weights", ["copy", "random"])
-def test_growing_12_to_40_labels_changes_no_row(tmp_path: Path, weights: str, protocol: str) -> None:
+def test_vocabulary_growth_12_to_40_keeps_tracks(tmp_path: Path, weights: str, protocol: str) -> None:
     parent = following_model(12) if weights == "copy" else random_model(12, salt=3)
     child = grow(parent, following_model(40), tmp_path)
     settings = TrackerSettings(newborn_thresh=0.5, miss_tolerance=10, assignment_protocol=protocol, id_thresh=0.1)
@@ -82,8 +82,8 @@ def test_growing_12_to_40_labels_changes_no_row(tmp_path: Path, weights: str, pr
     assert same(known[:until], track(child, settings, frames[:until]))
 
 
-def test_without_the_mask_untrained_words_take_tracks_away(tmp_path: Path) -> None:
-    """What the mask is for; if this ceases to differ, the tests above prove nothing."""
+def test_without_the_mask_untrained_labels_change_tracks(tmp_path: Path) -> None:
+    """Control of the tests above: without the mask the tracks must differ."""
     parent = random_model(12, salt=3)
     child = grow(parent, following_model(40), tmp_path)
     settings = TrackerSettings(newborn_thresh=0.5, miss_tolerance=10, id_thresh=0.1, mask_unused_labels=False)
@@ -103,7 +103,7 @@ def test_without_the_mask_untrained_words_take_tracks_away(tmp_path: Path) -> No
         2,
     ),
 )
-def test_growing_50_to_300_labels_at_full_size_changes_no_row(tmp_path: Path, path: Path, tag: str) -> None:
+def test_vocabulary_growth_50_to_300_at_full_size_keeps_tracks(tmp_path: Path, path: Path, tag: str) -> None:
     parent = traces.model(path, tag, vocabulary=50)
     child = grow(parent, traces.model(path, "random_", vocabulary=300), tmp_path)
     settings = traces.settings(path, tag, mask_unused_labels=True)
@@ -115,23 +115,21 @@ def test_growing_50_to_300_labels_at_full_size_changes_no_row(tmp_path: Path, pa
 
 
 @pytest.mark.parametrize("mask", [True, False])
-def test_the_scores_are_those_of_a_full_forward_pass(mask: bool) -> None:
+def test_id_scores_equal_a_full_forward_pass(mask: bool) -> None:
     """Masked: labels without a track have probability 0 and the others share the rest in unchanged proportion."""
     model = following_model(12)
-    tracker = RuntimeTracker(
-        model, TrackerSettings(newborn_thresh=0.5, mask_unused_labels=mask, miss_tolerance=10), SIZE
-    )
+    tracker = Tracker(model, TrackerSettings(newborn_thresh=0.5, mask_unused_labels=mask, miss_tolerance=10), SIZE)
     seen: list[np.ndarray] = []
     assign = tracker._assign
     tracker._assign = lambda scores, tracked, threshold: (seen.append(scores), assign(scores, tracked, threshold))[1]
-    looks = features(4)
-    first = tracker.update(*detections([0, 1], looks))
-    tracker.update(*detections([1, 0, 2], looks))
+    appearance = features(4)
+    first = tracker.update(*detections([0, 1], appearance))
+    tracker.update(*detections([1, 0, 2], appearance))
     in_use = np.append(np.isin(np.arange(12), first.labels), True)
     assert (seen[0][:, ~in_use] == 0.0).all() == mask
-    past = model.trajectory_modeling(looks[:2])[None, None, None]
+    past = model.trajectory_modeling(appearance[:2])[None, None, None]
     labels = torch.from_numpy(first.labels)[None, None, None]
-    now = looks[[1, 0, 2]][None, None, None]
+    now = appearance[[1, 0, 2]][None, None, None]
     with torch.no_grad():
         logits = model.id_decoder(past, labels, labels < 0, [0], now, torch.zeros(1, 1, 1, 3, dtype=torch.bool), [1])[
             -1, 0, 0, 0

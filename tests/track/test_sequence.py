@@ -26,30 +26,33 @@ def _track(**changes: object) -> TrackResult:
     return track_sequence(following_model(vocabulary=20), _frames(), SETTINGS, **changes)  # type: ignore[arg-type]
 
 
-def test_sizes_equal_the_recorded_ones(reference_dir: Path) -> None:
+def test_inference_sizes_equal_recorded_ones(reference_dir: Path) -> None:
     path = reference_dir / "preprocess.npz"
     if not path.is_file():
         pytest.skip(f"no {path}")
     with np.load(path) as stored:
-        for height, width, short, longer, out_height, out_width in stored["inference_sizes"].tolist():
-            if longer >= 0:
-                assert inference_size(height, width, short, longer) == (out_height, out_width), (height, width, short)
+        cases = [case for case in stored["inference_sizes"].tolist() if case[3] >= 0]
+        assert cases
+        for height, width, short, longer, out_height, out_width in cases:
+            assert inference_size(height, width, short, longer) == (out_height, out_width), (height, width, short)
 
 
 @pytest.mark.parametrize(("height", "width", "expected"), [(2, 6000, (1, 1440)), (6000, 2, (1440, 1))])
-def test_a_frame_like_a_thread_keeps_a_pixel_of_width(height: int, width: int, expected: tuple[int, int]) -> None:
+def test_resized_side_is_at_least_one_pixel(height: int, width: int, expected: tuple[int, int]) -> None:
     assert inference_size(height, width, 800, 1440) == expected
     pixels = torch.full((3, height, width), 7, dtype=torch.uint8)
     assert resize_frame(pixels, TrackerSettings()).shape == (3, *expected)
 
 
-def test_pixels_are_close_to_the_recorded_ones(reference_dir: Path) -> None:
-    """The recorded ones were resized by PIL in fixed point: a grey level of difference is allowed."""
+def test_resized_pixels_are_close_to_recorded_ones(reference_dir: Path) -> None:
+    """The recorded pixels were resized by PIL in fixed point: one grey level of difference is allowed."""
     path = reference_dir / "preprocess.npz"
     if not path.is_file():
         pytest.skip(f"no {path}")
     with np.load(path) as stored:
-        for case in (key[:-4] for key in stored.files if key.startswith("inf") and key.endswith("_cfg")):
+        cases = [key[:-4] for key in stored.files if key.startswith("inf") and key.endswith("_cfg")]
+        assert cases
+        for case in cases:
             height, width, short, longer, _, seed = (int(value) for value in stored[f"{case}_cfg"])
             pixels = torch.from_numpy(image(seed, height, width)).permute(2, 0, 1)
             settings = TrackerSettings(short_side=short, max_longer=longer)
@@ -61,7 +64,7 @@ def test_pixels_are_close_to_the_recorded_ones(reference_dir: Path) -> None:
             assert np.abs(recorded - found).max() < 1.6 / 255
 
 
-def test_rows_are_sorted_counted_and_unique() -> None:
+def test_rows_are_sorted_and_unique_with_one_class_per_track() -> None:
     result = _track()
     rows = result.rows
     assert result.num_frames == 5
@@ -78,13 +81,13 @@ def test_rows_are_sorted_counted_and_unique() -> None:
         assert len(set(rows.class_ids[rows.track_ids == track_id].tolist())) == 1, "one class per track"
 
 
-def test_batches_of_the_detector_change_nothing() -> None:
+def test_detector_batch_size_does_not_change_tracks() -> None:
     one, three = _track(), _track(batch_size=3)
     assert one.rows.track_ids.tolist() == three.rows.track_ids.tolist()
     np.testing.assert_allclose(one.rows.boxes_xyxy, three.rows.boxes_xyxy, atol=1e-3)
 
 
-def test_a_callers_resize_and_progress_are_used() -> None:
+def test_resize_and_progress_callbacks_are_called() -> None:
     sizes, seen = [], []
 
     def half(pixels: torch.Tensor) -> torch.Tensor:
@@ -96,7 +99,7 @@ def test_a_callers_resize_and_progress_are_used() -> None:
     assert [number for number, _ in seen] == [10, 11, 12, 13, 14]
 
 
-def test_bfloat16_tracks() -> None:
+def test_bfloat16_detector_gives_finite_tracks() -> None:
     torch.manual_seed(0)
     settings = TrackerSettings(**(SETTINGS.__dict__ | {"dtype": "BF16"}))
     result = track_sequence(following_model(vocabulary=20), _frames(), settings)
@@ -104,10 +107,10 @@ def test_bfloat16_tracks() -> None:
     assert np.isfinite(result.rows.boxes_xyxy).all()
 
 
-def test_a_sequence_without_frames_or_boxes_is_empty() -> None:
+def test_sequence_without_frames_or_boxes_gives_no_rows() -> None:
     assert len(track_sequence(following_model(), [], SETTINGS).rows) == 0
-    silent = TrackerSettings(**(SETTINGS.__dict__ | {"det_thresh": 1.0}))
-    result = track_sequence(following_model(), _frames(2), silent)
+    strict = TrackerSettings(**(SETTINGS.__dict__ | {"det_thresh": 1.0}))
+    result = track_sequence(following_model(), _frames(2), strict)
     assert (len(result.rows), result.num_frames) == (0, 2)
 
 
@@ -120,6 +123,6 @@ def test_a_sequence_without_frames_or_boxes_is_empty() -> None:
         ([(3, np.zeros((90, 120, 3), np.uint8)), (3, np.zeros((90, 120, 3), np.uint8))], "out of order"),
     ],
 )
-def test_bad_frames_are_named(frames: list[tuple[int, np.ndarray]], message: str) -> None:
+def test_invalid_frames_are_an_error(frames: list[tuple[int, np.ndarray]], message: str) -> None:
     with pytest.raises(MotipError, match=message):
         track_sequence(following_model(), frames, SETTINGS)

@@ -14,12 +14,12 @@ def _config(**changes: object) -> SimpleNamespace:
     return SimpleNamespace(**(values | changes))
 
 
-def test_settings_come_from_the_configuration_keys() -> None:
+def test_settings_from_configuration_keys() -> None:
     settings = TrackerSettings.from_config(_config(DET_THRESH=0.4, MISS_TOLERANCE=12, USE_FOCAL_LOSS=True))  # type: ignore[arg-type]
     assert (settings.det_thresh, settings.miss_tolerance, settings.use_sigmoid) == (0.4, 12, True)
 
 
-def test_every_key_reaches_its_setting() -> None:
+def test_every_configuration_key_sets_its_field() -> None:
     changed = {
         "DET_THRESH": 0.41,
         "NEWBORN_THRESH": 0.42,
@@ -43,7 +43,7 @@ def test_every_key_reaches_its_setting() -> None:
     assert {key: getattr(settings, name) for name, key in _CONFIG_KEYS.items()} == changed
 
 
-def test_exports_carry_every_tracker_key() -> None:
+def test_exports_contain_every_tracker_key() -> None:
     from motip.weights.export import TRACKING_KEYS
 
     assert set(TRACKING_KEYS) == set(_CONFIG_KEYS.values())
@@ -56,7 +56,7 @@ def test_every_key_exists_in_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["object-priority", "id-priority"])
-def test_protocols_that_never_worked_are_refused_with_the_valid_ones(protocol: str) -> None:
+def test_unsupported_assignment_protocols_are_an_error_listing_valid_ones(protocol: str) -> None:
     with pytest.raises(MotipError, match=r"hungarian \| object-max \| id-max") as error:
         TrackerSettings.from_config(_config(ASSIGNMENT_PROTOCOL=protocol))  # type: ignore[arg-type]
     assert "ASSIGNMENT_PROTOCOL" in str(error.value)
@@ -76,7 +76,7 @@ def test_protocols_that_never_worked_are_refused_with_the_valid_ones(protocol: s
         {"newborn_order": "age"},
     ],
 )
-def test_bad_values_name_their_key(changes: dict[str, object]) -> None:
+def test_invalid_value_error_names_the_key(changes: dict[str, object]) -> None:
     with pytest.raises(MotipError) as error:
         TrackerSettings(**changes)  # type: ignore[arg-type]
     assert _CONFIG_KEYS[next(iter(changes))] in str(error.value)
@@ -87,7 +87,7 @@ def test_history_frames_of_both_rules() -> None:
     assert TrackerSettings(miss_tolerance=30, memory_rule="published").history_frames == 29
 
 
-def test_a_missing_key_is_named() -> None:
+def test_missing_key_error_names_the_key() -> None:
     config = _config()
     del config.ID_THRESH
     with pytest.raises(MotipError, match="ID_THRESH"):

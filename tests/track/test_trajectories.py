@@ -1,4 +1,4 @@
-"""The history's buffer: whatever is appended, forgotten and moved, it holds what a plain list would."""
+"""Buffer of the trajectory history: equal to a plain list after appending, forgetting and moving."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from motip.track.trajectories import TokenHistory
 
 
 def _tokens(count: int) -> HistoryTokens:
-    """Random tokens of 2 layers and 3 heads behind a zero token."""
+    """Random tokens of 2 layers and 3 heads after a zero token."""
     keys, values = torch.randn(2, 2, 3, 1 + count, 4).unbind()
     keys[:, :, 0] = values[:, :, 0] = 0.0
     return HistoryTokens(keys, values)
 
 
-def test_it_holds_the_newest_frames_through_every_move() -> None:
+def test_history_equals_a_list_after_every_append_and_move() -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     history, kept = TokenHistory(), list[tuple[int, HistoryTokens]]()
     buffers, moved = set[int](), 0
     for frame in range(200):
-        count = int(rng.integers(1, 9 if frame < 100 else 30))  # the crowd grows: the buffer must as well
+        count = int(rng.integers(1, 9 if frame < 100 else 30))  # more objects later, so that the buffer must grow
         new = _tokens(count)
         start = history._start
         history.append(new, np.arange(count), frame)
@@ -38,10 +38,10 @@ def test_it_holds_the_newest_frames_through_every_move() -> None:
         assert history.frames.tolist() == [number for number, tokens in kept for _ in range(len(tokens))]
         assert history._keys is not None
         buffers.add(history._keys.data_ptr())
-    assert moved > len(buffers) > 1, "it must have moved in place and grown"
+    assert moved > len(buffers) > 1, "the buffer must have moved in place and grown"
 
 
-def test_dropped_labels_are_hidden_and_nothing_else() -> None:
+def test_only_dropped_labels_are_masked() -> None:
     history = TokenHistory()
     history.append(_tokens(3), np.array([4, 0, 2]), 0)
     history.append(_tokens(2), np.array([2, 4]), 1)

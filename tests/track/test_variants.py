@@ -1,4 +1,4 @@
-"""One pass of the detector for many settings must find what one pass for each would."""
+"""`track_variants`: one detector pass gives the tracks of separate runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FRAMES = [(10 + number, image(number, 90, 120)) for number in range(5)]
 
 
 def _variants() -> list[TrackerSettings]:
-    """Thresholds in the midst of what the untrained detector says, so that each lets other detections through."""
+    """Thresholds around the median score of the untrained detector, so that each selects other detections."""
     torch.manual_seed(0)
     scores = track_sequence(following_model(vocabulary=20), FRAMES, SETTINGS).rows.scores
     middle = float(np.median(scores))
@@ -39,11 +39,11 @@ def _same(one: TrackResult, other: TrackResult) -> bool:
     return all(np.array_equal(getattr(one.rows, name), getattr(other.rows, name)) for name in fields)
 
 
-def test_shared_detections_give_the_tracks_of_each_setting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_give_the_tracks_of_separate_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     variants = _variants()
     torch.manual_seed(0)
     model = following_model(vocabulary=20)
-    alone = [track_sequence(model, FRAMES, each) for each in variants]
+    separate = [track_sequence(model, FRAMES, each) for each in variants]
     passes = []
     detect = api._detect
 
@@ -54,13 +54,13 @@ def test_shared_detections_give_the_tracks_of_each_setting_alone(monkeypatch: py
     monkeypatch.setattr(api, "_detect", counted)
     together = track_variants(model, FRAMES, variants)
     assert len(passes) == len(FRAMES)
-    for one, other in zip(alone, together, strict=True):
+    for one, other in zip(separate, together, strict=True):
         assert _same(one, other) and one.counters == other.counters and one.notes == other.notes
         assert (one.num_frames, one.image_size) == (other.num_frames, other.image_size)
-    assert len({len(each.rows) for each in together}) > 1, "settings that change nothing would prove nothing"
+    assert len({len(each.rows) for each in together}) > 1, "the settings must lead to different tracks"
 
 
-def test_every_detection_is_shown_before_any_threshold() -> None:
+def test_on_detections_receives_unfiltered_detections() -> None:
     torch.manual_seed(0)
     seen = []
     track_variants(
@@ -72,12 +72,12 @@ def test_every_detection_is_shown_before_any_threshold() -> None:
     assert seen == [(number, (90, 120), 16, 16) for number in range(10, 15)]
 
 
-def test_settings_that_need_another_detector_pass_are_refused() -> None:
+def test_variants_with_different_detector_settings_are_an_error() -> None:
     with pytest.raises(MotipError, match="cannot share"):
         track_variants(following_model(), FRAMES, [SETTINGS, replace(SETTINGS, short_side=32)])
     with pytest.raises(MotipError, match="no settings"):
         track_variants(following_model(), FRAMES, [])
 
 
-def test_no_frames_are_an_empty_result_for_each() -> None:
+def test_no_frames_give_an_empty_result_per_variant() -> None:
     assert [len(each.rows) for each in track_variants(following_model(), [], [SETTINGS, SETTINGS])] == [0, 0]
