@@ -23,8 +23,8 @@ from trackeval.metrics import CLEAR, HOTA, Identity
 from benchmarks.machine import Stopwatch, memory_mb
 from benchmarks.records import Recorder, add_flags, quantity
 from motip.data.sequence import TrackRows
-from motip.evaluate.metrics import FAMILIES, prepare_class
-from motip.evaluate.protocols import ScoredSequence
+from motip.evaluation.metrics import FAMILIES, prepare_class
+from motip.evaluation.protocols import ScoredSequence
 
 TOLERANCE = 1e-9
 WIDTH, HEIGHT = 1920.0, 1080.0

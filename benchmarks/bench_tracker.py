@@ -26,8 +26,8 @@ from benchmarks.machine import Stopwatch, cores_allowed
 from benchmarks.records import Recorder, add_flags, quantity
 from motip.model import ModelSpec, build_model
 from motip.model.motip import MOTIP
-from motip.track.settings import TrackerSettings
-from motip.track.tracker import Tracker
+from motip.tracking.settings import TrackerSettings
+from motip.tracking.tracker import Tracker
 from tests.parity import recipe
 
 HISTORY = 29

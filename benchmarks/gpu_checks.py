@@ -49,8 +49,8 @@ from benchmarks.gpu_step import AERIAL, FALLBACKS, TINY, Fallback, Step, noise_c
 from motip.data.batch import ClipBatch
 from motip.model import MOTIP, ModelSpec, build_model, deformable_attention
 from motip.storage.atomic import write_json_atomic
-from motip.track.api import track_sequence, track_variants
-from motip.track.settings import TrackerSettings
+from motip.tracking.api import track_sequence, track_variants
+from motip.tracking.settings import TrackerSettings
 
 Case = dict[str, Any]
 GPU_BYTES = 22e9

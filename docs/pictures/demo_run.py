@@ -36,7 +36,7 @@ from motip.report.failures import SHEET, write_failures  # noqa: E402
 from motip.report.stage_list import read_stage_list  # noqa: E402
 from motip.report.tracked_video import track_video  # noqa: E402
 from motip.storage.atomic import atomic_write  # noqa: E402
-from motip.track.api import track  # noqa: E402
+from motip.tracking.api import track  # noqa: E402
 from tests.helpers.browser import browser  # noqa: E402
 
 MAX_BYTES = 250_000

@@ -10,7 +10,7 @@ import typer
 from motip.errors import MotipError
 
 if TYPE_CHECKING:
-    from motip.evaluate.scores import Scores
+    from motip.evaluation.scores import Scores
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -43,8 +43,8 @@ def compare(
     Example: motip compare ~/motip/evaluations/3f2a91c0d5e7 ~/motip/evaluations/8b10c44e72fd
     """
     from motip.cli.console import as_json, console, note, table
-    from motip.evaluate.comparison import COVERAGE, METRICS, comparisons_json
-    from motip.evaluate.comparison import compare as compare_scores
+    from motip.evaluation.comparison import COVERAGE, METRICS, comparisons_json
+    from motip.evaluation.comparison import compare as compare_scores
 
     shown = METRICS if metrics is None else _metrics(metrics)
     (origin_a, scores_a), (origin_b, scores_b) = (_load(named, split, storage) for named in (a, b))
@@ -75,7 +75,7 @@ def compare(
 
 def _load(named: str, split: str, storage: str) -> tuple[str, dict[str, Scores]]:
     """Origin of the scores, and the scores by source; ``named`` is a path or an MLflow run id."""
-    from motip.evaluate.score_files import best_of, epoch_of, load_scores, read_scores
+    from motip.evaluation.score_files import best_of, epoch_of, load_scores, read_scores
     from motip.storage.paths import location
 
     if not _RUN_ID.fullmatch(named) or location(named).exists():
@@ -108,7 +108,7 @@ def _sources(named: str | None, a: dict[str, Scores], b: dict[str, Scores]) -> l
 
 
 def _metrics(named: str) -> tuple[str, ...]:
-    from motip.evaluate.scores import COUNTS, PERCENTAGES
+    from motip.evaluation.scores import COUNTS, PERCENTAGES
 
     valid = [name for name in (*PERCENTAGES, *COUNTS) if name not in ("GT", "TP")]
     selected = tuple(name.strip() for name in named.split(",") if name.strip())

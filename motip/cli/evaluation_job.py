@@ -19,11 +19,11 @@ from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap
 from motip.data.shards import read_labels
 from motip.errors import MotipError
-from motip.evaluate.comparison import Comparison, compare, comparisons_json
-from motip.evaluate.evaluation import EvalJob, Evaluation, ModelUnderTest, evaluate, evaluation_folder
-from motip.evaluate.outcome_summary import OutcomeSummary, summarise_outcomes
-from motip.evaluate.protocols import scored_sequence
-from motip.evaluate.threshold_search import (
+from motip.evaluation.comparison import Comparison, compare, comparisons_json
+from motip.evaluation.evaluator import EvalJob, Evaluation, ModelUnderTest, evaluate, evaluation_folder
+from motip.evaluation.outcome_summary import OutcomeSummary, summarise_outcomes
+from motip.evaluation.protocols import scored_sequence
+from motip.evaluation.threshold_search import (
     ThresholdSearchInput,
     ThresholdSearchResult,
     candidate_settings,
@@ -33,7 +33,7 @@ from motip.evaluate.threshold_search import (
 from motip.report.threshold_plot import threshold_figure
 from motip.storage.atomic import write_json_atomic
 from motip.storage.paths import Location, atomic_output, write_json
-from motip.track.loading import LoadedModel, load, resolve_device
+from motip.tracking.loading import LoadedModel, load, resolve_device
 
 
 @dataclass(frozen=True)

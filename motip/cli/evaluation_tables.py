@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from motip.cli.console import console, note, table
-from motip.evaluate.bootstrap import MEAN
-from motip.evaluate.comparison import Comparison
-from motip.evaluate.evaluation import Evaluation
-from motip.evaluate.outcome_summary import OutcomeSummary
-from motip.evaluate.threshold_search import ThresholdSearchResult
+from motip.evaluation.bootstrap import MEAN
+from motip.evaluation.comparison import Comparison
+from motip.evaluation.evaluator import Evaluation
+from motip.evaluation.outcome_summary import OutcomeSummary
+from motip.evaluation.threshold_search import ThresholdSearchResult
 
 
 def show_scores(done: Evaluation) -> None:

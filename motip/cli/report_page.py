@@ -51,7 +51,7 @@ def page(
     from motip.report.page import write_page
     from motip.report.stage_tracks import TrackingOptions
     from motip.storage.paths import location
-    from motip.track.loading import resolve_device
+    from motip.tracking.loading import resolve_device
 
     tracking = TrackingOptions(track=not stored_only, device=str(resolve_device(device)))
     target = None if out is None else location(out)

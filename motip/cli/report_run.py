@@ -24,7 +24,7 @@ from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap
 from motip.data.shards import Shard
 from motip.errors import MotipError
-from motip.evaluate.evaluation import (
+from motip.evaluation.evaluator import (
     EvalJob,
     ModelUnderTest,
     evaluation_folder,
@@ -33,14 +33,14 @@ from motip.evaluate.evaluation import (
     track_missing,
     tracks_digest,
 )
-from motip.evaluate.outcomes import box_outcomes
-from motip.evaluate.protocols import scored_sequence
+from motip.evaluation.outcomes import box_outcomes
+from motip.evaluation.protocols import scored_sequence
 from motip.report.failure_segments import Images, MatchedVideo
 from motip.report.page_facts import stored_row
 from motip.report.tracked_video import check_folder
 from motip.storage.paths import Location, absolute, local_copy, location, read_json
-from motip.track.loading import LoadedModel, load, resolve_device
-from motip.track.settings import TrackerSettings
+from motip.tracking.loading import LoadedModel, load, resolve_device
+from motip.tracking.settings import TrackerSettings
 from motip.train.retention import list_checkpoints
 
 BEST = "checkpoint_best.pth"

@@ -16,8 +16,8 @@ import typer
 
 if TYPE_CHECKING:
     from motip.report.tracked_video import TrackedVideo
-    from motip.track.api import TrackIterator
-    from motip.track.detections import Detections
+    from motip.tracking.api import TrackIterator
+    from motip.tracking.detections import Detections
 
 
 def track(
@@ -76,7 +76,7 @@ def track(
     """
     from motip.errors import MotipError
     from motip.report.tracked_video import checked_output, track_video
-    from motip.track.api import track as open_tracking
+    from motip.tracking.api import track as open_tracking
 
     output = checked_output(output_path)
     lines = None if json_path is None else _checked_lines(json_path, output)

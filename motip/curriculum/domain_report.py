@@ -11,7 +11,7 @@ from typing import Any
 from motip.config import Domains
 from motip.curriculum.domain_scores import DomainScores
 from motip.curriculum.score_table import score_rows
-from motip.evaluate.domain_matrix import DomainMatrix, Forgetting
+from motip.evaluation.domain_matrix import DomainMatrix, Forgetting
 from motip.lineage import Lineage
 from motip.lineage.tags import Tag
 from motip.report.heatmap import heat_map, png_of

@@ -13,12 +13,12 @@ from motip.curriculum.stage import Session
 from motip.curriculum.stage_inputs import protocol_for
 from motip.data.manifest import Manifest, VideoEntry
 from motip.data.sequence import ClassMap
-from motip.evaluate.domain_matrix import subsample
-from motip.evaluate.evaluation import EvalJob, ModelUnderTest, evaluate, evaluation_folder, has_labels
-from motip.evaluate.scores import Scores
+from motip.evaluation.domain_matrix import subsample
+from motip.evaluation.evaluator import EvalJob, ModelUnderTest, evaluate, evaluation_folder, has_labels
+from motip.evaluation.scores import Scores
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, read_json, write_json
-from motip.track.settings import TrackerSettings
+from motip.tracking.settings import TrackerSettings
 from motip.train.ray_train import device_from_config
 from motip.weights.class_names import canonical_name
 

@@ -20,10 +20,10 @@ from motip.curriculum.domain_scores import DomainScores, domain_set, score_domai
 from motip.curriculum.records import StageRecord
 from motip.curriculum.stage import Session
 from motip.errors import MotipError
-from motip.evaluate.domain_matrix import DomainMatrix
-from motip.evaluate.evaluation import ModelUnderTest
+from motip.evaluation.domain_matrix import DomainMatrix
+from motip.evaluation.evaluator import ModelUnderTest
 from motip.storage.paths import Location, absolute, local_copy, location
-from motip.track.settings import TrackerSettings
+from motip.tracking.settings import TrackerSettings
 from motip.train.stage_job import Parent
 from motip.weights.export import load_for_tracking
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from motip.evaluate.scores import Scores
+from motip.evaluation.scores import Scores
 
 
 def score_rows(scores: Mapping[str, Mapping[str, Scores]]) -> tuple[list[str], list[list[str]]]:

@@ -11,7 +11,7 @@ from motip.curriculum.records import FORMAT, Options
 from motip.data.clip_loader import plan_videos
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
 from motip.errors import MotipError
-from motip.evaluate.protocols import PLAN_CLASSES, PROTOCOLS
+from motip.evaluation.protocols import PLAN_CLASSES, PROTOCOLS
 from motip.lineage import DataUsed
 from motip.storage.atomic import digest
 from motip.train.stage_job import Parent, StageJob

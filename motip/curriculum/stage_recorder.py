@@ -12,7 +12,7 @@ from motip.curriculum.failure import log_exceptions
 from motip.curriculum.score_table import score_rows
 from motip.curriculum.stage_dashboard import StageDashboard
 from motip.errors import MotipError
-from motip.evaluate.scores import Scores
+from motip.evaluation.scores import Scores
 from motip.lineage import Lineage
 from motip.report.stage_history import epochs_synced
 from motip.storage.paths import Location, read_json, write_bytes, write_json

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from motip.config.curriculum_file import BASE
 from motip.config.experiment_file import Experiment
-from motip.evaluate.scores import Scores
-from motip.evaluate.seeds import Estimate, difference, estimate
+from motip.evaluation.scores import Scores
+from motip.evaluation.seeds import Estimate, difference, estimate
 from motip.experiment.arms import ArmResult, StageResult, complete_seeds
 
 # Okabe and Ito's colours, distinguishable with any colour vision.

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from motip.evaluate.domain_matrix import Column, DomainMatrix
+from motip.evaluation.domain_matrix import Column, DomainMatrix
 
 
 def domain_table(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from motip.evaluate.outcomes import GT_OUTCOMES, PRED_OUTCOMES, ClassOutcomes
+from motip.evaluation.outcomes import GT_OUTCOMES, PRED_OUTCOMES, ClassOutcomes
 
 TRACKED, MISSED, SWITCH, FALSE, IGNORED = "tracked", "missed", "identity switch", "false positive", "ignored"
 KINDS = (TRACKED, MISSED, SWITCH, FALSE, IGNORED)
@@ -51,7 +51,7 @@ class MatchedVideo:
 
     Attributes:
         frames: (F,) 0-based numbers of the labelled frames, in order; positions below index it.
-        errors: class -> outcomes of its boxes (``motip.evaluate.outcomes.box_outcomes``).
+        errors: class -> outcomes of its boxes (``motip.evaluation.outcomes.box_outcomes``).
         ignore_frames, ignore_xyxy: (K,), (K, 4) ignore regions in pixels.
         images: yields the images at positions, (H, W, 3) uint8 RGB each.
     """

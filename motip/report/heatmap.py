@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from motip.evaluate.domain_matrix import Column, DomainMatrix
+from motip.evaluation.domain_matrix import Column, DomainMatrix
 
 CELL_INCHES = (1.15, 0.5)
 DARK = 60.0

@@ -10,13 +10,13 @@ from typing import Any
 from motip.config import Config
 from motip.config.curriculum_file import BASE
 from motip.errors import MotipError
-from motip.evaluate.comparison import Comparison, compare
-from motip.evaluate.domain_matrix import DomainMatrix
-from motip.evaluate.score_files import load_scores
-from motip.evaluate.scores import Scores
+from motip.evaluation.comparison import Comparison, compare
+from motip.evaluation.domain_matrix import DomainMatrix
+from motip.evaluation.score_files import load_scores
+from motip.evaluation.scores import Scores
 from motip.report.stage_list import StageList
 from motip.storage.paths import Location, RemotePath, files_under, location, read_json, sha256
-from motip.track.settings import TrackerSettings
+from motip.tracking.settings import TrackerSettings
 
 MAX_SHEETS = 12
 """Failure sheets of one stage on the page; the others stay in the stage's folder."""

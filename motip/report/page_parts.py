@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-from motip.evaluate.bootstrap import MEAN
-from motip.evaluate.comparison import COVERAGE, Difference
-from motip.evaluate.domain_matrix import Column
-from motip.evaluate.scores import Scores
+from motip.evaluation.bootstrap import MEAN
+from motip.evaluation.comparison import COVERAGE, Difference
+from motip.evaluation.domain_matrix import Column
+from motip.evaluation.scores import Scores
 from motip.report.drawing import text_colour
 from motip.report.markup import Markup, Part, tag
 from motip.report.page_facts import Change, Matrix, PageFacts, StageFacts, changes

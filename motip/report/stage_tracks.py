@@ -9,7 +9,7 @@ from motip.cluster import Cluster
 from motip.data.manifest import Manifest, VideoEntry
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
-from motip.evaluate.evaluation import (
+from motip.evaluation.evaluator import (
     EvalJob,
     ModelUnderTest,
     evaluation_folder,

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from motip.evaluate.threshold_search import ThresholdSearchResult
+    from motip.evaluation.threshold_search import ThresholdSearchResult
 
 _COLOURS = {"HOTA": "#1f4e79", "DetA": "#c55a11", "AssA": "#548235"}
 

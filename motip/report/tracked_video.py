@@ -13,8 +13,8 @@ from motip.data.formats.result_files import write_mot
 from motip.errors import MotipError
 from motip.report.drawing import DrawnTracks, Painter
 from motip.report.video_writer import VideoWriter, check_encoder
-from motip.track.api import TrackIterator, TrackResult
-from motip.track.detections import Detections
+from motip.tracking.api import TrackIterator, TrackResult
+from motip.tracking.detections import Detections
 
 
 @dataclass(frozen=True)

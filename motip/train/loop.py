@@ -12,8 +12,8 @@ import torch
 from motip.config import Config
 from motip.data.batch import ClipBatch
 from motip.data.host_memory import keep_freed_memory
-from motip.evaluate.validation import score_videos, track_videos
-from motip.track.settings import TrackerSettings
+from motip.evaluation.validation import score_videos, track_videos
+from motip.tracking.settings import TrackerSettings
 from motip.train.checkpoints import save_epoch, save_step
 from motip.train.collectives import ProcessGroup
 from motip.train.optimizer import GROUP_NAMES, LearningRates, build_optimizer

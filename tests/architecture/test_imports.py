@@ -83,14 +83,14 @@ def test_each_ray_library_has_one_module(library: str) -> None:
     assert users == {RAY_LIBRARIES[library]}
 
 
-@pytest.mark.parametrize("package", ["model", "losses", "track"])
+@pytest.mark.parametrize("package", ["model", "losses", "tracking"])
 def test_network_packages_import_torch_and_numpy_only(package: str) -> None:
     modules = {(path, module) for path in (ROOT / "motip" / package).rglob("*.py") for module in imports(path)}
     assert modules
     assert {(path.name, module) for path, module in modules if module.split(".")[0] not in ALLOWED} == set()
 
 
-@pytest.mark.parametrize("module", ["motip.model", "motip.losses.detection", "motip.track.tracker"])
+@pytest.mark.parametrize("module", ["motip.model", "motip.losses.detection", "motip.tracking.tracker"])
 def test_network_packages_load_no_engine(module: str) -> None:
     code = (
         f"import {module}, sys; "

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from motip.errors import MotipError
-from motip.evaluate.metrics import score
-from motip.evaluate.protocols import ScoredSequence
-from motip.evaluate.score_files import load_scores
-from motip.evaluate.scores import Scores
-from motip.evaluate.validation import StageScores
+from motip.evaluation.metrics import score
+from motip.evaluation.protocols import ScoredSequence
+from motip.evaluation.score_files import load_scores
+from motip.evaluation.scores import Scores
+from motip.evaluation.validation import StageScores
 from motip.lineage import Lineage
 from motip.storage.atomic import sha256_file
 from motip.storage.paths import location

@@ -85,7 +85,7 @@ def test_half_precision_tracks(motip: Motip, workspace: Path, tmp_path: Path) ->
 def test_half_precision_reaches_the_detector(motip: Motip, workspace: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     import torch
 
-    from motip.track import api
+    from motip.tracking import api
 
     seen: list[tuple[bool, object]] = []
     plain = api.normalise

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import motip.evaluate.evaluation as evaluate_run
+import motip.evaluation.evaluator as evaluate_run
 from motip.config import load_config, load_curriculum
 from motip.curriculum import domain_scores
 from motip.curriculum.domain_history import base_domains, learned_in, seen_after
@@ -19,10 +19,10 @@ from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap, TrackRows
 from motip.data.shards import read_labels
 from motip.errors import MotipError
-from motip.evaluate.evaluation import VideoTracker
+from motip.evaluation.evaluator import VideoTracker
 from motip.lineage import Lineage
 from motip.storage.atomic import sha256_file
-from motip.track.settings import TrackerSettings
+from motip.tracking.settings import TrackerSettings
 from motip.train.setup import fresh_model
 from motip.weights import save_checkpoint
 from tests.helpers.small_curriculum import STAGE, run

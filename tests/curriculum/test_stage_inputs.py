@@ -13,7 +13,7 @@ from motip.config.single_stage import KNOWN_DATASETS
 from motip.curriculum.records import StageRecord
 from motip.curriculum.stage_inputs import protocol_for
 from motip.data.formats.registry import READERS
-from motip.evaluate.protocols import PLAN_CLASSES, find_protocol
+from motip.evaluation.protocols import PLAN_CLASSES, find_protocol
 from tests.helpers.small_curriculum import write_files
 
 

@@ -15,9 +15,9 @@ from motip.data.formats.result_files import write_mot
 from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap, TrackRows
 from motip.data.shards import read_labels
-from motip.evaluate.domain_matrix import DomainMatrix
-from motip.evaluate.scores import Scores
-from motip.evaluate.validation import score_videos
+from motip.evaluation.domain_matrix import DomainMatrix
+from motip.evaluation.scores import Scores
+from motip.evaluation.validation import score_videos
 from motip.lineage import Lineage
 from motip.report.page import Page, write_page
 from tests.helpers.small_curriculum import run, write_files

@@ -20,12 +20,12 @@ import yaml
 from motip.cluster import Cluster
 from motip.config import Config, load_config, load_curriculum
 from motip.curriculum import Options
-from motip.evaluate.score_files import load_scores
+from motip.evaluation.score_files import load_scores
 from motip.lineage import Lineage
 from motip.lineage.record_file import read_record
 from motip.report.stage_history import History, epochs_synced
 from motip.storage.atomic import sha256_file
-from motip.track.loading import load
+from motip.tracking.loading import load
 from motip.tune import Tuning, run_sweep
 from motip.tune import sweep as sweep_module
 from motip.weights import load_checkpoint

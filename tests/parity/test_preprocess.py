@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from motip.data.augment import ClipAugmentation, render_frame, resize_size, transform_boxes
-from motip.track.api import inference_size, resize_frame
-from motip.track.settings import TrackerSettings
+from motip.tracking.api import inference_size, resize_frame
+from motip.tracking.settings import TrackerSettings
 from tests.parity import recipe
 from tests.parity.sizes import reference_files
 

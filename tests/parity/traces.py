@@ -13,8 +13,8 @@ from torch import Tensor
 
 from motip.model import ModelSpec, build_model
 from motip.model.motip import MOTIP
-from motip.track.settings import TrackerSettings
-from motip.track.tracker import Tracker
+from motip.tracking.settings import TrackerSettings
+from motip.tracking.tracker import Tracker
 from tests.parity import recipe
 from tests.parity.sizes import present
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from motip.data.sequence import TrackRows
-from motip.evaluate.outcomes import box_outcomes
-from motip.evaluate.protocols import ScoredSequence
+from motip.evaluation.outcomes import box_outcomes
+from motip.evaluation.protocols import ScoredSequence
 from motip.report.drawing import dashed_box
 from motip.report.failure_drawing import COLOURS, LEGEND_HEIGHT, draw_annotations, full_view, legend, zoomed_view
 from motip.report.failure_segments import (

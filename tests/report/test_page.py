@@ -21,7 +21,7 @@ from motip.config import load_curriculum
 from motip.curriculum import Options
 from motip.data.video_reader import open_source
 from motip.errors import MotipError
-from motip.evaluate.comparison import compare
+from motip.evaluation.comparison import compare
 from motip.report import page as report_page
 from motip.report import page_parts
 from motip.report.markup import Markup, markup, tag

@@ -13,9 +13,9 @@ from motip.data.video_reader import open_source
 from motip.errors import MotipError
 from motip.model import MOTIP
 from motip.report.tracked_video import checked_output, track_video
-from motip.track.api import TrackIterator, track_sequence
-from motip.track.detections import Detections
-from motip.track.settings import TrackerSettings
+from motip.tracking.api import TrackIterator, track_sequence
+from motip.tracking.detections import Detections
+from motip.tracking.settings import TrackerSettings
 from motip.train.setup import fresh_model
 from tests.helpers.videos import facts, write_video
 

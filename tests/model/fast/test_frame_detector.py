@@ -21,9 +21,9 @@ from motip.model.fast.gpu_attention import GpuAttention
 from motip.model.fast.packed import PackedConv, PackedLinear, can_pack
 from motip.model.fast.triton_attention import triton_attention
 from motip.model.spec import ModelSpec
-from motip.track import api
-from motip.track.api import track_sequence
-from motip.track.settings import TrackerSettings
+from motip.tracking import api
+from motip.tracking.api import track_sequence
+from motip.tracking.settings import TrackerSettings
 from tests.helpers.scripted_model import following_model
 from tests.parity.recipe import fill, image, padded_batch
 

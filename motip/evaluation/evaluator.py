@@ -1,0 +1,404 @@
+"""Evaluation of a checkpoint on converted videos: track each video once, over Ray actors or here, and score it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from motip.cluster import Cluster
+from motip.data.clip_loader import read_video_frames
+from motip.data.formats.result_files import read_mot, write_mot
+from motip.data.manifest import VideoEntry
+from motip.data.sequence import ClassMap, TrackRows
+from motip.errors import MotipError
+from motip.evaluation.scores import Scores
+from motip.evaluation.validation import score_videos
+from motip.model import MOTIP
+from motip.storage.atomic import digest
+from motip.storage.paths import Location, RemotePath, atomic_output, download, location, read_json, write_json
+from motip.tracking.api import track_sequence
+from motip.tracking.settings import TrackerSettings
+from motip.weights.class_names import canonical_name
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Part of the digest of stored tracks; raised when the meaning of tracks changes."""
+MAX_WORKER_DEATHS = 3
+"""Worker deaths on one video (or at start-up) after which the evaluation fails."""
+
+OnVideo = Callable[[VideoEntry, int, int], None]
+"""Called with a finished video, the number of finished videos, and their total."""
+
+ModelT = TypeVar("ModelT")
+ResultT = TypeVar("ResultT")
+ResultT_co = TypeVar("ResultT_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class ModelUnderTest:
+    """A model to evaluate.
+
+    Attributes:
+        model: in eval mode on the CPU.
+        sha256: hex digest of its weights file.
+        settings: of the tracker.
+        classes: names of the class ids in its tracks. Where the class map of a source has other classes, tracks of
+            classes missing in the map are dropped, and classes missing here count as missed. Empty: those of the map.
+    """
+
+    model: MOTIP
+    sha256: str
+    settings: TrackerSettings
+    classes: tuple[str, ...] = ()
+
+    def tracks_digest(self, video: VideoEntry) -> str:
+        """Hex digest of everything the tracks of a video depend on."""
+        return tracks_digest(self.sha256, self.settings, video)
+
+
+def tracks_digest(sha256: str, settings: TrackerSettings, video: VideoEntry) -> str:
+    """Hex digest of everything a model's tracks of a video depend on; ``sha256`` is that of the weights file."""
+    return digest([FORMAT_VERSION, sha256, asdict(settings), video.shard_sha256])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of an evaluation.
+
+    Attributes:
+        scores: by source; never pooled, since protocols and classes may differ.
+        tracked_only: sources without a label of the averaged classes, and therefore without scores.
+        videos: number of videos.
+        reused: videos whose tracks were stored by an earlier run.
+        notes: remarks that must be shown with the numbers.
+        tracks: scored tracks by source and video; class ids index the classes of the source's class map.
+    """
+
+    scores: dict[str, Scores]
+    tracked_only: tuple[str, ...]
+    videos: int
+    reused: int
+    notes: tuple[str, ...]
+    tracks: dict[str, dict[str, TrackRows]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvalJob:
+    """Videos to track, and where and how.
+
+    Attributes:
+        videos: entries of the manifest.
+        storage: folder or URI that contains ``shards/``.
+        folder: output folder for tracks and results; see ``evaluation_folder``.
+        split: of the videos; written with the scores.
+        averaged: classes the class average is taken over (CLASSES_TO_EVAL); None: all.
+        cluster: Ray cluster whose actors share the videos; None tracks in this process.
+        workers: maximum number of actors; None: one per CPU (per GPU with a CUDA ``device``).
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        on_video: progress callback.
+    """
+
+    videos: Sequence[VideoEntry]
+    storage: str
+    folder: Location
+    split: str = "val"
+    averaged: Collection[str] | None = None
+    cluster: Cluster | None = None
+    workers: int | None = None
+    device: str = "cpu"
+    on_video: OnVideo | None = None
+
+
+def evaluate(
+    model: ModelUnderTest, job: EvalJob, class_maps: Mapping[str, ClassMap], protocols: Mapping[str, str]
+) -> Evaluation:
+    """Track videos and score those with labels.
+
+    Tracks are written to ``<folder>/tracks/<source>/<split>/<video>.txt`` as each video finishes; a later run reads
+    them back. Scores are always computed from the written files.
+
+    Args:
+        model: the model with its tracker settings.
+        job: videos, output folder and resources.
+        class_maps: source -> class map, for every source of the videos.
+        protocols: source -> name of an evaluation protocol (``motip.evaluation.protocols``).
+
+    Returns:
+        Scores by source, and the tracks they were computed from.
+
+    Raises:
+        MotipError: a shard is missing or damaged, files cannot be written, or more workers than CPUs or GPUs.
+
+    Examples:
+        Two frames with one labelled car, written as a shard and tracked with random weights:
+
+        >>> import cv2
+        >>> from motip.data.manifest import make_entry, summarise_labels
+        >>> from motip.data.sequence import Frame, Sequence as Video
+        >>> from motip.data.shards import ShardWriter, header_of, read_header
+        >>> from motip.model import ModelSpec, build_model
+        >>> from motip.storage.atomic import sha256_file
+        >>> storage = Path(tempfile.mkdtemp())
+        >>> png = cv2.imencode(".png", np.zeros((96, 128, 3), np.uint8))[1].tobytes()
+        >>> box, zero = np.array([[10, 10, 40, 40]], np.float32), np.zeros(1, np.int8)
+        >>> frames = [Frame(n, png, box, np.array([1]), ("car",), zero > 0, zero, zero) for n in range(2)]
+        >>> shard = storage / "shards" / "toy.parquet"
+        >>> header = header_of(Video("v0", "toy", "val", 10.0, 128, 96, tuple(frames)), source="toy")
+        >>> with ShardWriter(shard, header) as writer:
+        ...     for frame in frames:
+        ...         writer.add(frame)
+        ...     writer.summary = {**summarise_labels(frames), "segment": 0}
+        >>> entry = {"shard": "toy.parquet", "shard_sha256": sha256_file(shard), "shard_bytes": shard.stat().st_size}
+        >>> video = make_entry(read_header(shard), **entry)
+        >>> spec = ModelSpec(backbone="tiny_gn", hidden_dim=32, num_heads=2, enc_layers=1, dec_layers=1,
+        ...                  feature_dim=32, id_dim=32, num_id_decoder_layers=1, rel_pe_length=32)
+        >>> model = ModelUnderTest(build_model(spec).eval(), "0" * 64, TrackerSettings(short_side=64))
+        >>> job = EvalJob([video], str(storage), evaluation_folder(storage, model.sha256))
+        >>> result = evaluate(model, job, {"toy": ClassMap(("car",), {"car": ("car",)})}, {"toy": "plain"})
+        >>> result.videos, result.scores["toy"].class_averaged["GT"]
+        (1, 2)
+    """
+    # tracks
+    videos, averaged = job.videos, job.averaged
+    reused = track_missing(model, job)
+    paths = {(video.source, video.video): track_paths(job.folder, video) for video in videos}
+    tracked = {key: _read(path) for key, (path, _) in paths.items()}
+    notes = dict.fromkeys(note for _, facts in paths.values() for note in read_json(facts)["notes"])
+    # scores by source
+    scores: dict[str, Scores] = {}
+    tracks: dict[str, dict[str, TrackRows]] = {}
+    tracked_only = []
+    for source in sorted({video.source for video in videos}):
+        own = [video for video in videos if video.source == source]
+        class_map = class_maps[source]
+        if not has_labels(own, class_map, averaged):
+            tracked_only.append(source)
+            continue
+        model_classes = model.classes or class_map.names
+        rows_of = {
+            key: remap_classes(rows, model_classes, class_map.names)
+            for key, rows in tracked.items()
+            if key[0] == source
+        }
+        scores |= score_videos(own, rows_of, job.storage, class_maps, protocols, job.split, averaged).by_source
+        tracks[source] = {video: rows for (_, video), rows in rows_of.items()}
+    return Evaluation(scores, tuple(tracked_only), len(videos), reused, tuple(notes), tracks)
+
+
+def track_missing(model: ModelUnderTest, job: EvalJob) -> int:
+    """Track the videos of a job without stored tracks; returns how many had them.
+
+    Raises:
+        MotipError: as ``evaluate``.
+    """
+    missing = [video for video in job.videos if not is_tracked(job.folder, video, model.tracks_digest(video))]
+    reused = len(job.videos) - len(missing)
+    results = map_videos(VideoTracker, model, missing, job.storage, job.device, job.cluster, job.workers)
+    for done, (video, rows, facts) in enumerate(results, start=reused + 1):
+        tracks_path, facts_path = track_paths(job.folder, video)
+        with atomic_output(tracks_path) as path:
+            write_mot(path, rows)
+        # Written last: the facts mark the tracks as complete.
+        write_json(facts_path, {"inputs": model.tracks_digest(video), **facts})
+        if job.on_video is not None:
+            job.on_video(video, done, len(job.videos))
+    return reused
+
+
+def evaluation_folder(storage: Location | str, sha256: str) -> Location:
+    """Evaluation folder of the weights file with this hex sha256: ``<storage>/evaluations/<first 12 digits>``."""
+    return location(storage) / "evaluations" / sha256[:12]
+
+
+def track_paths(folder: Location, video: VideoEntry) -> tuple[Location, Location]:
+    """Paths of a video's tracks (MOT rows) and of their facts (JSON: digest, counters, notes, seconds)."""
+    parent = folder / f"tracks/{video.source}/{video.split}"
+    return parent / f"{video.video}.txt", parent / f"{video.video}.json"
+
+
+def is_tracked(folder: Location, video: VideoEntry, inputs: str) -> bool:
+    """Whether the folder contains tracks of the video with this digest (``tracks_digest``)."""
+    tracks, facts = track_paths(folder, video)
+    return facts.is_file() and tracks.is_file() and read_json(facts).get("inputs") == inputs
+
+
+def read_tracks(folder: Location, video: VideoEntry) -> TrackRows:
+    """Stored tracks of a video; class ids are those of the model."""
+    return _read(track_paths(folder, video)[0])
+
+
+def has_labels(videos: Sequence[VideoEntry], class_map: ClassMap, averaged: Collection[str] | None = None) -> bool:
+    """Whether any video has a label of the averaged classes (None: of any class)."""
+    names = class_map.names if averaged is None else averaged
+    raws = {raw for name, raws in class_map.mapping.items() if name in names for raw in raws}
+    return any(
+        count > video.ignored.get(raw, 0) for video in videos for raw, count in video.boxes.items() if raw in raws
+    )
+
+
+def remap_classes(rows: TrackRows, source: Sequence[str], target: Sequence[str]) -> TrackRows:
+    """Rows with class ids of the list ``source``, converted to ``target``; rows of classes not in it are dropped."""
+    if tuple(source) == tuple(target):
+        return rows
+    numbers = {canonical_name(name): number for number, name in enumerate(target)}
+    lookup = np.array([numbers.get(canonical_name(name), -1) for name in source], np.int64)
+    class_ids = lookup[rows.class_ids]
+    keep = class_ids >= 0
+    return TrackRows(rows.frames[keep], rows.track_ids[keep], rows.boxes_xyxy[keep], rows.scores[keep], class_ids[keep])
+
+
+def _read(path: Location) -> TrackRows:
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="motip-") as folder:
+            return read_mot(download(path, Path(folder) / path.name))
+    return read_mot(path)
+
+
+class VideoWorker(Protocol[ResultT_co]):
+    """Worker of ``map_videos``."""
+
+    def track(self, video: VideoEntry) -> tuple[ResultT_co, dict[str, Any]]:
+        """Result of one video, and JSON-serialisable facts about it."""
+
+
+class VideoTracker:
+    """Worker that tracks one video per call, in this process or as a Ray actor."""
+
+    def __init__(self, model: ModelUnderTest, storage: str, device: str, threads: int | None = None) -> None:
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._model = model.model.to(torch.device(device))
+        self._settings = model.settings
+        self._storage = storage
+
+    def track(self, video: VideoEntry) -> tuple[TrackRows, dict[str, Any]]:
+        """Tracks, and their frames, seconds, counters and notes."""
+        result = track_sequence(self._model, read_video_frames(video, self._storage), self._settings)
+        facts = {
+            "frames": result.num_frames,
+            "seconds": result.seconds,
+            "counters": result.counters,
+            "notes": list(result.notes),
+        }
+        return result.rows, facts
+
+
+def map_videos(
+    worker: Callable[[ModelT, str, str], VideoWorker[ResultT]],
+    model: ModelT,
+    videos: Sequence[VideoEntry],
+    storage: str,
+    device: str,
+    cluster: Cluster | None = None,
+    workers: int | None = None,
+) -> Iterator[tuple[VideoEntry, ResultT, dict[str, Any]]]:
+    """Run a worker over videos; yields one result per video in order of completion.
+
+    On Ray a worker whose process or node dies is replaced, and its video is tracked by another.
+
+    Args:
+        worker: class with the constructor of ``VideoTracker``.
+        model: first argument of the constructor.
+        cluster: Ray cluster whose actors share the videos; None runs one worker in this process.
+        workers: maximum number of actors; None: one per CPU (per GPU with a CUDA ``device``).
+
+    Raises:
+        MotipError: more workers than CPUs or GPUs, or workers die ``MAX_WORKER_DEATHS`` times on one video.
+    """
+    if cluster is not None:
+        yield from _map_on_ray(worker, model, videos, storage, device, cluster, workers)
+        return
+    local = worker(model, storage, device)
+    for video in videos:
+        yield video, *local.track(video)
+
+
+def _map_on_ray(
+    worker: Callable[[ModelT, str, str], VideoWorker[ResultT]],
+    model: ModelT,
+    videos: Sequence[VideoEntry],
+    storage: str,
+    device: str,
+    cluster: Cluster,
+    workers: int | None,
+) -> Iterator[tuple[VideoEntry, ResultT, dict[str, Any]]]:
+    import ray
+
+    # number of actors
+    on_gpu = device.startswith("cuda")
+    available = int(cluster.gpus if on_gpu else cluster.cpus)
+    if workers is not None and workers > available:
+        raise MotipError(
+            f"more workers than {'GPUs' if on_gpu else 'CPUs'}",
+            where="--workers",
+            found=workers,
+            expected=f"at most {available}",
+            fix="lower --workers or add nodes",
+        )
+    count = min(workers or available, len(videos))
+    if not count:
+        return
+    # actors and queue
+    actor_class: Any = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(worker)
+    shared = ray.put(model)
+    actors: list[Any] = []
+    idle: list[Any] = []
+    # Longest videos first, so that the actors finish at about the same time.
+    queue = sorted(videos, key=lambda video: (-video.frames, video.identity))
+    running: dict[Any, tuple[Any, VideoEntry | None]] = {}  # None: the actor is starting
+    deaths: Counter[str] = Counter()
+
+    def start() -> None:
+        actors.append(actor_class.remote(shared, storage, "cuda" if on_gpu else "cpu", 1))
+        running[actors[-1].__ray_ready__.remote()] = actors[-1], None
+
+    try:
+        for _ in range(count):
+            start()
+        while queue or any(video is not None for _, video in running.values()):
+            while queue and idle:
+                free, following = idle.pop(), queue.pop(0)
+                running[free.track.remote(following)] = free, following
+            done, _ = ray.wait(list(running), num_returns=1)
+            actor, video = running.pop(done[0])
+            try:
+                result = ray.get(done[0])
+            except ray.exceptions.RayActorError as error:
+                actors.remove(actor)
+                ray.kill(actor)  # it may only be unreachable
+                _count_death(deaths, video, error)
+                queue[:0] = [video] if video is not None else []
+                start()
+                continue
+            idle.append(actor)
+            if video is not None:
+                yield video, *result
+    finally:
+        for each in actors:
+            ray.kill(each)
+
+
+def _count_death(deaths: Counter[str], video: VideoEntry | None, error: Exception) -> None:
+    """Count a worker death; raise MotipError at ``MAX_WORKER_DEATHS`` on one video or at start-up."""
+    place = "worker start-up" if video is None else f"{video.source}/{video.video}"
+    deaths[place] += 1
+    reason = str(error).strip().splitlines()[0]
+    if deaths[place] >= MAX_WORKER_DEATHS:
+        raise MotipError(
+            f"{MAX_WORKER_DEATHS} workers died" + (" while starting" if video is None else " on the same video"),
+            where=place,
+            found=reason,
+            expected="a worker that stays alive",
+            fix="the usual cause is memory: fewer --workers, or nodes with more memory; see `ray logs`",
+        ) from error
+    logger.warning("worker died (%s: %s), starting a replacement", place, reason)
