@@ -26,7 +26,7 @@ RUN python -m pip install --no-cache-dir --no-deps --no-index dist/*.whl
 COPY configs ./configs
 COPY ray_jobs ./ray_jobs
 
-# The token is mounted or given at run time (RAY_AUTH_TOKEN_PATH); an image holds none.
+# The token is mounted or given at run time (RAY_AUTH_TOKEN_PATH); the image contains none.
 ENV RAY_AUTH_MODE=token \
     RAY_USAGE_STATS_ENABLED=0 \
     MLFLOW_DISABLE_TELEMETRY=true \

@@ -1,12 +1,12 @@
 # make demo: set up, then the four-stage curriculum on the embedded demo world
 # make test: set up, then the tests (fast suite first, then the ones that start a real Ray cluster)
 # make test-fast: the tests without a cluster; make test-cluster: those with one
-# make test-slow: what takes too long for every change: learning, a soak, a cluster that changes, a sweep
+# make test-slow: tests of minutes each: learning, a soak, a cluster that changes size, a sweep
 # make test-lowest: the fast tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make lint: ruff, mypy and the import contracts; make docs: the documentation as a site in site/
 # make bench: every speed claim beside its baseline, into docs/performance.md; make bench ONLY=tracker: one of them
-# make setup: the environment alone; make wheel: the package in dist/; make clean: remove what runs and tools left behind
-# make lock: write the lock files anew, pins kept where they fit; make lock UPGRADE=1: with the newest versions
+# make setup: the environment alone; make wheel: the package in dist/; make clean: remove outputs and caches
+# make lock: regenerate the lock files, pins kept where possible; make lock UPGRADE=1: with the newest versions
 # The first supported interpreter of the machine is used as it is: 3.11 to 3.14. make PYTHON=python3.13 names another.
 SUPPORTED := (3, 11) <= sys.version_info[:2] <= (3, 14)
 PYTHON ?= $(shell for each in python3.12 python3 python3.11 python3.13 python3.14; do \
@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STORAGE ?= $(CURDIR)/outputs/demo
-# Two workers with one clip each learn what one worker with two clips does, on two cores in less time.
+# Two workers with one clip each compute the steps of one worker with two clips, on two cores in less time.
 DEMO_WORKERS ?= --workers 1:2 --set BATCH_SIZE=1
 
 export RAY_USAGE_STATS_ENABLED := 0
@@ -53,7 +53,7 @@ test-cluster: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# Not locked: the lower bounds of pyproject.toml alone decide what is installed.
+# Not locked: versions follow from the lower bounds of pyproject.toml.
 test-lowest:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
@@ -69,14 +69,14 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The variable silences an announcement of the theme about other site generators.
+# The variable disables an announcement of the theme about other site generators.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: setup
 	$(BIN)/python -m hatchling build --target wheel --directory dist
 
-# What runs, what a developer has besides, and what builds the package. The second holds the pins of the first.
+# Runtime, development and build requirements; the second contains the pins of the first.
 # One version of each package for every supported Python.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 	--annotation-style line --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)

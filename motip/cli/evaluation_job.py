@@ -20,7 +20,7 @@ from motip.data.sequence import ClassMap
 from motip.data.shards import read_labels
 from motip.errors import MotipError
 from motip.evaluation.comparison import Comparison, compare, comparisons_json
-from motip.evaluation.evaluator import EvalJob, Evaluation, ModelUnderTest, evaluate, evaluation_folder
+from motip.evaluation.evaluator import EvalJob, Evaluation, ModelUnderTest, evaluate_videos, evaluation_folder
 from motip.evaluation.outcome_summary import OutcomeSummary, summarise_outcomes
 from motip.evaluation.protocols import scored_sequence
 from motip.evaluation.threshold_search import (
@@ -115,7 +115,7 @@ def evaluate_checkpoint(
     """
     with _prepared(options, on_video) as job:
         model = ModelUnderTest(job.loaded.model, job.sha256, job.loaded.settings)
-        done = evaluate(model, job.work, job.class_maps, job.protocols)
+        done = evaluate_videos(model, job.work, job.class_maps, job.protocols)
     split, folder = options.split, job.work.folder
     stored: dict[str, Any] = {
         "checkpoint": str(options.checkpoint),

@@ -14,7 +14,7 @@ from motip.curriculum.stage_inputs import protocol_for
 from motip.data.manifest import Manifest, VideoEntry
 from motip.data.sequence import ClassMap
 from motip.evaluation.domain_matrix import subsample
-from motip.evaluation.evaluator import EvalJob, ModelUnderTest, evaluate, evaluation_folder, has_labels
+from motip.evaluation.evaluator import EvalJob, ModelUnderTest, evaluate_videos, evaluation_folder, has_labels
 from motip.evaluation.scores import Scores
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, read_json, write_json
@@ -203,7 +203,7 @@ def score_domains(
         device=_device(config, session),
         on_video=_ProgressNotes(session, name),
     )
-    done = evaluate(model, work, domains.class_maps, domains.protocols)
+    done = evaluate_videos(model, work, domains.class_maps, domains.protocols)
     return DomainScores(
         name=name,
         inputs=inputs,

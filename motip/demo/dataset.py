@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from motip.data.formats.dancetrack_writer import seqmap_path, write_seqmap
 from motip.demo.aerial import FPS as AERIAL_FPS
 from motip.demo.aerial import AerialScene
 from motip.demo.dance import FPS as DANCE_FPS
@@ -30,7 +31,6 @@ from motip.demo.writers import (
     DanceTrackWriter,
     SequenceWriter,
     VisDroneWriter,
-    write_seqmap,
 )
 from motip.errors import MotipError
 from motip.storage.atomic import digest, write_json_atomic
@@ -229,7 +229,7 @@ def _render(
                 if progress is not None:
                     progress(name, done, total)
             if spec.format == "motchallenge":
-                write_seqmap(root / spec.folder, split, report.names)
+                write_seqmap(seqmap_path(root / spec.folder, split), report.names)
     return reports
 
 

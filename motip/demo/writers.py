@@ -182,8 +182,3 @@ class DanceTrackWriter(SequenceWriter):
         }
         lines = [f"{key}={value}" for key, value in info.items()]
         (self._folder / "seqinfo.ini").write_text("\n".join(["[Sequence]", *lines, ""]))
-
-
-def write_seqmap(root: Path, split: str, names: SequenceOf[str]) -> None:
-    """``<split>_seqmap.txt`` for TrackEval: a header line ``name``, then one sequence per line."""
-    (root / f"{split}_seqmap.txt").write_text("\n".join(["name", *names, ""]))

@@ -117,7 +117,7 @@ class EvalJob:
     on_video: OnVideo | None = None
 
 
-def evaluate(
+def evaluate_videos(
     model: ModelUnderTest, job: EvalJob, class_maps: Mapping[str, ClassMap], protocols: Mapping[str, str]
 ) -> Evaluation:
     """Track videos and score those with labels.
@@ -162,7 +162,7 @@ def evaluate(
         ...                  feature_dim=32, id_dim=32, num_id_decoder_layers=1, rel_pe_length=32)
         >>> model = ModelUnderTest(build_model(spec).eval(), "0" * 64, TrackerSettings(short_side=64))
         >>> job = EvalJob([video], str(storage), evaluation_folder(storage, model.sha256))
-        >>> result = evaluate(model, job, {"toy": ClassMap(("car",), {"car": ("car",)})}, {"toy": "plain"})
+        >>> result = evaluate_videos(model, job, {"toy": ClassMap(("car",), {"car": ("car",)})}, {"toy": "plain"})
         >>> result.videos, result.scores["toy"].class_averaged["GT"]
         (1, 2)
     """

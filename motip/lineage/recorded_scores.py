@@ -31,7 +31,7 @@ class RunScores:
     best: dict[str, float]
 
 
-def read_scores(store: Store, run_id: str) -> RunScores:
+def read_recorded_scores(store: Store, run_id: str) -> RunScores:
     """Scores of a stage's run, or of the last stage of a curriculum's run.
 
     Raises:

@@ -22,7 +22,7 @@ from motip.lineage.delivery import ATTACHED, BATCH_METRICS, batch_of, probe_serv
 from motip.lineage.driver_process import driven_by_another, this_driver
 from motip.lineage.provenance import provenance, redact
 from motip.lineage.record_file import read_record, record_json, record_line
-from motip.lineage.recorded_scores import RunScores, read_scores
+from motip.lineage.recorded_scores import RunScores, read_recorded_scores
 from motip.lineage.registered_model import find_run, latest_model
 from motip.lineage.spool import Entry, Spool
 from motip.lineage.steps import DataUsed, LineageStep, provenance_tags
@@ -347,7 +347,7 @@ class Lineage:
 
     def scores(self, run_id: str) -> RunScores:
         """Scores of every epoch of a stage; see ``motip.lineage.recorded_scores``."""
-        return self._store.retry(lambda: read_scores(self._store, run_id), self._patience)
+        return self._store.retry(lambda: read_recorded_scores(self._store, run_id), self._patience)
 
     def compare_url_hint(self, run_ids: SequenceOf[str], port: int = 5000) -> tuple[str, str]:
         """Command that starts the MLflow UI here ("" for a server), and URL of the page comparing the runs."""

@@ -143,7 +143,7 @@ def legend(width: int, height: int = LEGEND_HEIGHT) -> np.ndarray:
     return strip
 
 
-def headline(text: str, width: int, height: int, scale: float, colour: Colour = _WHITE) -> np.ndarray:
+def caption_bar(text: str, width: int, height: int, scale: float, colour: Colour = _WHITE) -> np.ndarray:
     """(height, width, 3) uint8 RGB: a line of text on the background colour, in smaller type if it is too long."""
     strip = np.full((height, width, 3), GROUND, np.uint8)
     thick = 2 if scale > 0.7 else 1

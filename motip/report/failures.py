@@ -15,10 +15,10 @@ import numpy as np
 from motip.errors import MotipError
 from motip.report.failure_drawing import (
     GROUND,
+    caption_bar,
     centred,
     draw_annotations,
     full_view,
-    headline,
     legend,
     zoomed_view,
 )
@@ -119,9 +119,9 @@ def contact_sheet(sequences: Sequence[MatchedVideo], title: str, of: int) -> np.
     width = COLUMNS * TILE[0] + (COLUMNS + 1) * 6
     shown = sequences[:ROWS]
     what = f"{title}: the worst {len(shown)} of {of} sequences, their worst frames from left to right"
-    parts = [headline(what, width, 48, 0.8), legend(width, 40)]
+    parts = [caption_bar(what, width, 48, 0.8), legend(width, 40)]
     for rank, video in enumerate(shown, start=1):
-        parts.append(headline(f"{rank}. {_sequence_caption(video)}", width, 34, 0.55))
+        parts.append(caption_bar(f"{rank}. {_sequence_caption(video)}", width, 34, 0.55))
         parts.append(_row(video, width))
     return np.concatenate([*parts, np.full((8, width, 3), GROUND, np.uint8)])
 
@@ -139,7 +139,7 @@ def write_clip(segment: FailureSegment, path: Path, rank: str = "") -> None:
             view = full_view(image.shape[1], image.shape[0])
             picture = draw_annotations(image, video.annotations(position, repeat_switches=True), view)
             caption = f"{rank}  {video.title}  {_frame_caption(video, position)}".strip()
-            strip = headline(caption, view.shown_width, 30, 0.55)
+            strip = caption_bar(caption, view.shown_width, 30, 0.55)
             writer.write(np.concatenate([strip, picture, legend(view.shown_width)]))
 
 
@@ -153,7 +153,7 @@ def _row(video: MatchedVideo, width: int) -> np.ndarray:
         enlarged = view.width < image.shape[1] or view.height < image.shape[0]
         caption = _frame_caption(video, position) + (" (part of the picture)" if enlarged else "")
         x = 6 + column * (TILE[0] + 6)
-        row[:CAPTION, x : x + TILE[0]] = headline(caption, TILE[0], CAPTION, 0.48, (190, 190, 190))
+        row[:CAPTION, x : x + TILE[0]] = caption_bar(caption, TILE[0], CAPTION, 0.48, (190, 190, 190))
         tile = centred(draw_annotations(image, annotations, view), *TILE)
         row[CAPTION : CAPTION + TILE[1], x : x + TILE[0]] = tile
     return row

@@ -1,4 +1,4 @@
-"""cluster.yaml is what Ray's launcher takes, installs the pins, and opens nothing but SSH."""
+"""cluster.yaml: valid for Ray's launcher, installs the pinned versions, opens only SSH."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def market(node: dict[str, Any]) -> str | None:
     return node["node_config"].get("InstanceMarketOptions", {}).get("MarketType")
 
 
-def test_ray_accepts_it(config: dict[str, Any], schema: dict[str, Any]) -> None:
+def test_file_passes_the_schema_of_ray(config: dict[str, Any], schema: dict[str, Any]) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     jsonschema.validate(config, schema)
@@ -78,12 +78,12 @@ def test_ray_accepts_it(config: dict[str, Any], schema: dict[str, Any]) -> None:
         {"max_workers": "four"},
     ],
 )
-def test_the_schema_would_notice(config: dict[str, Any], schema: dict[str, Any], damage: dict[str, Any]) -> None:
+def test_schema_reports_a_damaged_file(config: dict[str, Any], schema: dict[str, Any], damage: dict[str, Any]) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**config, **damage}, schema)
 
 
-def test_what_the_schema_lets_pass(config: dict[str, Any]) -> None:
+def test_values_that_the_schema_does_not_check(config: dict[str, Any]) -> None:
     assert config["provider"]["type"] == "aws"
     assert config["head_node_type"] in config["available_node_types"]
     least = sum(each.get("min_workers", 0) for each in workers(config).values())
@@ -93,7 +93,7 @@ def test_what_the_schema_lets_pass(config: dict[str, Any]) -> None:
     assert config["idle_timeout_minutes"] > 0
 
 
-def test_a_cpu_head_and_a10g_workers_on_demand_and_spot(config: dict[str, Any]) -> None:
+def test_cpu_head_with_a10g_workers_on_demand_and_spot(config: dict[str, Any]) -> None:
     head = config["available_node_types"][config["head_node_type"]]
     assert head["node_config"]["InstanceType"].startswith("m5.") and "GPU" not in head["resources"]
     types = workers(config)
@@ -107,7 +107,7 @@ def test_a_cpu_head_and_a10g_workers_on_demand_and_spot(config: dict[str, Any]) 
     assert lasting["min_workers"] == 1
 
 
-def test_every_field_to_edit_stands_at_the_top_and_is_used_below(config: dict[str, Any]) -> None:
+def test_every_field_to_edit_is_at_the_top_and_used_below(config: dict[str, Any]) -> None:
     text = PATH.read_text()
     top, _, below = text.partition("cluster_name:")
     comment = "\n".join(line for line in top.splitlines() if line.startswith("#"))
@@ -129,7 +129,7 @@ def test_edits_reach_every_machine(config: dict[str, Any]) -> None:
     assert {node["BlockDeviceMappings"][0]["Ebs"]["VolumeSize"] for node in nodes} == {333}
 
 
-def test_disks_hold_the_shards_and_are_encrypted(config: dict[str, Any]) -> None:
+def test_disks_fit_the_shards_and_are_encrypted(config: dict[str, Any]) -> None:
     for node in config["available_node_types"].values():
         (disk,) = node["node_config"]["BlockDeviceMappings"]
         assert disk["Ebs"]["VolumeSize"] >= IMAGE_AND_PACKAGES_GB + 2 * PLAN_SHARDS_GB
@@ -144,8 +144,8 @@ def test_every_machine_has_its_role(config: dict[str, Any]) -> None:
                for each in config["available_node_types"].values())  # fmt: skip
 
 
-def test_only_ssh_comes_in(config: dict[str, Any]) -> None:
-    """No rule of our own (Ray adds SSH and the nodes among themselves), and the dashboard listens on the head alone."""
+def test_only_ssh_is_allowed_in(config: dict[str, Any]) -> None:
+    """No additional rule (Ray adds SSH and traffic among the nodes); the dashboard listens on the head's loopback."""
     assert set(config["provider"]["security_group"]) == {"GroupName"}
     assert not [text for text in leaves(config) if "0.0.0.0" in text or "::/0" in text]
     assert not [text for text in leaves(config) if text == "IpPermissions"]
@@ -153,7 +153,7 @@ def test_only_ssh_comes_in(config: dict[str, Any]) -> None:
     assert "--dashboard-host=127.0.0.1" in start and "--ray-client" not in start
 
 
-def test_every_ray_asks_for_the_token(config: dict[str, Any]) -> None:
+def test_every_ray_start_requires_the_token(config: dict[str, Any]) -> None:
     (settings,) = [line for line in config["setup_commands"] if "motip-settings" in line]
     assert "RAY_AUTH_MODE=token" in settings
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
@@ -161,7 +161,7 @@ def test_every_ray_asks_for_the_token(config: dict[str, Any]) -> None:
 
 
 def test_settings_are_written_once_and_reach_ray(config: dict[str, Any], tmp_path: Path) -> None:
-    """The launcher runs each command in a shell of its own, and all set-up again on every `ray up`."""
+    """The launcher runs each command in a separate shell, and the whole set-up again on every `ray up`."""
     (settings,) = [line for line in config["setup_commands"] if "motip-settings" in line]
     (tmp_path / ".bashrc").write_text("")
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
@@ -173,8 +173,8 @@ def test_settings_are_written_once_and_reach_ray(config: dict[str, Any], tmp_pat
     assert said.startswith(f"token true {tmp_path}/venv/bin:")
 
 
-def test_jobs_look_for_s3_in_the_region_of_the_machines(config: dict[str, Any], tmp_path: Path) -> None:
-    """Without AWS_REGION a bucket would be looked for in us-east-1, wherever the machines are."""
+def test_jobs_use_s3_in_the_region_of_the_machines(config: dict[str, Any], tmp_path: Path) -> None:
+    """Without AWS_REGION clients would use us-east-1, wherever the machines are."""
     edited = yaml.safe_load(PATH.read_text().replace("&region us-east-1", "&region eu-north-1"))
     region, commands = edited["provider"]["region"], edited["setup_commands"]
     (export,) = [line for line in commands if "AWS_REGION" in line]
@@ -194,7 +194,7 @@ def test_jobs_look_for_s3_in_the_region_of_the_machines(config: dict[str, Any], 
     assert said.strip() == region, "the check of the bucket asks in another region"
 
 
-def test_a_machine_that_does_not_know_its_region_comes_up(config: dict[str, Any], tmp_path: Path) -> None:
+def test_machine_without_a_region_starts(config: dict[str, Any], tmp_path: Path) -> None:
     (export,) = [line for line in config["setup_commands"] if "AWS_REGION" in line]
     (tmp_path / ".bashrc").write_text("")
     (tmp_path / "cloud-init").write_text("#!/bin/sh\nexit 1\n")
@@ -205,7 +205,7 @@ def test_a_machine_that_does_not_know_its_region_comes_up(config: dict[str, Any]
     assert (tmp_path / ".bashrc").read_text() == ""
 
 
-def test_the_check_of_the_bucket_tells_a_bucket_from_none(config: dict[str, Any]) -> None:
+def test_bucket_check_distinguishes_existing_from_missing(config: dict[str, Any]) -> None:
     from tests.helpers.object_store import object_store
 
     check = config["metadata"]["edit"]["check_storage"].replace("~/venv/bin/python", f'"{sys.executable}"')
@@ -249,7 +249,7 @@ def declared(*extras: str) -> list[Requirement]:
     ("name", "extras"),
     [("requirements.lock", ("aws",)), ("requirements-dev.lock", ("aws", "dev", "docs"))],
 )
-def test_the_lock_files_have_all_that_the_project_declares(name: str, extras: tuple[str, ...]) -> None:
+def test_lock_files_cover_all_declared_dependencies(name: str, extras: tuple[str, ...]) -> None:
     pins, needed = locked(name), declared(*extras)
     names = {each: canonicalize_name(each.name) for each in needed}
     assert [each.name for each in needed if names[each] not in pins] == []
@@ -258,19 +258,19 @@ def test_the_lock_files_have_all_that_the_project_declares(name: str, extras: tu
     assert "pyarrow" in pins, "the check of the bucket uses it"
 
 
-def test_the_development_lock_holds_the_pins_of_the_other_two() -> None:
+def test_development_lock_contains_the_pins_of_the_other_two() -> None:
     development = locked("requirements-dev.lock")
     for name in ("requirements.lock", "requirements-build.lock"):
         assert {each: pin for each, pin in locked(name).items() if development.get(each) != pin} == {}
 
 
-def test_nodes_get_nothing_that_only_tests_need() -> None:
+def test_nodes_install_no_test_dependency() -> None:
     only = {canonicalize_name(each.name) for each in declared("dev", "docs")} - {each.name for each in declared("aws")}
     assert {"pytest", "mypy", "mkdocs", "moto"} <= only
     assert only & set(locked("requirements.lock")) == set()
 
 
-def test_commands_are_shell(config: dict[str, Any]) -> None:
+def test_commands_parse_as_shell(config: dict[str, Any]) -> None:
     bash = shutil.which("bash")
     assert bash is not None
     for key, value in config.items():
@@ -279,7 +279,7 @@ def test_commands_are_shell(config: dict[str, Any]) -> None:
             assert done.returncode == 0, f"{line}: {done.stderr}"
 
 
-def test_it_holds_no_secret_and_no_account(config: dict[str, Any]) -> None:
+def test_file_contains_no_secret_and_no_account(config: dict[str, Any]) -> None:
     text = PATH.read_text()
     assert not re.search(r"\bAKIA[0-9A-Z]{16}\b|\b[0-9]{12}\b|BEGIN [A-Z ]*PRIVATE KEY|aws_secret", text)
     assert not [line for line in leaves(config) if re.search(r"RAY_AUTH_TOKEN=", line)]

@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be checked without an engine: its instructions, pins, context, and the wheel."""
+"""Dockerfile, checked without an engine: instructions, pins, build context and wheel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def of(kind: str) -> list[str]:
 
 
 def copied() -> list[str]:
-    """What comes from the context, not from the first stage."""
+    """Files copied from the build context, not from the first stage."""
     return [source for rest in of("COPY") if "--from=" not in rest for source in rest.split()[:-1]]
 
 
@@ -44,12 +44,12 @@ def stages() -> list[list[tuple[str, str]]]:
     return found
 
 
-def test_instructions_are_known_and_begin_with_the_base() -> None:
+def test_instructions_are_known_and_start_with_the_base() -> None:
     names = [name for name, _ in instructions()]
     assert set(names) <= KNOWN and names[0] == "FROM" and names[-1] == "CMD"
 
 
-def test_the_base_is_pinned_and_of_a_supported_python() -> None:
+def test_base_is_pinned_with_a_supported_python() -> None:
     (base,) = {rest.partition(" AS ")[0] for rest in of("FROM")}
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base), base
     assert "latest" not in (ROOT / "Dockerfile").read_text()
@@ -60,7 +60,7 @@ def test_the_base_is_pinned_and_of_a_supported_python() -> None:
     assert SpecifierSet(wanted).contains(python)
 
 
-def test_packages_are_those_of_the_lock_files_alone() -> None:
+def test_packages_come_from_the_lock_files_only() -> None:
     build, image = [
         [part.strip() for name, rest in stage if name == "RUN" for part in rest.split("&&") if "pip" in part]
         for stage in stages()
@@ -80,7 +80,7 @@ def test_packages_are_those_of_the_lock_files_alone() -> None:
         assert re.fullmatch(r"requirements(-build)?\.lock \./", first), first
 
 
-def test_the_build_tools_are_those_the_package_asks_for() -> None:
+def test_build_tools_are_those_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert set(project["build-system"]["requires"]) <= set(project["dependency-groups"]["build"])
     pins = (ROOT / "requirements-build.lock").read_text()
@@ -88,7 +88,7 @@ def test_the_build_tools_are_those_the_package_asks_for() -> None:
     assert [name for name in names if not re.search(rf"^{name}==", pins, re.MULTILINE)] == []
 
 
-def test_it_does_not_run_as_root_and_needs_no_writable_code() -> None:
+def test_image_runs_as_user_with_read_only_code() -> None:
     (user,) = of("USER")
     assert user not in ("root", "0")
     assert any(f"useradd --create-home --uid 1000 {user}" in rest for rest in of("RUN"))
@@ -97,7 +97,7 @@ def test_it_does_not_run_as_root_and_needs_no_writable_code() -> None:
     assert not any("--chown" in rest for rest in of("COPY"))
 
 
-def test_settings_are_those_of_the_cluster_and_no_secret() -> None:
+def test_environment_equals_the_cluster_and_has_no_secret() -> None:
     settings = dict(pair.split("=", 1) for rest in of("ENV") for pair in rest.split())
     lines = yaml.safe_load((ROOT / "cluster.yaml").read_text())["setup_commands"]
     (exported,) = [line for line in lines if "motip-settings" in line]
@@ -113,7 +113,7 @@ def ignored() -> PathSpec:
     return PathSpec.from_lines("gitignore", (ROOT / ".dockerignore").read_text().splitlines())
 
 
-def test_the_context_is_what_is_copied() -> None:
+def test_build_context_is_what_is_copied() -> None:
     spec = ignored()
     for source in copied():
         if source == ".":
@@ -125,7 +125,7 @@ def test_the_context_is_what_is_copied() -> None:
     assert [path for path in stays if not spec.match_file(path)] == []
 
 
-def test_what_is_copied_is_enough_to_build_the_package(tmp_path: Path) -> None:
+def test_copied_files_suffice_to_build_the_package(tmp_path: Path) -> None:
     """The wheel of the first stage, without an engine: only the copied files, locked build tools, no network."""
     context = tmp_path / "context"
     context.mkdir()

@@ -15,7 +15,8 @@ from motip.data.convert import convert
 from motip.data.manifest import Manifest
 from motip.data.sequence import ClassMap
 from motip.errors import MotipError
-from motip.evaluation.evaluator import EvalJob, Evaluation, ModelUnderTest, evaluate, evaluation_folder
+from motip.evaluation.evaluator import EvalJob, Evaluation, ModelUnderTest, evaluate_videos, evaluation_folder
+from motip.evaluation.scores import Scores
 from motip.tracking.loading import load
 from tests.helpers.small_dataset import FRAMES, write_checkpoint, write_curriculum, write_dance_dataset
 
@@ -39,7 +40,7 @@ def run(storage: Path, folder: Path, classes: dict[str, tuple[str, ...]] = CLASS
     videos = Manifest.load(storage).of("dance", "val")
     maps = {"dance": ClassMap(("pedestrian", "car"), classes)}
     job = EvalJob(videos, str(storage), folder, "val", **options)  # type: ignore[arg-type]
-    return evaluate(model, job, maps, {"dance": "plain"})
+    return evaluate_videos(model, job, maps, {"dance": "plain"})
 
 
 def test_every_video_is_tracked_once_scored_and_stored(storage: Path, tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_public_function_writes_the_scores_it_returns(storage: Path) -> None:
     found = motip.evaluate(storage / "tiny.pth", storage.parent / "curriculum.yaml", storage)
     folder = Path(str(evaluation_folder(storage, load(storage / "tiny.pth").sha256)))
     stored = json.loads((folder / "scores_val.json").read_text())
-    assert found.scores["dance"].to_json() == stored["sources"]["dance"] and stored["split"] == "val"
+    assert found.scores["dance"] == Scores.from_json(stored["sources"]["dance"]) and stored["split"] == "val"
 
 
 def test_a_source_without_a_label_of_the_averaged_classes_is_tracked_only(storage: Path, tmp_path: Path) -> None:

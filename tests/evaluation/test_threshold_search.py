@@ -18,7 +18,7 @@ from motip.data.manifest import Manifest
 from motip.data.sequence import ClassMap
 from motip.errors import MotipError
 from motip.evaluation.calibration import confidence_histograms
-from motip.evaluation.evaluator import EvalJob, ModelUnderTest, evaluate
+from motip.evaluation.evaluator import EvalJob, ModelUnderTest, evaluate_videos
 from motip.evaluation.protocols import ScoredSequence
 from motip.evaluation.threshold_search import (
     GRID,
@@ -107,7 +107,7 @@ def test_each_candidate_scores_as_in_a_separate_evaluation(storage: Path, tmp_pa
         model = ModelUnderTest(following_model(), str(each.settings.det_thresh), each.settings)
         folder = tmp_path / f"{each.settings.det_thresh}"
         job = EvalJob(videos, str(storage), folder, "val")
-        alone = evaluate(model, job, MAPS, {"dance": "plain"}).scores["dance"]
+        alone = evaluate_videos(model, job, MAPS, {"dance": "plain"}).scores["dance"]
         for name, value in alone.to_dict().items():
             # Tracks of an evaluation are scored as written, with rounded coordinates.
             assert each.scores["dance"].to_dict()[name] == pytest.approx(value, abs=0.05), name
