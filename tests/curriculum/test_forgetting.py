@@ -411,7 +411,7 @@ def test_the_row_of_given_weights_depends_on_the_classes_given_by_the_stage(
     options, ui = SimpleNamespace(storage=str(finished.storage)), SimpleNamespace(note=lambda text: None)
     session = SimpleNamespace(options=options, ui=ui, cluster=None)
     found = {"scores": finished.result.domains.rows["base"].scores["dance"], "videos": 2, "reused": 2, "notes": ()}
-    monkeypatch.setattr(domain_scores, "evaluate", lambda *_, **__: SimpleNamespace(**found))
+    monkeypatch.setattr(domain_scores, "evaluate_videos", lambda *_, **__: SimpleNamespace(**found))
 
     def row(named: tuple[str, ...] | None) -> domain_scores.DomainScores:
         subject = SimpleNamespace(classes=named or ("pedestrian",), settings=TrackerSettings())
