@@ -1,4 +1,4 @@
-# make demo: set up, then the four-stage curriculum on the embedded demo world
+# make demo: set up, then the four-stage curriculum on the synthetic demo dataset
 # make test: set up, then the tests (fast suite first, then the ones that start a real Ray cluster)
 # make test-fast: the tests without a cluster; make test-cluster: those with one
 # make test-slow: tests of minutes each: learning, a soak, a cluster that changes size, a sweep

@@ -121,6 +121,13 @@ class Confirm(BaseModel):
     baseline: bool = Field(True, validation_alias=AliasChoices("baseline", "hand_set"), serialization_alias="hand_set")
     "Repeat the baseline with these seeds too, for a fair comparison. Version 0.1 called the key `hand_set`."
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and {"baseline", "hand_set"} <= values.keys():
+            raise ValueError("`baseline` and `hand_set` are two names of one key; give one of them")
+        return values
+
 
 class SweepFile(BaseModel):
     """A sweep over one stage. The keys under `space:` and `set:` are configuration keys."""

@@ -124,7 +124,7 @@ def convert_sequence(job: SequenceJob) -> SequenceResult:
     if segments is None:
         segments = (Segment(sequence.name, index=0, count=1, start=0, stop=len(sequence.frames)),)
     if job.raw.images is None:
-        raise ValueError(f"sequence {sequence.name} has no image folder")
+        raise MotipError("the sequence has no image folder", where=f"{job.raw.labels}, sequence {sequence.name}")
     sizes = sizes_and_times(job.raw.images)
     entries: list[VideoEntry] = []
     written = 0
@@ -244,9 +244,13 @@ def _intact_frames(video: Sequence, bad: list[str]) -> Iterator[Frame]:
 
 
 def _file_name(frame: Frame) -> str:
-    """File name of a frame's image; readers set one for every frame of a sequence with an image folder."""
+    """File name of a frame's image.
+
+    Raises:
+        MotipError: the reader found no image of this frame.
+    """
     if frame.image is None or isinstance(frame.image, bytes):
-        raise ValueError(f"frame {frame.number} has no image file")
+        raise MotipError("the frame has no image file", where=f"frame {frame.number}", fix="check the image folder")
     return frame.image.name
 
 

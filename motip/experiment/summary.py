@@ -138,7 +138,8 @@ def findings_json(findings: Findings) -> dict[str, Any]:
             "refused": {domain: findings.refused(arm.name, domain) for domain in findings.domains()},
             "stages": {
                 stage: {
-                    domain: value.__dict__
+                    # `each` is the key of version 0.1.
+                    domain: {"mean": value.mean, "low": value.low, "high": value.high, "each": list(value.per_seed)}
                     for domain in findings.domains()
                     if (value := findings.value(arm.name, stage, domain)) is not None
                 }

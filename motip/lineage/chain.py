@@ -37,7 +37,7 @@ def read_chain(store: Store, run_id: str) -> list[LineageStep]:
     The steps before the first recorded run come from the lineage record beside its weights, as stored in that run.
 
     Args:
-        run_id: run of a stage, or of a curriculum, which stands for its last stage.
+        run_id: run of a stage, or of a curriculum, which means its last stage.
 
     Raises:
         MotipError: no such run, a curriculum without stages, a cyclic chain.

@@ -470,7 +470,6 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
         run_id,
         {
             f"best_{result.metric}": decision.best.mean,
-            # The baseline's metric has the name of version 0.1, so that its sweeps can be compared.
             f"baseline_{result.metric}": decision.baseline.mean,
             **{f"trials_{status}": float(counts[status]) for status in ("finished", "pruned", "failed")},
         },

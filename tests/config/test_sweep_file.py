@@ -61,6 +61,11 @@ def test_confirm_reads_the_key_of_version_0_1_and_writes_it(tmp_path: Path, key:
     assert found.model_dump(mode="json", by_alias=True)["confirm"] == {"seeds": 1, "hand_set": False}
 
 
+def test_both_names_of_the_confirm_key_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MotipError, match="two names of one key"):
+        sweep(tmp_path, f"confirm: {{baseline: true, hand_set: false}}\nspace: {{{LR}}}")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -168,9 +168,9 @@ def test_settings_are_written_once_and_reach_ray(config: dict[str, Any], tmp_pat
     for _ in range(2):
         subprocess.run(["bash", "-c", settings], env=environment, check=True)
     assert (tmp_path / ".bashrc").read_text().count("export") == 1
-    said = subprocess.run(["bash", "-c", ". ~/.bashrc; echo $RAY_AUTH_MODE $MLFLOW_DISABLE_TELEMETRY $PATH"],
-                          env=environment, check=True, capture_output=True, text=True).stdout  # fmt: skip
-    assert said.startswith(f"token true {tmp_path}/venv/bin:")
+    script = ". ~/.bashrc; echo $RAY_AUTH_MODE $MLFLOW_DISABLE_TELEMETRY $PATH"
+    shell = subprocess.run(["bash", "-c", script], env=environment, check=True, capture_output=True, text=True)
+    assert shell.stdout.startswith(f"token true {tmp_path}/venv/bin:")
 
 
 def test_jobs_use_s3_in_the_region_of_the_machines(config: dict[str, Any], tmp_path: Path) -> None:
@@ -189,9 +189,9 @@ def test_jobs_use_s3_in_the_region_of_the_machines(config: dict[str, Any], tmp_p
         subprocess.run(["bash", "-c", export], env=environment, check=True)
     assert (tmp_path / ".bashrc").read_text() == f"export AWS_REGION={region}\n"
     python = "import pyarrow.fs as fs; print(fs.S3FileSystem().region)"
-    said = subprocess.run(["bash", "-c", f'. ~/.bashrc; "{sys.executable}" -c "{python}"'],
-                          env=environment, check=True, capture_output=True, text=True).stdout  # fmt: skip
-    assert said.strip() == region, "the check of the bucket asks in another region"
+    script = f'. ~/.bashrc; "{sys.executable}" -c "{python}"'
+    shell = subprocess.run(["bash", "-c", script], env=environment, check=True, capture_output=True, text=True)
+    assert shell.stdout.strip() == region, "the bucket check uses another region"
 
 
 def test_machine_without_a_region_starts(config: dict[str, Any], tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def test_arms_share_stages_and_an_experiment_resumes(tmp_path: Path) -> None:
     folder = _launch(path, "chain,direct")
     first = json.loads((folder / "results.json").read_text())
     assert {name: arm["seeds"] for name, arm in first.items()} == {"chain": [1], "direct": [1]}
+    estimates = [value for arm in first.values() for own in arm["stages"].values() for value in own.values()]
+    assert estimates and all(value.keys() == {"mean", "low", "high", "each"} for value in estimates)
     stages = tmp_path / "storage" / "curricula" / "small-experiment"
     before = {each: each.stat().st_mtime_ns for each in stages.glob("*/*/checkpoint_best.pth")}
     assert len(before) == 6

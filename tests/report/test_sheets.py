@@ -36,11 +36,11 @@ def stages(folder: Location) -> dict[str, Location]:
     return {name: place for name, place in read_stage_list(folder).folders.items() if place is not None}
 
 
-def forget(folder: Path, stage: Path, most: int) -> None:
-    """Remove the stored tracks of the stage's videos except ``most`` of each source."""
+def remove_tracks(folder: Path, stage: Path, keep: int) -> None:
+    """Remove the stored tracks of the stage's videos except ``keep`` of each source."""
     digest = json.loads((stage / "stage.json").read_text())["sha256"][:12]
     for source in (folder.parent.parent / "evaluations" / digest / "tracks").iterdir():
-        for facts in sorted(source.rglob("*.json"))[most:]:
+        for facts in sorted(source.rglob("*.json"))[keep:]:
             facts.unlink()
 
 
@@ -52,8 +52,8 @@ def test_sheet_shows_videos_with_stored_tracks_without_loading_a_model(
 
     monkeypatch.setattr(report_run, "load", fail)
     found = {name: Path(str(place)) for name, place in stages(copied).items()}
-    forget(copied, found["BDD-Refinement"], 2)
-    forget(copied, found["Vis-Adaptation"], 0)
+    remove_tracks(copied, found["BDD-Refinement"], 2)
+    remove_tracks(copied, found["Vis-Adaptation"], 0)
     draw_sheets(copied)
     indexes = {name: own / "failures_val" / "errors.json" for name, own in found.items()}
     drawn = sorted(name for name, path in indexes.items() if path.is_file())
