@@ -10,18 +10,19 @@ import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Protocol
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from motip.data.clip_loader import read_video_frames
 from motip.data.manifest import Manifest
 from motip.errors import MotipError
-from motip.report import page_media as media
-from motip.report import page_parts as parts
-from motip.report.markup import Markup, tag
+from motip.evaluation.comparison import COVERAGE
 from motip.report.page_facts import PageFacts, missing_parts, read_page_facts
-from motip.report.page_media import PageVideo
+from motip.report.page_media import PageVideo, data_uri, embed, poster_jpeg
+from motip.report.page_view import METRICS, heat_map, hours, signed, stage_views, verify_command, weights_chain
+from motip.report.progress import duration
 from motip.report.side_by_side import Tile, write_side_by_side
 from motip.report.stage_list import read_stage_list
 from motip.report.stage_tracks import TrackingOptions, choose_video, scored_domains, tracks_of
@@ -29,17 +30,26 @@ from motip.storage.paths import Location, RemotePath, files_under, upload, write
 
 PAGE = "report.html"
 FILES = "report_files"
-SECTIONS = {
-    "stages": "Stages",
-    "domains": "Domains",
-    "weights": "Weights",
-    "dashboards": "Dashboards",
-    "videos": "Videos",
-    "failures": "Failures",
-}
+_UNSHOWN = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\u202a-\\u202e\\u2066-\\u2069]")
+"""Control characters not allowed in HTML, lone surrogates, and bidirectional overrides."""
 
-_POLICY = "default-src 'none'; img-src data:; media-src 'self' file: blob:; style-src 'unsafe-inline'"
-"""Content Security Policy: embedded images and local videos only, so that an injected script would not run."""
+
+def _shown(value: object) -> object:
+    """An inserted value without the characters of ``_UNSHOWN``; the output of a macro passed through here already."""
+    if isinstance(value, str) and not hasattr(value, "__html__"):
+        return _UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", value)
+    return value
+
+
+TEMPLATES = Environment(
+    loader=PackageLoader("motip.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    finalize=_shown,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters.update(data_uri=data_uri, duration=duration, embed=embed, hours=hours, signed=signed)
 
 
 class Attachments(Protocol):
@@ -93,7 +103,7 @@ def write_page(
         work = Path(temporary)
         shown, videos, failed = _videos(facts, tracking or TrackingOptions(), work / FILES, log)
         missing = (*missing_parts(facts), *failed)
-        (work / PAGE).write_text(str(page_html(facts, shown, missing)), encoding="utf-8")
+        (work / PAGE).write_text(page_html(facts, shown, missing), encoding="utf-8")
         # Videos before the page that refers to them.
         for name in videos:
             upload(work / FILES / name, target / FILES / name)
@@ -106,47 +116,20 @@ def write_page(
     return Page(target / PAGE, tuple(videos), missing)
 
 
-def page_html(facts: PageFacts, videos: list[PageVideo], missing: tuple[str, ...]) -> Markup:
+def page_html(facts: PageFacts, videos: list[PageVideo], missing: tuple[str, ...]) -> str:
     """The complete HTML document."""
-    style = resources.files("motip.report").joinpath("page.css").read_text(encoding="utf-8")
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("link", rel="icon", href="data:,"),
-        tag("title", f"{facts.name}: curriculum report"),
-        tag("style", Markup(style)),
+    return TEMPLATES.get_template("page.html.j2").render(
+        page=facts,
+        stages=stage_views(facts),
+        heat=None if facts.matrix is None else heat_map(facts.matrix),
+        weights=weights_chain(facts),
+        videos=videos,
+        missing=missing,
+        metrics=METRICS,
+        coverage=f"{COVERAGE:.0f}",
+        verify=verify_command(facts),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    links = [tag("li", tag("a", title, href=f"#{identity}")) for identity, title in SECTIONS.items()]
-    origin = [f"Made {now} from ", tag("code", str(facts.folder))]
-    if facts.run_id:
-        origin += [", MLflow run ", tag("code", facts.run_id)]
-    # Navigation, sections, footer.
-    body = tag(
-        "body",
-        tag("a", "Skip to the stages", href="#stages", class_="skip"),
-        tag(
-            "header",
-            tag("h1", "Curriculum ", facts.name),
-            tag("p", parts.headline(facts)),
-            tag("nav", tag("ul", links), aria_label="Sections"),
-        ),
-        tag(
-            "main",
-            parts.missing_section(missing),
-            parts.stages_section(facts),
-            parts.domains_section(facts.matrix),
-            parts.chain_section(facts),
-            media.dashboards_section(facts.stages),
-            media.videos_section(videos),
-            media.failures_section(facts.stages),
-        ),
-        tag("footer", tag("p", origin, class_="quiet")),
-    )
-    return Markup(f"<!doctype html>\n{tag('html', head, body, lang='en')}\n")
 
 
 def open_in_browser(path: Location) -> bool:
@@ -211,7 +194,7 @@ def _video(
     unseen = [each.stage.name for each in tracks if domain not in _trained_on(facts, each.stage.name)]
     if unseen and facts.matrix is not None:
         text += f"; zero-shot for {', '.join(unseen)}"
-    return PageVideo(domain, f"{FILES}/{path.name}", text, media.poster_jpeg(written.poster))
+    return PageVideo(domain, f"{FILES}/{path.name}", text, poster_jpeg(written.poster))
 
 
 def _trained_on(facts: PageFacts, stage: str) -> set[str]:

@@ -1,17 +1,14 @@
-"""Sections of the report page with images and videos: dashboards, side-by-side videos, failure sheets."""
+"""Images and videos of the report page: embedded images, posters, captions."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from motip.report.markup import Markup, tag
-from motip.report.page_facts import ImageFile, StageFacts
-from motip.report.page_parts import section
+from motip.report.page_facts import ImageFile
 
 INLINE_BYTES = 400_000
 """Larger images are embedded as JPEG, which makes sheets of photographs several times smaller."""
@@ -37,80 +34,27 @@ class PageVideo:
     poster: bytes = b""
 
 
-def dashboards_section(stages: Iterable[StageFacts]) -> Markup:
-    """The dashboard of each stage that has one."""
-    parts = []
-    for stage in stages:
-        if stage.dashboard is None:
-            parts.append(tag("p", f"{stage.name}: no dashboard.png in its folder", class_="quiet"))
-            continue
-        label = f"{stage.name}: dashboard with the curves of its training"
-        parts.append(tag("details", tag("summary", stage.name), _image(stage.dashboard, label), open=True))
-    return section("dashboards", "Dashboards", parts)
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """An image as a data URI; width and height in pixels."""
+
+    uri: str
+    width: int
+    height: int
 
 
-def videos_section(videos: Sequence[PageVideo]) -> Markup:
-    """The side-by-side videos, one per domain."""
-    parts: list[Markup] = []
-    for each in videos:
-        parts.append(tag("h3", each.title))
-        if not each.file:
-            parts.append(tag("p", each.text, class_="quiet"))
-            continue
-        link = tag("a", "open the file", href=each.file)
-        video = tag(
-            "video",
-            src=each.file,
-            poster=_data("jpeg", each.poster) if each.poster else None,
-            controls=True,
-            preload="metadata",
-            playsinline=True,
-            aria_label=f"{each.title}: {each.text}",
-        )
-        parts.append(tag("figure", video, tag("figcaption", each.text, " · ", link)))
-    if not videos:
-        parts.append(tag("p", "No sequence could be shown.", class_="quiet"))
-    return section("videos", "The same sequence by each stage", parts)
-
-
-def failures_section(stages: Iterable[StageFacts]) -> Markup:
-    """The failure sheets of each stage."""
-    parts = []
-    for stage in stages:
-        if not stage.sheets:
-            parts.append(tag("p", f"{stage.name}: no failure sheets in its folder", class_="quiet"))
-            continue
-        figures = [
-            tag("figure", _image(each, f"{stage.name}: failure sheet {each.name}"), tag("figcaption", each.name))
-            for each in stage.sheets
-        ]
-        more = tag("p", f"{stage.more_sheets} more sheets are in {stage.folder}") if stage.more_sheets else None
-        count = f"{stage.name}: {len(stage.sheets)} {'sheet' if len(stage.sheets) == 1 else 'sheets'}"
-        parts.append(
-            tag(
-                "details",
-                tag("summary", count),
-                tag("div", figures, class_="sheets"),
-                tag("p", more) if more else None,
-                open=True,
-            )
-        )
-    return section("failures", "Failure sheets", parts)
-
-
-def _image(file: ImageFile, alt: str) -> Markup:
-    """The image embedded as a data URI."""
+def embed(file: ImageFile) -> EmbeddedImage | None:
+    """The image as a data URI, reduced if it is large; None if it cannot be decoded."""
     pixels = cv2.imdecode(np.frombuffer(file.content, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:
-        return tag("p", f"{file.name} cannot be decoded", class_="quiet")
+        return None
     height, width = pixels.shape[:2]
-    address = _data("png", file.content)
-    if len(file.content) > INLINE_BYTES:
-        if width > INLINE_WIDTH:
-            height, width = round(height * INLINE_WIDTH / width), INLINE_WIDTH
-            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-        address = _data("jpeg", _jpeg(pixels, 88))
-    return tag("img", src=address, alt=alt, width=width, height=height)
+    if len(file.content) <= INLINE_BYTES:
+        return EmbeddedImage(data_uri(file.content, "png"), width, height)
+    if width > INLINE_WIDTH:
+        height, width = round(height * INLINE_WIDTH / width), INLINE_WIDTH
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    return EmbeddedImage(data_uri(_jpeg(pixels, 88), "jpeg"), width, height)
 
 
 def poster_jpeg(pixels: np.ndarray) -> bytes:
@@ -127,5 +71,6 @@ def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
-def _data(kind: str, content: bytes) -> str:
+def data_uri(content: bytes, kind: str) -> str:
+    """Data URI of an encoded image; kind is its format, such as jpeg."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -56,8 +56,8 @@ def test_contracts_hold(copy_of_the_package: Path) -> None:
 
 def test_two_packages_that_import_each_other_are_reported(copy_of_the_package: Path) -> None:
     training = copy_of_the_package / "motip" / "train" / "anomalies.py"
-    page = copy_of_the_package / "motip" / "report" / "markup.py"
-    training.write_text(f"{training.read_text()}\nimport motip.report.markup\n")
+    page = copy_of_the_package / "motip" / "report" / "heatmap.py"
+    training.write_text(f"{training.read_text()}\nimport motip.report.heatmap\n")
     page.write_text(f"{page.read_text()}\nimport motip.train.anomalies\n")
     result = lint_imports(copy_of_the_package)
     assert result.returncode == 1

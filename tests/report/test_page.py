@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from typer.testing import CliRunner
 
 import motip.cli.launch as launch
@@ -23,12 +24,10 @@ from motip.data.video_reader import open_source
 from motip.errors import MotipError
 from motip.evaluation.comparison import compare
 from motip.report import page as report_page
-from motip.report import page_parts
-from motip.report.markup import Markup, markup, tag
-from motip.report.page import open_in_browser, write_page
-from motip.report.page_facts import Change, read_page_facts
+from motip.report.page import TEMPLATES, open_in_browser, write_page
+from motip.report.page_facts import MAX_SHEETS, Change, read_page_facts
 from motip.report.page_media import INLINE_BYTES
-from motip.report.page_parts import signed
+from motip.report.page_view import change_note, signed
 from motip.report.side_by_side import STRIP, Tile, columns_of, write_side_by_side
 from motip.report.stage_list import StageList, read_stage_list, write_stage_list
 from motip.report.stage_tracks import TrackingOptions
@@ -54,6 +53,7 @@ class Reader(HTMLParser):
         self.close()
 
     def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert name != "p" or "p" not in self.open
         self.tags.append((name, dict(attributes)))
         if name not in ("img", "meta", "link", "br"):
             self.open.append(name)
@@ -142,8 +142,8 @@ def test_change_and_interval_are_those_of_motip_compare(reported: ReportedCurric
 def test_change_on_fewer_sequences_than_the_score_has_a_note(reported: ReportedCurriculum) -> None:
     before, after = (reported.scores[stage]["ground"] for stage in ("BDD-Foundation", "BDD-Refinement"))
     change = Change("BDD-Foundation", compare(before, after))
-    assert page_parts._reference(change, 3).split(";")[0] == "against BDD-Foundation"
-    text = page_parts._reference(change, 15).split(";")[0]
+    assert change_note(change, 3).split(";")[0] == "against BDD-Foundation"
+    text = change_note(change, 15).split(";")[0]
     assert text == "against BDD-Foundation on the 3 of them that both were scored on"
 
 
@@ -233,17 +233,23 @@ def test_hostile_names_are_escaped(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
-        (None, ""),
-        (Markup("<b>"), "<b>"),
         ("<b>", "&lt;b&gt;"),
-        (['"', None, 3], "&quot;3"),
+        ("{{ 1 }}", "{{ 1 }}"),
+        ('"', "&#34;"),
         (1.5, "1.5"),
         ("\ud800", "\N{REPLACEMENT CHARACTER}"),
+        ("a\nb\r\x7f", "a\nb\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"),
     ],
 )
-def test_markup_escapes_all_other_text(part: object, expected: str) -> None:
-    assert markup(part) == expected  # type: ignore[arg-type]
-    assert tag("p", part, title='"', hidden=True, id=None) == f'<p title="&quot;" hidden>{expected}</p>'  # type: ignore[arg-type]
+def test_templates_escape_all_other_text(part: object, expected: str) -> None:
+    text = '{% macro inner(part) %}<i>{{ part }}</i>{% endmacro %}<p title="{{ part }}">{{ inner(part) }}</p>'
+    rendered = TEMPLATES.from_string(text).render(part=part)
+    assert rendered == f'<p title="{expected}"><i>{expected}</i></p>'
+
+
+def test_name_that_a_template_does_not_get_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="'heading' is undefined"):
+        TEMPLATES.from_string("<h1>{{ heading }}</h1>").render()
 
 
 def test_page_lists_missing_parts(copied: Path) -> None:
@@ -268,6 +274,16 @@ def test_page_lists_missing_parts(copied: Path) -> None:
     assert all(line in reader.text for line in made.missing)
     assert reader.text.count("no dashboard.png in its folder") == 4
     assert "3 of 4 stages finished" in reader.text
+
+
+def test_sheets_beyond_the_limit_are_counted(copied: Path) -> None:
+    folder = stage_of(copied, "BDD-Foundation")
+    for number in range(MAX_SHEETS + 2):
+        save_png(folder / "failures" / f"{number:02d}.png", np.zeros((4, 4, 3), np.uint8))
+    made = write_page(copied, tracking=TrackingOptions(track=False))
+    reader = Reader(Path(str(made.path)).read_text())
+    assert f"BDD-Foundation: {MAX_SHEETS} sheets" in reader.text and f"2 more sheets are in {folder}" in reader.text
+    assert sum("BDD-Foundation: failure sheet" in str(each["alt"]) for each in reader.named("img")) == MAX_SHEETS
 
 
 def test_changed_and_missing_weights_are_marked(copied: Path) -> None:
