@@ -13,8 +13,8 @@ from motip.storage.paths import (
     absolute,
     create_folder,
     exclusive_lock,
-    location,
     read_json,
+    recorded_file,
     sha256,
     write_json,
 )
@@ -109,10 +109,8 @@ def finished_record(folder: Location, inputs: str) -> StageRecord | None:
     if stored.get("status") != "finished" or stored.get("inputs") != inputs or stored.get("format") != FORMAT:
         return None
     record = StageRecord.from_json({**stored, "skipped": True})
-    recorded = location(record.checkpoint)
-    # The recorded path is absolute; in a moved storage the file lies beside the record.
-    checkpoint = next((path for path in (folder / recorded.name, recorded) if path.is_file()), None)
-    if checkpoint is None or sha256(checkpoint) != record.sha256:
+    checkpoint = recorded_file(record.checkpoint, folder)
+    if not checkpoint.is_file() or sha256(checkpoint) != record.sha256:
         return None
     return replace(record, checkpoint=str(checkpoint))
 

@@ -15,7 +15,7 @@ from motip.evaluation.domain_matrix import DomainMatrix
 from motip.evaluation.score_files import load_scores
 from motip.evaluation.scores import Scores
 from motip.report.stage_list import StageList
-from motip.storage.paths import Location, RemotePath, files_under, location, read_json, sha256
+from motip.storage.paths import Location, RemotePath, files_under, location, read_json, recorded_file, sha256
 from motip.tracking.settings import TrackerSettings
 
 MAX_SHEETS = 12
@@ -23,7 +23,7 @@ MAX_SHEETS = 12
 
 
 @dataclass(frozen=True)
-class ImageFile:
+class PageImage:
     """An image file: its name and bytes."""
 
     name: str
@@ -55,8 +55,8 @@ class StageFacts:
     classes: tuple[str, ...] = ()
     settings: TrackerSettings | None = None
     state: str = ""
-    dashboard: ImageFile | None = None
-    sheets: tuple[ImageFile, ...] = ()
+    dashboard: PageImage | None = None
+    sheets: tuple[PageImage, ...] = ()
     more_sheets: int = 0
     missing: tuple[str, ...] = ()
 
@@ -232,8 +232,8 @@ def _stage(name: str, folder: Location | None) -> StageFacts:
         classes=classes,
         settings=settings,
         state=_state(record),
-        dashboard=ImageFile(dashboard.name, dashboard.read_bytes()) if dashboard.is_file() else None,
-        sheets=tuple(ImageFile(path.name, path.read_bytes()) for path in sheets[:MAX_SHEETS]),
+        dashboard=PageImage(dashboard.name, dashboard.read_bytes()) if dashboard.is_file() else None,
+        sheets=tuple(PageImage(path.name, path.read_bytes()) for path in sheets[:MAX_SHEETS]),
         more_sheets=len(sheets[MAX_SHEETS:]),
         missing=tuple(missing),
     )
@@ -256,7 +256,7 @@ def _record(path: Location) -> Mapping[str, Any]:
     ]
     if absent:
         raise MotipError(f"stage.json has no {', '.join(absent)}")
-    return record
+    return {**record, "checkpoint": str(recorded_file(str(record["checkpoint"]), path.parent))}
 
 
 def stored_row(folder: Location) -> tuple[dict[str, Scores], dict[str, str], tuple[str, ...], TrackerSettings]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from motip.report.page_facts import ImageFile
+from motip.report.page_facts import PageImage
 
 INLINE_BYTES = 400_000
 """Larger images are embedded as JPEG, which makes sheets of photographs several times smaller."""
@@ -43,7 +43,7 @@ class EmbeddedImage:
     height: int
 
 
-def embed(file: ImageFile) -> EmbeddedImage | None:
+def embed(file: PageImage) -> EmbeddedImage | None:
     """The image as a data URI, reduced if it is large; None if it cannot be decoded."""
     pixels = cv2.imdecode(np.frombuffer(file.content, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:

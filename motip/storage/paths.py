@@ -426,6 +426,13 @@ def upload(source: Path, target: Location) -> None:
             os.fsync(stream.fileno())
 
 
+def recorded_file(recorded: str, folder: Location) -> Location:
+    """A file that a record in `folder` names by its absolute path; in a moved storage it lies beside the record."""
+    path = location(recorded)
+    beside = folder / path.name
+    return beside if beside.is_file() else path
+
+
 def files_under(folder: Location) -> list[Location]:
     """All files below ``folder`` (one listing on S3), unordered; empty if there is no such folder."""
     if isinstance(folder, RemotePath):

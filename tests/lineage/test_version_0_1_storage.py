@@ -192,6 +192,7 @@ def test_the_report_page_and_a_dashboard_are_written(folder: Path, motip: Motip)
     written = motip("report", "page", page.parent, "--storage", storage)
     assert written.status == 0, written.err
     assert "Aerial" in page.read_text()
+    assert "the file is missing" not in page.read_text(), "checkpoints of a moved storage are found"
     drawn = motip("report", "dashboard", stage_folder(folder, "small", "Ground"))
     assert drawn.status == 0, drawn.err
 
