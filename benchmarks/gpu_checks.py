@@ -45,12 +45,13 @@ from benchmarks.attention_cost import (
     measured_ceilings,
     seconds_of,
 )
-from benchmarks.gpu_step import AERIAL, FALLBACKS, TINY, Fallback, Step, noise_clip
+from benchmarks.gpu_step import AERIAL, FALLBACKS, TINY, Step, noise_clip
 from motip.data.batch import ClipBatch
 from motip.model import MOTIP, ModelSpec, build_model, deformable_attention
 from motip.storage.atomic import write_json_atomic
 from motip.tracking.api import track_sequence, track_variants
 from motip.tracking.settings import TrackerSettings
+from motip.train.oom import OomFallback
 
 Case = dict[str, Any]
 GPU_BYTES = 22e9
@@ -204,7 +205,7 @@ class Checks:
         half: torch.dtype | None,
         side: str,
         batch: ClipBatch,
-        fallback: Fallback = FALLBACKS[0],
+        fallback: OomFallback = FALLBACKS[0],
         repeats: int = 0,
         compiled: dict[str, Any] | None = None,
     ) -> Case:

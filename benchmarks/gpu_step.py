@@ -1,25 +1,22 @@
 """Training step of `gpu_checks.py` without configuration, Ray or dataset.
 
-Equivalent to `motip.train.step.TrainStep` for one clip on one GPU, on synthetic clips; requires torch, torchvision,
+The losses of `motip.train.step.TrainStep` for one clip on one GPU, on synthetic clips; requires torch, torchvision,
 numpy and scipy only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from motip.data.batch import ClipBatch, IdSlots
 from motip.data.id_labels import SLOT_FIELDS, IdSettings, draw_id_slots
-from motip.losses.detection import DetectionCriterion
-from motip.losses.identity import count_supervised, id_loss
-from motip.losses.matcher import DetectionTargets
 from motip.model import MOTIP, ModelSpec, build_model
-from motip.train.frames import FramePlan, detect_frames, slot_features
+from motip.train.frames import FramePlan
+from motip.train.losses import BatchCounts, LossSettings, clip_losses
+from motip.train.oom import OomFallback
 
 AERIAL = ModelSpec(num_classes=2, num_id_vocabulary=150, use_decoder_checkpoint=True)
 """The network of configs/visdrone_stage2.yaml."""
@@ -43,21 +40,11 @@ TINY = ModelSpec(
 )
 
 
-@dataclass(frozen=True)
-class Fallback:
-    """Same fields as `motip.train.oom.OomFallback`, whose import needs the configuration; a test compares them."""
-
-    name: str
-    plan: FramePlan
-    recompute_decoder: bool
-    scale: float = 1.0
-
-
 FALLBACKS = (
-    Fallback("as configured", FramePlan(4, 5), True),
-    Fallback("detector recomputed", FramePlan(4, 2, recompute=True), True),
-    Fallback("one image at a time", FramePlan(4, 1, recompute=True), True),
-    Fallback("image at 75%", FramePlan(4, 1, recompute=True), True, 0.75),
+    OomFallback("as configured", FramePlan(4, 5), True),
+    OomFallback("detector recomputed", FramePlan(4, 2, recompute=True), True),
+    OomFallback("one image at a time", FramePlan(4, 1, recompute=True), True),
+    OomFallback("image at 75%", FramePlan(4, 1, recompute=True), True, 0.75),
 )
 """Out-of-memory fallbacks of configs/visdrone_stage2.yaml for clips of five frames."""
 
@@ -105,53 +92,16 @@ class Step:
         self.model: MOTIP = build_model(spec).to(device).train()
         if compiled is not None:
             self.model.detr.compile(**compiled)
-        self.device = device
-        self.half = half
+        self.loss = LossSettings(autocast_dtype=half)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=5e-4)
-        self.criterion = DetectionCriterion()
 
-    def __call__(self, batch: ClipBatch, fallback: Fallback) -> float:
+    def __call__(self, batch: ClipBatch, fallback: OomFallback) -> float:
         """The loss before the step."""
-        loss = self._loss(batch, fallback)
+        order = list(range(batch.images.shape[1]))
+        loss = clip_losses(self.model, batch, order, fallback, self.loss, BatchCounts.of(batch)).total
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 0.1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
-
-    def _loss(self, batch: ClipBatch, fallback: Fallback) -> Tensor:
-        model, length = self.model, batch.images.shape[1]
-        decoder, modeling = model.id_decoder, model.trajectory_modeling
-        assert decoder is not None and modeling is not None
-        decoder.spec = replace(decoder.spec, use_decoder_checkpoint=fallback.recompute_decoder)
-        # Targets, and the clip on the device.
-        targets = DetectionTargets.from_frames(
-            [frame for clip in batch.boxes_cxcywh for frame in clip],
-            [frame for clip in batch.classes for frame in clip],
-            None,
-            self.device,
-        )
-        batch = replace(batch, boxes_cxcywh=[], classes=[], ignore_cxcywh=[]).to(self.device)
-        slots = batch.slots
-        assert slots is not None
-        # Detection loss, then ID loss of all frames but the first.
-        past, now = slice(0, length - 1), slice(1, length)
-        with torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None):
-            output = detect_frames(model, batch, list(range(length)), fallback.plan)
-            found = self.criterion(output, targets, sum(targets.counts))
-            match = found.matching_last
-            before = slot_features(output.outputs, targets, match, slots.trajectory_ann, slots.trajectory_masks, past)
-            unknown = slot_features(output.outputs, targets, match, slots.unknown_ann, slots.unknown_masks, now)
-            logits = decoder(
-                modeling(before[0]),
-                slots.trajectory_labels[:, :, past],
-                before[1],
-                range(length - 1),
-                unknown[0],
-                unknown[1],
-                range(1, length),
-            )
-            count = float(count_supervised(slots.unknown_masks).sum())
-            identity = id_loss(logits, slots.unknown_labels[:, :, now], unknown[1], count)
-        return found.total + identity

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,16 +46,13 @@ def detect_frames(model: MOTIP, batch: ClipBatch, order: list[int], plan: FrameP
     clips, length = batch.images.shape[:2]
     images, masks = batch.images.flatten(0, 1), batch.masks.flatten(0, 1)
 
-    def detect(index: Tensor) -> DetectorOutput:
-        return model.detr(normalise(images[index], masks[index]), masks[index])
+    def detector_input(index: Tensor) -> tuple[Tensor, Tensor]:
+        return normalise(images[index], masks[index]), masks[index]
 
     # Normalising inside the recomputed part keeps uint8 instead of float images until the backward pass.
-    def detect_recomputed(index: Tensor) -> DetectorOutput:
-        return checkpoint(detect_unnested, index, use_reentrant=False)
-
     def detect_unnested(index: Tensor) -> DetectorOutput:
         with no_nested_checkpointing():
-            return detect(index)
+            return model.detr(*detector_input(index))
 
     frames = [clip * length + t for t in order for clip in range(clips)]
     trained = min(plan.train_frames, length) * clips
@@ -63,20 +60,23 @@ def detect_frames(model: MOTIP, batch: ClipBatch, order: list[int], plan: FrameP
     # Frames without gradient come first: their large chunks run before activations are kept for the backward pass.
     parts: list[DetectorOutput] = []
     with torch.no_grad():
-        parts += _run(detect, without, 4 * plan.chunk, images.device)
-    keep_activations = not plan.recompute and (plan.chunk == 0 or plan.chunk >= len(with_gradient))
-    parts += _run(detect if keep_activations else detect_recomputed, with_gradient, plan.chunk, images.device)
+        for index in _chunks(without, 4 * plan.chunk, images.device):
+            parts.append(model.detr(*detector_input(index)))
+    recompute = plan.recompute or 0 < plan.chunk < len(with_gradient)
+    for index in _chunks(with_gradient, plan.chunk, images.device):
+        parts.append(
+            checkpoint(detect_unnested, index, use_reentrant=False) if recompute else model.detr(*detector_input(index))
+        )
 
     position = torch.tensor(without + with_gradient).argsort().to(images.device)
     return _joined(parts, position)
 
 
-def _run(
-    detect: Callable[[Tensor], DetectorOutput], frames: list[int], chunk: int, device: torch.device
-) -> Iterator[DetectorOutput]:
+def _chunks(frames: list[int], chunk: int, device: torch.device) -> Iterator[Tensor]:
+    """The frame numbers in tensors of at most `chunk` elements, or in one with chunk 0."""
     size = chunk or max(1, len(frames))
     for start in range(0, len(frames), size):
-        yield detect(torch.tensor(frames[start : start + size], device=device))
+        yield torch.tensor(frames[start : start + size], device=device)
 
 
 def _joined(parts: list[DetectorOutput], position: Tensor) -> DetectorOutput:

@@ -26,10 +26,10 @@ from motip.data.batch import ClipBatch
 from motip.losses.matcher import DetectionTargets, Matcher
 from motip.model import ModelSpec, build_model
 from motip.model.deformable_attention import log_implementation, use_implementation
-from motip.train.collectives import SingleProcess
+from motip.train.losses import BatchCounts, LossSettings, clip_losses
 from motip.train.oom import OomFallback, downscaled
 from motip.train.optimizer import freeze_parameters
-from motip.train.step import TrainStep, autocast_dtype
+from motip.train.step import autocast_dtype
 
 _FLOAT32_ON_CUDA = frozenset(
     {torch.layer_norm, torch.nn.functional.layer_norm, torch.group_norm, torch.nn.functional.group_norm}
@@ -61,13 +61,19 @@ def estimate_peak(config: Config, batch: ClipBatch, fallback: OomFallback, devic
     with _attention_for(device_type), fake, _CudaSemantics(device_type, objects):
         model = build_model(ModelSpec.from_config(config)).train()
         freeze_parameters(model, config)
-        step = _DryRunStep(model, config, precision_on(device_type, config))
+        settings = LossSettings.from_config(config, precision_on(device_type, config))
+        matcher = _FirstQueriesMatcher(**vars(settings.criterion.matcher))
+        settings = replace(settings, criterion=replace(settings.criterion, matcher=matcher))
         batch = _map_tensors(batch, fake.from_tensor)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tracker = LiveStorages()
         tracker.add([*model.parameters(), *model.buffers(), *_tensors(batch)])
         with tracker:
-            step.forward_and_backward(batch, fallback)
+            order = list(range(batch.images.shape[1]))
+            loss = clip_losses(model, batch, order, fallback, settings, BatchCounts(1, 1, 1)).total
+            if loss.requires_grad:
+                # Not loss.backward(): it would disable the function mode, which recomputed layers need.
+                _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
         weights = _bytes([*model.parameters(), *model.buffers()])
     moments = 2 * _bytes(trained)
     accumulated = _bytes(trained) if config.ACCUMULATE_STEPS > 1 else 0
@@ -113,24 +119,6 @@ class LiveStorages(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         return result
-
-
-class _DryRunStep(TrainStep):
-    """A training step that depends on no tensor values: matching assigns the first queries."""
-
-    def __init__(self, model: Any, config: Config, precision: torch.dtype | None) -> None:
-        super().__init__(model, config.replaced(MIXED_PRECISION="no"), SingleProcess())
-        self.autocast_dtype = precision
-        matcher = self.criterion.matcher
-        value_free = _FirstQueriesMatcher(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost)
-        self.criterion = replace(self.criterion, matcher=value_free)
-
-    def forward_and_backward(self, batch: ClipBatch, fallback: OomFallback) -> None:
-        order = list(range(batch.images.shape[1]))
-        loss = self._losses(batch, order, 1.0, 1.0, fallback)[0]
-        if loss.requires_grad:
-            # Not loss.backward(): it would disable the function mode, which recomputed layers need.
-            _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
 
 
 class _FirstQueriesMatcher(Matcher):

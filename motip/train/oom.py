@@ -1,24 +1,33 @@
 """Out-of-memory fallbacks of a training step: the same clip again with less memory and more time.
 
 Each fallback needs less memory than the one before. All but the last give the same gradients; the last trains the clip
-at three quarters of its image size. MEMORY_EFFICIENT: True enables them.
+at three quarters of its image size. MEMORY_EFFICIENT: True enables them. `OomRetry` leads a rank through them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motip.config import Config
 from motip.data.batch import ClipBatch
 from motip.model import MOTIP
+from motip.train.collectives import ProcessGroup
 from motip.train.frames import FramePlan
+
+if TYPE_CHECKING:
+    from motip.config import Config
+
+_log = logging.getLogger(__name__)
 
 REDUCED_SCALE = 0.75
 """Side of the image in the last fallback, as a fraction of the configured one."""
@@ -142,6 +151,126 @@ class GradientStash:
             parameter.grad = accumulated
 
 
+class RankState(Enum):
+    """Progress of one rank with its clips of a batch."""
+
+    PENDING = auto()
+    """To be computed with the rank's fallback."""
+    COMPUTED = auto()
+    """Its gradient is kept while other ranks retry."""
+    FAILED = auto()
+    """Out of memory with the rank's fallback."""
+
+
+class Outcome(Enum):
+    """What the ranks agree on after computing a batch."""
+
+    RETRY = auto()
+    """The ranks that ran out of memory compute their clips with the next fallback."""
+    DONE = auto()
+    OUT_OF_MEMORY = auto()
+    """A rank failed with its last fallback; all ranks skip the batch."""
+    NOT_FINITE = auto()
+    """A rank's loss is not finite; all ranks skip the batch."""
+
+
+class OomRetry:
+    """One rank's way through the fallbacks with its clips of a batch.
+
+    The state goes from PENDING to COMPUTED or FAILED in `catch`, and from FAILED back to PENDING in `agree` if the
+    outcome is RETRY. The gradients accumulated before stay in `stash` until the batch is merged or skipped.
+
+    Args:
+        fallbacks: from the fastest to the one that needs the least memory.
+        history: sizes that failed before; selects the first fallback.
+        batch: this rank's clips.
+        model: whose gradients are computed.
+        comm: the ranks; every rank calls `agree` equally often.
+
+    Attributes:
+        state: progress with the current fallback.
+        failures: of all ranks so far.
+        stash: the gradients accumulated before this batch.
+    """
+
+    def __init__(
+        self,
+        fallbacks: tuple[OomFallback, ...],
+        history: OomHistory,
+        batch: ClipBatch,
+        model: nn.Module,
+        comm: ProcessGroup,
+    ) -> None:
+        self._fallbacks = fallbacks
+        self._history = history
+        self._batch = batch
+        self._size = pixels_and_slots(batch)
+        self._device = next(model.parameters()).device
+        self._comm = comm
+        self._index = history.first_fallback(self._size)
+        self.state = RankState.PENDING if batch.names else RankState.COMPUTED  # without clips there is nothing to do
+        self.failures = 0
+        self.stash = GradientStash(model.parameters())
+
+    @property
+    def fallback(self) -> OomFallback:
+        return self._fallbacks[self._index]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether this rank failed with the last fallback."""
+        return self.state is RankState.FAILED and self._index == len(self._fallbacks) - 1
+
+    @contextlib.contextmanager
+    def catch(self) -> Iterator[None]:
+        """Context in which the clips are computed; it ends early, without an error, if memory runs out."""
+        self.state = RankState.COMPUTED
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.state = RankState.FAILED
+            self.stash.drop()
+
+    def agree(self, metrics: Tensor) -> tuple[Outcome, list[float]]:
+        """Sum the state over the ranks, and fall back if this rank has to.
+
+        Args:
+            metrics: this rank's part of the logged values, the loss first.
+
+        Returns:
+            the outcome, and the logged values of the global batch, empty if those of a failed rank are missing.
+        """
+        failed = self.state is RankState.FAILED
+        if failed:  # not in `catch`: there the traceback of the error refers to the tensors of the failed pass
+            release_memory(self._device)
+        flags = metrics.new_tensor([failed, self.exhausted, not failed and not math.isfinite(metrics[0])])
+        # One collective for all of them: each waits for the slowest rank.
+        sums = self._comm.sum_(torch.cat([flags, metrics])).tolist()
+        failures, exhausted, nonfinite = map(int, sums[:3])
+        values = [] if failures else sums[3:]
+        if nonfinite:  # first: no fallback helps a batch that is skipped for its loss
+            return Outcome.NOT_FINITE, values
+        self.failures += failures
+        if exhausted:
+            return Outcome.OUT_OF_MEMORY, values
+        if failed:
+            self._fall_back()
+        return Outcome.RETRY if failures else Outcome.DONE, values
+
+    def _fall_back(self) -> None:
+        self._history.add(self._index, self._size)
+        self._index += 1
+        self.state = RankState.PENDING
+        _log.warning(
+            "out of memory on rank %d, retrying: %s; %s",
+            self._comm.rank,
+            self.fallback.name,
+            describe_clips(self._batch),
+        )
+
+
 @contextlib.contextmanager
 def decoder_recompute(model: MOTIP, fallback: OomFallback) -> Iterator[None]:
     """Inside the block the ID decoder keeps or recomputes its layers as the fallback specifies."""
@@ -197,3 +326,13 @@ def object_bucket(objects: int) -> str:
             return f"{low}_to_{bound - 1}"
         low = bound
     return f"{low}_or_more"
+
+
+def describe_clips(batch: ClipBatch) -> str:
+    """Sequence, frames and objects of the clips, for messages."""
+    frames = batch.images.shape[1]
+    clips = zip(batch.names, batch.boxes_cxcywh, max_objects_per_frame(batch), strict=True)
+    return "; ".join(
+        f"{name} ({frames} frames, {sum(map(len, clip))} objects, at most {most} in a frame)"
+        for name, clip, most in clips
+    )

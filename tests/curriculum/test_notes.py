@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+import motip.train.step as train_step
 from motip.curriculum.stage_recorder import StageRecorder
 from motip.lineage import Lineage
 from motip.report.stage_history import epochs_synced
 from motip.storage.paths import write_json
 from motip.train.ray_train import FitResult
-from motip.train.step import TrainStep
 from tests.helpers.small_curriculum import QuietUi, run, write_files
 
 
@@ -105,18 +105,18 @@ def test_a_skipped_clip_is_recorded_in_mlflow_also_if_the_stage_fails(
     lineage: Lineage, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_files(tmp_path)
-    real, calls = TrainStep._losses, []
+    real, calls = train_step.clip_losses, []
 
-    def fails(step: TrainStep, *arguments: Any) -> Any:
+    def fails(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("injected")
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(TrainStep, "_losses", fails)
+    monkeypatch.setattr(train_step, "clip_losses", fails)
     with pytest.raises(RuntimeError, match="power cut"):
         run(path, storage, lineage=lineage)
-    monkeypatch.setattr(TrainStep, "_losses", real)
+    monkeypatch.setattr(train_step, "clip_losses", real)
     (stored,) = (storage / "curricula").rglob("notes.txt")
     (text,) = without_times(stored)
     expected = r"step 1: epoch 1, step 1: clips skipped: rank 0: out of memory with the last fallback; .*objects"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,16 @@ class FaultInjector:
     def __init__(self, step: TrainStep, failures: Iterable[tuple[int, str, int]]) -> None:
         self.batch = -1
         self.left = {(batch, phase): times for batch, phase, times in failures}
-        real = step._losses
 
-        def losses(*arguments: Any) -> Any:
-            loss, local = real(*arguments)
+        def criterion(*arguments: Any) -> Any:
+            losses = real(*arguments)
             self._fail("forward")
             if self.left.get((self.batch, "not finite"), 0) > 0:
-                return loss * torch.nan, {**local, "loss": loss * torch.nan}
-            return loss, local
+                losses.total = losses.total * torch.nan
+            return losses
 
-        step._losses = losses  # type: ignore[method-assign]
+        real = step.loss.criterion
+        step.loss = replace(step.loss, criterion=criterion)  # type: ignore[arg-type]
         # Half-way through the backward pass: after the gradients of the ID decoder, before those of the backbone.
         step.model.detr.query_embed.weight.register_hook(lambda _: self._fail("backward"))
 
@@ -209,7 +210,11 @@ def test_training_stops_if_no_clip_fits() -> None:
 def test_other_errors_are_not_treated_as_out_of_memory() -> None:
     config = _config()
     step = TrainStep(small_model(config), config, SingleProcess())
-    step._losses = lambda *_: (_ for _ in ()).throw(RuntimeError("shapes do not match"))  # type: ignore[assignment]
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    step.loss = replace(step.loss, criterion=fails)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="shapes"):
         step.accumulate(clip(0), ORDER)
     assert is_out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))

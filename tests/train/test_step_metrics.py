@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import motip.train.loop as loop
+import motip.train.step as train_step
 import motip.train.timing as timing
 from motip.config import Config
 from motip.train.batch_sources import LocalBatchSource
@@ -97,15 +98,15 @@ def test_group_names_match_the_groups() -> None:
 
 def test_skipped_clips_are_counted_and_reported_by_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config()
-    real, calls = TrainStep._losses, []
+    real, calls = train_step.clip_losses, []
 
-    def out_of_memory_at_the_second(step: TrainStep, *arguments: Any) -> Any:
+    def out_of_memory_at_the_second(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("injected")
-        return real(step, *arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(TrainStep, "_losses", out_of_memory_at_the_second)
+    monkeypatch.setattr(train_step, "clip_losses", out_of_memory_at_the_second)
     records = _run(config, tmp_path)
     assert [values["metrics"]["step/clips_skipped"] for values in of("step", records)] == [1, 1, 1]
     epoch = of("epoch", records)[0]["metrics"]
