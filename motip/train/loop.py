@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -43,39 +44,41 @@ def train_stage_on_worker(
     if device.type == "cpu":
         keep_freed_memory()
     watchdog = Watchdog(comm, config.COLLECTIVE_TIMEOUT_S, config.PROGRESS_TIMEOUT_S)
-    with watchdog.monitored(reporter.report_lost):
-        try:
-            _train_epochs(job, config, watchdog, batch_source, reporter, device)
-        except WorkerLost as lost:
-            reporter.report_lost(lost.problem)
-            raise
+    with watchdog.monitored(reporter.report_lost), _report_lost_worker(reporter):
+        run, first_epoch = _prepare(job, config, watchdog, batch_source, reporter, device)
+        watchdog.status = lambda: run.status
+        with run.stop_request:
+            for epoch in range(first_epoch, config.EPOCHS):
+                _finish_epoch(run, epoch, train_epoch(run, epoch))
 
 
-def _train_epochs(
-    job: StageJob,
-    config: Config,
-    comm: Watchdog,
-    batch_source: BatchSource,
-    reporter: Reporter,
-    device: torch.device,
-) -> None:
-    run, first_epoch = _prepare(job, config, comm, batch_source, reporter, device)
-    comm.status = lambda: run.status
-    with run.stop_request:
-        for epoch in range(first_epoch, config.EPOCHS):
-            last = epoch == config.EPOCHS - 1
-            metrics = train_epoch(run, epoch)
-            evaluated = (epoch + 1) % config.EVALUATE_EVERY_EPOCHS == 0 or last
-            if evaluated:
-                run.status = f"stage {job.stage}, validation after epoch {epoch + 1}"
-                metrics |= validate(run, epoch)
-            run.status = f"stage {job.stage}, after epoch {epoch + 1}"
-            save = (epoch + 1) % config.SAVE_CHECKPOINT_PER_EPOCH == 0 or evaluated  # a score needs its weights
-            save = save or _stop_requested(run)
-            run.record("epoch", {"epoch": epoch, "step": run.global_step, "metrics": metrics})
-            reporter.epoch_done(epoch, metrics, save_epoch(run, epoch, metrics) if save else None)
-            if save:
-                _stop_if_requested(run, epoch)
+@contextlib.contextmanager
+def _report_lost_worker(reporter: Reporter) -> Iterator[None]:
+    try:
+        yield
+    except WorkerLost as lost:
+        reporter.report_lost(lost.problem)
+        raise
+
+
+def _finish_epoch(run: Run, epoch: int, metrics: dict[str, float]) -> None:
+    """Validate, save and report an epoch as the configuration requires.
+
+    Raises:
+        Stopped: a stop was requested; the epoch is saved.
+    """
+    config, stage = run.config, run.job.stage
+    evaluated = (epoch + 1) % config.EVALUATE_EVERY_EPOCHS == 0 or epoch == config.EPOCHS - 1
+    if evaluated:
+        run.status = f"stage {stage}, validation after epoch {epoch + 1}"
+        metrics |= validate(run, epoch)
+    run.status = f"stage {stage}, after epoch {epoch + 1}"
+    save = (epoch + 1) % config.SAVE_CHECKPOINT_PER_EPOCH == 0 or evaluated  # a score needs its weights
+    save = save or _stop_requested(run)
+    run.record("epoch", {"epoch": epoch, "step": run.global_step, "metrics": metrics})
+    run.reporter.epoch_done(epoch, metrics, save_epoch(run, epoch, metrics) if save else None)
+    if save:
+        _stop_if_requested(run, epoch)
 
 
 def train_epoch(run: Run, epoch: int) -> dict[str, float]:

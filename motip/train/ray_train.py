@@ -132,9 +132,24 @@ def fit(job: StageJob, resources: ResourcePlan, folder: str, on_record: OnRecord
         MotipError: the stage's inputs are wrong, or training failed.
     """
     if resources.workers == 0:
-        _fit_in_process(job, folder, on_record)
-    else:
-        _fit_on_ray(job, resources, folder, on_record)
+        config = Config.from_dict(job.config)
+        reporter = FolderReporter(_local_folder(folder), on_record, _retention(job, config))
+        train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, device_from_config(config))
+        return completed(folder)
+    channel = _run_channel()
+    trainer = _trainer(job, resources, channel, folder)
+    # Training, with events and signals handled in this process.
+    events = _EventPump(channel, on_record)
+    with _forward_sigterm(channel) as sigterm, events, _sigint_as_keyboard_interrupt():
+        try:
+            trainer.fit()
+        except Exception as error:
+            _raise_worker_failure(channel, folder)
+            failed = _training_failed(job, folder, error, str(error))  # keeps the workers' output in any case
+            raise _lost_worker_error(channel, error, failed) or failed from error
+        _raise_worker_failure(channel, folder)
+        if sigterm.received or events.stopped:
+            raise Stopped
     return completed(folder)
 
 
@@ -205,7 +220,7 @@ def _retention(job: StageJob, config: Config) -> Retention:
     return Retention(config.CHECKPOINTS_KEPT, config.EPOCH_CHECKPOINTS_KEPT, job.best)
 
 
-def _fit_in_process(job: StageJob, folder: str, on_record: OnRecord) -> None:
+def _local_folder(folder: str) -> Path:
     if isinstance(location(folder), RemotePath):
         raise MotipError(
             "without Ray workers a stage can only write to a local folder",
@@ -213,9 +228,7 @@ def _fit_in_process(job: StageJob, folder: str, on_record: OnRecord) -> None:
             found=folder,
             fix="use --workers 1 or more, or a local --storage",
         )
-    config = Config.from_dict(job.config)
-    reporter = FolderReporter(Path(folder), on_record, _retention(job, config))
-    train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, device_from_config(config))
+    return Path(folder)
 
 
 # ------------------------------------------------------------------------------------------------ on Ray
@@ -366,11 +379,20 @@ def _worker_main(settings: dict[str, Any]) -> None:
     """Entry point of a training worker."""
     import ray
 
-    channel = settings["channel"]
+    job, resources, channel = settings["job"], settings["resources"], settings["channel"]
     if not ray.get(channel.worker_started.remote()):
         return  # restarted by Ray after a permanent error, which the driver raises
     try:
-        _train_on_worker(settings["job"], settings["resources"], channel, settings["folder"])
+        config = Config.from_dict(job.config)
+        comm = current_process_group(config.COLLECTIVE_TIMEOUT_S)  # initialised by Ray Train
+        device = _worker_device(resources)
+        # Batches from Ray Data: this rank's rows of the clip plan, in order.
+        batches = RayBatchSource(job, config, comm.rank, comm.world_size, resources.decoders, resources.decoder_cpus)
+        reporter = RayReporter(channel, settings["folder"], _retention(job, config))
+        try:
+            train_stage_on_worker(job, comm, batches, reporter, device)
+        finally:
+            reporter.remove_local_copies()
     except Stopped:
         # Every rank returns, its position saved; an error would make Ray restart the workers.
         ray.get(channel.worker_stopped.remote())
@@ -380,26 +402,16 @@ def _worker_main(settings: dict[str, Any]) -> None:
         raise
 
 
-def _train_on_worker(job: StageJob, resources: ResourcePlan, channel: Any, folder: str) -> None:
+def _worker_device(resources: ResourcePlan) -> torch.device:
+    """The worker's GPU; without GPUs the CPU, with this worker's fraction of the cores as threads."""
     import ray.train
     import ray.train.torch
 
-    config = Config.from_dict(job.config)
-    # Process group, initialised by Ray Train, and device.
-    comm = current_process_group(config.COLLECTIVE_TIMEOUT_S)
     if resources.gpu:
-        device = ray.train.torch.get_device()
-    else:
-        device = torch.device("cpu")
-        local_workers = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(max(1, _cores() // (local_workers * resources.concurrent_runs)))
-    # Batches from Ray Data: this rank's rows of the clip plan, in order.
-    batch_source = RayBatchSource(job, config, comm.rank, comm.world_size, resources.decoders, resources.decoder_cpus)
-    reporter = RayReporter(channel, folder, _retention(job, config))
-    try:
-        train_stage_on_worker(job, comm, batch_source, reporter, device)
-    finally:
-        reporter.remove_local_copies()
+        return ray.train.torch.get_device()
+    local_workers = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(max(1, _cores() // (local_workers * resources.concurrent_runs)))
+    return torch.device("cpu")
 
 
 def _cores() -> int:
@@ -407,19 +419,26 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _fit_on_ray(job: StageJob, resources: ResourcePlan, folder: str, on_record: OnRecord) -> None:
+def _run_channel() -> Any:
+    """The `RunChannel` actor, pinned to the driver's node, so that it outlives every other node."""
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # The channel is pinned to the driver's node, so that it outlives every other node.
     pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    channel = ray.remote(RunChannel).options(num_cpus=0, scheduling_strategy=pinned).remote()
-    # The trainer. Its run is named after the stage's folder, which contains the digest of the inputs: a run of other
-    # inputs cannot be resumed by accident.
+    return ray.remote(RunChannel).options(num_cpus=0, scheduling_strategy=pinned).remote()
+
+
+def _trainer(job: StageJob, resources: ResourcePlan, channel: Any, folder: str) -> Any:
+    """Ray Train's trainer of a stage.
+
+    Its run is named after the stage's folder, which contains the digest of the inputs: a run of other inputs cannot be
+    resumed by accident.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
     parent, _, name = folder.rpartition("/")
-    trainer = _trainer_class()(
+    return _trainer_class()(
         _worker_main,
         train_loop_config={"job": job, "resources": resources, "channel": channel, "folder": folder},
         # By default torch waits half an hour for a rank that does not respond.
@@ -434,18 +453,6 @@ def _fit_on_ray(job: StageJob, resources: ResourcePlan, folder: str, on_record: 
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
-    # Training, with events and signals handled in this process.
-    events = _EventPump(channel, on_record)
-    with _forward_sigterm(channel) as sigterm, events, _sigint_as_keyboard_interrupt():
-        try:
-            trainer.fit()
-        except Exception as error:
-            _raise_worker_failure(channel, folder)
-            failed = _training_failed(job, folder, error, str(error))  # keeps the workers' output in any case
-            raise _lost_worker_error(channel, error, failed) or failed from error
-        _raise_worker_failure(channel, folder)
-        if sigterm.received or events.stopped:
-            raise Stopped
 
 
 def _trainer_class() -> Any:

@@ -25,7 +25,6 @@ from motip.train.preemption import SigtermForwarder, Stopped
 from motip.train.ray_train import FolderReporter, RayReporter
 from motip.train.retention import Retention
 from motip.train.run_channel import RunChannel
-from motip.train.stage_job import StageJob
 from motip.train.temp_dirs import TempDirs
 from motip.weights import load_checkpoint
 from tests.train.test_resume import EPOCHS, Records, _config, _job
@@ -87,11 +86,14 @@ def test_sigterm_of_the_driver_stops_training_at_a_saved_position(
 def test_stop_is_not_a_failure_that_ray_would_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channel: Any
 ) -> None:
-    def stopped(job: StageJob, *rest: Any) -> None:
+    def stopped(*_: Any) -> None:
         raise Stopped
 
-    monkeypatch.setattr(ray_train, "_train_on_worker", stopped)
-    ray_train._worker_main({"job": None, "resources": None, "channel": channel, "folder": str(tmp_path)})
+    monkeypatch.setattr(ray_train, "train_stage_on_worker", stopped)
+    monkeypatch.setattr(ray_train, "_worker_device", lambda _: torch.device("cpu"))
+    resources = ray_train.ResourcePlan(workers=1)
+    job = _job(tmp_path, _config())
+    ray_train._worker_main({"job": job, "resources": resources, "channel": channel, "folder": str(tmp_path)})
     assert channel.failure.remote() is None
     assert "position is saved" in channel.progress.remote()
 
