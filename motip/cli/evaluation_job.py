@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from motip.cli.console import console, note
+from motip.cli.console import console
 from motip.cli.evaluation_tables import show_errors, show_scores, show_threshold_search
 from motip.cli.launch import checked_data_root, checked_storage
 from motip.cluster import Cluster, connect, disconnect
@@ -34,6 +35,11 @@ from motip.report.threshold_plot import threshold_figure
 from motip.storage.atomic import write_json_atomic
 from motip.storage.paths import Location, atomic_output, write_json
 from motip.tracking.loading import LoadedModel, load, resolve_device
+
+OnVideo = Callable[[VideoEntry, int, int], None]
+"""Video just tracked, number tracked, total."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,18 +108,22 @@ class CheckpointEvaluation:
 
 
 def evaluate_checkpoint(
-    options: EvaluateOptions, errors: bool = False, on_video: Callable[[VideoEntry, int, int], None] | None = None
+    options: EvaluateOptions,
+    errors: bool = False,
+    on_video: OnVideo | None = None,
+    log: Callable[[str], None] = _log.info,
 ) -> CheckpointEvaluation:
     """Track and score the locked videos of every source, and write tracks and scores.
 
     Args:
         errors: also compute and write the outcomes of the labelled boxes (``errors_SPLIT.json``).
         on_video: called with each tracked video, the number tracked and the total.
+        log: receives a line about converted shards and about each skipped source.
 
     Raises:
         MotipError: invalid options or data.
     """
-    with _prepared(options, on_video) as job:
+    with _prepared(options, on_video, log) as job:
         model = ModelUnderTest(job.loaded.model, job.sha256, job.loaded.settings)
         done = evaluate_videos(model, job.work, job.class_maps, job.protocols)
     split, folder = options.split, job.work.folder
@@ -143,7 +153,7 @@ def evaluate_checkpoint(
 
 
 def _evaluate_and_print(options: EvaluateOptions, errors: bool) -> None:
-    found = evaluate_checkpoint(options, errors, _print_progress)
+    found = evaluate_checkpoint(options, errors, _print_progress, _print_line)
     done, split = found.evaluation, options.split
     show_scores(done)
     for source, summary in found.outcomes.items():
@@ -163,7 +173,7 @@ def sweep_checkpoint(options: EvaluateOptions, thresholds: str | None = None) ->
         MotipError: invalid options or data, or a split other than val.
     """
     check_search_split(options.split)
-    with _prepared(options, _print_progress) as job:
+    with _prepared(options, _print_progress, _print_line) as job:
         tried = candidate_settings(job.loaded.settings, None if thresholds is None else _numbers(thresholds))
         subject = ThresholdSearchInput(job.loaded.model, job.sha256, tuple(tried), job.class_maps, job.protocols)
         done = search_thresholds(subject, job.loaded.settings, job.work)
@@ -237,7 +247,7 @@ class _Job:
 
 
 @contextmanager
-def _prepared(options: EvaluateOptions, on_video: Callable[[VideoEntry, int, int], None] | None) -> Iterator[_Job]:
+def _prepared(options: EvaluateOptions, on_video: OnVideo | None, log: Callable[[str], None]) -> Iterator[_Job]:
     """Read and check the inputs, connect to a cluster, convert missing shards; disconnect at the end."""
     if options.workers is not None and options.workers < 0:
         raise MotipError(
@@ -252,8 +262,8 @@ def _prepared(options: EvaluateOptions, on_video: Callable[[VideoEntry, int, int
     try:
         device = device_of_workers(options.device, cluster)
         if options.data_root is not None:
-            _convert(curriculum, options.data_root, storage, cluster)
-        videos = _videos(curriculum, Manifest.load(storage), options.split, options.sources)
+            log(_convert(curriculum, options.data_root, storage, cluster))
+        videos = _videos(curriculum, Manifest.load(storage), options.split, options.sources, log)
         named = {video.source for video in videos}
         yield _Job(
             loaded=loaded,
@@ -276,14 +286,21 @@ def _prepared(options: EvaluateOptions, on_video: Callable[[VideoEntry, int, int
             disconnect()
 
 
-def _convert(curriculum: Curriculum, data_root: str, storage: str, cluster: Cluster | None) -> None:
+def _convert(curriculum: Curriculum, data_root: str, storage: str, cluster: Cluster | None) -> str:
+    """Convert missing shards; returns the summary."""
     report = convert(
         curriculum, checked_data_root(data_root), storage, map_fn=ray_map() if cluster is not None else None
     )
-    console().print(report.summary_line(), highlight=False)
+    return report.summary_line()
 
 
-def _videos(curriculum: Curriculum, manifest: Manifest, split: str, sources: Sequence[str] | None) -> list[VideoEntry]:
+def _videos(
+    curriculum: Curriculum,
+    manifest: Manifest,
+    split: str,
+    sources: Sequence[str] | None,
+    log: Callable[[str], None],
+) -> list[VideoEntry]:
     """The videos to evaluate; raises MotipError for a source without shards or not in the curriculum file."""
     available = sorted({video.source for video in manifest.videos if video.split == split})
     selected = list(sources) if sources is not None else available
@@ -306,8 +323,12 @@ def _videos(curriculum: Curriculum, manifest: Manifest, split: str, sources: Seq
             fix="pass the curriculum file that the shards were made with",
         )
     for name in unknown:
-        note(f"source {name} is skipped: the curriculum file does not describe it")
+        log(f"note: source {name} is skipped: the curriculum file does not describe it")
     return [video for name in selected if name not in unknown for video in manifest.of(name, split)]
+
+
+def _print_line(text: str) -> None:
+    console().print(text, highlight=False)
 
 
 def _print_progress(video: VideoEntry, done: int, total: int) -> None:
