@@ -167,6 +167,7 @@ def combine(
     Raises:
         MotipError: a sequence is repeated, or no averaged class has ground truth.
     """
+    # Input: each sequence once, at least one averaged class with ground truth.
     names = [result.name for result in results]
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
@@ -183,6 +184,7 @@ def combine(
             expected=f"labelled boxes of at least one of: {', '.join(headline) or 'no class'}",
             fix="check the class map, or track this split without scores",
         )
+    # Means: over labelled classes, over detections, and without classes.
     return Scores(
         protocol=protocol,
         classes=classes,

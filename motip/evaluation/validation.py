@@ -112,6 +112,7 @@ def score_videos(
                 on_video(source, sequence.name)
             yield sequence
 
+    # Labels and tracks of each source, prepared by its protocol.
     prepared: dict[str, list[ScoredSequence]] = {}
     for video in listed:
         sequence = read_labels(entry_path(storage, video))

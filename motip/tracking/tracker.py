@@ -118,10 +118,12 @@ class Tracker:
         self.counters: Counter[str] = Counter(newborns_refused=0, labels_recycled=0, recalled=0)
         self.notes: list[str] = []
         self.decoder = decoder or FrameDecoder(model.trajectory_modeling, model.id_decoder)
+        # Fixed facts of model and frames.
         self._vocabulary = model.spec.num_id_vocabulary
         self._image_scale = torch.tensor([width, height, width, height], dtype=torch.float32)
         self._assign = ASSIGNMENTS[settings.assignment_protocol]
         self._oldest_age = self._check_memory(model.spec.rel_pe_length)
+        # State of the sequence.
         self._frame = 0
         self._next_id = 0
         self._history = TokenHistory()
