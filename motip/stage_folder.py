@@ -239,7 +239,7 @@ class StageFolder(_LockedFolder):
         return replace(record, skipped=True) if intact else None
 
     def acquire_unless_finished(self, inputs: str, parent_run_id: str = "") -> StageRecord | None:
-        """Like `acquire`; returns the record, and takes no lock, if another process has finished the stage meanwhile."""
+        """Like `acquire`; if another process has finished the stage meanwhile, returns its record and takes no lock."""
         with self._exclusive():
             done = self.finished(inputs)
             if done is None:
