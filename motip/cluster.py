@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from motip.errors import MotipError
 
+
 @dataclass(frozen=True)
 class Cluster:
     """Resources of the connected Ray cluster.
