@@ -12,8 +12,9 @@ import os
 import threading
 import time as clock
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -98,6 +99,13 @@ class Resumed(_Timed):
 
 
 @dataclass(frozen=True)
+class Imported(_Timed):
+    """The events before this one come from files of version 0.1, which recorded them in MLflow itself."""
+
+    kind: Literal["imported"] = "imported"
+
+
+@dataclass(frozen=True)
 class MetricsLogged(_Timed):
     """Metrics outside the steps and epochs of a training."""
 
@@ -135,10 +143,10 @@ class TableWritten(_Timed):
 
 @dataclass(frozen=True)
 class ArtifactWritten(_Timed):
-    """A file, at `file` (relative to the run's folder if it lies in it), to attach under `folder` of the artifacts."""
+    """A file artifact: the address `file`, relative to the run's folder if it lies in it, attached as `path`."""
 
     file: str
-    folder: str = ""
+    path: str
     kind: Literal["artifact"] = "artifact"
 
 
@@ -167,6 +175,7 @@ Event = (
     | WeightsTransferred
     | Note
     | Resumed
+    | Imported
     | MetricsLogged
     | TagsSet
     | TextWritten
@@ -227,7 +236,7 @@ class EventLog:
             self.send(event)
 
     def close(self) -> None:
-        """Write what could not be written before.
+        """Write what could not be written before; on an object store a later event begins a new object.
 
         Raises:
             MotipError: it cannot be written now either.
@@ -235,6 +244,7 @@ class EventLog:
         with self._lock:
             try:
                 self._write()
+                self._segment = None
             except OSError as error:
                 raise MotipError(
                     f"the event log cannot be written: {error.strerror or error}",
@@ -324,6 +334,17 @@ def _parse(line: bytes) -> Event | None:
 
 
 def _subject(event: Event) -> tuple[Any, ...]:
-    """What an event is about: the kind, and the names or the path it sets."""
+    """What an event is about: the kind, the step, and the names or the path it sets."""
     names = getattr(event, "tags", None) or getattr(event, "metrics", None) or {}
-    return event.kind, getattr(event, "path", getattr(event, "file", "")), *sorted(names)
+    return event.kind, getattr(event, "step", None), getattr(event, "path", ""), *sorted(names)
+
+
+def notes_text(events: Iterable[Event]) -> str:
+    """The notes among events, one line each: UTC time, optimiser step if it has one, text."""
+    lines = []
+    for event in events:
+        if isinstance(event, Note):
+            when = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="seconds")
+            step = "" if event.step is None else f" step {event.step}"
+            lines.append(f"{when}{step}: {' '.join(event.text.split())}\n")
+    return "".join(lines)

@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from motip.errors import MotipError
-from motip.events import EventLog
+from motip.events import EpochDone, Event, EventLog, Imported, Note, Scored, StepLogged, WeightsTransferred
 from motip.storage.driver_process import driver_is_alive, this_driver
 from motip.storage.paths import (
     Location,
@@ -293,9 +294,45 @@ class StageFolder(_LockedFolder):
         """Validation scores of a 0-based epoch."""
         return self.path / "scores" / f"epoch_{epoch:03d}.json"
 
-    def history_v0_1(self) -> dict[str, Any]:
-        """Metrics per epoch and logged step as version 0.1 stored them; empty if it did not."""
-        return _optional_json(self.path / "history.json")
+    # ---- what happened
+
+    def events(self) -> Iterator[Event]:
+        """The event log; for a folder of version 0.1 the events that its files record, without their times."""
+        log = self.log()
+        return iter(log) if log.exists() else self._events_v0_1()
+
+    def complete_log(self) -> None:
+        """Add to the log the finished epochs it lacks: of version 0.1, or of a time when it could not be written."""
+        log = self.log()
+        if not log.exists():
+            for event in self._events_v0_1():
+                log.send(event)
+            log.send(Imported())
+        logged = {event.epoch for event in log if isinstance(event, EpochDone)}
+        for each in self.checkpoints().epochs:
+            if each.epoch not in logged:
+                log.send(Note(f"metrics of epoch {each.epoch + 1} recorded only when the stage resumed", each.step))
+                if self.scores(each.epoch).is_file():
+                    log.send(Scored(each.epoch, each.step, read_json(self.scores(each.epoch))))
+                log.send(EpochDone(each.epoch, each.step, each.metrics))
+        log.close()
+
+    def _events_v0_1(self) -> Iterator[Event]:
+        """Notes, weight transfer, logged steps and epochs from notes.txt, transfer.json and history.json."""
+        history = _optional_json(self.path / "history.json")
+        if self.notes.is_file():
+            for line in self.notes.read_text().splitlines():
+                match = re.match(r"(?P<time>\S+?)(?: step (?P<step>\d+))?: (?P<text>.*)", line)
+                if match:
+                    when = datetime.fromisoformat(match["time"]).timestamp()
+                    yield Note(match["text"], None if match["step"] is None else int(match["step"]), time=when)
+        if self.transfer.is_file():
+            yield WeightsTransferred(read_json(self.transfer), time=0.0)
+        for epoch, done, values in history.get("steps", []):
+            metrics = {f"step/{name}": value for name, value in values.items()}
+            yield StepLogged(int(epoch), round(done * _STEPS_V0_1) - 1, _STEPS_V0_1, 0, metrics, time=0.0)
+        for epoch, metrics in history.get("epochs", {}).items():
+            yield EpochDone(int(epoch), 0, metrics, time=0.0)
 
     # ---- checkpoints
 
@@ -326,6 +363,8 @@ class StageFolder(_LockedFolder):
 
 
 METRICS = "metrics.json"
+_STEPS_V0_1 = 10**6
+"""Steps of an epoch in events of version 0.1, which stored the fraction of the epoch only."""
 
 
 def epoch_folder(epoch: int) -> str:

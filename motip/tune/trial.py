@@ -9,13 +9,14 @@ from typing import Any
 from motip.config import Config, Curriculum, Stage
 from motip.config.yaml_chain import with_values
 from motip.curriculum.failure import log_exceptions, mark_run_failed
-from motip.curriculum.records import Options, StageRecord
+from motip.curriculum.options import Options
 from motip.curriculum.stage_inputs import RESUMABLE_KEYS, datasets, job_facts, stage_job
 from motip.curriculum.stage_recorder import StageRecorder
 from motip.data.convert_report import ConvertReport
 from motip.data.manifest import Manifest, entries_digest
 from motip.errors import MotipError
 from motip.lineage import Lineage
+from motip.stage_folder import StageRecord
 from motip.storage.paths import Location, files_under, location, size_and_time, write_json
 from motip.train.preemption import Stopped
 from motip.train.ray_train import ResourcePlan, completed, fit
