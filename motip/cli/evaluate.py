@@ -60,7 +60,8 @@ def evaluate(
     python ray_jobs/evaluate.py --checkpoint /shared/motip/best.pth
     --storage /shared/motip
     """
-    from motip.cli.evaluation_job import EvaluateOptions, run_evaluation
+    from motip.cli.evaluation_output import run_evaluation
+    from motip.evaluation.checkpoint import EvaluateOptions
 
     if (checkpoint is None) == (named is None):
         context.fail("Missing argument 'CHECKPOINT'." if named is None else "CHECKPOINT is given twice.")

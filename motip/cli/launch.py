@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from motip.cli.console import line
-from motip.cli.driver import checked_data_root, checked_storage, joined_cluster, workers_range
 from motip.cli.options import check_known, names_in
-from motip.cluster import Cluster
+from motip.cluster import Cluster, joined_cluster
 from motip.config import Curriculum, Stage
 from motip.config.experiment_file import Experiment
 from motip.curriculum import CurriculumResult, Options, run_curriculum
 from motip.curriculum.base_weights import check_given_weights
 from motip.curriculum.records import curriculum_folder
+from motip.errors import MotipError
 from motip.experiment.arms import experiment_folder, run_arms
 from motip.experiment.summary import Findings, experiment_markdown, findings_json, learning_curves
 from motip.lineage import Lineage
@@ -24,6 +24,7 @@ from motip.report.page import write_page
 from motip.report.progress import DriverUi, stage_table
 from motip.report.stage_tracks import TrackingOptions
 from motip.report.tracked_run import RunOptions, draw_missing_sheets
+from motip.storage.named_folders import checked_data_root, checked_storage
 from motip.storage.paths import Location, write_bytes, write_json
 from motip.train.ray_train import device_from_config
 from motip.tune import StageTuner, SweepResult, Tuning, run_sweep
@@ -190,3 +191,22 @@ def _report_page(
     for text in page.missing:
         ui.note(f"not on the report page: {text}")
     return page.path
+
+
+def workers_range(text: str | int) -> tuple[int | None, int]:
+    """Parse `4` to (None, 4), always four workers, and `2:4` to (2, 4), as many as the cluster has resources for.
+
+    Raises:
+        MotipError: neither a number nor a range.
+    """
+    least, colon, most = str(text).rpartition(":")
+    numbers = [least, most] if colon else [most]
+    if not all(number.isdecimal() for number in numbers) or (colon and not 1 <= int(least) <= int(most)):
+        raise MotipError(
+            "invalid number of workers",
+            where="--workers",
+            found=text,
+            expected="a number such as 4, or MIN:MAX such as 2:4 with MIN at least 1",
+            fix="0 trains in this process, without Ray",
+        )
+    return (int(least) if colon else None), int(most)

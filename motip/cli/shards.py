@@ -56,7 +56,7 @@ def convert(
     python ray_jobs/convert.py --config configs/curriculum.yaml
     --data-root s3://bucket/raw --storage s3://bucket/motip
     """
-    from motip.cli.driver import joined_cluster
+    from motip.cluster import joined_cluster
     from motip.config import load_curriculum
     from motip.curriculum.synthetic_sources import with_synthetic_sources
     from motip.data.convert import check_data_root, process_map, ray_map

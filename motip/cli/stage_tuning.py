@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from motip.cli.driver import checked_data_root
 from motip.cli.launch import checked_options, launch_sweep
 from motip.cli.options import check_known
 from motip.config import Curriculum, Stage, load_config, load_curriculum
@@ -15,6 +14,7 @@ from motip.config.sweep_file import SweepFile, check_sweep, load_sweep
 from motip.config.yaml_chain import read_yaml
 from motip.data.formats.motchallenge import CATEGORIES
 from motip.errors import MotipError
+from motip.storage.named_folders import checked_data_root
 from motip.tune import SweepResult, Tuning
 
 

@@ -92,11 +92,11 @@ def train(
         return
     if config is None:
         context.fail("Missing option '--config'.")
-    from motip.cli.driver import checked_data_root
     from motip.cli.launch import checked_options, launch
     from motip.config import load_config
     from motip.config.single_stage import single_stage
     from motip.data.formats.motchallenge import CATEGORIES
+    from motip.storage.named_folders import checked_data_root
 
     settings = load_config(config, overrides or ())
     root = checked_data_root(data_root or settings.root_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from motip.cli.driver import workers_range
+from motip.cli.launch import workers_range
 from motip.cluster import Cluster
 from motip.config import Config
 from motip.errors import MotipError

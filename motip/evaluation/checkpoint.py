@@ -1,4 +1,4 @@
-"""Evaluation driver: evaluate a checkpoint, or search its thresholds, on the shards; print tables and write files."""
+"""Evaluation of a checkpoint on the locked videos of the shards, and its files below ``evaluations``."""
 
 from __future__ import annotations
 
@@ -9,34 +9,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from motip.cli.console import line
-from motip.cli.driver import checked_data_root, checked_storage, joined_cluster
-from motip.cli.evaluation_tables import show_errors, show_scores, show_threshold_search
-from motip.cluster import Cluster
+from motip.cluster import Cluster, joined_cluster
 from motip.config import Curriculum, load_curriculum
 from motip.data.convert import convert, ray_map
 from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap
 from motip.data.shards import read_labels
 from motip.errors import MotipError
-from motip.evaluation.comparison import Comparison, compare, comparisons_json
 from motip.evaluation.evaluator import EvalJob, Evaluation, ModelUnderTest, evaluate_videos, evaluation_folder
 from motip.evaluation.outcome_summary import OutcomeSummary, summarise_outcomes
 from motip.evaluation.protocols import protocol_for, scored_sequence
-from motip.evaluation.threshold_search import (
-    ThresholdSearchInput,
-    ThresholdSearchResult,
-    candidate_settings,
-    check_search_split,
-    search_thresholds,
-)
-from motip.report.threshold_plot import threshold_figure
 from motip.storage.atomic import write_json_atomic
-from motip.storage.paths import Location, atomic_output, write_json
+from motip.storage.named_folders import checked_data_root, checked_storage
+from motip.storage.paths import Location, write_json
 from motip.tracking.loading import LoadedModel, load, resolve_device
-
-OnVideo = Callable[[VideoEntry, int, int], None]
-"""Video just tracked, number tracked, total."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,26 +53,6 @@ class EvaluateOptions:
     errors: bool = False
 
 
-def run_evaluation(options: EvaluateOptions, *, sweep_thresholds: bool = False, thresholds: str | None = None) -> None:
-    """Evaluate, or search the thresholds; print the result.
-
-    Raises:
-        MotipError: options that exclude each other, or as the two functions below.
-    """
-    if thresholds is not None and not sweep_thresholds:
-        raise MotipError("--thresholds needs --sweep-thresholds", where="--thresholds", fix="add --sweep-thresholds")
-    if options.errors and sweep_thresholds:
-        raise MotipError(
-            "--errors and --sweep-thresholds exclude each other",
-            where="--errors, --sweep-thresholds",
-            fix="search the thresholds first, then evaluate with --errors",
-        )
-    if sweep_thresholds:
-        sweep_checkpoint(options, thresholds)
-    else:
-        _evaluate_and_print(options)
-
-
 @dataclass(frozen=True)
 class CheckpointEvaluation:
     """Result of `evaluate_checkpoint`.
@@ -102,21 +68,16 @@ class CheckpointEvaluation:
     folder: Location
 
 
-def evaluate_checkpoint(
-    options: EvaluateOptions,
-    on_video: OnVideo | None = None,
-    log: Callable[[str], None] = _log.info,
-) -> CheckpointEvaluation:
+def evaluate_checkpoint(options: EvaluateOptions, log: Callable[[str], None] = _log.info) -> CheckpointEvaluation:
     """Track and score the locked videos of every source, and write tracks and scores.
 
     Args:
-        on_video: called with each tracked video, the number tracked and the total.
-        log: receives a line about converted shards and about each skipped source.
+        log: receives a line about converted shards, each skipped source and each tracked video.
 
     Raises:
         MotipError: invalid options or data.
     """
-    with _prepared(options, on_video, log) as job:
+    with prepared_job(options, log) as job:
         model = ModelUnderTest(job.loaded.model, job.sha256, job.loaded.settings)
         done = evaluate_videos(model, job.work, job.class_maps, job.protocols)
     split, folder = options.split, job.work.folder
@@ -135,7 +96,7 @@ def evaluate_checkpoint(
         "tracked_only": list(done.tracked_only),
         "notes": list(done.notes),
     }
-    _write(stored, folder / f"scores_{split}.json", options)
+    write_result(stored, folder / f"scores_{split}.json", options)
     outcomes = _outcomes(done, job) if options.errors else {}
     if options.errors:
         write_json(folder / f"errors_{split}.json", {name: summary.to_json() for name, summary in outcomes.items()})
@@ -143,67 +104,11 @@ def evaluate_checkpoint(
     return CheckpointEvaluation(done, outcomes, names, folder)
 
 
-def _write(stored: dict[str, Any], path: Location, options: EvaluateOptions) -> None:
+def write_result(stored: dict[str, Any], path: Location, options: EvaluateOptions) -> None:
     """Write a result to its path and to the additional file of the options."""
     write_json(path, stored)
     if options.json_path is not None:
         write_json_atomic(Path(options.json_path).expanduser(), stored)
-
-
-def _evaluate_and_print(options: EvaluateOptions) -> None:
-    found = evaluate_checkpoint(options, _print_progress, line)
-    done, split = found.evaluation, options.split
-    show_scores(done)
-    for source, summary in found.outcomes.items():
-        show_errors(source, summary, found.class_names[source])
-    again = f", {done.reused} tracked before" if done.reused else ""
-    scores = (
-        f"tracks, scores_{split}.json and errors_{split}.json" if options.errors else f"tracks and scores_{split}.json"
-    )
-    line(f"{done.videos} videos{again}; {scores} are in {found.folder}")
-
-
-def sweep_checkpoint(options: EvaluateOptions, thresholds: str | None = None) -> ThresholdSearchResult:
-    """Track and score the val videos at many DET_THRESH; print and write the best one and the confidence histogram.
-
-    Args:
-        thresholds: comma-separated; None: the default grid.
-
-    Raises:
-        MotipError: invalid options or data, or a split other than val.
-    """
-    check_search_split(options.split)
-    with _prepared(options, _print_progress, line) as job:
-        tried = candidate_settings(job.loaded.settings, None if thresholds is None else _numbers(thresholds))
-        subject = ThresholdSearchInput(job.loaded.model, job.sha256, tuple(tried), job.class_maps, job.protocols)
-        done = search_thresholds(subject, job.loaded.settings, job.work)
-    # Compare the best setting with the configured one, and write the result.
-    folder = job.work.folder
-    differences = compare_with_configured(done)
-    stored = {
-        "checkpoint": str(options.checkpoint),
-        "sha256": job.sha256,
-        "split": options.split,
-        "averaged": job.work.averaged,
-        **done.to_json(),
-        "best_against_configured": comparisons_json(differences),
-    }
-    _write(stored, folder / "thresholds_val.json", options)
-    with atomic_output(folder / "thresholds_val.png") as path:
-        threshold_figure(done).savefig(path, dpi=110)
-    # Print the tables.
-    show_threshold_search(done, differences)
-    again = f", {done.reused} tracked before" if done.reused else ""
-    line(f"{done.videos} videos{again}; thresholds_val.json and thresholds_val.png are in {folder}")
-    return done
-
-
-def compare_with_configured(done: ThresholdSearchResult) -> dict[str, Comparison]:
-    """Source -> the best setting (B) compared with the configured one (A); empty if they are the same."""
-    best, configured = done.candidates[done.best], done.candidates[done.configured]
-    if best is configured:
-        return {}
-    return {source: compare(configured.scores[source], best.scores[source]) for source in best.scores}
 
 
 def device_of_workers(named: str, cluster: Cluster | None) -> str:
@@ -229,7 +134,7 @@ def device_of_workers(named: str, cluster: Cluster | None) -> str:
 
 
 @dataclass(frozen=True)
-class _Job:
+class PreparedJob:
     """Checked inputs of an evaluation; class maps and protocols are by source."""
 
     loaded: LoadedModel
@@ -243,7 +148,7 @@ class _Job:
 
 
 @contextmanager
-def _prepared(options: EvaluateOptions, on_video: OnVideo | None, log: Callable[[str], None]) -> Iterator[_Job]:
+def prepared_job(options: EvaluateOptions, log: Callable[[str], None]) -> Iterator[PreparedJob]:
     """Read and check the inputs, connect to a cluster, convert missing shards; disconnect at the end."""
     if options.workers is not None and options.workers < 0:
         raise MotipError(
@@ -261,7 +166,7 @@ def _prepared(options: EvaluateOptions, on_video: OnVideo | None, log: Callable[
             log(convert(curriculum, root, storage, map_fn=map_fn).summary_line())
         videos = _videos(curriculum, Manifest.load(storage), options.split, options.sources, log)
         named = {video.source for video in videos}
-        yield _Job(
+        yield PreparedJob(
             loaded=loaded,
             work=EvalJob(
                 videos=videos,
@@ -272,7 +177,9 @@ def _prepared(options: EvaluateOptions, on_video: OnVideo | None, log: Callable[
                 cluster=cluster,
                 workers=options.workers,
                 device=device,
-                on_video=on_video,
+                on_video=lambda video, done, total: log(
+                    f"tracked {done} of {total}: {video.source}/{video.split}/{video.video}"
+                ),
             ),
             class_maps={name: ClassMap.among(loaded.class_names, curriculum.sources[name].classes) for name in named},
             protocols={name: protocol_for(curriculum.sources[name], loaded.class_names) for name in named},
@@ -312,11 +219,7 @@ def _videos(
     return [video for name in selected if name not in unknown for video in manifest.of(name, split)]
 
 
-def _print_progress(video: VideoEntry, done: int, total: int) -> None:
-    line(f"tracked {done} of {total}: {video.source}/{video.split}/{video.video}")
-
-
-def _outcomes(done: Evaluation, job: _Job) -> dict[str, OutcomeSummary]:
+def _outcomes(done: Evaluation, job: PreparedJob) -> dict[str, OutcomeSummary]:
     """Source -> outcomes of the labelled boxes."""
     found = {}
     for source, tracks in done.tracks.items():
@@ -329,12 +232,3 @@ def _outcomes(done: Evaluation, job: _Job) -> dict[str, OutcomeSummary]:
             scored = scored_sequence(labels, class_map, tracks[video.video], protocol)
             summary.add(summarise_outcomes(labels, scored, class_map, protocol))
     return found
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise MotipError(
-            "a threshold is not a number", where="--thresholds", found=text, expected="such as 0.2,0.3,0.4"
-        ) from None

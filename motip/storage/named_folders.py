@@ -1,44 +1,11 @@
-"""First steps of a driver: checks of folders and worker numbers, and the Ray cluster while it runs."""
+"""Folders that the user names: the data root and the storage, checked before anything is started."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from motip.cluster import Cluster, connect, disconnect
 from motip.errors import MotipError
 from motip.storage.paths import location
-
-
-@contextmanager
-def joined_cluster(join: bool = True) -> Iterator[Cluster | None]:
-    """The cluster at RAY_ADDRESS, else a Ray started on this machine, until the block ends; None without ``join``."""
-    cluster = connect() if join else None
-    try:
-        yield cluster
-    finally:
-        if cluster is not None:
-            disconnect()
-
-
-def workers_range(text: str | int) -> tuple[int | None, int]:
-    """Parse `4` to (None, 4), always four workers, and `2:4` to (2, 4), as many as the cluster has resources for.
-
-    Raises:
-        MotipError: neither a number nor a range.
-    """
-    least, colon, most = str(text).rpartition(":")
-    numbers = [least, most] if colon else [most]
-    if not all(number.isdecimal() for number in numbers) or (colon and not 1 <= int(least) <= int(most)):
-        raise MotipError(
-            "invalid number of workers",
-            where="--workers",
-            found=text,
-            expected="a number such as 4, or MIN:MAX such as 2:4 with MIN at least 1",
-            fix="0 trains in this process, without Ray",
-        )
-    return (int(least) if colon else None), int(most)
 
 
 def checked_data_root(named: str) -> str:
