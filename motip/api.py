@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from motip.cli.evaluation_job import EvaluateOptions, evaluate_checkpoint
+from motip.evaluation.checkpoint import EvaluateOptions, evaluate_checkpoint
 from motip.evaluation.evaluator import Evaluation
 
 

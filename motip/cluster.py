@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from motip.errors import MotipError
@@ -26,6 +28,17 @@ class Cluster:
     nodes: int
     joined: bool
     node_cpus: tuple[float, ...] = ()
+
+
+@contextmanager
+def joined_cluster(join: bool = True) -> Iterator[Cluster | None]:
+    """The cluster at RAY_ADDRESS, else a Ray started on this machine, until the block ends; None without ``join``."""
+    cluster = connect() if join else None
+    try:
+        yield cluster
+    finally:
+        if cluster is not None:
+            disconnect()
 
 
 def connect(num_cpus: int | None = None) -> Cluster:

@@ -205,6 +205,11 @@ class StageFolder(_LockedFolder):
     kind = "stage"
     state_name = STAGE
 
+    @property
+    def name(self) -> str:
+        """Name of the stage; version 0.1 did not always record it in an unfinished stage."""
+        return str(self.facts().stage or self.state().get("stage") or self.path.parent.name)
+
     # ---- records
 
     def record(self) -> StageRecord | None:

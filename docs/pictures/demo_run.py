@@ -26,7 +26,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from motip.cli.report_run import load_stored_run  # noqa: E402
 from motip.data.clip_loader import read_video_frames  # noqa: E402
 from motip.data.manifest import Manifest  # noqa: E402
 from motip.data.video_reader import open_source  # noqa: E402
@@ -34,6 +33,7 @@ from motip.errors import MotipError, exit_on_error  # noqa: E402
 from motip.report.dashboard import draw_dashboard  # noqa: E402
 from motip.report.failures import SHEET, write_failures  # noqa: E402
 from motip.report.stage_list import read_stage_list  # noqa: E402
+from motip.report.tracked_run import load_stored_run  # noqa: E402
 from motip.report.tracked_video import track_video  # noqa: E402
 from motip.storage.atomic import atomic_write  # noqa: E402
 from motip.tracking.api import track  # noqa: E402

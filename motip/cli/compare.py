@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from motip.cli import options
 from motip.errors import MotipError
 
 if TYPE_CHECKING:
     from motip.evaluation.scores import Scores
-
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def compare(
@@ -21,19 +19,15 @@ def compare(
         typer.Argument(metavar="A", help="Scores file, folder of an evaluation or a stage, or MLflow run id."),
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="The same; the differences are B - A.")],
-    split: Annotated[str, typer.Option(help="Split to compare in an evaluation's folder: val or test.")] = "val",
-    sources: Annotated[
-        str | None, typer.Option(help="Sources to compare, comma-separated (default: all that both have).")
-    ] = None,
+    split: options.Split = "val",
+    sources: options.Sources = None,
     metrics: Annotated[
         str | None, typer.Option(help="Metrics in the table, comma-separated, e.g. HOTA,IDF1 (default: all).")
     ] = None,
     draws: Annotated[int, typer.Option(help="Number of bootstrap resamples for the interval.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of the resampling; equal seeds give equal intervals.")] = 0,
-    storage: Annotated[
-        str, typer.Option(help="Storage of the runs, if A or B is a run id (MLFLOW_TRACKING_URI takes precedence).")
-    ] = "~/motip",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    storage: options.Storage = "~/motip",
+    json: options.Json = False,
 ) -> None:
     """Show the differences between two evaluations of the same videos, each with its 95 % interval.
 
@@ -42,7 +36,7 @@ def compare(
 
     Example: motip compare ~/motip/evaluations/3f2a91c0d5e7 ~/motip/evaluations/8b10c44e72fd
     """
-    from motip.cli.console import as_json, console, note, table
+    from motip.cli.console import as_json, line, note, table
     from motip.evaluation.comparison import COVERAGE, METRICS, comparisons_json
     from motip.evaluation.comparison import compare as compare_scores
 
@@ -54,16 +48,15 @@ def compare(
         as_json({"a": origin_a, "b": origin_b, "sources": comparisons_json(results)})
         return
     # One table per source.
-    console().print(f"A: {origin_a}\nB: {origin_b}", highlight=False)
+    line(f"A: {origin_a}\nB: {origin_b}")
     for name, result in results.items():
-        header, rows = result.table(shown)
-        table(header, rows, title=name)
+        table(*result.table(shown), title=name)
         caption = (
             f"protocol {result.identity['protocol']}, split {result.identity['split']}, "
             f"classes {result.identity['classes'].replace(',', ', ')}, {result.sequences} sequences "
             f"({result.identity['sequences'][:12]}); {result.resamples} resamples, seed {result.seed}"
         )
-        console().print(caption, highlight=False)
+        line(caption)
         for text in result.notes:
             note(f"{name}: {text}")
     # Sources without a counterpart, and the caveat.
@@ -75,13 +68,11 @@ def compare(
 
 def _load(named: str, split: str, storage: str) -> tuple[str, dict[str, Scores]]:
     """Origin of the scores, and the scores by source; ``named`` is a path or an MLflow run id."""
+    from motip.cli.runs import is_run_id, open_lineage
     from motip.evaluation.score_files import best_of, epoch_of, load_scores, read_scores
-    from motip.storage.paths import location
 
-    if not _RUN_ID.fullmatch(named) or location(named).exists():
+    if not is_run_id(named):
         return load_scores(named, split)
-    from motip.cli.lineage import open_lineage
-
     found = open_lineage(storage).scores(named)
     where = f"run {found.run_id}"
     epochs = {
@@ -95,7 +86,7 @@ def _load(named: str, split: str, storage: str) -> tuple[str, dict[str, Scores]]
 
 def _sources(named: str | None, a: dict[str, Scores], b: dict[str, Scores]) -> list[str]:
     common = [name for name in a if name in b]
-    selected = common if named is None else [name.strip() for name in named.split(",") if name.strip()]
+    selected = common if named is None else options.names_in(named)
     missing = [name for name in selected if name not in common]
     if missing or not selected:
         raise MotipError(
@@ -111,8 +102,6 @@ def _metrics(named: str) -> tuple[str, ...]:
     from motip.evaluation.scores import COUNTS, PERCENTAGES
 
     valid = [name for name in (*PERCENTAGES, *COUNTS) if name not in ("GT", "TP")]
-    selected = tuple(name.strip() for name in named.split(",") if name.strip())
-    for name in selected:
-        if name not in valid:
-            raise MotipError("unknown metric", where="--metrics", found=name, expected="some of " + ", ".join(valid))
-    return selected
+    selected = options.names_in(named)
+    options.check_known("unknown metric", "--metrics", selected, valid)
+    return tuple(selected)

@@ -23,8 +23,12 @@ def console(stderr: bool = False) -> Console:
     return Console(soft_wrap=True, width=240, stderr=stderr, markup=False, emoji=False)
 
 
+def line(text: str, stderr: bool = False) -> None:
+    console(stderr).print(text, highlight=False)
+
+
 def note(text: str, stderr: bool = False) -> None:
-    console(stderr).print(f"note: {text}", highlight=False)
+    line(f"note: {text}", stderr)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
@@ -46,7 +50,7 @@ def facts(pairs: Iterable[tuple[str, object]]) -> None:
     kept = [(name, value) for name, value in pairs if value is not None]
     width = max((len(name) for name, _ in kept), default=0)
     for name, value in kept:
-        console().print(f"{name.ljust(width)}  {value}", highlight=False, markup=False)
+        line(f"{name.ljust(width)}  {value}")
 
 
 def as_json(value: Any) -> None:

@@ -6,22 +6,29 @@ from typing import Annotated
 
 import typer
 
+from motip.cli import options
+
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint (.pth) or exported weights.")],
-    config: Annotated[
-        str, typer.Option(help="Curriculum file with the class map and protocol of every source.")
-    ] = "configs/curriculum.yaml",
-    storage: Annotated[str, typer.Option(help="Folder or s3:// URI of the shards.")] = "~/motip",
+    context: typer.Context,
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="CHECKPOINT", help="Checkpoint (.pth) or exported weights.")
+    ] = None,
+    named: Annotated[str | None, typer.Option("--checkpoint", help="The same as CHECKPOINT.")] = None,
+    config: options.CurriculumFile = "configs/curriculum.yaml",
+    storage: options.Storage = "~/motip",
     data_root: Annotated[
         str | None, typer.Option(help="Raw datasets, to convert missing shards first (default: existing shards only).")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split to evaluate: val or test.")] = "val",
-    sources: Annotated[
-        str | None, typer.Option(help="Sources to evaluate, comma-separated (default: all with this split).")
+    split: options.Split = "val",
+    sources: options.Sources = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Ray actors; 0 tracks in this process (default: 0; as a Ray job, one per GPU or, without GPUs, CPU)."
+        ),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Number of Ray actors; 0 tracks in this process.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: options.Device = "auto",
     errors: Annotated[
         bool,
         typer.Option("--errors", help="Count lost objects by size, occlusion, truncation, position and crowding."),
@@ -38,24 +45,39 @@ def evaluate(
         str | None, typer.Option("--json", metavar="OUT", help="Also write the result to this JSON file.")
     ] = None,
 ) -> None:
-    """Track and score the locked videos of every source.
+    """Track and score the locked videos of every source with one checkpoint.
 
-    Writes tracks and scores_SPLIT.json (errors_SPLIT.json, thresholds_val.json and .png) to STORAGE/evaluations/SHA256.
-    For a cluster: python ray_jobs/evaluate.py takes the same options.
+    The checkpoint contains its configuration; the curriculum file has the class maps of the sources. Writes tracks and
+    scores_SPLIT.json (errors_SPLIT.json, thresholds_val.json and .png) to STORAGE/evaluations/SHA256. A repeated run
+    does not track finished videos again.
 
     Example: motip evaluate checkpoint_best.pth --config configs/curriculum.yaml --storage ~/motip --errors
-    """
-    from motip.cli.evaluation_job import EvaluateOptions, run_evaluation
 
-    options = EvaluateOptions(
-        checkpoint,
-        config,
-        storage=storage,
-        data_root=data_root,
-        split=split,
-        sources=None if sources is None else [name.strip() for name in sources.split(",")],
-        workers=workers,
-        device=device,
-        json_path=json_path,
+    As a Ray job, it joins the cluster at RAY_ADDRESS or starts Ray on this machine:
+    python ray_jobs/evaluate.py --checkpoint checkpoint_best.pth --sweep-thresholds
+
+    On a cluster: ray job submit --working-dir . --
+    python ray_jobs/evaluate.py --checkpoint /shared/motip/best.pth
+    --storage /shared/motip
+    """
+    from motip.cli.evaluation_output import run_evaluation
+    from motip.evaluation.checkpoint import EvaluateOptions
+
+    if (checkpoint is None) == (named is None):
+        context.fail("Missing argument 'CHECKPOINT'." if named is None else "CHECKPOINT is given twice.")
+    run_evaluation(
+        EvaluateOptions(
+            checkpoint=str(checkpoint or named),
+            config=config,
+            storage=storage,
+            data_root=data_root,
+            split=split,
+            sources=None if sources is None else options.names_in(sources),
+            workers=0 if workers is None and not options.is_job(context) else workers,
+            device=device,
+            json_path=json_path,
+            errors=errors,
+        ),
+        sweep_thresholds=sweep_thresholds,
+        thresholds=thresholds,
     )
-    run_evaluation(options, errors=errors, sweep_thresholds=sweep_thresholds, thresholds=thresholds)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import socket
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+from pathspec import PathSpec
 
 from motip.errors import MotipError
 from motip.lineage.provenance import COMMIT_VARIABLE, provenance, redact
@@ -53,26 +55,33 @@ class Package:
 def list_package(folder: Path) -> Package:
     """List the files of a folder that Ray would upload: all but those in its .rayignore and .gitignore files.
 
-    Ray's own directory walk is used, so that the listed files are those uploaded.
-
     Raises:
         MotipError: not a folder.
     """
     folder = folder.expanduser().resolve()
     if not folder.is_dir():
         raise MotipError("the folder to upload does not exist", where="--working-dir", found=folder)
-    _set_ray_environment()
-    from ray._private.runtime_env.packaging import _dir_travel
-
-    files: list[tuple[int, str]] = []
-
-    def add(path: Path) -> None:
-        if path.is_file():
-            files.append((path.stat().st_size, str(path.relative_to(folder))))
-
-    use_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
-    _dir_travel(folder, [], add, include_gitignore=use_gitignore, logger=_SilentLogger())  # type: ignore[arg-type]
+    files = [(path.stat().st_size, str(path.relative_to(folder))) for path in _uploaded(folder)]
     return Package(folder, tuple(sorted(files, key=lambda file: (-file[0], file[1]))))
+
+
+def _uploaded(folder: Path, above: Sequence[tuple[Path, PathSpec]] = ()) -> Iterator[Path]:
+    """The files below a folder that no ignore file in it or above it excludes.
+
+    Ray's documented rules: patterns as in a .gitignore, relative to the folder of the ignore file.
+    """
+    names = [".rayignore"]
+    if os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1":
+        names.append(".gitignore")
+    present = [folder / name for name in names if (folder / name).is_file()]
+    specs = [*above, *((folder, PathSpec.from_lines("gitignore", path.read_text().splitlines())) for path in present)]
+    for path in folder.iterdir():
+        if any(spec.match_file(str(path.relative_to(base))) for base, spec in specs):
+            continue
+        if path.is_dir():
+            yield from _uploaded(path, specs)
+        elif path.is_file():
+            yield path
 
 
 def check_size(package: Package, max_mb: float) -> None:
@@ -172,8 +181,6 @@ def connect_to_jobs(address: str | None) -> JobSubmissionClient:
     _set_ray_environment()
     # This variable takes precedence over the client's argument.
     os.environ["RAY_API_SERVER_ADDRESS"] = url
-    import logging
-
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -218,71 +225,33 @@ def submit_package(client: JobSubmissionClient, command: str, package: Package, 
         ) from error
 
 
-def follow_log(
-    client: JobSubmissionClient,
-    job: str,
-    write: Callable[[str], Any],
-    *,
-    timeout: float = 120.0,
-    retry_interval: float = 2.0,
-) -> JobStatus:
-    """Write the job's log until the job ends, and return its status; after a broken connection it resumes.
+def follow_log(client: JobSubmissionClient, job: str, write: Callable[[str], Any]) -> JobStatus:
+    """Write the job's log until the job ends, and return its status.
 
     Args:
         write: called with each new part of the log.
-        timeout: seconds without a response after which following stops; the job keeps running.
-        retry_interval: seconds between connections.
 
     Raises:
-        MotipError: no response for longer than ``timeout``.
+        MotipError: the connection is lost; the job keeps running.
     """
-    log = _LogCopier(write)
-    last = time.monotonic()
-    while True:
-        before = log.printed
-        try:
-            asyncio.run(log.copy(client, job))
-            status = client.get_job_status(job)
-            if status.is_terminal():
-                return status
-            last = time.monotonic()
-        except Exception as error:  # aiohttp, requests and Ray raise different types for a lost connection
-            if log.printed > before:
-                last = time.monotonic()
-            if time.monotonic() - last > timeout:
-                raise MotipError(
-                    "the connection to the head is lost; the job keeps running",
-                    where=redact_url(client.get_address()),
-                    found=f"{type(error).__name__}, for {timeout:g} s",
-                    fix=f"open the tunnel again and follow with `ray job logs --follow {job}`",
-                ) from error
-        time.sleep(retry_interval)
 
+    async def copy() -> None:
+        async for part in client.tail_job_logs(job):
+            write(part)
 
-class _LogCopier:
-    """Writes each character of a log once, although the head sends the log from its start on every connection."""
-
-    def __init__(self, write: Callable[[str], Any]) -> None:
-        self._write = write
-        self.printed = 0
-
-    async def copy(self, client: JobSubmissionClient, job: str) -> None:
-        received = 0
-        async for piece in client.tail_job_logs(job):
-            fresh = piece[max(0, self.printed - received) :]
-            received += len(piece)
-            if fresh:
-                self._write(fresh)
-                self.printed = received
-
-
-class _SilentLogger:
-    """Discards Ray's messages about the ignore files of every folder."""
-
-    def info(self, *_: object) -> None:
-        return
-
-    debug = warning = error = info
+    try:
+        asyncio.run(copy())
+        status = client.get_job_status(job)
+        if not status.is_terminal():
+            raise ConnectionError("the log ended before the job")
+        return status
+    except Exception as error:  # aiohttp, requests and Ray raise different types for a lost connection
+        raise MotipError(
+            "the connection to the head is lost; the job keeps running",
+            where=redact_url(client.get_address()),
+            found=type(error).__name__,
+            fix=f"open the tunnel again and follow with `ray job logs --follow {job}`",
+        ) from error
 
 
 def redact_url(url: str) -> str:

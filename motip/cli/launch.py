@@ -1,14 +1,16 @@
-"""Launcher: run a curriculum or an experiment from command-line arguments, and print tables and report paths."""
+"""Launcher: run a curriculum, an experiment or a sweep, and print tables and report paths."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from motip.cluster import Cluster, connect, disconnect
-from motip.config import Curriculum, load_curriculum
-from motip.config.experiment_file import load_experiment
+from motip.cli.console import line
+from motip.cli.options import check_known, names_in
+from motip.cluster import Cluster, joined_cluster
+from motip.config import Curriculum, Stage
+from motip.config.experiment_file import Experiment
 from motip.curriculum import CurriculumResult, Options, run_curriculum
 from motip.curriculum.base_weights import check_given_weights
 from motip.curriculum.options import curriculum_folder
@@ -21,54 +23,97 @@ from motip.report.heatmap import png_of
 from motip.report.page import write_page
 from motip.report.progress import DriverUi, stage_table
 from motip.report.stage_tracks import TrackingOptions
-from motip.storage.paths import Location, location, write_bytes, write_json
+from motip.report.tracked_run import RunOptions, draw_missing_sheets
+from motip.storage.named_folders import checked_data_root, checked_storage
+from motip.storage.paths import Location, write_bytes, write_json
 from motip.train.ray_train import device_from_config
-from motip.tune import StageTuner, Tuning
+from motip.tune import StageTuner, SweepResult, Tuning, run_sweep
 
 logger = logging.getLogger(__name__)
 
 
-def launch_curriculum(
+def checked_options(
     config: str,
     *,
     data_root: str,
     storage: str,
     workers: str | int = 1,
-    overrides: Sequence[str] = (),
-    until: str | None = None,
     strict: bool = False,
-    before_page: Callable[[Location], None] | None = None,
-    tune: Tuning | None = None,
-) -> CurriculumResult:
-    """Run a curriculum file and print the stage table; see :func:`launch`."""
-    return launch(
-        load_curriculum(config, overrides, tune=tune is not None),
-        config_path=str(config),
-        data_root=data_root,
-        storage=storage,
-        workers=workers,
-        until=until,
+    until: str | None = None,
+) -> Options:
+    """How and where a curriculum runs; folders are checked, the storage is created.
+
+    Args:
+        config: path of the curriculum file, for messages and relative paths.
+        workers: training workers, a number or `MIN:MAX`; 0 trains in this process.
+
+    Raises:
+        MotipError: an invalid folder or number of workers.
+    """
+    least, most = workers_range(workers)
+    return Options(
+        data_root=checked_data_root(data_root),
+        storage=checked_storage(storage),
+        workers=most,
+        min_workers=least,
         strict=strict,
-        before_page=before_page,
-        tune=tune,
+        config_path=config,
+        until=until,
     )
 
 
-def launch_experiment(
-    config: str,
-    *,
-    data_root: str,
-    storage: str,
-    workers: str | int = 1,
-    overrides: Sequence[str] = (),
-    arms: str | None = None,
-    seeds: str | None = None,
-    strict: bool = False,
-) -> Location:
-    """Run the unfinished arms of an experiment file, and write the results of all arms.
+@contextmanager
+def _session(options: Options) -> Iterator[tuple[DriverUi, Cluster | None, Lineage]]:
+    """Progress display, cluster (None for training in this process) and lineage of a driver, until the block ends."""
+    with joined_cluster(options.workers > 0) as cluster:
+        ui = DriverUi()
+        try:
+            yield ui, cluster, Lineage(storage=options.storage)
+        finally:
+            ui.close()
+
+
+def launch(curriculum: Curriculum, options: Options, tune: Tuning | None = None) -> CurriculumResult:
+    """Run a curriculum and print the stage table.
 
     Args:
-        overrides: ``KEY=VALUE`` for every arm, applied after the arm's own overrides.
+        tune: tune each stage that names a sweep before it is trained; None: train only.
+
+    Raises:
+        MotipError: invalid arguments, configuration or data.
+    """
+    if options.until is not None:
+        names = [stage.name for stage in curriculum.stages]
+        check_known("there is no such stage", "--until", options.until, names)
+    check_given_weights(curriculum, options)  # fail here, before Ray starts
+    with _session(options) as (ui, cluster, lineage):
+        if cluster is not None and cluster.gpus < 1:
+            for stage in curriculum.stages:
+                if stage.config.DEVICE == "cuda":
+                    ui.note(f"warning: {stage.name}: DEVICE is cuda, but the cluster has no GPU: it trains on the CPU")
+        result = run_curriculum(curriculum, options, cluster, lineage, ui, StageTuner(tune) if tune else None)
+        page = _report_page(curriculum, options, cluster, result, ui)
+    # Stage table, domain table, and the paths of the results.
+    class_names = list(dict.fromkeys(name for stage in curriculum.stages for name in stage.config.class_names))
+    ui.console.print(stage_table(result.records, class_names))
+    if result.domains is not None:
+        domains, limits = result.domains, curriculum.domains
+        ui.console.print(domain_table(domains.matrix, domains.transfer, limits.allowed_loss, limits.each_class))
+        ui.note(f"domains as CSV and heat map: {domains.folder}/domains.csv, domains.png")
+    ui.note(f"final checkpoint: {result.records[-1].checkpoint}")
+    command, hint = lineage.compare_url_hint([record.run_id for record in result.records if record.run_id])
+    ui.note(f"compare the stages in MLflow:\n  {command}\n  {hint}" if command else f"compare the stages: {hint}")
+    if page is not None:
+        ui.note(f"report page: {page}")
+    return result
+
+
+def launch_experiment(
+    experiment: Experiment, options: Options, arms: str | None = None, seeds: str | None = None
+) -> Location:
+    """Run the unfinished arms of an experiment, and write the results of all arms.
+
+    Args:
         arms, seeds: comma-separated selection to run now; None: all.
 
     Returns:
@@ -77,26 +122,17 @@ def launch_experiment(
     Raises:
         MotipError: invalid arguments, configuration or data.
     """
-    experiment = load_experiment(config, overrides)
-    selected_arms = _select("--arms", arms, [arm.name for arm in experiment.arms])
-    selected_seeds = [int(each) for each in _select("--seeds", seeds, [str(seed) for seed in experiment.seeds])]
-    options = _options(data_root, storage, workers, strict, config)
-    ui = DriverUi()
-    cluster = connect() if options.workers > 0 else None
-    try:
-        lineage = Lineage(storage=options.storage)
+    selected_arms = _selected("--arms", arms, [arm.name for arm in experiment.arms])
+    selected_seeds = _selected("--seeds", seeds, [str(seed) for seed in experiment.seeds])
+    with _session(options) as (ui, cluster, lineage):
         outcomes = run_arms(
             experiment,
             options,
             lambda curriculum: run_curriculum(curriculum, options, cluster, lineage, ui),
             ui.note,
             selected_arms,
-            selected_seeds,
+            [int(seed) for seed in selected_seeds],
         )
-    finally:
-        ui.close()
-        if cluster is not None:
-            disconnect()
     # Write the results of all finished runs.
     folder = experiment_folder(experiment, options)
     findings = Findings(experiment, outcomes)
@@ -109,109 +145,44 @@ def launch_experiment(
     return folder
 
 
-def _select(flag: str, text: str | None, valid: Sequence[str]) -> Sequence[str]:
+def _selected(flag: str, text: str | None, valid: Sequence[str]) -> Sequence[str]:
     """The comma-separated names in ``text``, all of ``valid`` for None; raises MotipError for an unknown name."""
-    if text is None:
-        return valid
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    for each in names:
-        if each not in valid:
-            raise MotipError(
-                "the experiment has no such entry", where=flag, found=each, expected="some of " + ", ".join(valid)
-            )
+    names = valid if text is None else names_in(text)
+    check_known("the experiment has no such entry", flag, names, valid)
     return names
 
 
-def launch(
-    curriculum: Curriculum,
-    *,
-    config_path: str,
-    data_root: str,
-    storage: str,
-    workers: str | int = 1,
-    until: str | None = None,
-    strict: bool = False,
-    before_page: Callable[[Location], None] | None = None,
-    tune: Tuning | None = None,
-) -> CurriculumResult:
-    """Run a curriculum and print the stage table.
-
-    Args:
-        workers: training workers, a number or `MIN:MAX`; 0 trains in this process.
-        until: name of the last stage to run; None: all.
-        before_page: called with the curriculum's folder before the report page is written, if the domains were scored
-            (which stores tracks of val videos).
+def launch_sweep(curriculum: Curriculum, stage: Stage, options: Options, tuning: Tuning) -> SweepResult:
+    """Run or resume a sweep of a stage, and print its result; the unfinished stages before it are trained first.
 
     Raises:
         MotipError: invalid arguments, configuration or data.
     """
-    options = _options(data_root, storage, workers, strict, config_path, until)
-    if until is not None and until not in [stage.name for stage in curriculum.stages]:
-        names = ", ".join(stage.name for stage in curriculum.stages)
-        raise MotipError("there is no such stage", where="--until", found=until, expected=f"one of {names}")
-    check_given_weights(curriculum, options)  # fail here, before Ray starts
-    ui = DriverUi()
-    cluster = connect() if options.workers > 0 else None
-    if cluster is not None and cluster.gpus < 1:
-        for stage in curriculum.stages:
-            if stage.config.DEVICE == "cuda":
-                ui.note(f"warning: {stage.name}: DEVICE is cuda, but the cluster has no GPU: it trains on the CPU")
-    try:
-        lineage = Lineage(storage=options.storage)
-        result = run_curriculum(curriculum, options, cluster, lineage, ui, StageTuner(tune) if tune else None)
-        page = _report_page(curriculum, options, cluster, result, ui, before_page)
-    finally:
-        ui.close()
-        if cluster is not None:
-            disconnect()
-    # Stage table, domain table, and the paths of the results.
-    class_names = list(dict.fromkeys(name for stage in curriculum.stages for name in stage.config.class_names))
-    ui.console.print(stage_table(result.records, class_names))
-    if result.domains is not None:
-        domains, limits = result.domains, curriculum.domains
-        ui.console.print(domain_table(domains.matrix, domains.transfer, limits.allowed_loss, limits.each_class))
-        ui.note(f"domains as CSV and heat map: {domains.folder}/domains.csv, domains.png")
-    last = result.records[-1]
-    ui.note(f"final checkpoint: {last.checkpoint}")
-    command, hint = lineage.compare_url_hint([record.run_id for record in result.records if record.run_id])
-    ui.note(f"compare the stages in MLflow:\n  {command}\n  {hint}" if command else f"compare the stages: {hint}")
-    if page is not None:
-        ui.note(f"report page: {page}")
+    check_given_weights(curriculum, options)
+    with _session(options) as (ui, cluster, lineage):
+        assert cluster is not None  # a sweep has at least one worker per trial
+        result = run_sweep(curriculum, stage, options, cluster, lineage, ui, tuning)
+    command, hint = lineage.compare_url_hint([result.run_id])
+    ui.note(f"trials in MLflow, below the run `{stage.name} sweep`:\n  {command}" if command else f"trials: {hint}")
+    ui.note(result.summary())
     return result
 
 
-def _options(
-    data_root: str, storage: str, workers: str | int, strict: bool, config_path: str, until: str | None = None
-) -> Options:
-    least, most = workers_range(workers)
-    return Options(
-        data_root=checked_data_root(data_root),
-        storage=checked_storage(storage),
-        workers=most,
-        min_workers=least,
-        strict=strict,
-        config_path=str(config_path),
-        until=until,
-    )
-
-
 def _report_page(
-    curriculum: Curriculum,
-    options: Options,
-    cluster: Cluster | None,
-    result: CurriculumResult,
-    ui: DriverUi,
-    before_page: Callable[[Location], None] | None = None,
+    curriculum: Curriculum, options: Options, cluster: Cluster | None, result: CurriculumResult, ui: DriverUi
 ) -> Location | None:
-    """Write the report page and return its path; None, with a warning, if it could not be written."""
+    """Write the report page and return its path; None, with a warning, if it could not be written.
+
+    The failure sheets on it are drawn from the tracks that scoring the domains stored.
+    """
     folder = curriculum_folder(curriculum, options)
     config = curriculum.stages[-1].config
     try:
         on_gpu = cluster is not None and cluster.gpus >= 1 and config.DEVICE != "cpu"
         device = str(device_from_config(config)) if cluster is None else "cuda" if on_gpu else "cpu"
         tracking = TrackingOptions(cluster=cluster, device=device)
-        if before_page is not None and curriculum.domains.score != "none":
-            before_page(folder)
+        if curriculum.domains.score != "none":
+            draw_missing_sheets(folder, RunOptions(log=line))
         page = write_page(folder, tracking=tracking, lineage=result.lineage, run_id=result.run_id, log=ui.note)
     except Exception as error:
         logger.exception("the report page of %s was not written", curriculum.name)
@@ -239,59 +210,3 @@ def workers_range(text: str | int) -> tuple[int | None, int]:
             fix="0 trains in this process, without Ray",
         )
     return (int(least) if colon else None), int(most)
-
-
-def checked_data_root(named: str) -> str:
-    """The absolute data root; raises MotipError if a local one is not a folder."""
-    path = location(named)
-    if isinstance(path, Path):
-        _check_absolute_in_a_job("--data-root", path)
-        if not path.is_dir():
-            raise MotipError(
-                "the data root does not exist",
-                where="--data-root",
-                found=named,
-                expected="a folder with the raw datasets (see sources: in the curriculum file)",
-                fix="create it or name another folder",
-            )
-        return str(path.resolve())
-    return named
-
-
-def _check_absolute_in_a_job(flag: str, path: Path) -> None:
-    """Raise MotipError for a relative path in a submitted job: Ray deletes the job's copy of the working directory."""
-    if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
-        raise MotipError(
-            "a submitted job needs absolute paths: it runs in a temporary copy of the folder",
-            where=flag,
-            found=path,
-            expected="an absolute path, the same on every node, or an s3:// URI",
-            fix=f"give {flag} an absolute path",
-        )
-
-
-def checked_storage(named: str) -> str:
-    """The absolute storage, created if needed and checked to be writable.
-
-    Raises:
-        MotipError: the folder cannot be created or written, or is relative in a submitted job.
-    """
-    path = location(named)
-    if not isinstance(path, Path):
-        return named
-    _check_absolute_in_a_job("--storage", path)
-    path = path.resolve()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise MotipError(
-            f"the storage cannot be written: {error.strerror}",
-            where="--storage",
-            found=path,
-            expected="a folder this user can write to",
-            fix="name another folder",
-        ) from error
-    return str(path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from motip.cli import options
 from motip.errors import MotipError
 
 if TYPE_CHECKING:
@@ -39,9 +40,8 @@ def export(
 
     Example: motip results export --format visdrone evaluations/3f2a/tracks/visdrone/val visdrone_val.zip
     """
-    if format not in FORMATS:
-        raise MotipError("unknown format", where="--format", found=format, expected="one of " + ", ".join(FORMATS))
-    names = tuple(name.strip() for name in classes.split(",") if name.strip())
+    options.check_known("unknown format", "--format", format, FORMATS)
+    names = options.names_in(classes)
     videos = _read(Path(source).expanduser(), names)
     output = Path(target).expanduser()
     if format == "bdd100k":

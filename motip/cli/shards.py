@@ -1,4 +1,4 @@
-"""`motip convert` and `motip shards`: convert raw datasets to shards on this machine; inspect shards."""
+"""`motip convert` and `motip shards`: convert raw datasets to shards; inspect shards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from motip.cli import options
 from motip.errors import MotipError
 
 if TYPE_CHECKING:
@@ -16,13 +17,11 @@ app = typer.Typer(no_args_is_help=True, help="Inspect converted data.")
 
 
 def convert(
-    config: Annotated[str, typer.Option(help="Curriculum file.")] = "configs/curriculum.yaml",
-    data_root: Annotated[str, typer.Option(help="Folder or s3:// URI with the raw datasets.")] = ".",
-    storage: Annotated[str, typer.Option(help="Folder or s3:// URI for the shards.")] = "~/motip",
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Fail on undecodable images and on near-duplicates of val videos in train."),
-    ] = False,
+    context: typer.Context,
+    config: options.CurriculumFile = "configs/curriculum.yaml",
+    data_root: options.DataRoot = ".",
+    storage: options.Storage = "~/motip",
+    strict: options.Strict = False,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -33,26 +32,44 @@ def convert(
     allow_fewer: Annotated[
         bool, typer.Option("--allow-fewer", help="Use the available videos if a stage requests more.")
     ] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Number of processes on this machine.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on this machine (default: 1; as a Ray job, all CPUs of the cluster)."),
+    ] = None,
     to: Annotated[
         tuple[str, str] | None,
         typer.Option(metavar="dancetrack DIR", help="Also write the shards as a DanceTrack-style folder."),
     ] = None,
 ) -> None:
-    """Convert raw datasets to shards on this machine; ray_jobs/convert.py does the same on a cluster.
+    """Convert raw datasets to shards: select videos for every stage, lock val and test, account for every label row.
+
+    A repeated run converts only what is missing, after an interruption or with more videos in the curriculum. S3
+    endpoint, region and credentials come from the environment (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...).
+    Output under STORAGE/shards: SOURCE/SPLIT/VIDEO.parquet, manifest.json, report.json, SOURCE_overlay.png.
 
     Example: motip convert --config configs/samples/curriculum.yaml --data-root SAMPLES --storage outputs
+
+    As a Ray job, it joins the cluster at RAY_ADDRESS or starts Ray on this machine:
+    python ray_jobs/convert.py --config configs/curriculum.yaml --data-root /data
+
+    On a cluster: ray job submit --working-dir . --
+    python ray_jobs/convert.py --config configs/curriculum.yaml
+    --data-root s3://bucket/raw --storage s3://bucket/motip
     """
+    from motip.cluster import joined_cluster
     from motip.config import load_curriculum
     from motip.curriculum.synthetic_sources import with_synthetic_sources
+    from motip.data.convert import check_data_root, process_map, ray_map
     from motip.data.convert import convert as convert_all
-    from motip.data.convert import process_map
     from motip.data.convert_report import ConversionUi
 
     if to is not None and to[0] != "dancetrack":
         raise MotipError("unknown layout", where="--to", found=to[0], expected="dancetrack")
+    check_data_root(data_root)
     curriculum = with_synthetic_sources(load_curriculum(config), storage, print)
-    with ConversionUi() as ui:
+    on_cluster = options.is_job(context) and processes is None
+    with ConversionUi() as ui, joined_cluster(on_cluster):
+        in_processes = process_map(processes) if processes is not None and processes > 1 else None
         report = convert_all(
             curriculum,
             data_root,
@@ -60,7 +77,7 @@ def convert(
             strict=strict,
             seed=seed,
             allow_fewer=allow_fewer,
-            map_fn=process_map(processes) if processes > 1 else None,
+            map_fn=ray_map() if on_cluster else in_processes,
             progress=ui.progress,
         )
     ui.show(report)
@@ -85,7 +102,7 @@ def inspect(
     config: Annotated[
         str | None, typer.Option(help="Curriculum file: count boxes by its classes instead of raw categories.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Report the content of shards: videos, frames, boxes by category, objects per frame, dropped label rows.
 

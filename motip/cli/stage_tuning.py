@@ -1,4 +1,4 @@
-"""Sweep of a single stage, given by its own configuration or as a stage of a curriculum file."""
+"""Stage of a sweep, given by its own configuration or as a stage of a curriculum file."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from motip.cli.launch import checked_data_root, checked_storage
-from motip.cluster import connect, disconnect
+from motip.cli.launch import checked_options, launch_sweep
+from motip.cli.options import check_known
 from motip.config import Curriculum, Stage, load_config, load_curriculum
 from motip.config.single_stage import single_stage
 from motip.config.sweep_file import SweepFile, check_sweep, load_sweep
 from motip.config.yaml_chain import read_yaml
-from motip.curriculum import Options
-from motip.curriculum.base_weights import check_given_weights
 from motip.data.formats.motchallenge import CATEGORIES
 from motip.errors import MotipError
-from motip.lineage import Lineage
-from motip.report.progress import DriverUi
-from motip.tune import SweepResult, Tuning, run_sweep
+from motip.storage.named_folders import checked_data_root
+from motip.tune import SweepResult, Tuning
 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """Options of ray_jobs/tune.py.
+    """Options of `motip tune`, beside those of the sweep itself.
 
     Attributes:
         config: a stage's configuration, or a curriculum file.
@@ -49,31 +46,26 @@ def sweep_stage(options: TuneOptions, tuning: Tuning) -> SweepResult:
     Raises:
         MotipError: invalid arguments, configuration or data; options are checked before any training.
     """
-    _check_numbers(tuning)
+    for flag, value, minimum in (
+        ("--workers-per-trial", tuning.workers, 1),
+        ("--trials", tuning.trials, 2),
+        ("--at-once", tuning.max_concurrent_trials, 1),
+    ):
+        if value is not None and value < minimum:
+            raise MotipError("the number is too small", where=flag, found=value, expected=f"{minimum} or more")
     sweep = None if options.sweep is None else load_sweep(options.sweep)
     curriculum, root = _curriculum(options, sweep)
     stage = _stage(curriculum, options, sweep)
-    curriculum = curriculum.model_copy(
-        update={"stages": tuple(stage if each.name == stage.name else each for each in curriculum.stages)}
+    stages = tuple(stage if each.name == stage.name else each for each in curriculum.stages)
+    run_options = checked_options(
+        options.config,
+        data_root=root,
+        storage=options.storage,
+        workers=tuning.workers,
+        strict=options.strict,
+        until=stage.name,
     )
-    storage = checked_storage(options.storage)
-    workers = tuning.workers
-    run_options = Options(
-        root, storage, workers=workers, strict=options.strict, config_path=options.config, until=stage.name
-    )
-    check_given_weights(curriculum, run_options)
-    ui = DriverUi()
-    cluster = connect()
-    try:
-        lineage = Lineage(storage=storage)
-        result = run_sweep(curriculum, stage, run_options, cluster, lineage, ui, tuning)
-    finally:
-        ui.close()
-        disconnect()
-    command, hint = lineage.compare_url_hint([result.run_id])
-    ui.note(f"trials in MLflow, below the run `{stage.name} sweep`:\n  {command}" if command else f"trials: {hint}")
-    ui.note(result.summary())
-    return result
+    return launch_sweep(curriculum.model_copy(update={"stages": stages}), stage, run_options, tuning)
 
 
 def _curriculum(options: TuneOptions, sweep: SweepFile | None) -> tuple[Curriculum, str]:
@@ -103,11 +95,9 @@ def _stage(curriculum: Curriculum, options: TuneOptions, sweep: SweepFile | None
     names = [stage.name for stage in curriculum.stages]
     if options.stage is None and len(names) > 1:
         raise MotipError("the stage to tune is required", where="--stage", expected="one of " + ", ".join(names))
-    if options.stage is not None and options.stage not in names:
-        raise MotipError(
-            "there is no such stage", where="--stage", found=options.stage, expected="one of " + ", ".join(names)
-        )
-    stage = curriculum.stage(options.stage or names[0])
+    chosen = options.stage or names[0]
+    check_known("there is no such stage", "--stage", chosen, names)
+    stage = curriculum.stage(chosen)
     sweep = sweep or stage.sweep
     if sweep is None:
         raise MotipError(
@@ -117,13 +107,3 @@ def _stage(curriculum: Curriculum, options: TuneOptions, sweep: SweepFile | None
         )
     check_sweep(sweep, stage.config, options.sweep or f"sweep of stage {stage.name}")
     return stage.model_copy(update={"sweep": sweep})
-
-
-def _check_numbers(tuning: Tuning) -> None:
-    for flag, value, minimum in (
-        ("--workers-per-trial", tuning.workers, 1),
-        ("--trials", tuning.trials, 2),
-        ("--at-once", tuning.max_concurrent_trials, 1),
-    ):
-        if value is not None and value < minimum:
-            raise MotipError("the number is too small", where=flag, found=value, expected=f"{minimum} or more")

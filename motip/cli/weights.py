@@ -7,13 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from motip.cli import options
+
 app = typer.Typer(no_args_is_help=True, help="Inspect, transfer and export weights.")
 
 
 @app.command("inspect")
 def inspect_weights(
     path: Annotated[str, typer.Argument(help="A .pth or .safetensors file, or an export folder.")],
-    json: Annotated[bool, typer.Option("--json", help="Print the description as JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Describe a weights file: kind, classes, architecture, training, parent.
 
@@ -58,14 +60,12 @@ def transfer(
         list[str] | None,
         typer.Option(help="Name or pattern of tensors that may differ; repeatable."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")
-    ] = None,
+    overrides: options.Overrides = None,
     output: Annotated[
         str | None, typer.Option(help="Write the transferred weights as a checkpoint of the configuration.")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the complete report as JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Report the status of every tensor when a model of CONFIG starts from these weights.
 
@@ -78,7 +78,7 @@ def transfer(
     from motip.weights import apply_transfer, plan_transfer, read_weights, save_checkpoint
 
     settings = load_config(config, overrides or [])
-    named = None if classes is None else tuple(name.strip() for name in classes.split(","))
+    named = None if classes is None else tuple(options.names_in(classes))
     weights = read_weights(path, classes=named or settings.PRETRAIN_CLASSES)
     names = settings.class_names
     # Plan the transfer.
@@ -139,14 +139,13 @@ def export(
     import torch
 
     from motip.cli.console import note
-    from motip.cli.weights_lineage import write_export_record
     from motip.config import load_config
-    from motip.errors import MotipError
+    from motip.lineage.export_record import write_export_record
     from motip.weights.export import export_safetensors
 
     types = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype is not None and dtype not in types:
-        raise MotipError("unknown type", where="--dtype", found=dtype, expected="one of " + ", ".join(types))
+    if dtype is not None:
+        options.check_known("unknown type", "--dtype", dtype, list(types))
     settings = None if config is None else load_config(config)
     written = export_safetensors(path, out_dir, config=settings, dtype=types[dtype] if dtype else None)
     record, steps = write_export_record(path, written, storage, dtype)

@@ -10,11 +10,11 @@ from typing import Any
 from motip.config import Config, Curriculum
 from motip.curriculum.domain_history import scored_sources
 from motip.curriculum.stage import Session
-from motip.curriculum.stage_inputs import protocol_for
 from motip.data.manifest import Manifest, VideoEntry
 from motip.data.sequence import ClassMap
 from motip.evaluation.domain_matrix import subsample
 from motip.evaluation.evaluator import EvalJob, ModelUnderTest, evaluate_videos, evaluation_folder, has_labels
+from motip.evaluation.protocols import protocol_for
 from motip.evaluation.scores import Scores
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, read_json, write_json

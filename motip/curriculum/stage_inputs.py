@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 
-from motip.config import Curriculum, Source, Stage
+from motip.config import Curriculum, Stage
 from motip.curriculum.options import Options
 from motip.data.clip_loader import plan_videos
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
 from motip.errors import MotipError
-from motip.evaluation.protocols import PLAN_CLASSES, PROTOCOLS
+from motip.evaluation.protocols import protocol_for
 from motip.lineage import DataUsed
 from motip.stage_folder import FORMAT, JobFacts
 from motip.storage.atomic import digest
@@ -89,12 +88,6 @@ def training_videos(stage: Stage, manifest: Manifest) -> list[VideoEntry]:
             mix.source, "train", videos=mix.videos, frame_budget=mix.frame_budget, allow_fewer=mix.allow_fewer
         )
     ]
-
-
-def protocol_for(source: Source, class_names: Collection[str]) -> str:
-    """Name of the format's own protocol if it has one and it is defined for these classes, else `plain`."""
-    defined_for = {"pedestrian"} if source.format == "motchallenge" else set(PLAN_CLASSES)
-    return source.format if source.format in PROTOCOLS and set(class_names) == defined_for else "plain"
 
 
 def job_facts(job: StageJob) -> JobFacts:

@@ -19,11 +19,13 @@ Scores are comparable only with the same protocol, classes and sequences. The so
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from motip.config import Source
 from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence, TrackRows
 from motip.errors import MotipError
 
@@ -223,3 +225,9 @@ def _rows(
         np.ones(len(all_frames), np.float32),
         np.concatenate([empty.class_ids, *classes]),
     )
+
+
+def protocol_for(source: Source, class_names: Collection[str]) -> str:
+    """Name of the format's own protocol if it has one and it is defined for these classes, else `plain`."""
+    defined_for = {"pedestrian"} if source.format == "motchallenge" else set(PLAN_CLASSES)
+    return source.format if source.format in PROTOCOLS and set(class_names) == defined_for else "plain"

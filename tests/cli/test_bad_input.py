@@ -107,8 +107,8 @@ def test_missing_token_is_an_error(tmp_path: Path) -> None:
 
 
 def test_relative_paths_are_errors_in_a_submitted_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from motip.cli.launch import checked_data_root, checked_storage
     from motip.errors import MotipError
+    from motip.storage.named_folders import checked_data_root, checked_storage
 
     copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
     copy.mkdir(parents=True)

@@ -107,13 +107,12 @@ def test_failed_job_is_exit_status_1(folder: Path, status: str) -> None:
     assert ran.returncode == 1 and f"job {JOB}: {status}" in ran.stdout
 
 
-def test_broken_connection_repeats_no_log_line(folder: Path) -> None:
-    log = "".join(f"line {number}\n" for number in range(20))
-    with job_server(log=log, cuts=[5, 0, 40]) as server:
+def test_broken_connection_is_one_message_with_the_command_to_follow_on(folder: Path) -> None:
+    with job_server(log="line 0\nline 1\n", cuts=[7, 0]) as server:
         ran = submit(folder, server, *COMMAND)
-    assert ran.returncode == 0, ran.stderr
-    assert log in ran.stdout and ran.stdout.count("line 1\n") == 1
-    assert sum("logs/tail" in path for path in server.paths) == 4
+    assert ran.returncode == 2 and "line 0\n" in ran.stdout and "line 1" not in ran.stdout
+    assert "connection to the head is lost; the job keeps running" in ran.stderr and "Traceback" not in ran.stderr
+    assert f"ray job logs --follow {JOB}" in ran.stderr
 
 
 def test_wrong_token_and_unreachable_head_are_one_message(folder: Path) -> None:
@@ -188,6 +187,8 @@ def test_ray_packs_code_and_configurations_only(tmp_path: Path) -> None:
     names = zipfile.ZipFile(packed).namelist()
     assert {"motip/curriculum/run.py", "configs/curriculum.yaml"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "docs/"))]
+    files = {name for name in names if not name.endswith("/")}
+    assert {path for _, path in job_submission.list_package(ROOT).files} == files, "what is listed is what Ray uploads"
 
 
 def test_package_of_this_checkout_is_small_and_has_the_files_of_jobs() -> None:

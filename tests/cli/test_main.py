@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -32,6 +33,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
 VERBS = [
     "track",
     "convert",
+    "curriculum",
+    "train",
+    "tune",
     "evaluate",
     "compare",
     "train preflight",
@@ -43,6 +47,8 @@ VERBS = [
     "results export",
     "report errors",
     "report dashboard",
+    "report page",
+    "report open",
     "lineage show",
     "lineage verify",
 ]
@@ -61,6 +67,23 @@ def test_help_is_fast_and_imports_no_heavy_package() -> None:
     assert time.perf_counter() - begin < 5  # under 1 s on an idle machine; imports are checked below
     assert "loaded: []" in ended.stdout
     assert all(verb.split()[0] in ended.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_verbs_and_options(shell: str) -> None:
+    def completed(line: str) -> str:
+        variables = {"_MOTIP_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": line}
+        variables |= {
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split()) - 1),
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        }
+        code = "import sys; sys.argv[0] = 'motip'; from motip.cli.main import main; main()"
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables).stdout
+
+    assert "curriculum" in completed("motip curr") and "preflight" in completed("motip train pre")
+    assert "--data-root" in completed("motip convert --da").replace("_", "-")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import Motip
 
 JOBS = ["convert", "curriculum", "evaluate", "train", "tune"]
 
@@ -31,8 +34,24 @@ def test_help_shows_the_submission_and_imports_no_engine(repo_root: Path, job: s
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_jobs_have_at_most_80_lines(repo_root: Path, job: str) -> None:
-    assert len((repo_root / f"ray_jobs/{job}.py").read_text().splitlines()) <= 80
+def test_jobs_have_at_most_10_lines(repo_root: Path, job: str) -> None:
+    assert len((repo_root / f"ray_jobs/{job}.py").read_text().splitlines()) <= 10
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_job_and_verb_have_the_same_options(repo_root: Path, job: str, motip: Motip) -> None:
+    def options(text: str) -> set[str]:
+        return set(re.findall(r"--[a-z][\w-]*", text))
+
+    assert options(run(repo_root, job, "--help").stdout) == options(motip(job, "--help").out)
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments"), [("train", ["--workers", "0"]), ("tune", []), ("evaluate", ["--workers", "0"])]
+)
+def test_missing_required_option_is_exit_status_2(repo_root: Path, job: str, arguments: list[str]) -> None:
+    ended = run(repo_root, job, *arguments)
+    assert ended.returncode == 2 and "Missing" in ended.stderr and "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ import pytest
 from motip.config import Source, load_curriculum
 from motip.config.single_stage import KNOWN_DATASETS
 from motip.curriculum.records import StageRecord
-from motip.curriculum.stage_inputs import protocol_for
 from motip.data.formats.registry import READERS
-from motip.evaluation.protocols import PLAN_CLASSES, find_protocol
+from motip.evaluation.protocols import PLAN_CLASSES, find_protocol, protocol_for
 from tests.helpers.small_curriculum import write_files
 
 

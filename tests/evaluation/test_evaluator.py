@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import motip
-from motip.cli.evaluation_job import EvaluateOptions, device_of_workers, evaluate_checkpoint
 from motip.cluster import Cluster, connect, disconnect
 from motip.config import load_curriculum
 from motip.data.convert import convert
 from motip.data.manifest import Manifest
 from motip.data.sequence import ClassMap
 from motip.errors import MotipError
+from motip.evaluation.checkpoint import EvaluateOptions, device_of_workers, evaluate_checkpoint
 from motip.evaluation.evaluator import EvalJob, Evaluation, ModelUnderTest, evaluate_videos, evaluation_folder
 from motip.evaluation.scores import Scores
 from motip.tracking.loading import load

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from motip.cli.launch import launch_experiment
+from motip.cli.launch import checked_options, launch_experiment
 from motip.config.experiment_file import is_experiment, load_experiment
 from motip.errors import MotipError
 from tests.helpers.small_curriculum import ROOT, write_files
@@ -31,9 +31,8 @@ arms:
 def _launch(path: Path, arms: str | None = None) -> Path:
     """Run the experiment with seed 1 in this process; returns its folder in the storage."""
     folder = path.parent
-    found = launch_experiment(
-        str(path), data_root=str(folder), storage=str(folder / "storage"), workers=0, arms=arms, seeds="1"
-    )
+    options = checked_options(str(path), data_root=str(folder), storage=str(folder / "storage"), workers=0)
+    found = launch_experiment(load_experiment(path), options, arms, "1")
     assert isinstance(found, Path)
     return found
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from motip.cli.weights_lineage import write_export_record
 from motip.config import load_curriculum
 from motip.curriculum import Options
 from motip.curriculum import base_weights as weights_module
@@ -21,6 +20,7 @@ from motip.data.manifest import Manifest, VideoEntry, entries_digest
 from motip.errors import MotipError
 from motip.lineage import DataUsed, Lineage
 from motip.lineage.delivery import send_entries
+from motip.lineage.export_record import write_export_record
 from motip.lineage.record_file import parse_record, read_record, record_export, record_fresh, record_path_of
 from motip.lineage.steps import CheckpointLocation, LineageStep, current_environment
 from motip.lineage.tags import Tag

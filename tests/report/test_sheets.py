@@ -11,13 +11,13 @@ import cv2
 import numpy as np
 import pytest
 
-from motip.cli import launch, report_run
-from motip.cli.report_page import draw_sheets
-from motip.cli.report_run import load_stored_run
+from motip.cli import launch
 from motip.config import load_curriculum
 from motip.curriculum import Options
 from motip.errors import MotipError
+from motip.report import tracked_run
 from motip.report.stage_list import read_stage_list
+from motip.report.tracked_run import RunOptions, draw_missing_sheets, load_stored_run, load_tracked_run
 from motip.storage.paths import Location, RemotePath, location, read_json, upload
 from tests.conftest import Motip
 from tests.helpers.object_store import object_store
@@ -50,11 +50,11 @@ def test_sheet_shows_videos_with_stored_tracks_without_loading_a_model(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("stored tracks need no model")
 
-    monkeypatch.setattr(report_run, "load", fail)
+    monkeypatch.setattr(tracked_run, "load", fail)
     found = {name: Path(str(place)) for name, place in stages(copied).items()}
     remove_tracks(copied, found["BDD-Refinement"], 2)
     remove_tracks(copied, found["Vis-Adaptation"], 0)
-    draw_sheets(copied)
+    draw_missing_sheets(copied, RunOptions())
     indexes = {name: own / "failures_val" / "errors.json" for name, own in found.items()}
     drawn = sorted(name for name, path in indexes.items() if path.is_file())
     assert drawn == ["BDD-Foundation", "BDD-Refinement", "Vis-Specialist"]
@@ -70,7 +70,7 @@ def test_stored_run_equals_tracked_run(copied: Path) -> None:
     assert stages(copied)
     for place in stages(copied).values():
         stored = load_stored_run(place)
-        usual = report_run.load_tracked_run(str(place), "val", None, None, str(copied.parent.parent), "cpu")
+        usual = load_tracked_run(place, RunOptions(device="cpu"))
         assert [each.video for each in stored.entries] == [each.video for each in usual.entries]
         assert [each.counts() for each in stored.videos()] == [each.counts() for each in usual.videos()]
         assert stored.title == usual.title
@@ -86,7 +86,8 @@ def test_training_draws_sheets_if_domains_were_scored(
     options = Options(data_root=".", storage=str(reported.folder.parent.parent), workers=0)
     called: list[object] = []
     monkeypatch.setattr(launch, "write_page", lambda *_, **__: SimpleNamespace(missing=(), path=reported.folder))
-    launch._report_page(curriculum, options, None, result, SimpleNamespace(note=print), called.append)  # type: ignore[arg-type]
+    monkeypatch.setattr(launch, "draw_missing_sheets", lambda folder, _: called.append(folder))
+    launch._report_page(curriculum, options, None, result, SimpleNamespace(note=print))  # type: ignore[arg-type]
     assert called == ([reported.folder] if drawn else [])
 
 
@@ -106,7 +107,7 @@ def test_sheets_and_clips_are_written_into_an_object_store(copied: Path, motip: 
             if path.is_file() and path.suffix != ".pth":
                 upload(path, base / str(path.relative_to(storage)))
         folder = base / "curricula" / copied.name
-        draw_sheets(folder)
+        draw_missing_sheets(folder, RunOptions())
         for place in stages(folder).values():
             assert isinstance(place, RemotePath)
             sheet = (place / "failures_val" / "contact_sheet.png").read_bytes()

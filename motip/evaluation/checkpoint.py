@@ -1,4 +1,4 @@
-"""Evaluation driver: evaluate a checkpoint, or search its thresholds, on the shards; print tables and write files."""
+"""Evaluation of a checkpoint on the locked videos of the shards, and its files below ``evaluations``."""
 
 from __future__ import annotations
 
@@ -9,42 +9,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from motip.cli.console import console
-from motip.cli.evaluation_tables import show_errors, show_scores, show_threshold_search
-from motip.cli.launch import checked_data_root, checked_storage
-from motip.cluster import Cluster, connect, disconnect
+from motip.cluster import Cluster, joined_cluster
 from motip.config import Curriculum, load_curriculum
-from motip.curriculum.stage_inputs import protocol_for
 from motip.data.convert import convert, ray_map
 from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap
 from motip.data.shards import read_labels
 from motip.errors import MotipError
-from motip.evaluation.comparison import Comparison, compare, comparisons_json
 from motip.evaluation.evaluator import EvalJob, Evaluation, ModelUnderTest, evaluate_videos, evaluation_folder
 from motip.evaluation.outcome_summary import OutcomeSummary, summarise_outcomes
-from motip.evaluation.protocols import scored_sequence
-from motip.evaluation.threshold_search import (
-    ThresholdSearchInput,
-    ThresholdSearchResult,
-    candidate_settings,
-    check_search_split,
-    search_thresholds,
-)
-from motip.report.threshold_plot import threshold_figure
+from motip.evaluation.protocols import protocol_for, scored_sequence
 from motip.storage.atomic import write_json_atomic
-from motip.storage.paths import Location, atomic_output, write_json
+from motip.storage.named_folders import checked_data_root, checked_storage
+from motip.storage.paths import Location, write_json
 from motip.tracking.loading import LoadedModel, load, resolve_device
-
-OnVideo = Callable[[VideoEntry, int, int], None]
-"""Video just tracked, number tracked, total."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Options of `motip evaluate` and ray_jobs/evaluate.py.
+    """Options of `motip evaluate`.
 
     Attributes:
         config: curriculum file with the class map and protocol of every source.
@@ -53,6 +38,7 @@ class EvaluateOptions:
         workers: number of Ray actors; 0 tracks in this process, None takes one per GPU or, without GPUs, per CPU.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, of this process or of the actors.
         json_path: additional file for the result.
+        errors: also compute and write the outcomes of the labelled boxes (``errors_SPLIT.json``).
     """
 
     checkpoint: str
@@ -64,32 +50,7 @@ class EvaluateOptions:
     workers: int | None = None
     device: str = "auto"
     json_path: str | None = None
-
-
-def run_evaluation(
-    options: EvaluateOptions,
-    *,
-    errors: bool = False,
-    sweep_thresholds: bool = False,
-    thresholds: str | None = None,
-) -> None:
-    """Evaluate, or search the thresholds; entry point of the verb and the job.
-
-    Raises:
-        MotipError: options that exclude each other, or as the two functions below.
-    """
-    if thresholds is not None and not sweep_thresholds:
-        raise MotipError("--thresholds needs --sweep-thresholds", where="--thresholds", fix="add --sweep-thresholds")
-    if errors and sweep_thresholds:
-        raise MotipError(
-            "--errors and --sweep-thresholds exclude each other",
-            where="--errors, --sweep-thresholds",
-            fix="search the thresholds first, then evaluate with --errors",
-        )
-    if sweep_thresholds:
-        sweep_checkpoint(options, thresholds)
-    else:
-        _evaluate_and_print(options, errors)
+    errors: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,23 +68,16 @@ class CheckpointEvaluation:
     folder: Location
 
 
-def evaluate_checkpoint(
-    options: EvaluateOptions,
-    errors: bool = False,
-    on_video: OnVideo | None = None,
-    log: Callable[[str], None] = _log.info,
-) -> CheckpointEvaluation:
+def evaluate_checkpoint(options: EvaluateOptions, log: Callable[[str], None] = _log.info) -> CheckpointEvaluation:
     """Track and score the locked videos of every source, and write tracks and scores.
 
     Args:
-        errors: also compute and write the outcomes of the labelled boxes (``errors_SPLIT.json``).
-        on_video: called with each tracked video, the number tracked and the total.
-        log: receives a line about converted shards and about each skipped source.
+        log: receives a line about converted shards, each skipped source and each tracked video.
 
     Raises:
         MotipError: invalid options or data.
     """
-    with _prepared(options, on_video, log) as job:
+    with prepared_job(options, log) as job:
         model = ModelUnderTest(job.loaded.model, job.sha256, job.loaded.settings)
         done = evaluate_videos(model, job.work, job.class_maps, job.protocols)
     split, folder = options.split, job.work.folder
@@ -142,72 +96,19 @@ def evaluate_checkpoint(
         "tracked_only": list(done.tracked_only),
         "notes": list(done.notes),
     }
-    write_json(folder / f"scores_{split}.json", stored)
-    if options.json_path is not None:
-        write_json_atomic(Path(options.json_path).expanduser(), stored)
-    outcomes = _outcomes(done, job) if errors else {}
-    if errors:
+    write_result(stored, folder / f"scores_{split}.json", options)
+    outcomes = _outcomes(done, job) if options.errors else {}
+    if options.errors:
         write_json(folder / f"errors_{split}.json", {name: summary.to_json() for name, summary in outcomes.items()})
     names = {name: class_map.names for name, class_map in job.class_maps.items()}
     return CheckpointEvaluation(done, outcomes, names, folder)
 
 
-def _evaluate_and_print(options: EvaluateOptions, errors: bool) -> None:
-    found = evaluate_checkpoint(options, errors, _print_progress, _print_line)
-    done, split = found.evaluation, options.split
-    show_scores(done)
-    for source, summary in found.outcomes.items():
-        show_errors(source, summary, found.class_names[source])
-    again = f", {done.reused} tracked before" if done.reused else ""
-    files = f"tracks, scores_{split}.json and errors_{split}.json" if errors else f"tracks and scores_{split}.json"
-    console().print(f"{done.videos} videos{again}; {files} are in {found.folder}", highlight=False)
-
-
-def sweep_checkpoint(options: EvaluateOptions, thresholds: str | None = None) -> ThresholdSearchResult:
-    """Track and score the val videos at many DET_THRESH; print and write the best one and the confidence histogram.
-
-    Args:
-        thresholds: comma-separated; None: the default grid.
-
-    Raises:
-        MotipError: invalid options or data, or a split other than val.
-    """
-    check_search_split(options.split)
-    with _prepared(options, _print_progress, _print_line) as job:
-        tried = candidate_settings(job.loaded.settings, None if thresholds is None else _numbers(thresholds))
-        subject = ThresholdSearchInput(job.loaded.model, job.sha256, tuple(tried), job.class_maps, job.protocols)
-        done = search_thresholds(subject, job.loaded.settings, job.work)
-    # Compare the best setting with the configured one, and write the result.
-    folder = job.work.folder
-    differences = compare_with_configured(done)
-    stored = {
-        "checkpoint": str(options.checkpoint),
-        "sha256": job.sha256,
-        "split": options.split,
-        "averaged": job.work.averaged,
-        **done.to_json(),
-        "best_against_configured": comparisons_json(differences),
-    }
-    write_json(folder / "thresholds_val.json", stored)
-    with atomic_output(folder / "thresholds_val.png") as path:
-        threshold_figure(done).savefig(path, dpi=110)
+def write_result(stored: dict[str, Any], path: Location, options: EvaluateOptions) -> None:
+    """Write a result to its path and to the additional file of the options."""
+    write_json(path, stored)
     if options.json_path is not None:
         write_json_atomic(Path(options.json_path).expanduser(), stored)
-    # Print the tables.
-    show_threshold_search(done, differences)
-    again = f", {done.reused} tracked before" if done.reused else ""
-    console().print(
-        f"{done.videos} videos{again}; thresholds_val.json and thresholds_val.png are in {folder}", highlight=False
-    )
-    return done
-
-
-def compare_with_configured(done: ThresholdSearchResult) -> dict[str, Comparison]:
-    """Source -> the best setting (B) compared with the configured one (A); empty if they are the same."""
-    best, configured = done.candidates[done.best], done.candidates[done.configured]
-    if best is configured:
-        return {}
-    return {source: compare(configured.scores[source], best.scores[source]) for source in best.scores}
 
 
 def device_of_workers(named: str, cluster: Cluster | None) -> str:
@@ -233,7 +134,7 @@ def device_of_workers(named: str, cluster: Cluster | None) -> str:
 
 
 @dataclass(frozen=True)
-class _Job:
+class PreparedJob:
     """Checked inputs of an evaluation; class maps and protocols are by source."""
 
     loaded: LoadedModel
@@ -247,7 +148,7 @@ class _Job:
 
 
 @contextmanager
-def _prepared(options: EvaluateOptions, on_video: OnVideo | None, log: Callable[[str], None]) -> Iterator[_Job]:
+def prepared_job(options: EvaluateOptions, log: Callable[[str], None]) -> Iterator[PreparedJob]:
     """Read and check the inputs, connect to a cluster, convert missing shards; disconnect at the end."""
     if options.workers is not None and options.workers < 0:
         raise MotipError(
@@ -258,14 +159,14 @@ def _prepared(options: EvaluateOptions, on_video: OnVideo | None, log: Callable[
     averaged = ((loaded.meta["config"] or {}).get("val_config") or {}).get("CLASSES_TO_EVAL")
     # Cluster, shards and videos.
     storage = checked_storage(options.storage)
-    cluster = None if options.workers == 0 else connect()
-    try:
+    with joined_cluster(options.workers != 0) as cluster:
         device = device_of_workers(options.device, cluster)
         if options.data_root is not None:
-            log(_convert(curriculum, options.data_root, storage, cluster))
+            root, map_fn = checked_data_root(options.data_root), None if cluster is None else ray_map()
+            log(convert(curriculum, root, storage, map_fn=map_fn).summary_line())
         videos = _videos(curriculum, Manifest.load(storage), options.split, options.sources, log)
         named = {video.source for video in videos}
-        yield _Job(
+        yield PreparedJob(
             loaded=loaded,
             work=EvalJob(
                 videos=videos,
@@ -276,22 +177,13 @@ def _prepared(options: EvaluateOptions, on_video: OnVideo | None, log: Callable[
                 cluster=cluster,
                 workers=options.workers,
                 device=device,
-                on_video=on_video,
+                on_video=lambda video, done, total: log(
+                    f"tracked {done} of {total}: {video.source}/{video.split}/{video.video}"
+                ),
             ),
             class_maps={name: ClassMap.among(loaded.class_names, curriculum.sources[name].classes) for name in named},
             protocols={name: protocol_for(curriculum.sources[name], loaded.class_names) for name in named},
         )
-    finally:
-        if cluster is not None:
-            disconnect()
-
-
-def _convert(curriculum: Curriculum, data_root: str, storage: str, cluster: Cluster | None) -> str:
-    """Convert missing shards; returns the summary."""
-    report = convert(
-        curriculum, checked_data_root(data_root), storage, map_fn=ray_map() if cluster is not None else None
-    )
-    return report.summary_line()
 
 
 def _videos(
@@ -327,15 +219,7 @@ def _videos(
     return [video for name in selected if name not in unknown for video in manifest.of(name, split)]
 
 
-def _print_line(text: str) -> None:
-    console().print(text, highlight=False)
-
-
-def _print_progress(video: VideoEntry, done: int, total: int) -> None:
-    console().print(f"tracked {done} of {total}: {video.source}/{video.split}/{video.video}", highlight=False)
-
-
-def _outcomes(done: Evaluation, job: _Job) -> dict[str, OutcomeSummary]:
+def _outcomes(done: Evaluation, job: PreparedJob) -> dict[str, OutcomeSummary]:
     """Source -> outcomes of the labelled boxes."""
     found = {}
     for source, tracks in done.tracks.items():
@@ -348,12 +232,3 @@ def _outcomes(done: Evaluation, job: _Job) -> dict[str, OutcomeSummary]:
             scored = scored_sequence(labels, class_map, tracks[video.video], protocol)
             summary.add(summarise_outcomes(labels, scored, class_map, protocol))
     return found
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise MotipError(
-            "a threshold is not a number", where="--thresholds", found=text, expected="such as 0.2,0.3,0.4"
-        ) from None

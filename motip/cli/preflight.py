@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from motip.cli import options
 from motip.errors import MotipError
 
 if TYPE_CHECKING:
@@ -15,30 +16,14 @@ if TYPE_CHECKING:
     from motip.train.oom import OomFallback
     from motip.train.preflight import ClipShape, FallbackMemory, Preflight
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="Checks before training. `preflight` predicts whether a stage fits the GPU memory; the training itself is a "
-    "Ray job: python ray_jobs/train.py or ray_jobs/curriculum.py.",
-)
-
 GIB = 2**30
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `preflight` a subcommand: Typer collapses a group with a single command."""
-
-
-@app.command("preflight")
 def preflight(
-    config: Annotated[str, typer.Option(help="Configuration of a stage, or a curriculum file (all its stages).")],
-    stage: Annotated[str | None, typer.Option(help="Stage of the curriculum file (default: all).")] = None,
-    storage: Annotated[
-        str, typer.Option(help="Folder or s3:// URI with the shards, to find the worst clip.")
-    ] = "~/motip",
-    data_root: Annotated[
-        str | None, typer.Option(help="Folder of the raw datasets, for a stage's own configuration.")
-    ] = None,
+    config: options.StageFile,
+    stage: options.Stage = None,
+    storage: options.Storage = "~/motip",
+    data_root: options.StageDataRoot = None,
     gpu_mem: Annotated[float, typer.Option(help="GPU memory in GiB; 10 % of it must stay free.")] = 24.0,
     objects: Annotated[
         int | None, typer.Option(help="Use a synthetic clip with this number of objects instead of the worst clip.")
@@ -54,12 +39,10 @@ def preflight(
     device: Annotated[
         str, typer.Option(metavar="cuda|cpu", help="Device to estimate the memory for, without a GPU.")
     ] = "cuda",
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a configuration key; repeatable.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    overrides: options.Overrides = None,
+    json: options.Json = False,
 ) -> None:
-    """Find the stage's worst clip and report on which out-of-memory fallbacks it fits the GPU.
+    """Find the worst clip of a stage, or of all stages, and report on which out-of-memory fallbacks it fits the GPU.
 
     The worst clip has the most objects x frames x pixels, at the largest size that augmentation gives it. With a GPU, a
     step is run as configured and on every fallback and its peak memory is measured; without one the memory is
@@ -110,10 +93,8 @@ def _stages(
     if "stages" in read_yaml(Path(path).expanduser()).values:
         curriculum = load_curriculum(path, overrides)
         names = [each.name for each in curriculum.stages]
-        if stage is not None and stage not in names:
-            raise MotipError(
-                "there is no such stage", where="--stage", found=stage, expected=f"one of {', '.join(names)}"
-            )
+        if stage is not None:
+            options.check_known("there is no such stage", "--stage", stage, names)
         return curriculum, [(each.name, each.config) for each in curriculum.stages if stage in (None, each.name)]
     if stage is not None:
         raise MotipError(

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from motip.errors import MotipError
-from motip.lineage import Lineage, LineageStep
 from motip.lineage.record_file import read_record, record_export
-from motip.lineage.steps import CheckpointLocation
+from motip.lineage.runs import Lineage
+from motip.lineage.steps import CheckpointLocation, LineageStep
 from motip.lineage.tags import split_params
 
 

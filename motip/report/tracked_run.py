@@ -1,24 +1,18 @@
-"""Resolution of the RUN argument of `motip report`.
+"""Tracks of a stage or an evaluation on its locked videos, with everything needed to match them with the labels.
 
-RUN is the folder of a stage or of an evaluation, or the MLflow id of a stage's run. ``resolve_stage_folder`` finds the
-stage's folder; ``load_tracked_run`` and ``load_stored_run`` return a ``TrackedRun``: the videos, their tracks, and the
-class maps and protocols to match them by.
+``load_stored_run`` reads the stored tracks of a finished stage; ``load_tracked_run`` also tracks the videos without.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from motip.cli.console import console
-from motip.cli.lineage import open_lineage
 from motip.config import Config, load_curriculum
-from motip.curriculum.stage_inputs import protocol_for
 from motip.data.decode import decode_rgb
 from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap
@@ -34,25 +28,34 @@ from motip.evaluation.evaluator import (
     tracks_digest,
 )
 from motip.evaluation.outcomes import box_outcomes
-from motip.evaluation.protocols import scored_sequence
+from motip.evaluation.protocols import protocol_for, scored_sequence
 from motip.report.failure_segments import Images, MatchedVideo
-from motip.report.page_facts import stored_row
+from motip.report.failures import write_failures
+from motip.report.page_facts import sheets_in, stored_row
+from motip.report.stage_list import read_stage_list
 from motip.report.tracked_video import check_folder
+from motip.stage_folder import StageFolder, scores_file
 from motip.storage.paths import Location, absolute, local_copy, location, read_json
 from motip.tracking.loading import LoadedModel, load, resolve_device
 from motip.tracking.settings import TrackerSettings
-from motip.train.retention import list_checkpoints
-
-BEST = "checkpoint_best.pth"
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
-class ScoringRules:
-    """Class map and protocol of each source."""
+class RunOptions:
+    """What to show of a stage or an evaluation.
 
-    class_maps: dict[str, ClassMap]
-    protocols: dict[str, str]
+    Attributes:
+        sources: sources to include; None: all that it was scored on.
+        config: curriculum file with the class maps; None: those stored with the run.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, to track videos without stored tracks.
+        log: receives a line about each tracked video, and about each stage without a failure sheet.
+    """
+
+    split: str = "val"
+    sources: Sequence[str] | None = None
+    config: str | None = None
+    device: str = "auto"
+    log: Callable[[str], object] = print
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,10 @@ class TrackedRun:
 
     Attributes:
         title: stage or checkpoint and split, in one line.
-        folder: RUN's folder.
+        folder: of the stage or the evaluation.
         tracks: folder of the evaluation with the tracks.
         entries: the videos.
+        class_maps, protocols: by source.
         notes: lines to print with the result.
     """
 
@@ -72,7 +76,8 @@ class TrackedRun:
     storage: Location
     tracks: Location
     entries: list[VideoEntry]
-    rules: ScoringRules
+    class_maps: dict[str, ClassMap]
+    protocols: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
     def videos(self) -> Iterator[MatchedVideo]:
@@ -84,7 +89,7 @@ class TrackedRun:
         for entry in self.entries:
             shard = Shard(entry_path(self.storage, entry))
             labels = shard.read_labels()
-            class_map, protocol = self.rules.class_maps[entry.source], self.rules.protocols[entry.source]
+            class_map, protocol = self.class_maps[entry.source], self.protocols[entry.source]
             scored = scored_sequence(labels, class_map, read_tracks(self.tracks, entry), protocol)
             yield MatchedVideo(
                 source=entry.source,
@@ -98,101 +103,44 @@ class TrackedRun:
             )
 
 
-def load_tracked_run(
-    run: str, split: str, sources: Sequence[str] | None, config: str | None, storage: str, device: str
-) -> TrackedRun:
-    """The tracks of RUN; videos without stored tracks of its checkpoint and settings are tracked first.
+def draw_missing_sheets(folder: Location, options: RunOptions, *, stored_only: bool = True) -> None:
+    """Draw the contact sheet of every finished stage of a curriculum without failure pictures.
 
     Args:
-        sources: sources to include; None: all that RUN was scored on.
-        config: curriculum file with the class maps; None: those stored with the run.
-
-    Raises:
-        MotipError: no such run, invalid arguments, or missing or damaged data.
+        folder: of the curriculum.
+        stored_only: use only videos with stored tracks; otherwise the others are tracked first, in this process.
     """
-    path = location(run)
-    scores = path / f"scores_{split}.json"
-    if not _RUN_ID.fullmatch(run) and path.is_dir() and not (path / "stage.json").is_file() and scores.is_file():
-        return _from_evaluation(path, read_json(scores), split, sources, config, device)
-    return _from_stage(resolve_stage_folder(run, storage), split, sources, config, device)
+    for stage, own in read_stage_list(folder).folders.items():
+        if own is None or sheets_in(own):
+            continue
+        try:
+            tracked = load_stored_run(own) if stored_only else load_tracked_run(own, options)
+            target = prepared_folder(tracked.folder / "failures_val")
+            write_failures(tracked.videos(), target, tracked.title, clips=0)
+        except MotipError as error:
+            options.log(f"note: {stage}: no failure sheet: {error.what}")
 
 
-def resolve_stage_folder(run: str, storage: str) -> Location:
-    """A stage's folder from its path, from its parent folder, or from the MLflow id of its run.
-
-    Raises:
-        MotipError: there is none, or several.
-    """
-    # A folder: the stage's own, or one with a single stage folder in it.
-    path = location(run)
-    if path.is_dir():
-        if (path / "stage.json").is_file():
-            return path
-        inner = sorted((each for each in path.iterdir() if (each / "stage.json").is_file()), key=str)
-        if len(inner) == 1:
-            return inner[0]
-        raise MotipError(
-            "this folder does not identify one run",
-            where=run,
-            found=", ".join(str(each) for each in inner) or "neither stage.json nor scores",
-            expected="a stage's folder (curricula/<name>/<stage>/<inputs>) or that of `motip evaluate` (evaluations/…)",
-            fix="name one of them" if inner else None,
-        )
-    if not _RUN_ID.fullmatch(run):
-        raise MotipError(
-            "there is no such run",
-            where="RUN",
-            found=run,
-            expected="an existing folder of a stage or an evaluation, or the MLflow id of a stage's run",
-        )
-    # A run id: the folder of its checkpoint, for an unfinished run the stage record with the id.
-    step = open_lineage(storage).chain(run)[-1]
-    base = location(storage)
-    if step.checkpoint is not None:
-        folders = [location(step.checkpoint.path).parent]
-        if step.checkpoint.relative:
-            folders.append((base / step.checkpoint.relative).parent)
-    elif isinstance(base, Path):
-        records = base.glob("curricula/*/*/*/stage.json")
-        folders = [path.parent for path in sorted(records) if read_json(path).get("run_id") == step.run_id]
-    else:
-        folders = []
-    for folder in folders:
-        if (folder / "stage.json").is_file():
-            return folder
-    raise MotipError(
-        "the folder of this run was not found",
-        where=f"run {step.run_id} ({step.stage})",
-        found=", ".join(map(str, folders)) or "no folder under --storage with a stage.json of this run",
-        fix="pass the folder itself, or the --storage that contains it",
-    )
-
-
-def output_folder(out: str | None, folder: Location, name: str) -> Location:
-    """The folder for the pictures: ``out``, else ``name`` in ``folder``; a local one is created.
+def prepared_folder(target: Location) -> Location:
+    """``target``; a local folder is created.
 
     Raises:
         MotipError: a local folder cannot be created or written.
     """
-    target = folder / name if out is None else Path(out).expanduser()
     if isinstance(target, Path):
         check_folder(target, "--out")
     return target
 
 
-def output_picture(out: str | None, folder: Location, name: str) -> Location:
-    """The path for one picture: ``out``, else ``name`` in ``folder``.
+def load_tracked_run(folder: Location, options: RunOptions) -> TrackedRun:
+    """The tracks of a stage or an evaluation; videos without tracks of its checkpoint and settings are tracked first.
 
     Raises:
-        MotipError: ``out`` is a folder, does not end in .png, or cannot be written.
+        MotipError: invalid options, or missing or damaged data.
     """
-    if out is None:
-        return folder / name
-    target = Path(out).expanduser()
-    if target.suffix.lower() != ".png" or target.is_dir():
-        raise MotipError("the dashboard is a PNG", where="--out", found=out, expected="a path that ends in .png")
-    output_folder(str(target.parent), folder, name)
-    return target
+    if StageFolder(folder).exists():
+        return _from_stage(folder, options)
+    return _from_evaluation(folder, options)
 
 
 def load_stored_run(folder: Location) -> TrackedRun:
@@ -201,41 +149,34 @@ def load_stored_run(folder: Location) -> TrackedRun:
     Raises:
         MotipError: the stage is not finished, none of its videos has stored tracks, or its records are damaged.
     """
-    record, job = read_json(folder / "stage.json"), _optional(folder / "job.json")
-    if record.get("status") != "finished":
+    stage = StageFolder(folder)
+    record, facts = stage.record(), stage.facts()
+    if record is None:
         raise MotipError("the stage is not finished", where=folder)
     storage = _storage_of(folder)
     _, _, classes, settings = stored_row(folder)
     # Of its val videos, those with stored tracks.
-    names = _select_sources(None, job.get("val") or [], folder)
+    names = _select_sources(None, facts.val, folder)
     every = _entries(storage, names, "val")
-    tracks = evaluation_folder(storage, str(record["sha256"]))
-    entries = [each for each in every if is_tracked(tracks, each, tracks_digest(record["sha256"], settings, each))]
+    tracks = evaluation_folder(storage, record.sha256)
+    entries = [each for each in every if is_tracked(tracks, each, tracks_digest(record.sha256, settings, each))]
     if not entries:
         raise MotipError("no tracks of its val videos are stored", where=tracks)
-    stage = str(job.get("stage") or record.get("stage") or folder.parent.name)
     share = "" if len(entries) == len(every) else f", {len(entries)} of {len(every)} videos"
-    rules = _rules(job, {name: classes for name in names}, None, folder)
-    return TrackedRun(f"{stage}, {BEST}, val{share}", folder, storage, tracks, entries, rules)
+    rules = _rules(asdict(facts), dict.fromkeys(names, classes), None, folder)
+    return TrackedRun(f"{stage.name}, {stage.best.name}, val{share}", folder, storage, tracks, entries, *rules)
 
 
-def _from_evaluation(
-    folder: Location,
-    stored: dict[str, Any],
-    split: str,
-    sources: Sequence[str] | None,
-    config: str | None,
-    device: str,
-) -> TrackedRun:
-    """The run of an evaluation's folder; ``stored`` is its scores file."""
+def _from_evaluation(folder: Location, options: RunOptions) -> TrackedRun:
+    """The run of an evaluation's folder."""
+    stored = read_json(folder / scores_file(options.split))
     # The scored videos.
     scored = {name: tuple(each["classes"]) for name, each in stored["sources"].items()}
-    names = _select_sources(sources, list(scored), folder)
+    names = _select_sources(options.sources, list(scored), folder)
     storage = _storage_of(folder)
-    rules = _rules(stored, {name: scored[name] for name in names}, config, folder)
+    rules = _rules(stored, {name: scored[name] for name in names}, options.config, folder)
     sequences = {name: set(stored["sources"][name]["sequences"]) for name in names}
-    entries = _entries(storage, names, split)
-    entries = [entry for entry in entries if entry.video in sequences[entry.source]]
+    entries = [each for each in _entries(storage, names, options.split) if each.video in sequences[each.source]]
     # Track those without stored tracks, with the checkpoint of the evaluation.
     settings = TrackerSettings(**stored["settings"])
     notes: list[str] = []
@@ -243,7 +184,7 @@ def _from_evaluation(
         each for each in entries if not is_tracked(folder, each, tracks_digest(stored["sha256"], settings, each))
     ]
     if waiting:
-        loaded = load(str(local_copy(location(stored["checkpoint"]))), device=device)
+        loaded = load(str(local_copy(location(stored["checkpoint"]))), device=options.device)
         if loaded.meta["sha256"] != stored["sha256"]:
             raise MotipError(
                 f"{len(waiting)} videos have no stored tracks, and the checkpoint has changed since the evaluation",
@@ -252,75 +193,78 @@ def _from_evaluation(
                 expected=stored["sha256"],
                 fix="evaluate the checkpoint as it is now: motip evaluate",
             )
-        _track(ModelUnderTest(loaded.model, stored["sha256"], settings), entries, storage, folder, device)
+        _track(ModelUnderTest(loaded.model, stored["sha256"], settings), entries, storage, folder, options)
         notes.append(f"{len(waiting)} videos were tracked now")
-    title = f"{Path(stored['checkpoint']).name} {stored['sha256'][:12]}, {split}"
-    return TrackedRun(title, folder, storage, folder, entries, rules, notes)
+    title = f"{Path(stored['checkpoint']).name} {stored['sha256'][:12]}, {options.split}"
+    return TrackedRun(title, folder, storage, folder, entries, *rules, notes)
 
 
-def _from_stage(
-    folder: Location, split: str, sources: Sequence[str] | None, config: str | None, device: str
-) -> TrackedRun:
+def _from_stage(folder: Location, options: RunOptions) -> TrackedRun:
     """The run of a stage's folder with its best checkpoint; of an unfinished stage, the newest."""
     # Checkpoint.
-    record, job = read_json(folder / "stage.json"), _optional(folder / "job.json")
+    stage = StageFolder(folder)
+    facts = stage.facts()
     storage = _storage_of(folder)
-    checkpoint, notes = _checkpoint_of(folder, record)
-    loaded = load(str(local_copy(checkpoint)), device=device)
+    checkpoint, notes = _checkpoint_of(stage)
+    loaded = load(str(local_copy(checkpoint)), device=options.device)
     digest = str(loaded.meta["sha256"])
-    if checkpoint.name == BEST and digest != record["sha256"]:
-        notes.append(f"{BEST} is not the file that the stage recorded ({digest[:12]}, not {record['sha256'][:12]})")
-    _check_classes(loaded, folder)
+    recorded = str(stage.state().get("sha256", digest))
+    if checkpoint == stage.best and digest != recorded:
+        notes.append(f"{checkpoint.name} is not the file that the stage recorded ({digest[:12]}, not {recorded[:12]})")
+    _check_classes(loaded, stage)
     # Videos, class maps and protocols.
-    stage = str(job.get("stage") or record.get("stage") or folder.parent.name)
-    validated_on = job.get("val") or ([] if config is None else _validation_sources(config, stage))
-    names = _select_sources(sources, validated_on, folder)
-    rules = _rules(job, {name: loaded.class_names for name in names}, config, folder)
-    entries = _entries(storage, names, split)
+    config = options.config
+    validated_on = facts.val or ([] if config is None else _validation_sources(config, stage.name))
+    names = _select_sources(options.sources, validated_on, folder)
+    rules = _rules(asdict(facts), dict.fromkeys(names, loaded.class_names), config, folder)
+    entries = _entries(storage, names, options.split)
     tracks = evaluation_folder(storage, digest)
-    reused = _track(ModelUnderTest(loaded.model, digest, loaded.settings), entries, storage, tracks, device)
+    reused = _track(ModelUnderTest(loaded.model, digest, loaded.settings), entries, storage, tracks, options)
     if reused < len(entries):
         notes.append(f"{len(entries) - reused} of {len(entries)} videos were tracked now; their tracks are in {tracks}")
-    return TrackedRun(f"{stage}, {checkpoint.name}, {split}", folder, storage, tracks, entries, rules, notes)
+    title = f"{stage.name}, {checkpoint.name}, {options.split}"
+    return TrackedRun(title, folder, storage, tracks, entries, *rules, notes)
 
 
-def _track(subject: ModelUnderTest, entries: list[VideoEntry], storage: Location, folder: Location, device: str) -> int:
+def _track(
+    model: ModelUnderTest, entries: list[VideoEntry], storage: Location, folder: Location, options: RunOptions
+) -> int:
     """Track the videos without stored tracks; returns how many had some."""
 
-    def print_progress(video: VideoEntry, done: int, total: int) -> None:
-        console().print(f"tracked {done} of {total}: {video.source}/{video.split}/{video.video}", highlight=False)
+    def report(video: VideoEntry, done: int, total: int) -> None:
+        options.log(f"tracked {done} of {total}: {video.source}/{video.split}/{video.video}")
 
-    return track_missing(
-        subject, EvalJob(entries, str(storage), folder, device=str(resolve_device(device)), on_video=print_progress)
-    )
+    device = str(resolve_device(options.device))
+    return track_missing(model, EvalJob(entries, str(storage), folder, device=device, on_video=report))
 
 
-def _checkpoint_of(folder: Location, record: dict[str, Any]) -> tuple[Location, list[str]]:
+def _checkpoint_of(stage: StageFolder) -> tuple[Location, list[str]]:
     """The best checkpoint, of an unfinished stage the newest, and notes about the choice."""
-    best = folder / BEST
-    if record.get("status") == "finished" and best.is_file():
-        return best, []
-    kept = [each.weights for each in list_checkpoints(folder).epochs if each.weights is not None]
+    finished = stage.state().get("status") == "finished"
+    if finished and stage.best.is_file():
+        return stage.best, []
+    kept = [each.weights for each in stage.checkpoints().epochs if each.weights is not None]
     if not kept:
         raise MotipError(
             "this stage has no checkpoint of a finished epoch",
-            where=folder,
-            expected="checkpoint_best.pth, or epoch_<n>/checkpoint_<n>.pth",
+            where=stage.path,
+            expected=f"{stage.best.name}, or epoch_<n>/checkpoint_<n>.pth",
             fix="wait for its first epoch",
         )
-    why = "has no best checkpoint any more" if record.get("status") == "finished" else "is not finished"
+    why = "has no best checkpoint any more" if finished else "is not finished"
     return kept[-1], [f"the stage {why}: its newest epoch is shown, {kept[-1].name}"]
 
 
-def _check_classes(loaded: LoadedModel, folder: Location) -> None:
+def _check_classes(loaded: LoadedModel, stage: StageFolder) -> None:
     """Raise MotipError if the checkpoint's classes differ from those of the stage's configuration."""
-    if not (folder / "config.json").is_file():
+    config = stage.config()
+    if not config:
         return
-    named = Config.from_dict(read_json(folder / "config.json")).class_names
+    named = Config.from_dict(config).class_names
     if tuple(named) != loaded.class_names:
         raise MotipError(
             "the checkpoint's classes differ from those of config.json in its folder",
-            where=folder,
+            where=stage.path,
             found=", ".join(loaded.class_names),
             expected=", ".join(named),
             fix="restore the stage's own checkpoint, or evaluate this one separately: motip evaluate",
@@ -329,8 +273,8 @@ def _check_classes(loaded: LoadedModel, folder: Location) -> None:
 
 def _rules(
     stored: dict[str, Any], classes: dict[str, tuple[str, ...]], config: str | None, folder: Location
-) -> ScoringRules:
-    """Class maps and protocols from the curriculum file ``config``, else as stored with the run."""
+) -> tuple[dict[str, ClassMap], dict[str, str]]:
+    """Class maps and protocols by source, from the curriculum file ``config``, else as stored with the run."""
     maps: dict[str, ClassMap] = {}
     protocols: dict[str, str] = {}
     curriculum = None if config is None else load_curriculum(config)
@@ -365,7 +309,7 @@ def _rules(
                 fix="pass the curriculum file that the checkpoint was trained with",
             )
         maps[name] = ClassMap(own, {each: tuple(raws[each]) for each in own if each in raws})
-    return ScoringRules(maps, protocols)
+    return maps, protocols
 
 
 def _storage_of(folder: Location) -> Location:
@@ -429,12 +373,6 @@ def _select_sources(sources: Sequence[str] | None, valid: Sequence[str], folder:
                 expected="some of " + ", ".join(valid),
             )
     return list(sources) if sources is not None else list(valid)
-
-
-def _optional(path: Location) -> dict[str, Any]:
-    """Content of a JSON file; empty if there is no such file."""
-    values: dict[str, Any] = read_json(path) if path.is_file() else {}
-    return values
 
 
 def _images(path: Location, entry: VideoEntry) -> Images:
