@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from motip.config import Config
 from motip.config.curriculum_file import BASE
 from motip.errors import MotipError
 from motip.evaluation.comparison import Comparison, compare
-from motip.evaluation.domain_matrix import DomainMatrix
+from motip.evaluation.domain_matrix import Column, DomainMatrix, Forgetting
 from motip.evaluation.score_files import load_scores
 from motip.evaluation.scores import Scores
 from motip.report.stage_list import StageList
@@ -20,14 +23,6 @@ from motip.tracking.settings import TrackerSettings
 
 MAX_SHEETS = 12
 """Failure sheets of one stage on the page; the others stay in the stage's folder."""
-
-
-@dataclass(frozen=True)
-class PageImage:
-    """An image file: its name and bytes."""
-
-    name: str
-    content: bytes
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,8 @@ class StageFacts:
         domains: source -> domain, of ``row``.
         classes, settings: class names and tracker settings that ``row`` was tracked with.
         state: checkpoint file compared with its recorded digest: same, changed, missing or not read.
-        sheets, more_sheets: the first MAX_SHEETS failure sheets, and the number of others.
+        dashboard: image file; None if there is none.
+        sheets: failure sheets, image files.
         missing: parts that could not be read, one line each.
     """
 
@@ -55,9 +51,8 @@ class StageFacts:
     classes: tuple[str, ...] = ()
     settings: TrackerSettings | None = None
     state: str = ""
-    dashboard: PageImage | None = None
-    sheets: tuple[PageImage, ...] = ()
-    more_sheets: int = 0
+    dashboard: Location | None = None
+    sheets: tuple[Location, ...] = ()
     missing: tuple[str, ...] = ()
 
     @property
@@ -79,6 +74,15 @@ class Matrix:
     allowed: float
     each_class: bool
     transfer: Mapping[str, float | None]
+
+    @cached_property
+    def forgotten(self) -> dict[tuple[str, Column], Forgetting]:
+        """The forgotten cells by stage and column."""
+        return {
+            (stage, (each.domain, each.class_name)): each
+            for stage in self.values.stages
+            for each in self.values.forgotten(stage, self.allowed, self.each_class)
+        }
 
 
 @dataclass(frozen=True)
@@ -117,59 +121,64 @@ class PageFacts:
         """The domain of a source; the source's name if no stage was scored by domain."""
         return next((stage.domains[source] for stage in self.stages if source in stage.domains), source)
 
+    @property
+    def storage(self) -> Location:
+        """The storage that has the curriculum's folder."""
+        return self.folder.parent.parent
+
+    @property
+    def missing_parts(self) -> tuple[str, ...]:
+        """Parts of the curriculum and its stages that could not be read, one line each."""
+        return (*self.missing, *(f"{stage.name}: {text}" for stage in self.stages for text in stage.missing))
+
+    @property
+    def verify_command(self) -> str:
+        """The command that recomputes the digests; empty without a run."""
+        if not self.run_id:
+            return ""
+        return f"motip lineage verify {self.run_id} --storage {shlex.quote(str(self.storage))}"
+
     def before(self, stage: StageFacts) -> StageFacts | None:
         """The stage whose checkpoint ``stage`` started from, None if it started from other weights."""
         parent = stage.record.get("parent_sha256")
         return next((each for each in self.stages if parent and each.record.get("sha256") == parent), None)
 
-    def compared_with(self, stage: StageFacts) -> StageFacts | None:
-        """The stage before; for a first stage the given weights, if they were scored."""
-        return self.before(stage) or self.given.get(str(stage.record.get("parent_sha256")))
+    def changes(self, stage: StageFacts) -> dict[str, Change]:
+        """Source of the stage's own validation -> its change against the stage before, or against the given weights."""
+        before = self.before(stage) or self.given.get(str(stage.record.get("parent_sha256")))
+        scored = [source for source, own in stage.scores.items() if own.per_class]
+        if before is None:
+            return {source: Change("", None, "it is the first") for source in scored}
+        return {source: _change(before, stage, source) for source in scored}
+
+
+def _change(before: StageFacts, stage: StageFacts, source: str) -> Change:
+    why = f"other data: {before.name} has no scores on {source}"
+    for a, b in ((before.scores, stage.scores), (before.row, stage.row)):
+        if source not in a or source not in b:
+            continue
+        try:
+            return Change(before.name, compare(a[source], b[source]))
+        except MotipError as error:
+            why = f"not comparable with {before.name}: {error.what}"
+    return Change(before.name, None, why)
 
 
 def read_page_facts(folder: Location, stages: StageList) -> PageFacts:
     """Read the folders of the curriculum and its stages; what cannot be read goes into ``missing``."""
     missing: list[str] = []
     matrix = None
-    try:
+    with _noted(missing, "the domains"):
         matrix = _matrix(folder / "domains.json")
-    except MotipError as error:
-        missing.append(f"the domains: {_sentence(error)}")
     facts = tuple(_stage(name, own) for name, own in stages.folders.items())
     given = {}
     for stage in facts:
         parent = str(stage.record.get("parent_sha256") or "")
         scored = folder / BASE / parent[:12]
         if parent and (scored / "domains.json").is_file():
-            try:
+            with _noted(missing, "scores of the given weights"):
                 given[parent] = StageFacts(BASE, scored, row=stored_row(scored)[0])
-            except MotipError as error:
-                missing.append(f"scores of the given weights: {_sentence(error)}")
     return PageFacts(stages.name, stages.run_id, folder, facts, matrix, tuple(missing), given)
-
-
-def changes(page: PageFacts, stage: StageFacts) -> dict[str, Change]:
-    """Source of the stage's own validation -> its change against the stage before."""
-    before = page.compared_with(stage)
-    found = {}
-    for source, own in stage.scores.items():
-        if before is None:
-            found[source] = Change("", None, "it is the first")
-        else:
-            found[source] = _change(before, stage, source, own)
-    return found
-
-
-def _change(before: StageFacts, stage: StageFacts, source: str, own: Scores) -> Change:
-    pairs = [(before.scores.get(source), own), (before.row.get(source), stage.row.get(source))]
-    scored = [(a, b) for a, b in pairs if a is not None and b is not None]
-    why = f"other data: {before.name} has no scores on {source}"
-    for a, b in scored:
-        try:
-            return Change(before.name, compare(a, b))
-        except MotipError as error:
-            why = f"not comparable with {before.name}: {error.what}"
-    return Change(before.name, None, why)
 
 
 def _matrix(path: Location) -> Matrix:
@@ -198,45 +207,33 @@ def _matrix(path: Location) -> Matrix:
 def _stage(name: str, folder: Location | None) -> StageFacts:
     if folder is None:
         return StageFacts(name, None, missing=("not trained yet",))
-    missing: list[str] = []
-    record: Mapping[str, Any] = {}
+    facts, missing = StageFacts(name, folder), list[str]()
+    with _noted(missing):
+        facts = replace(facts, record=_record(folder / "stage.json"))
+    if facts.finished:
+        with _noted(missing, "scores"):
+            facts = replace(facts, scores=load_scores(str(folder))[1])
+        with _noted(missing, "scores by domain"):
+            row, domains, classes, settings = stored_row(folder)
+            facts = replace(facts, row=row, domains=domains, classes=classes, settings=settings)
+        dashboard = folder / "dashboard.png"
+        facts = replace(
+            facts,
+            state=_state(facts.record),
+            dashboard=dashboard if dashboard.is_file() else None,
+            sheets=tuple(sheets_in(folder)),
+        )
+    return replace(facts, missing=tuple(missing))
+
+
+@contextlib.contextmanager
+def _noted(missing: list[str], part: str = "") -> Iterator[None]:
+    """Add a MotipError of the block to ``missing``, one line with the part that could not be read."""
     try:
-        record = _record(folder / "stage.json")
+        yield
     except MotipError as error:
-        return StageFacts(name, folder, missing=(_sentence(error),))
-    # Scores on the stage's own val videos.
-    scores: dict[str, Scores] = {}
-    try:
-        scores = load_scores(str(folder))[1]
-    except MotipError as error:
-        missing.append(f"scores: {_sentence(error)}")
-    # Scores by domain.
-    row: dict[str, Scores] = {}
-    domains: dict[str, str] = {}
-    classes: tuple[str, ...] = ()
-    settings: TrackerSettings | None = None
-    try:
-        row, domains, classes, settings = stored_row(folder)
-    except MotipError as error:
-        missing.append(f"scores by domain: {_sentence(error)}")
-    # Images.
-    dashboard = folder / "dashboard.png"
-    sheets = sheets_in(folder)
-    return StageFacts(
-        name=name,
-        folder=folder,
-        record=record,
-        scores=scores,
-        row=row,
-        domains=domains,
-        classes=classes,
-        settings=settings,
-        state=_state(record),
-        dashboard=PageImage(dashboard.name, dashboard.read_bytes()) if dashboard.is_file() else None,
-        sheets=tuple(PageImage(path.name, path.read_bytes()) for path in sheets[:MAX_SHEETS]),
-        more_sheets=len(sheets[MAX_SHEETS:]),
-        missing=tuple(missing),
-    )
+        place = "" if error.where is None else f" ({error.where})"
+        missing.append(f"{part and f'{part}: '}{error.what}{place}")
 
 
 def sheets_in(folder: Location) -> list[Location]:
@@ -286,12 +283,3 @@ def _state(record: Mapping[str, Any]) -> str:
     if not Path(path).is_file():
         return "missing"
     return "same" if sha256(path) == record["sha256"] else "changed"
-
-
-def _sentence(error: MotipError) -> str:
-    return error.what if error.where is None else f"{error.what} ({error.where})"
-
-
-def missing_parts(page: PageFacts) -> Sequence[str]:
-    """Parts of the curriculum and its stages that could not be read, one line each."""
-    return [*page.missing, *(f"{stage.name}: {text}" for stage in page.stages for text in stage.missing)]
