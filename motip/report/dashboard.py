@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -54,7 +53,6 @@ def dashboard(history: History) -> Figure:
     with rc_context(_STYLE):
         # 1500 pixels across; shown at 60 % in a README the text is still about 11 pixels high.
         figure = Figure(figsize=(15, 15.6), dpi=100, facecolor="white")
-        FigureCanvasAgg(figure)
         grid = figure.subplots(4, 3)
         figure.subplots_adjust(left=0.055, right=0.985, top=0.91, bottom=0.065, hspace=0.42, wspace=0.2)
         for axes, draw in zip(grid.flat, _PANELS, strict=True):

@@ -14,6 +14,7 @@ import numpy as np
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
 from motip.report.drawing import DrawnTracks, Painter
+from motip.report.failure_drawing import caption_bar
 from motip.report.video_writer import VideoWriter
 
 TILE_WIDTH = 640
@@ -88,7 +89,7 @@ def write_side_by_side(
                 drawn = _drawn(tile.rows, rows.get(number), zoom)
                 caption = f"{tile.caption}   {len(drawn.ids)} boxes   frame {number + 1}"
                 boxes += len(drawn.ids)
-                pictures.append(np.vstack([_caption(size[0], caption), painter.draw(resized, drawn)]))
+                pictures.append(np.vstack([caption_bar(caption, size[0], STRIP, 0.62), painter.draw(resized, drawn)]))
             picture = tiled(pictures, columns)
             writer.write(picture)
             if boxes > most_boxes:
@@ -103,16 +104,6 @@ def tiled(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     empty = np.zeros_like(pictures[0])
     padded = [*pictures, *[empty] * (-len(pictures) % columns)]
     return np.vstack([np.hstack(padded[start : start + columns]) for start in range(0, len(padded), columns)])
-
-
-def _caption(width: int, text: str) -> np.ndarray:
-    """(STRIP, width, 3) uint8: white text on a dark background, in smaller type if it is long."""
-    strip = np.full((STRIP, width, 3), 24, np.uint8)
-    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.62
-    (needed, _), _ = cv2.getTextSize(text, font, scale, 1)
-    scale = min(scale, scale * (width - 16) / max(needed, 1))
-    cv2.putText(strip, text, (8, STRIP - 9), font, scale, (255, 255, 255), 1, cv2.LINE_AA)
-    return strip
 
 
 def _by_frame(rows: TrackRows) -> dict[int, np.ndarray]:
