@@ -198,14 +198,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise _truncated(path, str(error)) from None
-    described: Any = {}
-    if HEADER_KEY in header:
-        try:
-            described = json.loads(header[HEADER_KEY])
-        except json.JSONDecodeError as error:
-            raise MotipError("the header of the file is damaged", where=path, found=str(error)) from None
+    try:
+        described = json.loads(header.get(HEADER_KEY, "{}"))
         if not isinstance(described, dict):
-            raise MotipError("the header of the file is damaged", where=path, found=f"a {type(described).__name__}")
+            raise TypeError(f"a {type(described).__name__}")
+    except (json.JSONDecodeError, TypeError) as error:
+        raise MotipError("the header of the file is damaged", where=path, found=str(error)) from None
     aliases = described.pop("aliases", {})
     for alias, key in aliases.items():
         if key not in tensors:
