@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import cv2
@@ -49,19 +49,17 @@ class DrawnTracks:
     scores: np.ndarray
 
 
-@dataclass
 class Painter:
     """Draws the frames of one video in order; keeps the last positions of each track for the trails.
 
-    Attributes:
+    Args:
         class_names: names by class id.
         trail: length of a trail in frames; 0 disables trails.
     """
 
-    class_names: Sequence[str]
-    trail: int = 30
-    _paths: dict[int, deque[tuple[int, int, int]]] = field(default_factory=dict)
-    _frame: int = 0
+    def __init__(self, class_names: Sequence[str], trail: int = 30) -> None:
+        self.class_names = class_names
+        self._recent: deque[dict[int, tuple[int, int]]] = deque(maxlen=trail)
 
     def draw(self, image: np.ndarray, tracks: DrawnTracks, bar: str = "") -> np.ndarray:
         """A copy of ``image`` ((H, W, 3) uint8 RGB) with the tracks drawn on it and ``bar`` written along its top."""
@@ -72,9 +70,14 @@ class Painter:
         line = weight if min(height, width) < 200 else max(2, weight)
         boxes = in_pixels(tracks.boxes_xyxy, picture)
         ids = tracks.ids.tolist()
-        self._extend_trails(ids, boxes)
+        # Trails: the lower middle of the box in the last frames.
+        feet = {track_id: ((x0 + x1) // 2, y1) for track_id, (x0, _, x1, y1) in zip(ids, boxes, strict=True)}
+        self._recent.append(feet)
         for track_id in ids:
-            self._draw_trail(picture, track_id, line)
+            points = np.array([each[track_id] for each in self._recent if track_id in each], np.int32)
+            if len(points) > 1:
+                cv2.polylines(picture, [points], False, DARK, line + 2, cv2.LINE_AA)
+                cv2.polylines(picture, [points], False, track_colour(track_id), line, cv2.LINE_AA)
         # Boxes: highest score last, so that it is on top.
         by_score = np.argsort(tracks.scores, kind="stable").tolist()
         for index in by_score:
@@ -85,26 +88,7 @@ class Painter:
             number, name = ids[index] + 1, self.class_names[int(tracks.class_ids[index])]
             texts = [f"{number} {name} {float(tracks.scores[index]):.2f}", f"{number} {name[:3]}", str(number)]
             draw_label(picture, boxes[index], texts, track_colour(ids[index]), weight, ceiling)
-        self._frame += 1
         return picture
-
-    def _extend_trails(self, ids: list[int], boxes: list[list[int]]) -> None:
-        if not self.trail:
-            return
-        for track_id, (x0, _, x1, y1) in zip(ids, boxes, strict=True):
-            self._paths.setdefault(track_id, deque()).append((self._frame, (x0 + x1) // 2, y1))
-        for track_id in list(self._paths):
-            path = self._paths[track_id]
-            while path and path[0][0] <= self._frame - self.trail:
-                path.popleft()
-            if not path:
-                del self._paths[track_id]
-
-    def _draw_trail(self, picture: np.ndarray, track_id: int, line: int) -> None:
-        points = np.array([point[1:] for point in self._paths.get(track_id, ())], np.int32)
-        if len(points) > 1:
-            cv2.polylines(picture, [points], False, DARK, line + 2, cv2.LINE_AA)
-            cv2.polylines(picture, [points], False, track_colour(track_id), line, cv2.LINE_AA)
 
 
 def in_pixels(boxes_xyxy: np.ndarray, picture: np.ndarray) -> list[list[int]]:

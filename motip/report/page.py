@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from motip.errors import MotipError
 from motip.evaluation.bootstrap import MEAN
 from motip.evaluation.comparison import COVERAGE
 from motip.report.drawing import text_colour
-from motip.report.page_facts import MAX_SHEETS, PageFacts, read_page_facts
+from motip.report.page_facts import MAX_SHEETS, PageFacts, in_one_line, read_page_facts
 from motip.report.page_media import PageVideo, embed, poster
 from motip.report.page_view import METRICS, change_note, heat_colour, hours, score_rows, signed
 from motip.report.progress import duration
@@ -105,8 +105,9 @@ def write_page(
     with tempfile.TemporaryDirectory(prefix="motip-") as temporary:
         # Complete in a temporary folder first: MLflow logs local files, the storage may be remote.
         work = Path(temporary)
-        shown, videos, failed = _videos(facts, tracking or TrackingOptions(), work / FILES, log)
-        missing = (*facts.missing_parts, *failed)
+        missing = [*facts.missing_parts]
+        shown = _videos(facts, tracking or TrackingOptions(), work / FILES, log, missing)
+        videos = [Path(video.file).name for video in shown if video.file]
         (work / PAGE).write_text(page_html(facts, shown, missing), encoding="utf-8")
         # Videos before the page that refers to them.
         for name in videos:
@@ -117,10 +118,10 @@ def write_page(
             lineage.log_artifact(facts.run_id, work / PAGE, "report")
             for name in videos:
                 lineage.log_artifact(facts.run_id, work / FILES / name, f"report/{FILES}")
-    return Page(target / PAGE, tuple(videos), missing)
+    return Page(target / PAGE, tuple(videos), tuple(missing))
 
 
-def page_html(facts: PageFacts, videos: list[PageVideo], missing: tuple[str, ...]) -> str:
+def page_html(facts: PageFacts, videos: Sequence[PageVideo], missing: Sequence[str]) -> str:
     """The complete HTML document."""
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return TEMPLATES.get_template("page.html.j2").render(page=facts, videos=videos, missing=missing, made=made)
@@ -135,19 +136,19 @@ def open_in_browser(path: Location) -> bool:
 
 
 def _videos(
-    facts: PageFacts, tracking: TrackingOptions, folder: Path, log: Callable[[str], None]
-) -> tuple[list[PageVideo], list[str], list[str]]:
-    """Write one video per domain: what to show, file names, and one line for each that failed."""
+    facts: PageFacts, tracking: TrackingOptions, folder: Path, log: Callable[[str], None], missing: list[str]
+) -> list[PageVideo]:
+    """Write one video per domain; what cannot be shown is added to ``missing``, one line each."""
     domains = scored_domains(facts)
-    shown: list[PageVideo] = []
-    names: list[str] = []
-    failed: list[str] = []
     if not domains:
-        return shown, names, ["the videos: no stage has scores, so there is no sequence to show"]
+        missing.append("the videos: no stage has scores, so there is no sequence to show")
+        return []
     try:
         manifest = Manifest.load(facts.storage)
     except MotipError as error:
-        return shown, names, [f"the videos: {error.what} ({error.where})"]
+        missing.append(f"the videos: {in_one_line(error)}")
+        return []
+    shown = []
     for domain, sources in domains.items():
         name = f"side_by_side_{re.sub(r'[^A-Za-z0-9_-]', '_', domain)}.mp4"
         try:
@@ -156,10 +157,8 @@ def _videos(
             shown.append(_video(facts, domain, video, tracking, folder / name))
         except MotipError as error:
             shown.append(PageVideo(domain, "", f"No video: {error.what}"))
-            failed.append(f"the video of {domain}: {error.what}" + (f" ({error.where})" if error.where else ""))
-            continue
-        names.append(name)
-    return shown, names, failed
+            missing.append(f"the video of {domain}: {in_one_line(error)}")
+    return shown
 
 
 def _video(facts: PageFacts, domain: str, video: VideoEntry, tracking: TrackingOptions, path: Path) -> PageVideo:

@@ -186,20 +186,14 @@ def _matrix(path: Location) -> Matrix:
         raise MotipError("no stage was scored by domain (score is none under domains, or no stage is finished)")
     stored = read_json(path)
     try:
-        return Matrix(
-            DomainMatrix(
-                stored["metric"],
-                tuple(stored["stages"]),
-                tuple(stored["domains"]),
-                stored["values"],
-                stored["by_class"],
-                stored["known"],
-                stored["before"],
-            ),
-            float(stored["allowed_loss"]),
-            bool(stored["each_class"]),
-            stored["backward_transfer"],
+        values = DomainMatrix(
+            **{name: stored[name] for name in ("metric", "values", "by_class")},
+            stages=tuple(stored["stages"]),
+            domains=tuple(stored["domains"]),
+            trained_on=stored["known"],
+            ancestors=stored["before"],
         )
+        return Matrix(values, float(stored["allowed_loss"]), bool(stored["each_class"]), stored["backward_transfer"])
     except (KeyError, TypeError, ValueError) as error:
         raise MotipError(f"{path.name} cannot be read: {error!r}") from error
 
@@ -232,8 +226,12 @@ def _noted(missing: list[str], part: str = "") -> Iterator[None]:
     try:
         yield
     except MotipError as error:
-        place = "" if error.where is None else f" ({error.where})"
-        missing.append(f"{part and f'{part}: '}{error.what}{place}")
+        missing.append(f"{part and f'{part}: '}{in_one_line(error)}")
+
+
+def in_one_line(error: MotipError) -> str:
+    """What is wrong, and where if that is known."""
+    return error.what if error.where is None else f"{error.what} ({error.where})"
 
 
 def sheets_in(folder: Location) -> list[Location]:
