@@ -22,8 +22,14 @@ from motip.model.spec import ModelSpec
 from motip.storage.atomic import atomic_write, sha256_file, write_json_atomic
 from motip.weights.class_names import canonical_name, check_class_list
 from motip.weights.files import HEADER_KEY, WeightFile
-from motip.weights.inspection import DESCRIPTION_NAME, WEIGHTS_NAME, read_described, training_position
-from motip.weights.transfer import POSITIONS_KEY, WORDS_KEY, TransferPlan, apply_transfer, plan_transfer
+from motip.weights.inspection import (
+    DESCRIPTION_NAME,
+    WEIGHTS_NAME,
+    read_described,
+    sizes_from_shapes,
+    training_position,
+)
+from motip.weights.transfer import TransferPlan, apply_transfer, plan_transfer
 from motip.weights.transfer_report import COPIED
 
 if TYPE_CHECKING:
@@ -174,12 +180,10 @@ def _architecture(
 
 def _published_spec(weight_file: WeightFile, classes: Sequence[str]) -> ModelSpec:
     """The published architecture with classes, vocabulary and positions of the file; raises if it does not fit."""
-    words, positions = weight_file.tensors.get(WORDS_KEY), weight_file.tensors.get(POSITIONS_KEY)
-    sizes: dict[str, Any] = {"num_classes": weight_file.class_rows, "only_detr": not weight_file.has_identity}
-    if words is not None and positions is not None:
-        sizes |= {"num_id_vocabulary": words.shape[1] - 1, "rel_pe_length": positions.shape[1]}
+    shapes = sizes_from_shapes(weight_file.tensors)
+    sizes = {name: shapes[name] for name in ("num_id_vocabulary", "rel_pe_length") if name in shapes}
     try:
-        spec = ModelSpec(**sizes)
+        spec = ModelSpec(weight_file.class_rows, only_detr=not weight_file.has_identity, **sizes)
         plan_transfer(weight_file, spec, classes)
     except MotipError as error:
         raise MotipError(

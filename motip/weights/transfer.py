@@ -143,11 +143,8 @@ def load_pretrained(
 
     Args:
         model: any device; filled in place.
-        path: see ``read_weights``.
-        class_names: classes of the model, one per row of its class head.
-        file_classes: classes of the file, if it does not name them (PRETRAIN_CLASSES).
-        new_class_from: initial rows of new classes (CLASS_INIT), see ``match_classes``.
-        allow: ``fnmatch`` patterns of keys that may be missing, unknown, or of another shape (PRETRAIN_ALLOW).
+        path, file_classes: see ``read_weights``.
+        class_names, new_class_from, allow: see ``plan_transfer``.
 
     Raises:
         MotipError: from any of the three functions; the model is then unchanged.
