@@ -50,10 +50,7 @@ class View:
 
 def full_view(width: int, height: int) -> View:
     """View of the full image: small images are enlarged to about 960 pixels, large ones reduced to 1920."""
-    if width < 960:
-        scale = float(max(1, round(960 / width)))
-    else:
-        scale = min(1.0, 1920 / width)
+    scale = max(1, round(960 / width)) if width < 960 else min(1, 1920 / width)
     return View(0, 0, width, height, 2 * round(width * scale / 2), 2 * round(height * scale / 2))
 
 
@@ -62,35 +59,26 @@ def zoomed_view(width: int, height: int, shown: tuple[int, int], annotations: Se
 
     Small boxes are enlarged up to four times; the aspect ratio is kept.
     """
-    fit = min(shown[0] / width, shown[1] / height)
+    size = np.array([width, height])
+    scale = float((shown / size).min())
     # Zoom by the median side of the wrong boxes.
     boxes = [each.box for each in annotations if each.kind in (MISSED, FALSE, SWITCH)]
     wrong = np.array(boxes, np.float64).reshape(-1, 4)
-    zoom = 1.0
     if len(wrong):
         sides = np.sqrt(np.maximum((wrong[:, 2:] - wrong[:, :2]).prod(axis=1), 1.0))
-        zoom = float(np.clip(_READABLE_PX / (np.median(sides) * fit), 1.0, 4.0))
-        zoom = 1.0 if zoom < _WORTH_A_ZOOM else zoom
+        zoom = float(np.clip(_READABLE_PX / (np.median(sides) * scale), 1.0, 4.0))
+        scale *= 1.0 if zoom < _WORTH_A_ZOOM else zoom
     # At zoom 1 the full image fits; the tile may be larger than it on one side and is then padded.
-    view_width, view_height = min(shown[0] / (fit * zoom), width), min(shown[1] / (fit * zoom), height)
-    x, y = 0.0, 0.0
+    crop, corner = np.minimum(np.array(shown) / scale, size), np.zeros(2)
     if len(wrong):
         # Of the crops centred on a wrong box, the one with the most wrong boxes.
-        corners = (wrong[:, :2] + wrong[:, 2:]) / 2 - [view_width / 2, view_height / 2]
-        corners = np.clip(corners, 0, [width - view_width, height - view_height])
-        centres, far = (wrong[:, :2] + wrong[:, 2:]) / 2, corners + np.array([view_width, view_height])
-        inside = (centres[None] >= corners[:, None]) & (centres[None] <= far[:, None])
-        x, y = corners[int(inside.all(axis=2).sum(axis=1).argmax())]
-    scale = fit * zoom
-    columns, lines = max(1, round(view_width)), max(1, round(view_height))
-    return View(
-        x=min(int(x), width - columns),
-        y=min(int(y), height - lines),
-        width=columns,
-        height=lines,
-        shown_width=max(1, round(columns * scale)),
-        shown_height=max(1, round(lines * scale)),
-    )
+        centres = (wrong[:, :2] + wrong[:, 2:]) / 2
+        corners = np.clip(centres - crop / 2, 0, size - crop)
+        inside = (centres >= corners[:, None]) & (centres <= corners[:, None] + crop)
+        corner = corners[inside.all(axis=2).sum(axis=1).argmax()]
+    part = np.maximum(np.round(crop), 1).astype(int)
+    x, y = np.minimum(corner.astype(int), size - part).tolist()
+    return View(x, y, *part.tolist(), *np.maximum(np.round(part * scale), 1).astype(int).tolist())
 
 
 def draw_annotations(image: np.ndarray, annotations: Sequence[BoxAnnotation], view: View) -> np.ndarray:

@@ -73,7 +73,6 @@ def write_side_by_side(
     if not tiles:
         raise MotipError("there are no tracks to show side by side")
     painters = [Painter(tile.class_names, TRAIL) for tile in tiles]
-    by_frame = [_by_frame(tile.rows) for tile in tiles]
     columns = columns_of(len(tiles))
     most_boxes, poster = -1, np.zeros((1, 1, 3), np.uint8)
     with VideoWriter(output, Fraction(fps).limit_denominator(1001), CRF) as writer:
@@ -85,8 +84,11 @@ def write_side_by_side(
             zoom = np.tile(np.array(size) / (image.shape[1], image.shape[0]), 2)
             # One picture per tile.
             pictures, boxes = [], 0
-            for tile, painter, rows in zip(tiles, painters, by_frame, strict=True):
-                drawn = _drawn(tile.rows, rows.get(number), zoom)
+            for tile, painter in zip(tiles, painters, strict=True):
+                rows, own = tile.rows, tile.rows.frames == number
+                drawn = DrawnTracks(
+                    rows.track_ids[own], rows.boxes_xyxy[own] * zoom, rows.class_ids[own], rows.scores[own]
+                )
                 caption = f"{tile.caption}   {len(drawn.ids)} boxes   frame {number + 1}"
                 boxes += len(drawn.ids)
                 pictures.append(np.vstack([caption_bar(caption, size[0], STRIP, 0.62), painter.draw(resized, drawn)]))
@@ -104,15 +106,3 @@ def tiled(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     empty = np.zeros_like(pictures[0])
     padded = [*pictures, *[empty] * (-len(pictures) % columns)]
     return np.vstack([np.hstack(padded[start : start + columns]) for start in range(0, len(padded), columns)])
-
-
-def _by_frame(rows: TrackRows) -> dict[int, np.ndarray]:
-    """Frame number -> indices of its rows."""
-    order = np.argsort(rows.frames, kind="stable")
-    numbers, starts = np.unique(rows.frames[order], return_index=True)
-    return dict(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)) if len(numbers) else {}
-
-
-def _drawn(rows: TrackRows, own: np.ndarray | None, zoom: np.ndarray) -> DrawnTracks:
-    index = np.zeros(0, np.int64) if own is None else own
-    return DrawnTracks(rows.track_ids[index], rows.boxes_xyxy[index] * zoom, rows.class_ids[index], rows.scores[index])
