@@ -61,12 +61,12 @@ def training_position(weight_file: WeightFile) -> dict[str, Any]:
     if "training" in meta:
         return dict(meta["training"])
     states = meta.get("states") or {}
-    position: dict[str, Any] = {key: meta[key] for key in ("epoch", "step", "run_id") if key in meta}
-    if "epoch" not in position and "start_epoch" in states:
+    position: dict[str, Any] = {}
+    if "start_epoch" in states:
         position["epoch"] = states["start_epoch"] - 1
-    if "step" not in position and "global_step" in states:
+    if "global_step" in states:
         position["step"] = states["global_step"]
-    return position
+    return position | {key: meta[key] for key in ("epoch", "step", "run_id") if key in meta}
 
 
 def read_described(path: Path | str) -> WeightFile:

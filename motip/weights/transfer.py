@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -358,38 +358,34 @@ class _Planner:
             dropped_classes=dropped,
             file_status={key: self.file_status[key] for key in self.file.tensors},
             model_status=dict(self.model_status),
-            notes=tuple([*self.file.notes, *self._class_notes(dropped), *self.notes, *self._other_notes()]),
+            notes=(*self.file.notes, *self._class_notes(dropped), *self.notes, *self._other_notes()),
         )
 
-    def _class_notes(self, dropped: tuple[str, ...]) -> list[str]:
-        notes = []
+    def _class_notes(self, dropped: tuple[str, ...]) -> Iterator[str]:
         if self.file.classes_origin == "assumed from one row":
-            notes.append("the file does not name its class: assumed to be 'pedestrian' (PRETRAIN_CLASSES overrides)")
+            yield "the file does not name its class: assumed to be 'pedestrian' (PRETRAIN_CLASSES overrides)"
         new = (move for move in self.moves if move.how == "prior")
-        notes += [f"class '{move.name}' is new and starts from the prior ({move.source})" for move in new]
+        yield from (f"class '{move.name}' is new and starts from the prior ({move.source})" for move in new)
         if dropped:
             shown = ", ".join(dropped[:8]) + (f" and {len(dropped) - 8} more" if len(dropped) > 8 else "")
-            notes.append(f"{len(dropped)} classes of the file are not in the model, their rows are dropped: {shown}")
-        return notes
+            yield f"{len(dropped)} classes of the file are not in the model, their rows are dropped: {shown}"
 
-    def _other_notes(self) -> list[str]:
-        notes = []
+    def _other_notes(self) -> Iterator[str]:
         initialised = [key for key, status in self.model_status.items() if status.category == INITIALISED]
         identity = [key for key in initialised if key.startswith(IDENTITY_PREFIXES)]
         if identity and not self.file.has_identity:
-            notes.append(
+            yield (
                 f"DETECTOR ONLY: the file has no identity half; {len(identity)} tensors of trajectory_modeling and "
                 "id_decoder start from their initialisation, association is learnt from scratch"
             )
         if _boxes_without_refinement(self.tensors):
-            notes.append("all box heads of the file are equal: it was probably trained without box refinement")
+            yield "all box heads of the file are equal: it was probably trained without box refinement"
         narrow = sum(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in self.tensors.values())
         if narrow:
-            notes.append(f"{narrow} tensors of the file are stored in 16 bits and were widened")
+            yield f"{narrow} tensors of the file are stored in 16 bits and were widened"
         unused = [pattern for pattern in self.allow if pattern not in self.used_patterns]
         if unused:
-            notes.append(f"allowed but not needed: {', '.join(unused)}")
-        return notes
+            yield f"allowed but not needed: {', '.join(unused)}"
 
     def _classes_unchanged(self) -> bool:
         straight = all(move.row == row and move.how in ("name", "alias") for row, move in enumerate(self.moves))
