@@ -130,37 +130,31 @@ def _points(history: History, name: str) -> Iterator[tuple[float, float]]:
             yield epoch + 1, history.epochs[epoch][name]
 
 
-def _line(axes: Axes, history: History, name: str, label: str, index: int, scale: float = 1.0) -> bool:
-    """Draw one metric over the epochs in the ``index``-th colour; False if no epoch has a finite value."""
+def _line(axes: Axes, history: History, name: str, label: str, index: int, scale: float = 1.0) -> None:
+    """Draw one metric over the epochs in the ``index``-th colour, if any epoch has a finite value."""
     points = list(_points(history, name))
     values = [scale * value for _, value in points]
     if not any(math.isfinite(value) for value in values):
-        return False
+        return
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     # Thin the markers on long runs; with gaps, keep all, or an isolated point would be invisible.
     every = max(1, len(points) // 25) if not history.failed() else 1
     axes.plot([x for x, _ in points], values, color=colour, marker=marker, markevery=every, label=label, zorder=3)
-    return True
 
 
-def _steps(
-    axes: Axes, history: History, name: str, index: int, *, label: str | None = None, faint: bool = True
-) -> bool:
-    """Draw one metric of the logged steps; the line breaks at a missing epoch. False if there is no finite value."""
+def _steps(axes: Axes, history: History, name: str, index: int, label: str | None = None) -> None:
+    """Draw one metric of the logged steps, faint without a label; the line breaks at a missing epoch."""
     xs, ys, previous = [], [], None
     for epoch, done, values in history.steps:
-        value = values.get(name, math.nan)
         if previous is not None and epoch > previous + 1:
             xs.append(float(previous + 1))
             ys.append(math.nan)
         xs.append(epoch + done)
-        ys.append(value)
+        ys.append(values.get(name, math.nan))
         previous = epoch
-    if not any(math.isfinite(value) for value in ys):
-        return False
-    style: dict[str, Any] = {"alpha": 0.35, "lw": 1.0} if faint else {"lw": 2.0}
-    axes.plot(xs, ys, color=COLOURS[index % len(COLOURS)], label=label, zorder=2, **style)
-    return True
+    if any(math.isfinite(value) for value in ys):
+        alpha, width = (1.0, 2.0) if label else (0.35, 1.0)
+        axes.plot(xs, ys, color=COLOURS[index % len(COLOURS)], label=label, alpha=alpha, lw=width, zorder=2)
 
 
 def _losses(axes: Axes, history: History) -> None:
@@ -202,7 +196,10 @@ def _percent(axes: Axes, history: History, names: Mapping[str, str]) -> None:
 
 def _gradients(axes: Axes, history: History) -> None:
     axes.set_yscale("log")
-    _plain_powers(axes)
+    # Labels at 1, 2 and 5 times powers of ten, as plain numbers.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     for index, (name, label) in enumerate((("detr_grad_norm", "detector"), ("other_grad_norm", "all others"))):
         _steps(axes, history, name, index)
         _line(axes, history, f"train/{name}", label, index)
@@ -223,7 +220,7 @@ def _rates(axes: Axes, history: History) -> None:
     # One line per group of parameters that share a schedule.
     for index, names in enumerate(same.values()):
         label = ", ".join(_GROUPS[name] for name in names) if len(names) < len(_GROUPS) else "all parameters"
-        _steps(axes, history, f"lr/{names[0]}", index, label=label, faint=False)
+        _steps(axes, history, f"lr/{names[0]}", index, label)
     if len(same) > 1 or len(next(iter(same.values()), ())) < len(_GROUPS):
         # Rates differ by powers of ten: leave space for the legend above the highest.
         low, high = axes.get_ylim()
@@ -265,13 +262,6 @@ def _skipped(axes: Axes, history: History) -> None:
 def _padded(low: float, high: float) -> tuple[float, float]:
     """The range with a margin of 3 % for the markers at its ends."""
     return low - 0.03 * (high - low), high + 0.03 * (high - low)
-
-
-def _plain_powers(axes: Axes) -> None:
-    """Label a logarithmic axis at 1, 2 and 5 times powers of ten, as plain numbers."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _from_zero(axes: Axes, history: History, name: str, headroom: float = 1.25) -> None:
