@@ -226,7 +226,7 @@ class StageFolder(_LockedFolder):
         except ValidationError as error:
             wrong = ", ".join(str(each["loc"][0]) for each in error.errors())
             raise MotipError(
-                f"{STAGE} has no valid {wrong}",
+                f"{STAGE} has no {wrong}",
                 where=self.path,
                 fix="delete it and run the curriculum again: finished epochs are not trained again",
             ) from error

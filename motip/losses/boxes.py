@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
@@ -29,24 +33,18 @@ def generalised_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
         (...) values in -1..1; a pair of empty boxes at one point has 0, not NaN.
     """
     smallest = torch.finfo(first_xyxy.dtype).tiny
-    overlap = torch.cat(
-        (
-            torch.maximum(first_xyxy[..., :2], second_xyxy[..., :2]),
-            torch.minimum(first_xyxy[..., 2:], second_xyxy[..., 2:]),
-        ),
-        dim=-1,
-    )
-    hull = torch.cat(
-        (
-            torch.minimum(first_xyxy[..., :2], second_xyxy[..., :2]),
-            torch.maximum(first_xyxy[..., 2:], second_xyxy[..., 2:]),
-        ),
-        dim=-1,
-    )
+    overlap = _corners(torch.maximum, torch.minimum, first_xyxy, second_xyxy)
+    hull = _corners(torch.minimum, torch.maximum, first_xyxy, second_xyxy)
     intersection = box_area(overlap)
     union = box_area(first_xyxy) + box_area(second_xyxy) - intersection
     hull_area = box_area(hull)
     return intersection / union.clamp(min=smallest) - (hull_area - union) / hull_area.clamp(min=smallest)
+
+
+def _corners(low: Combine, high: Combine, first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
+    """(..., 4) xyxy: the left and top sides of both boxes combined by `low`, the right and bottom ones by `high`."""
+    sides = (low(first_xyxy[..., :2], second_xyxy[..., :2]), high(first_xyxy[..., 2:], second_xyxy[..., 2:]))
+    return torch.cat(sides, dim=-1)
 
 
 def covered_share(boxes_xyxy: Tensor, regions_xyxy: Tensor) -> Tensor:

@@ -105,11 +105,12 @@ class DetectionCriterion:
             matching = self.matcher(logits, boxes, targets)
             divisor = max(float(num_boxes), 1.0)
             weights = logits.new_ones(targets.num_frames) if frame_weights is None else frame_weights
-            ignored = self._ignored(boxes, targets, matching)
+            one_hot = _one_hot(logits, targets, matching)
+            ignored = self._ignored(boxes, targets, one_hot)
 
             # losses per layer
             per_layer = {
-                "loss_ce": self._class_loss(logits, targets, matching, ignored, weights) / divisor,
+                "loss_ce": self._class_loss(logits, one_hot, ignored, weights) / divisor,
                 **_box_losses(boxes, targets, matching, weights, divisor),
             }
             total = torch.stack(
@@ -135,25 +136,17 @@ class DetectionCriterion:
         )
 
     @torch.no_grad()
-    def _ignored(self, boxes_cxcywh: Tensor, targets: DetectionTargets, matching: Tensor) -> Tensor | None:
+    def _ignored(self, boxes_cxcywh: Tensor, targets: DetectionTargets, one_hot: Tensor) -> Tensor | None:
         """(L, F, Q) True on unmatched queries whose box lies in ignore regions; None if no frame has any."""
         if targets.ignore_cxcywh is None:
             return None
         regions = cxcywh_to_xyxy(targets.ignore_cxcywh)
         # With IGNORE_OVERLAP 1 a region that equals the box must count despite rounding.
         inside = covered_share(cxcywh_to_xyxy(boxes_cxcywh), regions) >= self.ignore_overlap - 1e-5
-        return inside & ~_matched_queries(inside, targets, matching)
+        return inside & (one_hot.amax(-1) == 0)
 
-    def _class_loss(
-        self, logits: Tensor, targets: DetectionTargets, matching: Tensor, ignored: Tensor | None, weights: Tensor
-    ) -> Tensor:
+    def _class_loss(self, logits: Tensor, one_hot: Tensor, ignored: Tensor | None, weights: Tensor) -> Tensor:
         """(L,) sum of the sigmoid focal loss over frames, queries and classes (Lin et al., ICCV 2017)."""
-        one_hot = torch.zeros_like(logits)
-        layer, valid = _layer_index(matching)
-        # An object without a query (-1) must not mark query 0, and dropping it would need a device sync: amax with 0
-        # keeps a one written by another object.
-        flat = ((layer * logits.shape[1] + targets.frames) * logits.shape[2] + matching.clamp(min=0)) * logits.shape[3]
-        one_hot.view(-1).scatter_reduce_(0, (flat + targets.classes).view(-1), valid.float().view(-1), reduce="amax")
         loss = sigmoid_focal(logits, one_hot, self.focal_alpha) * weights.view(1, -1, 1, 1)
         if ignored is not None:
             loss = loss.masked_fill(ignored.unsqueeze(-1), 0.0)
@@ -210,13 +203,15 @@ def _box_losses(
     }
 
 
-def _matched_queries(like: Tensor, targets: DetectionTargets, matching: Tensor) -> Tensor:
-    """(L, F, Q) True where a query is matched to an object."""
+def _one_hot(logits: Tensor, targets: DetectionTargets, matching: Tensor) -> Tensor:
+    """(L, F, Q, C) ones at the class of the object that a query is matched to; zeros for an unmatched query."""
+    one_hot = torch.zeros_like(logits)
     layer, valid = _layer_index(matching)
-    flat = (layer * like.shape[1] + targets.frames) * like.shape[2] + matching.clamp(min=0)
-    marks = torch.zeros(like.numel(), device=like.device)
-    marks.scatter_reduce_(0, flat.view(-1), valid.float().view(-1), reduce="amax")
-    return marks.view(like.shape) > 0
+    # An object without a query (-1) must not mark query 0, and dropping it would need a device sync: amax with 0 keeps
+    # a one written by another object.
+    flat = ((layer * logits.shape[1] + targets.frames) * logits.shape[2] + matching.clamp(min=0)) * logits.shape[3]
+    one_hot.view(-1).scatter_reduce_(0, (flat + targets.classes).view(-1), valid.float().view(-1), reduce="amax")
+    return one_hot
 
 
 def _layer_index(matching: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -17,6 +17,8 @@ from motip.storage.paths import Location, atomic_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    Panel = Callable[[Axes, History], None]
 
 FILE = "dashboard.png"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
@@ -54,10 +56,10 @@ def dashboard(history: History) -> Figure:
     with rc_context(_STYLE):
         # 1500 pixels across; shown at 60 % in a README the text is still about 11 pixels high.
         figure = Figure(figsize=(15, 15.6), dpi=100, facecolor="white")
-        FigureCanvasAgg(figure)
         grid = figure.subplots(4, 3)
         figure.subplots_adjust(left=0.055, right=0.985, top=0.91, bottom=0.065, hspace=0.42, wspace=0.2)
-        for axes, draw in zip(grid.flat, _PANELS, strict=True):
+        for axes, (title, unit, draw) in zip(grid.flat, _PANELS, strict=True):
+            axes.set(title=title, ylabel=unit)
             draw(axes, history)
             _frame(axes, history)
         figure.suptitle(_title(history), x=0.055, y=0.985, ha="left", va="top", fontsize=20, weight="bold")
@@ -128,70 +130,55 @@ def _points(history: History, name: str) -> Iterator[tuple[float, float]]:
             yield epoch + 1, history.epochs[epoch][name]
 
 
-def _line(axes: Axes, history: History, name: str, label: str, index: int, scale: float = 1.0) -> bool:
-    """Draw one metric over the epochs in the ``index``-th colour; False if no epoch has a finite value."""
+def _line(axes: Axes, history: History, name: str, label: str, index: int, scale: float = 1.0) -> None:
+    """Draw one metric over the epochs in the ``index``-th colour, if any epoch has a finite value."""
     points = list(_points(history, name))
     values = [scale * value for _, value in points]
     if not any(math.isfinite(value) for value in values):
-        return False
+        return
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     # Thin the markers on long runs; with gaps, keep all, or an isolated point would be invisible.
     every = max(1, len(points) // 25) if not history.failed() else 1
     axes.plot([x for x, _ in points], values, color=colour, marker=marker, markevery=every, label=label, zorder=3)
-    return True
 
 
-def _steps(
-    axes: Axes, history: History, name: str, index: int, *, label: str | None = None, faint: bool = True
-) -> bool:
-    """Draw one metric of the logged steps; the line breaks at a missing epoch. False if there is no finite value."""
+def _steps(axes: Axes, history: History, name: str, index: int, label: str | None = None) -> None:
+    """Draw one metric of the logged steps, faint without a label; the line breaks at a missing epoch."""
     xs, ys, previous = [], [], None
     for epoch, done, values in history.steps:
-        value = values.get(name, math.nan)
         if previous is not None and epoch > previous + 1:
             xs.append(float(previous + 1))
             ys.append(math.nan)
         xs.append(epoch + done)
-        ys.append(value)
+        ys.append(values.get(name, math.nan))
         previous = epoch
-    if not any(math.isfinite(value) for value in ys):
-        return False
-    style: dict[str, Any] = {"alpha": 0.35, "lw": 1.0} if faint else {"lw": 2.0}
-    axes.plot(xs, ys, color=COLOURS[index % len(COLOURS)], label=label, zorder=2, **style)
-    return True
+    if any(math.isfinite(value) for value in ys):
+        alpha, width = (1.0, 2.0) if label else (0.35, 1.0)
+        axes.plot(xs, ys, color=COLOURS[index % len(COLOURS)], label=label, alpha=alpha, lw=width, zorder=2)
 
 
 def _losses(axes: Axes, history: History) -> None:
-    axes.set(title="Losses", ylabel="loss (no unit)")
     _steps(axes, history, "loss", 0)
     for index, (name, label) in enumerate((("loss", "total"), ("detr_loss", "detection"), ("id_loss", "ID"))):
         _line(axes, history, f"train/{name}", label, index)
     _from_zero(axes, history, "train/loss", headroom=1.7)  # for the legend above the three lines
 
 
-def _scores(title: str, *names: str) -> Callable[[Axes, History], None]:
-    def draw(axes: Axes, history: History) -> None:
-        axes.set(title=title, ylabel="percent")
-        for index, name in enumerate(names):
-            _line(axes, history, name, name, index)
-        _percent(axes, history, names)
-
-    return draw
+def _scores(*names: str) -> Panel:
+    return lambda axes, history: _percent(axes, history, {name: name for name in names})
 
 
-def _per_class(metric: str, title: str) -> Callable[[Axes, History], None]:
-    def draw(axes: Axes, history: History) -> None:
-        axes.set(title=title, ylabel="percent")
-        names = history.classes()
-        for index, name in enumerate(names):
-            _line(axes, history, f"{metric}/{name}", name, index)
-        _percent(axes, history, [f"{metric}/{name}" for name in names])
-
-    return draw
+def _per_class(metric: str) -> Panel:
+    return lambda axes, history: _percent(axes, history, {f"{metric}/{name}": name for name in history.classes()})
 
 
-def _percent(axes: Axes, history: History, names: tuple[str, ...] | list[str]) -> None:
-    """Set the y range: 0 to 10, 25, 50 or 100 percent; lower for a negative MOTA, with arrows below LOWEST."""
+def _percent(axes: Axes, history: History, names: Mapping[str, str]) -> None:
+    """Draw metrics (name -> label) on 0 to 10, 25, 50 or 100 percent.
+
+    A negative MOTA lowers the axis; values below LOWEST are arrows.
+    """
+    for index, (name, label) in enumerate(names.items()):
+        _line(axes, history, name, label, index)
     points = [(x, value, index) for index, name in enumerate(names) for x, value in _points(history, name)]
     lowest = min((value for _, value, _ in points if math.isfinite(value)), default=0.0)
     highest = max((value for _, value, _ in points if math.isfinite(value)), default=100.0)
@@ -208,8 +195,11 @@ def _percent(axes: Axes, history: History, names: tuple[str, ...] | list[str]) -
 
 
 def _gradients(axes: Axes, history: History) -> None:
-    axes.set(title="Gradient norm before clipping", ylabel="L2 norm (log)", yscale="log")
-    _plain_powers(axes)
+    axes.set_yscale("log")
+    # Labels at 1, 2 and 5 times powers of ten, as plain numbers.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     for index, (name, label) in enumerate((("detr_grad_norm", "detector"), ("other_grad_norm", "all others"))):
         _steps(axes, history, name, index)
         _line(axes, history, f"train/{name}", label, index)
@@ -218,7 +208,7 @@ def _gradients(axes: Axes, history: History) -> None:
 
 
 def _rates(axes: Axes, history: History) -> None:
-    axes.set(title="Learning rate", ylabel="per step (log)", yscale="log")
+    axes.set_yscale("log")
     same: dict[tuple[float, ...], list[str]] = {}
     for name, label in _GROUPS.items():
         values = tuple(step.get(f"lr/{name}", math.nan) for _, _, step in history.steps)
@@ -230,7 +220,7 @@ def _rates(axes: Axes, history: History) -> None:
     # One line per group of parameters that share a schedule.
     for index, names in enumerate(same.values()):
         label = ", ".join(_GROUPS[name] for name in names) if len(names) < len(_GROUPS) else "all parameters"
-        _steps(axes, history, f"lr/{names[0]}", index, label=label, faint=False)
+        _steps(axes, history, f"lr/{names[0]}", index, label)
     if len(same) > 1 or len(next(iter(same.values()), ())) < len(_GROUPS):
         # Rates differ by powers of ten: leave space for the legend above the highest.
         low, high = axes.get_ylim()
@@ -238,19 +228,16 @@ def _rates(axes: Axes, history: History) -> None:
 
 
 def _throughput(axes: Axes, history: History) -> None:
-    axes.set(title="Throughput", ylabel="clips per second")
     _line(axes, history, "clips_per_s", "clips per second", 0)
     _from_zero(axes, history, "clips_per_s")
 
 
 def _waiting(axes: Axes, history: History) -> None:
-    axes.set(title="Waiting for data", ylabel="percent of the epoch's time")
     _line(axes, history, "time/wait_share", "waiting share", 1, scale=100.0)
     axes.set_ylim(*_padded(0, 100))
 
 
 def _memory(axes: Axes, history: History) -> None:
-    axes.set(title="Memory, most in an epoch", ylabel="GiB")
     # An epoch without a step record has 0 here, which is not a measurement.
     if any(value > 0 for _, value in _points(history, "device/memory_gib")):
         _line(axes, history, "device/memory_gib", "memory", 2)
@@ -258,39 +245,23 @@ def _memory(axes: Axes, history: History) -> None:
 
 
 def _skipped(axes: Axes, history: History) -> None:
-    axes.set(title="Clips skipped", ylabel="clips in the epoch")
-    counts, previous = [], 0.0
-    for epoch in range(history.last + 1):
-        metrics = history.epochs.get(epoch, {})
-        if "clips_skipped" in metrics:
-            # The stored count is cumulative over the stage.
-            counts.append((epoch + 1, max(0.0, metrics["clips_skipped"] - previous)))
-            previous = metrics["clips_skipped"]
-    if counts:
-        axes.bar(
-            [x for x, _ in counts],
-            [count for _, count in counts],
-            width=0.7,
-            color=COLOURS[1],
-            label="skipped",
-            zorder=3,
-        )
-        axes.set_ylim(0, max(1.0, 1.15 * max(count for _, count in counts)))
+    # The stored count is cumulative over the stage.
+    stored = {
+        epoch + 1: metrics["clips_skipped"]
+        for epoch, metrics in sorted(history.epochs.items())
+        if "clips_skipped" in metrics
+    }
+    if stored:
+        counts = np.diff([0.0, *stored.values()]).clip(min=0.0)
+        axes.bar(list(stored), counts, width=0.7, color=COLOURS[1], label="skipped", zorder=3)
+        axes.set_ylim(0, max(1.0, 1.15 * counts.max()))
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        total = sum(count for _, count in counts)
-        axes.text(0.98, 0.95, f"{total:.0f} in all", transform=axes.transAxes, ha="right", va="top")
+        axes.text(0.98, 0.95, f"{counts.sum():.0f} in all", transform=axes.transAxes, ha="right", va="top")
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
     """The range with a margin of 3 % for the markers at its ends."""
     return low - 0.03 * (high - low), high + 0.03 * (high - low)
-
-
-def _plain_powers(axes: Axes) -> None:
-    """Label a logarithmic axis at 1, 2 and 5 times powers of ten, as plain numbers."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _from_zero(axes: Axes, history: History, name: str, headroom: float = 1.25) -> None:
@@ -321,17 +292,18 @@ def _frame(axes: Axes, history: History) -> None:
         axes.legend(handles, labels, ncols=2 if len(labels) > 4 else 1, loc="best")
 
 
-_PANELS = (
-    _losses,
-    _scores("HOTA, IDF1, MOTA", "HOTA", "IDF1", "MOTA"),
-    _per_class("HOTA", "HOTA by class"),
-    _scores("Detection: recall against precision", "DetRe", "DetPr"),
-    _scores("Association against detection", "AssA", "DetA"),
-    _per_class("DetRe", "Detection recall by class"),
-    _gradients,
-    _rates,
-    _skipped,
-    _throughput,
-    _waiting,
-    _memory,
+_PANELS: tuple[tuple[str, str, Panel], ...] = (
+    ("Losses", "loss (no unit)", _losses),
+    ("HOTA, IDF1, MOTA", "percent", _scores("HOTA", "IDF1", "MOTA")),
+    ("HOTA by class", "percent", _per_class("HOTA")),
+    ("Detection: recall against precision", "percent", _scores("DetRe", "DetPr")),
+    ("Association against detection", "percent", _scores("AssA", "DetA")),
+    ("Detection recall by class", "percent", _per_class("DetRe")),
+    ("Gradient norm before clipping", "L2 norm (log)", _gradients),
+    ("Learning rate", "per step (log)", _rates),
+    ("Clips skipped", "clips in the epoch", _skipped),
+    ("Throughput", "clips per second", _throughput),
+    ("Waiting for data", "percent of the epoch's time", _waiting),
+    ("Memory, most in an epoch", "GiB", _memory),
 )
+"""Title, unit and drawing function of each panel."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from motip.report.drawing import Colour, dashed_box, draw_label
+from motip.report.drawing import FONT, LIGHT, Colour, dashed_box, draw_label, fitted_text, in_pixels, outlined_box
 from motip.report.failure_segments import FALSE, IGNORED, KINDS, MISSED, SWITCH, TRACKED, BoxAnnotation
 
 COLOURS: dict[str, Colour] = {
@@ -26,9 +26,6 @@ _WORTH_A_ZOOM = 1.2
 _LABEL_FROM = {SWITCH: 0, FALSE: 14, TRACKED: 14, MISSED: 45, IGNORED: 45}
 """Smallest width of a box that gets a label, in multiples of the line width."""
 
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
-_DARK: Colour = (0, 0, 0)
-_WHITE: Colour = (255, 255, 255)
 _READABLE_PX = 22.0
 """Target side of the wrong boxes in a zoomed tile, in pixels."""
 
@@ -53,10 +50,7 @@ class View:
 
 def full_view(width: int, height: int) -> View:
     """View of the full image: small images are enlarged to about 960 pixels, large ones reduced to 1920."""
-    if width < 960:
-        scale = float(max(1, round(960 / width)))
-    else:
-        scale = min(1.0, 1920 / width)
+    scale = max(1, round(960 / width)) if width < 960 else min(1, 1920 / width)
     return View(0, 0, width, height, 2 * round(width * scale / 2), 2 * round(height * scale / 2))
 
 
@@ -65,35 +59,26 @@ def zoomed_view(width: int, height: int, shown: tuple[int, int], annotations: Se
 
     Small boxes are enlarged up to four times; the aspect ratio is kept.
     """
-    fit = min(shown[0] / width, shown[1] / height)
+    size = np.array([width, height])
+    scale = float((shown / size).min())
     # Zoom by the median side of the wrong boxes.
     boxes = [each.box for each in annotations if each.kind in (MISSED, FALSE, SWITCH)]
     wrong = np.array(boxes, np.float64).reshape(-1, 4)
-    zoom = 1.0
     if len(wrong):
         sides = np.sqrt(np.maximum((wrong[:, 2:] - wrong[:, :2]).prod(axis=1), 1.0))
-        zoom = float(np.clip(_READABLE_PX / (np.median(sides) * fit), 1.0, 4.0))
-        zoom = 1.0 if zoom < _WORTH_A_ZOOM else zoom
+        zoom = float(np.clip(_READABLE_PX / (np.median(sides) * scale), 1.0, 4.0))
+        scale *= 1.0 if zoom < _WORTH_A_ZOOM else zoom
     # At zoom 1 the full image fits; the tile may be larger than it on one side and is then padded.
-    view_width, view_height = min(shown[0] / (fit * zoom), width), min(shown[1] / (fit * zoom), height)
-    x, y = 0.0, 0.0
+    crop, corner = np.minimum(np.array(shown) / scale, size), np.zeros(2)
     if len(wrong):
         # Of the crops centred on a wrong box, the one with the most wrong boxes.
-        corners = (wrong[:, :2] + wrong[:, 2:]) / 2 - [view_width / 2, view_height / 2]
-        corners = np.clip(corners, 0, [width - view_width, height - view_height])
-        centres, far = (wrong[:, :2] + wrong[:, 2:]) / 2, corners + np.array([view_width, view_height])
-        inside = (centres[None] >= corners[:, None]) & (centres[None] <= far[:, None])
-        x, y = corners[int(inside.all(axis=2).sum(axis=1).argmax())]
-    scale = fit * zoom
-    columns, lines = max(1, round(view_width)), max(1, round(view_height))
-    return View(
-        x=min(int(x), width - columns),
-        y=min(int(y), height - lines),
-        width=columns,
-        height=lines,
-        shown_width=max(1, round(columns * scale)),
-        shown_height=max(1, round(lines * scale)),
-    )
+        centres = (wrong[:, :2] + wrong[:, 2:]) / 2
+        corners = np.clip(centres - crop / 2, 0, size - crop)
+        inside = (centres >= corners[:, None]) & (centres <= corners[:, None] + crop)
+        corner = corners[inside.all(axis=2).sum(axis=1).argmax()]
+    part = np.maximum(np.round(crop), 1).astype(int)
+    x, y = np.minimum(corner.astype(int), size - part).tolist()
+    return View(x, y, *part.tolist(), *np.maximum(np.round(part * scale), 1).astype(int).tolist())
 
 
 def draw_annotations(image: np.ndarray, annotations: Sequence[BoxAnnotation], view: View) -> np.ndarray:
@@ -102,18 +87,23 @@ def draw_annotations(image: np.ndarray, annotations: Sequence[BoxAnnotation], vi
     method = cv2.INTER_AREA if view.shown_width < view.width else cv2.INTER_CUBIC
     picture = cv2.resize(part, (view.shown_width, view.shown_height), interpolation=method)
     line = max(2, round(min(picture.shape[:2]) / 360))
-    boxes = [_pixels(view.boxes(each.box[None])[0], picture) for each in annotations]
-    visible = [(each, box) for each, box in zip(annotations, boxes, strict=True) if _overlaps(box, picture)]
+    height, width = picture.shape[:2]
+    boxes = in_pixels(view.boxes(np.array([each.box for each in annotations]).reshape(-1, 4)), picture)
+    visible = [
+        (each, (x0, y0, x1, y1))
+        for each, (x0, y0, x1, y1) in zip(annotations, boxes, strict=True)
+        if x0 < width and y0 < height and x1 > 0 and y1 > 0
+    ]
     for each, box in visible:
         colour = COLOURS[each.kind]
         if each.kind == MISSED:
             dashed_box(picture, box, colour, line)
             continue
         if each.truth is not None and min(box[2] - box[0], box[3] - box[1]) >= 10 * line:
-            x0, y0, x1, y1 = _pixels(view.boxes(each.truth[None])[0], picture)
-            cv2.rectangle(picture, (x0, y0), (x1, y1), _paler(colour), 1)
-        cv2.rectangle(picture, (box[0], box[1]), (box[2], box[3]), _DARK, line + 2)
-        cv2.rectangle(picture, (box[0], box[1]), (box[2], box[3]), colour, line)
+            (truth,) = in_pixels(view.boxes(each.truth[None]), picture)
+            paler = [(value + 255) // 2 for value in colour]
+            cv2.rectangle(picture, truth[:2], truth[2:], paler, 1)
+        outlined_box(picture, box, colour, line)
     for each, box in visible:
         # Labels would hide the image in a crowd: small boxes get one only at an identity switch.
         if each.text and box[2] - box[0] >= _LABEL_FROM[each.kind] * line:
@@ -126,7 +116,7 @@ def legend(width: int, height: int = LEGEND_HEIGHT) -> np.ndarray:
     strip = np.full((height, width, 3), GROUND, np.uint8)
     texts = {kind: LEGEND.get(kind, kind) for kind in KINDS}
     box, gap, scale = round(height * 0.9), 26, height / 62
-    sizes = {kind: cv2.getTextSize(text, _FONT, scale, 1)[0][0] for kind, text in texts.items()}
+    sizes = {kind: cv2.getTextSize(text, FONT, scale, 1)[0][0] for kind, text in texts.items()}
     needed = sum(sizes.values()) + len(KINDS) * (box + 8 + gap)
     if needed > width:
         wide = legend(needed, height)
@@ -138,42 +128,23 @@ def legend(width: int, height: int = LEGEND_HEIGHT) -> np.ndarray:
             dashed_box(strip, corners, COLOURS[kind], 2)
         else:
             cv2.rectangle(strip, (corners[0], corners[1]), (corners[2], corners[3]), COLOURS[kind], 2)
-        cv2.putText(strip, text, (x + box + 8, round(height * 0.64)), _FONT, scale, _WHITE, 1, cv2.LINE_AA)
+        cv2.putText(strip, text, (x + box + 8, round(height * 0.64)), FONT, scale, LIGHT, 1, cv2.LINE_AA)
         x += box + 8 + sizes[kind] + gap
     return strip
 
 
-def caption_bar(text: str, width: int, height: int, scale: float, colour: Colour = _WHITE) -> np.ndarray:
+def caption_bar(text: str, width: int, height: int, scale: float, colour: Colour = LIGHT) -> np.ndarray:
     """(height, width, 3) uint8 RGB: a line of text on the background colour, in smaller type if it is too long."""
     strip = np.full((height, width, 3), GROUND, np.uint8)
     thick = 2 if scale > 0.7 else 1
-    (needed, tall), _ = cv2.getTextSize(text, _FONT, scale, thick)
-    if needed > width - 16:
-        scale *= max(0.1, (width - 16) / needed)
-    cv2.putText(strip, text, (8, (height + tall) // 2), _FONT, scale, colour, thick, cv2.LINE_AA)
+    scale, tall, _ = fitted_text(text, width, scale, thick)
+    cv2.putText(strip, text, (8, (height + tall) // 2), FONT, scale, colour, thick, cv2.LINE_AA)
     return strip
 
 
 def centred(picture: np.ndarray, width: int, height: int) -> np.ndarray:
     """(height, width, 3) uint8 RGB: the picture centred on the background colour."""
-    tile = np.full((height, width, 3), GROUND, np.uint8)
     picture = picture[:height, :width]
-    y, x = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
-    tile[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
-    return tile
-
-
-def _pixels(box: np.ndarray, picture: np.ndarray) -> list[int]:
-    """Integer pixels, clipped to three times the picture's size, since OpenCV overflows on larger values."""
-    height, width = picture.shape[:2]
-    cut = np.clip(box, [-width, -height] * 2, [2 * width, 2 * height] * 2)
-    return [int(value) for value in np.round(cut)]
-
-
-def _overlaps(box: list[int], picture: np.ndarray) -> bool:
-    return box[0] < picture.shape[1] and box[1] < picture.shape[0] and box[2] > 0 and box[3] > 0
-
-
-def _paler(colour: Colour) -> Colour:
-    red, green, blue = ((value + 255) // 2 for value in colour)
-    return red, green, blue
+    below, right = height - picture.shape[0], width - picture.shape[1]
+    y, x = below // 2, right // 2
+    return cv2.copyMakeBorder(picture, y, below - y, x, right - x, cv2.BORDER_CONSTANT, value=GROUND)

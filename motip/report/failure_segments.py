@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,14 +36,12 @@ class BoxAnnotation:
         truth: (4,) xyxy pixels; the label that the prediction was matched with, None if unmatched.
         text: label of the box: the track id (from 1, as in MOT files), at a switch the ids before and after, for a
             missed box the class.
-        repeated: the switch of an earlier frame, still shown.
     """
 
     kind: str
     box: np.ndarray
     truth: np.ndarray | None = None
     text: str = ""
-    repeated: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,13 @@ class MatchedVideo:
         """Kind -> (F,) number of boxes at each position."""
         found = {kind: np.zeros(len(self.frames), np.int64) for kind in KINDS}
         for own in self.errors.values():
-            for kind in (TRACKED, MISSED, SWITCH):
-                frames = own.gt.frames[own.gt_outcomes == GT_OUTCOMES.index(kind)]
-                np.add.at(found[kind], self._positions(frames), 1)
-            for kind in (FALSE, IGNORED):
-                frames = own.pred.frames[own.pred_outcomes == PRED_OUTCOMES.index(kind)]
-                np.add.at(found[kind], self._positions(frames), 1)
+            for frames, outcomes, names in (
+                (own.gt.frames, own.gt_outcomes, GT_OUTCOMES),
+                (own.pred.frames, own.pred_outcomes, PRED_OUTCOMES),
+            ):
+                for kind in found.keys() & set(names):
+                    positions = np.searchsorted(self.frames, frames[outcomes == names.index(kind)])
+                    found[kind] += np.bincount(positions, minlength=len(self.frames))
         return found
 
     @cached_property
@@ -131,10 +131,6 @@ class MatchedVideo:
             found += _class_annotations(own, name, frame, repeats)
         return sorted(found, key=lambda each: _ORDER.index(each.kind))
 
-    def _positions(self, frames: np.ndarray) -> np.ndarray:
-        positions: np.ndarray = np.searchsorted(self.frames, frames)
-        return positions
-
 
 _ORDER = (IGNORED, TRACKED, MISSED, FALSE, SWITCH)
 
@@ -153,8 +149,7 @@ def _class_annotations(own: ClassOutcomes, name: str, frame: int, repeats: int) 
         if before is None:
             yield BoxAnnotation(TRACKED, predicted[number], truth, str(number + 1))
         else:
-            text = f"{before + 1} -> {number + 1}"
-            yield BoxAnnotation(SWITCH, predicted[number], truth, text, repeated=kind != SWITCH)
+            yield BoxAnnotation(SWITCH, predicted[number], truth, f"{before + 1} -> {number + 1}")
     for row in np.flatnonzero(own.pred.frames == frame).tolist():
         kind = PRED_OUTCOMES[own.pred_outcomes[row]]
         if kind in (FALSE, IGNORED):
@@ -202,14 +197,14 @@ def worst_segments(videos: Sequence[MatchedVideo], number: int) -> list[FailureS
         (segment for video in videos for segment in _segments_of(video, number)),
         key=lambda each: (-each.weight, each.video.title, each.first),
     )
-    taken: dict[str, int] = {}
-    first: list[FailureSegment] = []
-    rest: list[FailureSegment] = []
+    # Beyond its share a video's segments come after those of all others.
+    taken = Counter[str]()
+    beyond = []
     for segment in ranked:
-        taken[segment.video.title] = taken.get(segment.video.title, 0) + 1
-        (first if taken[segment.video.title] <= share else rest).append(segment)
-    chosen = [*first, *rest][:number]
-    return sorted(chosen, key=ranked.index)
+        taken[segment.video.title] += 1
+        beyond.append(taken[segment.video.title] > share)
+    chosen = sorted(range(len(ranked)), key=beyond.__getitem__)[:number]
+    return [ranked[index] for index in sorted(chosen)]
 
 
 def worst_frames(video: MatchedVideo, number: int) -> list[int]:

@@ -35,8 +35,7 @@ from motip.report.failure_segments import (
     worst_sequences,
 )
 from motip.report.video_writer import VideoWriter
-from motip.storage.atomic import atomic_write, write_json_atomic
-from motip.storage.paths import Location, RemotePath, read_json, upload
+from motip.storage.paths import Location, RemotePath, read_json, upload, write_bytes, write_json
 
 SHEET = "contact_sheet.png"
 INDEX = "errors.json"
@@ -105,7 +104,7 @@ def write_failures(videos: Iterable[MatchedVideo], folder: Location, title: str,
         write_clip(segment, folder / name, f"{rank}/{len(segments)}")
     files = [*([SHEET] if sequences else []), INDEX, *names]
     found = Failures(sequences, segments, files, len(matched) - len(sequences))
-    write_json_atomic(folder / INDEX, _index(found, title, names))
+    write_json(folder / INDEX, _index(found, title, names))
     return found
 
 
@@ -185,8 +184,7 @@ def _write_picture(path: Path, picture: np.ndarray) -> None:
     done, data = cv2.imencode(".png", picture[..., ::-1])
     if not done:
         raise MotipError("the contact sheet could not be encoded as PNG", where=path, found=str(picture.shape))
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(data.tobytes())
+    write_bytes(path, data.tobytes())
 
 
 def _remove_earlier(folder: Location) -> None:

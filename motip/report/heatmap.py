@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -28,7 +27,6 @@ def heat_map(matrix: DomainMatrix, allowed: float = 5.0, each_class: bool = True
     width, height = 2.4 + CELL_INCHES[0] * len(columns), 1.5 + CELL_INCHES[1] * len(matrix.stages)
     # No pyplot: it keeps every figure in memory and chooses a backend by the display.
     figure = Figure(figsize=(max(width, 5.0), height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     values = [[matrix.value(stage, column) for column in columns] for stage in matrix.stages]
     shown = [[float("nan") if value is None else value for value in row] for row in values]

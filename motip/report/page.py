@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,14 +16,16 @@ from typing import Protocol
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from motip.data.clip_loader import read_video_frames
-from motip.data.manifest import Manifest
+from motip.data.manifest import Manifest, VideoEntry
 from motip.errors import MotipError
+from motip.evaluation.bootstrap import MEAN
 from motip.evaluation.comparison import COVERAGE
-from motip.report.page_facts import PageFacts, missing_parts, read_page_facts
-from motip.report.page_media import PageVideo, data_uri, embed, poster_jpeg
-from motip.report.page_view import METRICS, heat_map, hours, signed, stage_views, verify_command, weights_chain
+from motip.report.drawing import text_colour
+from motip.report.page_facts import MAX_SHEETS, PageFacts, in_one_line, read_page_facts
+from motip.report.page_media import PageVideo, embed, poster
+from motip.report.page_view import METRICS, change_note, heat_colour, hours, score_rows, signed
 from motip.report.progress import duration
-from motip.report.side_by_side import Tile, write_side_by_side
+from motip.report.side_by_side import write_side_by_side
 from motip.report.stage_list import read_stage_list
 from motip.report.stage_tracks import TrackingOptions, choose_video, scored_domains, tracks_of
 from motip.storage.paths import Location, RemotePath, files_under, upload, write_bytes
@@ -49,7 +51,9 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters.update(data_uri=data_uri, duration=duration, embed=embed, hours=hours, signed=signed)
+_FILTERS = (change_note, duration, embed, heat_colour, hours, score_rows, signed, text_colour)
+TEMPLATES.filters.update({each.__name__: each for each in _FILTERS})
+TEMPLATES.globals.update(METRICS=METRICS, MEAN=MEAN, COVERAGE=COVERAGE, MAX_SHEETS=MAX_SHEETS)
 
 
 class Attachments(Protocol):
@@ -101,8 +105,9 @@ def write_page(
     with tempfile.TemporaryDirectory(prefix="motip-") as temporary:
         # Complete in a temporary folder first: MLflow logs local files, the storage may be remote.
         work = Path(temporary)
-        shown, videos, failed = _videos(facts, tracking or TrackingOptions(), work / FILES, log)
-        missing = (*missing_parts(facts), *failed)
+        missing = [*facts.missing_parts]
+        shown = _videos(facts, tracking or TrackingOptions(), work / FILES, log, missing)
+        videos = [Path(video.file).name for video in shown if video.file]
         (work / PAGE).write_text(page_html(facts, shown, missing), encoding="utf-8")
         # Videos before the page that refers to them.
         for name in videos:
@@ -113,23 +118,13 @@ def write_page(
             lineage.log_artifact(facts.run_id, target / PAGE, f"report/{PAGE}")
             for name in videos:
                 lineage.log_artifact(facts.run_id, target / FILES / name, f"report/{FILES}/{name}")
-    return Page(target / PAGE, tuple(videos), missing)
+    return Page(target / PAGE, tuple(videos), tuple(missing))
 
 
-def page_html(facts: PageFacts, videos: list[PageVideo], missing: tuple[str, ...]) -> str:
+def page_html(facts: PageFacts, videos: Sequence[PageVideo], missing: Sequence[str]) -> str:
     """The complete HTML document."""
-    return TEMPLATES.get_template("page.html.j2").render(
-        page=facts,
-        stages=stage_views(facts),
-        heat=None if facts.matrix is None else heat_map(facts.matrix),
-        weights=weights_chain(facts),
-        videos=videos,
-        missing=missing,
-        metrics=METRICS,
-        coverage=f"{COVERAGE:.0f}",
-        verify=verify_command(facts),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return TEMPLATES.get_template("page.html.j2").render(page=facts, videos=videos, missing=missing, made=made)
 
 
 def open_in_browser(path: Location) -> bool:
@@ -141,68 +136,49 @@ def open_in_browser(path: Location) -> bool:
 
 
 def _videos(
-    facts: PageFacts, tracking: TrackingOptions, folder: Path, log: Callable[[str], None]
-) -> tuple[list[PageVideo], list[str], list[str]]:
-    """Write one video per domain: what to show, file names, and one line for each that failed."""
+    facts: PageFacts, tracking: TrackingOptions, folder: Path, log: Callable[[str], None], missing: list[str]
+) -> list[PageVideo]:
+    """Write one video per domain; what cannot be shown is added to ``missing``, one line each."""
     domains = scored_domains(facts)
-    shown: list[PageVideo] = []
-    names: list[str] = []
-    failed: list[str] = []
     if not domains:
-        return shown, names, ["the videos: no stage has scores, so there is no sequence to show"]
-    storage = facts.folder.parent.parent
+        missing.append("the videos: no stage has scores, so there is no sequence to show")
+        return []
     try:
-        manifest = Manifest.load(storage)
+        manifest = Manifest.load(facts.storage)
     except MotipError as error:
-        return shown, names, [f"the videos: {error.what} ({error.where})"]
+        missing.append(f"the videos: {in_one_line(error)}")
+        return []
+    shown = []
     for domain, sources in domains.items():
         name = f"side_by_side_{re.sub(r'[^A-Za-z0-9_-]', '_', domain)}.mp4"
         try:
-            shown.append(_video(facts, manifest, domain, sources, tracking, folder / name, log))
+            video = choose_video(facts, manifest, sources)
+            log(f"report page: {domain}, {video.source}/{video.video} by each stage")
+            shown.append(_video(facts, domain, video, tracking, folder / name))
         except MotipError as error:
             shown.append(PageVideo(domain, "", f"No video: {error.what}"))
-            failed.append(f"the video of {domain}: {error.what}" + (f" ({error.where})" if error.where else ""))
-            continue
-        names.append(name)
-    return shown, names, failed
+            missing.append(f"the video of {domain}: {in_one_line(error)}")
+    return shown
 
 
-def _video(
-    facts: PageFacts,
-    manifest: Manifest,
-    domain: str,
-    sources: list[str],
-    tracking: TrackingOptions,
-    path: Path,
-    log: Callable[[str], None],
-) -> PageVideo:
-    """Write the side-by-side video of a domain; raises MotipError without a video or tracks."""
-    storage = facts.folder.parent.parent
-    video = choose_video(facts, manifest, sources, storage)
-    log(f"report page: {domain}, {video.source}/{video.video} by each stage")
-    found = [(stage, tracks_of(stage, video, storage, tracking)) for stage in facts.stages if stage.finished]
-    tracks = [each for _, each in found if each is not None]
-    if not tracks:
+def _video(facts: PageFacts, domain: str, video: VideoEntry, tracking: TrackingOptions, path: Path) -> PageVideo:
+    """Write the side-by-side video of a domain; raises MotipError without tracks."""
+    found = {stage.name: tracks_of(stage, video, facts.storage, tracking) for stage in facts.stages if stage.finished}
+    tiles = [tile for tile in found.values() if tile is not None]
+    if not tiles:
         raise MotipError("no stage has stored tracks of its sequences", where=f"{video.source}/{video.video}")
-    tiles = [Tile(each.stage.name, each.rows, each.class_names) for each in tracks]
-    written = write_side_by_side(read_video_frames(video, str(storage)), tiles, path, video.fps)
+    written = write_side_by_side(read_video_frames(video, str(facts.storage)), tiles, path, video.fps)
     # Caption: which stages are shown, which are not, which are zero-shot.
     text = f"{video.source}/{video.video}, {written.frames} frames, by {', '.join(tile.caption for tile in tiles)}"
-    without = [stage.name for stage, each in found if each is None]
+    without = [name for name, tile in found.items() if tile is None]
     if without:
         text += f"; without {', '.join(without)}, which has no stored tracks of it"
-    unseen = [each.stage.name for each in tracks if domain not in _trained_on(facts, each.stage.name)]
-    if unseen and facts.matrix is not None:
-        text += f"; zero-shot for {', '.join(unseen)}"
-    return PageVideo(domain, f"{FILES}/{path.name}", text, poster_jpeg(written.poster))
-
-
-def _trained_on(facts: PageFacts, stage: str) -> set[str]:
-    """Domains that the stage's model was trained on."""
-    if facts.matrix is None:
-        return set()
-    trained_on = facts.matrix.values.trained_on or {}
-    return set(trained_on.get(stage, ()))
+    if facts.matrix is not None:
+        values = facts.matrix.values
+        unseen = [tile.caption for tile in tiles if not values.is_trained_on(tile.caption, domain)]
+        if unseen:
+            text += f"; zero-shot for {', '.join(unseen)}"
+    return PageVideo(domain, f"{FILES}/{path.name}", text, poster(written.poster))
 
 
 def _remove_old_videos(folder: Location, kept: list[str]) -> None:

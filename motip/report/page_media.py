@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from motip.report.page_facts import PageImage
+from motip.storage.paths import Location
 
 INLINE_BYTES = 400_000
 """Larger images are embedded as JPEG, which makes sheets of photographs several times smaller."""
@@ -25,13 +25,13 @@ class PageVideo:
         title: the domain.
         file: path relative to the page; empty if there is no video.
         text: caption: sequence and stages, or the reason why there is no video.
-        poster: JPEG shown until the video plays, and in print.
+        poster: data URI of the image shown until the video plays, and in print.
     """
 
     title: str
     file: str
     text: str
-    poster: bytes = b""
+    poster: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,34 +43,32 @@ class EmbeddedImage:
     height: int
 
 
-def embed(file: PageImage) -> EmbeddedImage | None:
-    """The image as a data URI, reduced if it is large; None if it cannot be decoded."""
-    pixels = cv2.imdecode(np.frombuffer(file.content, np.uint8), cv2.IMREAD_COLOR)
+def embed(path: Location) -> EmbeddedImage | None:
+    """An image file, reduced if it is large; None if it cannot be decoded."""
+    content = path.read_bytes()
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:
         return None
+    if len(content) > INLINE_BYTES:
+        return _jpeg(pixels, INLINE_WIDTH, 88)
     height, width = pixels.shape[:2]
-    if len(file.content) <= INLINE_BYTES:
-        return EmbeddedImage(data_uri(file.content, "png"), width, height)
-    if width > INLINE_WIDTH:
-        height, width = round(height * INLINE_WIDTH / width), INLINE_WIDTH
+    return EmbeddedImage(_data_uri(content, "png"), width, height)
+
+
+def poster(pixels: np.ndarray) -> str:
+    """Data URI of an (H, W, 3) uint8 RGB image, reduced to POSTER_WIDTH."""
+    return _jpeg(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), POSTER_WIDTH, 80).uri
+
+
+def _jpeg(pixels: np.ndarray, widest: int, quality: int) -> EmbeddedImage:
+    """An (H, W, 3) uint8 BGR image as JPEG, reduced to the width ``widest``; quality 0..100."""
+    height, width = pixels.shape[:2]
+    if width > widest:
+        height, width = round(height * widest / width), widest
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    return EmbeddedImage(data_uri(_jpeg(pixels, 88), "jpeg"), width, height)
+    content = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+    return EmbeddedImage(_data_uri(content, "jpeg"), width, height)
 
 
-def poster_jpeg(pixels: np.ndarray) -> bytes:
-    """JPEG of an (H, W, 3) uint8 RGB image, reduced to POSTER_WIDTH."""
-    height, width = pixels.shape[:2]
-    if width > POSTER_WIDTH:
-        size = (POSTER_WIDTH, round(height * POSTER_WIDTH / width))
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    return _jpeg(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), 80)
-
-
-def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
-    """JPEG of an (H, W, 3) uint8 BGR image; quality 0..100."""
-    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    """Data URI of an encoded image; kind is its format, such as jpeg."""
+def _data_uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -14,6 +14,7 @@ import numpy as np
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
 from motip.report.drawing import DrawnTracks, Painter
+from motip.report.failure_drawing import caption_bar
 from motip.report.video_writer import VideoWriter
 
 TILE_WIDTH = 640
@@ -72,7 +73,6 @@ def write_side_by_side(
     if not tiles:
         raise MotipError("there are no tracks to show side by side")
     painters = [Painter(tile.class_names, TRAIL) for tile in tiles]
-    by_frame = [_by_frame(tile.rows) for tile in tiles]
     columns = columns_of(len(tiles))
     most_boxes, poster = -1, np.zeros((1, 1, 3), np.uint8)
     with VideoWriter(output, Fraction(fps).limit_denominator(1001), CRF) as writer:
@@ -84,11 +84,14 @@ def write_side_by_side(
             zoom = np.tile(np.array(size) / (image.shape[1], image.shape[0]), 2)
             # One picture per tile.
             pictures, boxes = [], 0
-            for tile, painter, rows in zip(tiles, painters, by_frame, strict=True):
-                drawn = _drawn(tile.rows, rows.get(number), zoom)
+            for tile, painter in zip(tiles, painters, strict=True):
+                rows, own = tile.rows, tile.rows.frames == number
+                drawn = DrawnTracks(
+                    rows.track_ids[own], rows.boxes_xyxy[own] * zoom, rows.class_ids[own], rows.scores[own]
+                )
                 caption = f"{tile.caption}   {len(drawn.ids)} boxes   frame {number + 1}"
                 boxes += len(drawn.ids)
-                pictures.append(np.vstack([_caption(size[0], caption), painter.draw(resized, drawn)]))
+                pictures.append(np.vstack([caption_bar(caption, size[0], STRIP, 0.62), painter.draw(resized, drawn)]))
             picture = tiled(pictures, columns)
             writer.write(picture)
             if boxes > most_boxes:
@@ -103,25 +106,3 @@ def tiled(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     empty = np.zeros_like(pictures[0])
     padded = [*pictures, *[empty] * (-len(pictures) % columns)]
     return np.vstack([np.hstack(padded[start : start + columns]) for start in range(0, len(padded), columns)])
-
-
-def _caption(width: int, text: str) -> np.ndarray:
-    """(STRIP, width, 3) uint8: white text on a dark background, in smaller type if it is long."""
-    strip = np.full((STRIP, width, 3), 24, np.uint8)
-    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.62
-    (needed, _), _ = cv2.getTextSize(text, font, scale, 1)
-    scale = min(scale, scale * (width - 16) / max(needed, 1))
-    cv2.putText(strip, text, (8, STRIP - 9), font, scale, (255, 255, 255), 1, cv2.LINE_AA)
-    return strip
-
-
-def _by_frame(rows: TrackRows) -> dict[int, np.ndarray]:
-    """Frame number -> indices of its rows."""
-    order = np.argsort(rows.frames, kind="stable")
-    numbers, starts = np.unique(rows.frames[order], return_index=True)
-    return dict(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)) if len(numbers) else {}
-
-
-def _drawn(rows: TrackRows, own: np.ndarray | None, zoom: np.ndarray) -> DrawnTracks:
-    index = np.zeros(0, np.int64) if own is None else own
-    return DrawnTracks(rows.track_ids[index], rows.boxes_xyxy[index] * zoom, rows.class_ids[index], rows.scores[index])

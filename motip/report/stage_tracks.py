@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from motip.cluster import Cluster
 from motip.data.manifest import Manifest, VideoEntry
-from motip.data.sequence import TrackRows
 from motip.errors import MotipError
 from motip.evaluation.evaluator import (
     EvalJob,
@@ -19,17 +18,9 @@ from motip.evaluation.evaluator import (
     tracks_digest,
 )
 from motip.report.page_facts import PageFacts, StageFacts
+from motip.report.side_by_side import Tile
 from motip.storage.paths import Location, local_copy, location
 from motip.weights.export import load_for_tracking
-
-
-@dataclass(frozen=True)
-class StageTracks:
-    """One stage's tracks of the sequence; class ids index ``class_names``."""
-
-    stage: StageFacts
-    rows: TrackRows
-    class_names: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,7 @@ def scored_domains(page: PageFacts) -> dict[str, list[str]]:
     return found
 
 
-def choose_video(page: PageFacts, manifest: Manifest, sources: Sequence[str], storage: Location) -> VideoEntry:
+def choose_video(page: PageFacts, manifest: Manifest, sources: Sequence[str]) -> VideoEntry:
     """The val video with stored tracks of most stages; ties go to the one with most labelled objects.
 
     Raises:
@@ -67,18 +58,18 @@ def choose_video(page: PageFacts, manifest: Manifest, sources: Sequence[str], st
     videos = [video for source in sources for video in manifest.of(source, "val")]
     if not videos:
         raise MotipError(
-            "the shards have no val video of this domain", where=storage / "shards", found=", ".join(sources)
+            "the shards have no val video of this domain", where=page.storage / "shards", found=", ".join(sources)
         )
     finished = [stage for stage in page.stages if stage.finished]
 
     def rank(video: VideoEntry) -> tuple[int, int, str]:
-        stored = sum(_is_stored(stage, video, storage) for stage in finished)
+        stored = sum(_is_stored(stage, video, page.storage) for stage in finished)
         return -stored, -video.objects, video.video
 
     return min(videos, key=rank)
 
 
-def tracks_of(stage: StageFacts, video: VideoEntry, storage: Location, options: TrackingOptions) -> StageTracks | None:
+def tracks_of(stage: StageFacts, video: VideoEntry, storage: Location, options: TrackingOptions) -> Tile | None:
     """The stage's tracks of the video; None if they are not stored and tracking is disabled.
 
     Raises:
@@ -86,23 +77,23 @@ def tracks_of(stage: StageFacts, video: VideoEntry, storage: Location, options: 
     """
     folder = _folder(stage, storage)
     if _is_stored(stage, video, storage):
-        return StageTracks(stage, read_tracks(folder, video), stage.classes)
-    if not options.track or stage.settings is None:
+        return Tile(stage.name, read_tracks(folder, video), stage.classes)
+    if not options.track or stage.settings is None or stage.record is None:
         return None
-    model, classes, _ = load_for_tracking(local_copy(location(str(stage.record["checkpoint"]))))
-    subject = ModelUnderTest(model, str(stage.record["sha256"]), stage.settings, classes)
+    model, classes, _ = load_for_tracking(local_copy(location(stage.record.checkpoint)))
+    subject = ModelUnderTest(model, stage.record.sha256, stage.settings, classes)
     track_missing(subject, EvalJob([video], str(storage), folder, cluster=options.cluster, device=options.device))
-    return StageTracks(stage, read_tracks(folder, video), classes)
+    return Tile(stage.name, read_tracks(folder, video), classes)
 
 
 def _folder(stage: StageFacts, storage: Location) -> Location:
     """Folder with the tracks of the stage's checkpoint."""
-    return evaluation_folder(storage, str(stage.record["sha256"]))
+    return evaluation_folder(storage, "" if stage.record is None else stage.record.sha256)
 
 
 def _is_stored(stage: StageFacts, video: VideoEntry, storage: Location) -> bool:
     """Whether tracks of this checkpoint with the stage's own settings are stored."""
-    if stage.settings is None:
+    if stage.settings is None or stage.record is None:
         return False
-    inputs = tracks_digest(str(stage.record["sha256"]), stage.settings, video)
+    inputs = tracks_digest(stage.record.sha256, stage.settings, video)
     return is_tracked(_folder(stage, storage), video, inputs)

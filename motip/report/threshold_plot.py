@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ _COLOURS = {"HOTA": "#1f4e79", "DetA": "#c55a11", "AssA": "#548235"}
 def threshold_figure(sweep: ThresholdSearchResult) -> Figure:
     """Left: HOTA, DetA and AssA over DET_THRESH. Right: true and false positives by confidence, stacked."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     scores, confidence = figure.subplots(1, 2)
     thresholds = [each.settings.det_thresh for each in sweep.candidates]
     best, configured = sweep.candidates[sweep.best], sweep.candidates[sweep.configured]

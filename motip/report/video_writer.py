@@ -6,15 +6,12 @@ import contextlib
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from motip.errors import MotipError
 from motip.storage.atomic import atomic_write
-
-if TYPE_CHECKING:
-    import av
 
 _BT709 = 1
 """Colour space, primaries and transfer of HD video; without them, players guess differently."""
@@ -58,7 +55,7 @@ class VideoWriter:
         self._fps = fps
         self._crf = crf
         self._stack = contextlib.ExitStack()
-        self._container: av.container.OutputContainer | None = None
+        self._container: Any = None
         self._stream: Any = None
         self._converter: Any = None
 
@@ -80,11 +77,9 @@ class VideoWriter:
             self._open(*image.shape[:2])
         # Zero-copy frames and a persistent converter: together they save half of the conversion time.
         frame = av.VideoFrame.from_numpy_buffer(np.ascontiguousarray(image), format="rgb24")
-        assert self._converter is not None
         frame = self._converter.reformat(frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
         frame.pts, frame.time_base = self.frames, 1 / self._fps
         self.frames += 1
-        assert self._container is not None
         self._container.mux(self._stream.encode(frame))
 
     def __exit__(

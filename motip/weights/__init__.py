@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from motip.weights.checkpoint import load_checkpoint, save_checkpoint
 from motip.weights.files import WeightFile, read_weights
-from motip.weights.pretrained import load_pretrained
-from motip.weights.transfer import TransferPlan, apply_transfer, plan_transfer
+from motip.weights.transfer import TransferPlan, apply_transfer, load_pretrained, plan_transfer
 from motip.weights.transfer_report import TransferReport
 
 __all__ = [

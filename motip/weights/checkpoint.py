@@ -86,12 +86,13 @@ def save_checkpoint(
         "parent": parent,
     }
     plain = _Plain().convert(content, "checkpoint")
-    with atomic_write(path) as temporary:
-        # A handle instead of a path: torch would write the temporary name into the archive, and equal checkpoints
-        # would have different digests.
-        with temporary.open("wb") as stream:
-            torch.save(plain, stream)
-        _flush(temporary)
+    # A handle instead of a path: torch would write the temporary name into the archive, and equal checkpoints would
+    # have different digests.
+    with atomic_write(path) as temporary, temporary.open("wb") as stream:
+        torch.save(plain, stream)
+        # Before the rename: otherwise a power failure could leave an empty file under the new name.
+        stream.flush()
+        os.fsync(stream.fileno())
     return Path(path)
 
 
@@ -136,18 +137,12 @@ def _state(thing: Any) -> Any:
     return thing.state_dict() if hasattr(thing, "state_dict") else thing
 
 
-def _flush(path: Path) -> None:
-    # Before the rename: otherwise a power failure could leave an empty file under the new name.
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 class _Plain:
     """Converts values to tensors, numbers, strings and plain containers; aliased tensors stay aliased."""
 
     def __init__(self) -> None:
-        self._moved: dict[tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = {}
-        self._alive: list[Tensor] = []
+        # The converted tensors are kept alive, so that no address is reused.
+        self._moved: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def convert(self, value: Any, where: str) -> Any:
         if value is None or type(value) in (bool, int, float, str, bytes):
@@ -165,8 +160,8 @@ class _Plain:
         if isinstance(value, Mapping):
             return self._items(value, where)
         if isinstance(value, list | tuple):
-            items = [self.convert(item, f"{where}[{index}]") for index, item in enumerate(value)]
-            return tuple(items) if isinstance(value, tuple) else items
+            items = (self.convert(item, f"{where}[{index}]") for index, item in enumerate(value))
+            return tuple(items) if isinstance(value, tuple) else list(items)
         raise MotipError(
             "a checkpoint value must be a tensor, number, string or plain container",
             where=where,
@@ -186,11 +181,9 @@ class _Plain:
         tensor = tensor.detach()
         identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and identity in self._moved:
-            return self._moved[identity]
+            return self._moved[identity][1]
         plain = tensor.cpu().contiguous()
         if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
             plain = plain.clone()  # torch.save would write the complete storage of a view
-        self._moved[identity] = plain
-        # Keep the tensor alive, so that its address is not reused.
-        self._alive.append(tensor)
+        self._moved[identity] = tensor, plain
         return plain

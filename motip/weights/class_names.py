@@ -9,26 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from motip.errors import MotipError
 
 COCO_ROWS = 91
-
-COCO_CATEGORY_IDS: dict[str, int] = {
-    "person": 1, "bicycle": 2, "car": 3, "motorcycle": 4, "airplane": 5, "bus": 6, "train": 7, "truck": 8, "boat": 9,
-    "traffic light": 10, "fire hydrant": 11, "stop sign": 13, "parking meter": 14, "bench": 15, "bird": 16, "cat": 17,
-    "dog": 18, "horse": 19, "sheep": 20, "cow": 21, "elephant": 22, "bear": 23, "zebra": 24, "giraffe": 25,
-    "backpack": 27, "umbrella": 28, "handbag": 31, "tie": 32, "suitcase": 33, "frisbee": 34, "skis": 35,
-    "snowboard": 36, "sports ball": 37, "kite": 38, "baseball bat": 39, "baseball glove": 40, "skateboard": 41,
-    "surfboard": 42, "tennis racket": 43, "bottle": 44, "wine glass": 46, "cup": 47, "fork": 48, "knife": 49,
-    "spoon": 50, "bowl": 51, "banana": 52, "apple": 53, "sandwich": 54, "orange": 55, "broccoli": 56, "carrot": 57,
-    "hot dog": 58, "pizza": 59, "donut": 60, "cake": 61, "chair": 62, "couch": 63, "potted plant": 64, "bed": 65,
-    "dining table": 67, "toilet": 70, "tv": 72, "laptop": 73, "mouse": 74, "remote": 75, "keyboard": 76,
-    "cell phone": 77, "microwave": 78, "oven": 79, "toaster": 80, "sink": 81, "refrigerator": 82, "book": 84,
-    "clock": 85, "vase": 86, "scissors": 87, "teddy bear": 88, "hair drier": 89, "toothbrush": 90,
-}  # fmt: skip
-"""The 80 COCO classes with their category ids (1..90; ten ids were never used), from the COCO annotation files."""
-
 UNUSED_ROW = ""
 """Name of an unused head row (row 0 and the ten unused ids of COCO)."""
 
@@ -70,12 +55,14 @@ class ClassMove:
         return f"{self.name} <- row {self.row} ({self.source or 'unused row'}{label})"
 
 
+@cache
 def coco_row_names() -> tuple[str, ...]:
     """The 91 row names of a COCO class head, indexed by category id; unused ids are UNUSED_ROW."""
-    names = [UNUSED_ROW] * COCO_ROWS
-    for name, row in COCO_CATEGORY_IDS.items():
-        names[row] = name
-    return tuple(names)
+    # Imported late: torchvision takes as long to import as torch.
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return tuple(UNUSED_ROW if name in ("__background__", "N/A") else name for name in names)
 
 
 def normalise_name(name: str) -> str:
@@ -143,22 +130,22 @@ class _Resolver:
     def move(self, name: str) -> ClassMove:
         init = self.inits.get(normalise_name(name), PRIOR)
         if init.startswith("row:"):
-            row = self._row_number(init, name)
-            return ClassMove(name, "row", row, self.file_classes[row])
-        row_by_name = self._find(name)
-        if row_by_name is not None:
-            source = self.file_classes[row_by_name]
-            same = normalise_name(source) == normalise_name(name)
-            return ClassMove(name, "name" if same else "alias", row_by_name, source)
+            return self._from_row(name, "row", self._row_number(init, name))
+        row = self._find(name)
+        if row is not None:
+            same = normalise_name(self.file_classes[row]) == normalise_name(name)
+            return self._from_row(name, "name" if same else "alias", row)
         return self._relative(name, init, path=(normalise_name(name),))
 
+    def _from_row(self, name: str, how: str, row: int) -> ClassMove:
+        return ClassMove(name, how, row, self.file_classes[row])
+
     def _find(self, name: str) -> int | None:
-        plain, canonical = normalise_name(name), canonical_name(name)
-        named = [(row, own) for row, own in enumerate(self.file_classes) if own != UNUSED_ROW]
-        for row, own in named:
-            if normalise_name(own) == plain:
+        named = [row for row, own in enumerate(self.file_classes) if own != UNUSED_ROW]
+        for row in named:
+            if normalise_name(self.file_classes[row]) == normalise_name(name):
                 return row
-        rows = [row for row, own in named if canonical_name(own) == canonical]
+        rows = [row for row in named if canonical_name(self.file_classes[row]) == canonical_name(name)]
         if len(rows) > 1:
             raise MotipError(
                 f"class '{name}' has two candidates in the file's class head",
@@ -174,7 +161,7 @@ class _Resolver:
             return self._coco_relative(name, init)
         row = self._row_number(init, name) if init.startswith("row:") else self._find(init)
         if row is not None:
-            return ClassMove(name, "relative", row, self.file_classes[row])
+            return self._from_row(name, "relative", row)
         following = normalise_name(init)
         if following in path:
             raise MotipError("CLASS_INIT is cyclic", where="CLASS_INIT", found=" <- ".join((*path, following)))
@@ -190,7 +177,8 @@ class _Resolver:
 
     def _coco_relative(self, name: str, init: str) -> ClassMove:
         coco_name = init.removeprefix("coco:")
-        if normalise_name(coco_name) not in COCO_CATEGORY_IDS:
+        plain, rows = normalise_name(coco_name), coco_row_names()
+        if plain == UNUSED_ROW or plain not in rows:
             raise MotipError(
                 f"CLASS_INIT starts '{name}' from '{init}', which is not a COCO class",
                 where="CLASS_INIT",
@@ -199,8 +187,7 @@ class _Resolver:
             )
         if not self.coco:
             return ClassMove(name, "prior", None, f"{init} applies to COCO files only")
-        row = COCO_CATEGORY_IDS[normalise_name(coco_name)]
-        return ClassMove(name, "relative", row, self.file_classes[row])
+        return self._from_row(name, "relative", rows.index(plain))
 
     def _row_number(self, init: str, name: str) -> int:
         text = init.removeprefix("row:").strip()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,18 @@ from motip.model.spec import ModelSpec
 from motip.storage.atomic import atomic_write, sha256_file, write_json_atomic
 from motip.weights.class_names import canonical_name, check_class_list
 from motip.weights.files import HEADER_KEY, WeightFile
-from motip.weights.inspection import DESCRIPTION_NAME, WEIGHTS_NAME, read_described, training_position
-from motip.weights.transfer import POSITIONS_KEY, WORDS_KEY, TransferPlan, apply_transfer, plan_transfer
+from motip.weights.inspection import (
+    DESCRIPTION_NAME,
+    WEIGHTS_NAME,
+    read_described,
+    sizes_from_shapes,
+    training_position,
+)
+from motip.weights.transfer import TransferPlan, apply_transfer, plan_transfer
 from motip.weights.transfer_report import COPIED
 
 if TYPE_CHECKING:
     from motip.config import Config
-
-__all__ = ["export_safetensors", "load_exported", "load_for_tracking"]
 
 FORMAT = 1
 
@@ -84,16 +88,15 @@ def export_safetensors(
     spec, classes, differences = _architecture(source, config)
     _exact_plan(source, spec, classes)
     tensors, aliases = _without_aliases(source.tensors, dtype)
-    # Description for header and config.json.
+    # Description for header and config.json; of the parent its file name, so that no local path is published.
+    parent: Mapping[str, Any] | None = source.meta.get("parent")
     description = {
         "format": FORMAT,
         "weights": WEIGHTS_NAME,
         "spec": spec.to_dict(),
         "classes": list(classes),
-        "thresholds": _thresholds(source, config),
-        "config": _config_dict(source, config),
-        "training": training_position(source),
-        "parent": _named(source.meta.get("parent")),
+        **_run_facts(source, config),
+        "parent": parent and {**parent, "path": Path(str(parent["path"])).name},
         "source": {"name": source.path.name, "sha256": source.sha256},
     }
     if differences:
@@ -113,30 +116,6 @@ def export_safetensors(
     if not single_file:
         write_json_atomic(target.with_name(DESCRIPTION_NAME), {**description, "weights_sha256": sha256_file(target)})
     return target
-
-
-def _named(parent: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The parent with its file name instead of its path, so that no local path is published."""
-    return None if parent is None else {**parent, "path": Path(str(parent["path"])).name}
-
-
-def load_exported(path: Path | str) -> tuple[MOTIP, dict[str, Any]]:
-    """The model (eval mode, CPU, float32) and its description, from an export folder or its safetensors file.
-
-    Raises:
-        MotipError: files missing or damaged, weights of another export, class list or architecture contradicting them.
-    """
-    weight_file = read_described(path)
-    if "spec" not in weight_file.meta or weight_file.classes is None:
-        raise MotipError(
-            "the weights contain no architecture",
-            where=weight_file.path,
-            expected=f"{DESCRIPTION_NAME} in the same folder, or a file written by motip weights export",
-            fix="export the checkpoint again, or pass its configuration with --config_path",
-        )
-    spec = ModelSpec.from_dict(weight_file.meta["spec"])
-    meta = {**weight_file.meta, "classes": list(weight_file.classes), "sha256": weight_file.sha256}
-    return _exact_model(weight_file, spec, weight_file.classes), meta
 
 
 def load_for_tracking(
@@ -166,15 +145,16 @@ def load_for_tracking(
         )
     spec, classes, differences = _architecture(weight_file, config)
     meta = {
-        "thresholds": _thresholds(weight_file, config),
-        "config": _config_dict(weight_file, config),
-        "training": training_position(weight_file),
+        **_run_facts(weight_file, config),
         "parent": weight_file.meta.get("parent"),
         "sha256": weight_file.sha256,
         "kind": weight_file.kind,
         "config_differences": differences,
     }
-    return _exact_model(weight_file, spec, classes), classes, meta
+    plan = _exact_plan(weight_file, spec, classes)
+    model = build_model(spec)
+    apply_transfer(model, plan)
+    return model.eval(), classes, meta
 
 
 def _architecture(
@@ -200,12 +180,10 @@ def _architecture(
 
 def _published_spec(weight_file: WeightFile, classes: Sequence[str]) -> ModelSpec:
     """The published architecture with classes, vocabulary and positions of the file; raises if it does not fit."""
-    words, positions = weight_file.tensors.get(WORDS_KEY), weight_file.tensors.get(POSITIONS_KEY)
-    sizes: dict[str, Any] = {"num_classes": weight_file.class_rows, "only_detr": not weight_file.has_identity}
-    if words is not None and positions is not None:
-        sizes |= {"num_id_vocabulary": words.shape[1] - 1, "rel_pe_length": positions.shape[1]}
+    shapes = sizes_from_shapes(weight_file.tensors)
+    sizes = {name: shapes[name] for name in ("num_id_vocabulary", "rel_pe_length") if name in shapes}
     try:
-        spec = ModelSpec(**sizes)
+        spec = ModelSpec(weight_file.class_rows, only_detr=not weight_file.has_identity, **sizes)
         plan_transfer(weight_file, spec, classes)
     except MotipError as error:
         raise MotipError(
@@ -232,13 +210,8 @@ def _check_against_config(
             fix="omit the configuration (the checkpoint contains its own), or transfer the weights first "
             "(motip weights transfer)",
         )
-    configured = ModelSpec.from_config(config)
-    names = [field.name for field in fields(ModelSpec)]
-    return {
-        name: [getattr(spec, name), getattr(configured, name)]
-        for name in names
-        if getattr(spec, name) != getattr(configured, name)
-    }
+    configured = ModelSpec.from_config(config).to_dict()
+    return {name: [own, configured[name]] for name, own in spec.to_dict().items() if own != configured[name]}
 
 
 def _exact_plan(weight_file: WeightFile, spec: ModelSpec, classes: Sequence[str]) -> TransferPlan:
@@ -256,27 +229,18 @@ def _exact_plan(weight_file: WeightFile, spec: ModelSpec, classes: Sequence[str]
     return plan
 
 
-def _exact_model(weight_file: WeightFile, spec: ModelSpec, classes: Sequence[str]) -> MOTIP:
-    plan = _exact_plan(weight_file, spec, classes)
-    model = build_model(spec)
-    apply_transfer(model, plan)
-    return model.eval()
-
-
-def _thresholds(weight_file: WeightFile, config: Config | None) -> dict[str, Any]:
-    stored = weight_file.meta.get("thresholds")
-    if stored is None:
-        known = weight_file.meta.get("config") or {}
-        stored = {key: known[key] for key in TRACKING_KEYS if key in known}
-    return {**stored, **_read_keys(config)}
-
-
-def _read_keys(config: Config | None) -> dict[str, Any]:
-    return {} if config is None else {key: getattr(config, key) for key in TRACKING_KEYS if hasattr(config, key)}
-
-
-def _config_dict(weight_file: WeightFile, config: Config | None) -> dict[str, Any] | None:
-    return weight_file.meta.get("config") or (config.to_dict() if config is not None else None)
+def _run_facts(weight_file: WeightFile, config: Config | None) -> dict[str, Any]:
+    """Tracking thresholds, configuration and training position of the run that wrote the file."""
+    meta = weight_file.meta
+    stored = meta.get("config") or {}
+    thresholds = meta.get("thresholds")
+    if thresholds is None:
+        thresholds = {key: stored[key] for key in TRACKING_KEYS if key in stored}
+    return {
+        "thresholds": thresholds | {key: getattr(config, key) for key in TRACKING_KEYS if hasattr(config, key)},
+        "config": stored or (config.to_dict() if config is not None else None),
+        "training": training_position(weight_file),
+    }
 
 
 def _without_aliases(

@@ -12,7 +12,7 @@ import pickle
 import pickletools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class WeightFile:
     classes_origin: str
     meta: dict[str, Any]
     sha256: str
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def class_rows(self) -> int:
@@ -102,20 +102,7 @@ def read_weights(path: Path | str, *, classes: Sequence[str] | None = None) -> W
     return WeightFile(path, tensors, kind, names, origin, meta, sha256_file(path), tuple(notes))
 
 
-_META_KEYS = (
-    "epoch",
-    "step",
-    "config",
-    "spec",
-    "run_id",
-    "parent",
-    "counters",
-    "states",
-    "position",
-    "thresholds",
-    "source",
-    "training",
-)
+_META_KEYS = ("epoch", "step", "config", "spec", "run_id", "parent", "states", "thresholds", "source", "training")
 
 
 def read_container(path: Path | str) -> dict[str, Any]:
@@ -198,14 +185,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise _truncated(path, str(error)) from None
-    described: Any = {}
-    if HEADER_KEY in header:
-        try:
-            described = json.loads(header[HEADER_KEY])
-        except json.JSONDecodeError as error:
-            raise MotipError("the header of the file is damaged", where=path, found=str(error)) from None
+    try:
+        described = json.loads(header.get(HEADER_KEY, "{}"))
         if not isinstance(described, dict):
-            raise MotipError("the header of the file is damaged", where=path, found=f"a {type(described).__name__}")
+            raise TypeError(f"a {type(described).__name__}")
+    except (json.JSONDecodeError, TypeError) as error:
+        raise MotipError("the header of the file is damaged", where=path, found=str(error)) from None
     aliases = described.pop("aliases", {})
     for alias, key in aliases.items():
         if key not in tensors:
@@ -242,14 +227,11 @@ def _state_dict_of(container: dict[str, Any], path: Path) -> dict[str, Tensor]:
         if not isinstance(key, str):
             raise _wrong_container(path, f"a key that is not a string: {key!r}")
         if not isinstance(value, Tensor):
-            where = f"{path}, key {key}"
-            found = (
-                f"top-level keys {', '.join(map(str, list(state)[:8]))}" if state is container else type(value).__name__
-            )
+            bare = f"top-level keys {', '.join(map(str, list(state)[:8]))}"
             raise MotipError(
                 "the file contains a value that is not a tensor among the weights",
-                where=where,
-                found=found,
+                where=f"{path}, key {key}",
+                found=bare if state is container else type(value).__name__,
                 expected='{"model": state dict, ...} or a state dict of tensors',
             )
     return state if state is container else dict(state)

@@ -31,19 +31,19 @@ def inspect_weights(path: Path | str) -> dict[str, Any]:
     tensors = weight_file.tensors
     stored = weight_file.meta.get("spec")
     unique = {(tensor.data_ptr(), tuple(tensor.shape)): tensor for tensor in tensors.values()}
-    words, positions = tensors.get(WORDS_KEY), tensors.get(POSITIONS_KEY)
+    sizes = sizes_from_shapes(tensors)
     return {
         "path": str(weight_file.path),
         "kind": weight_file.kind,
         "bytes": weight_file.path.stat().st_size,
         "sha256": weight_file.sha256,
-        "architecture": stored or _sizes_from_shapes(tensors),
+        "architecture": stored or sizes,
         "architecture_from": "file" if stored else "shapes",
         "classes": list(weight_file.classes) if weight_file.classes else None,
         "classes_from": weight_file.classes_origin,
         "class_rows": weight_file.class_rows,
-        "vocabulary": None if words is None else words.shape[1] - 1,
-        "rel_pe_length": None if positions is None else positions.shape[1],
+        "vocabulary": sizes.get("num_id_vocabulary"),
+        "rel_pe_length": sizes.get("rel_pe_length"),
         "training": training_position(weight_file),
         "parent": weight_file.meta.get("parent"),
         "tensors": len(tensors),
@@ -61,12 +61,12 @@ def training_position(weight_file: WeightFile) -> dict[str, Any]:
     if "training" in meta:
         return dict(meta["training"])
     states = meta.get("states") or {}
-    position: dict[str, Any] = {key: meta[key] for key in ("epoch", "step", "run_id") if key in meta}
-    if "epoch" not in position and "start_epoch" in states:
+    position: dict[str, Any] = {}
+    if "start_epoch" in states:
         position["epoch"] = states["start_epoch"] - 1
-    if "step" not in position and "global_step" in states:
+    if "global_step" in states:
         position["step"] = states["global_step"]
-    return position
+    return position | {key: meta[key] for key in ("epoch", "step", "run_id") if key in meta}
 
 
 def read_described(path: Path | str) -> WeightFile:
@@ -114,7 +114,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def _sizes_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def sizes_from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Architecture sizes derived from tensor shapes, under the names of ModelSpec."""
 
     def count(pattern: str) -> int:

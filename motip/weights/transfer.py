@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from motip.errors import MotipError
 from motip.model.build import build_model
+from motip.model.motip import MOTIP
 from motip.model.spec import ModelSpec
 from motip.weights.class_names import UNUSED_ROW, ClassMove, check_class_list, match_classes
-from motip.weights.files import IDENTITY_PREFIXES, WeightFile
+from motip.weights.files import IDENTITY_PREFIXES, WeightFile, read_weights
 from motip.weights.transfer_report import COPIED, DROPPED, GROWN, INITIALISED, ROWS_MOVED, TensorStatus, TransferReport
 from motip.weights.vocabulary import resize_positions, resize_words
 
@@ -35,6 +37,7 @@ SKIPPED = "skipped by PRETRAIN_SKIP"
 _CLASS_HEAD = re.compile(r"detr\.class_embed\.\d+\.(weight|bias)$")
 _LABEL_HEAD = re.compile(r"id_decoder\.embed_to_word_layers\.\d+\.weight$")
 _BATCH_COUNTER = ".num_batches_tracked"
+_LAYER_COUNTS = "compare the layer counts and BACKBONE with the file's"
 
 # Pattern of a tensor name -> configuration keys that determine its shape; the first match counts.
 _SIZE_KEYS = (
@@ -127,6 +130,30 @@ def apply_transfer(model: nn.Module, plan: TransferPlan) -> TransferReport:
     return plan.report
 
 
+def load_pretrained(
+    model: MOTIP,
+    path: Path | str,
+    class_names: Sequence[str],
+    *,
+    file_classes: Sequence[str] | None = None,
+    new_class_from: Mapping[str, str] | None = None,
+    allow: Collection[str] = (),
+) -> TransferReport:
+    """Fill `model` from a weights file: ``read_weights``, ``plan_transfer``, ``apply_transfer`` in one call.
+
+    Args:
+        model: any device; filled in place.
+        path, file_classes: see ``read_weights``.
+        class_names, new_class_from, allow: see ``plan_transfer``.
+
+    Raises:
+        MotipError: from any of the three functions; the model is then unchanged.
+    """
+    weight_file = read_weights(path, classes=file_classes)
+    plan = plan_transfer(weight_file, model.spec, class_names, new_class_from=new_class_from, allow=allow)
+    return apply_transfer(model, plan)
+
+
 @dataclass
 class _Planner:
     """Collects values, statuses, notes and problems of one transfer."""
@@ -153,35 +180,43 @@ class _Planner:
             hits = [key for key in self.file.tensors if fnmatchcase(key, pattern)]
             for key in hits:
                 self.tensors.pop(key, None)
-                self.file_status[key] = TensorStatus(DROPPED, tuple(self.file.tensors[key].shape), SKIPPED)
-            if hits:
-                self.notes.append(f"{len(hits)} tensors are {SKIPPED}: {pattern}")
-            else:
-                self.notes.append(f"PRETRAIN_SKIP has no effect: no tensor of the file matches {pattern}")
+                self._drop(key, SKIPPED)
+            self.notes.append(
+                f"{len(hits)} tensors are {SKIPPED}: {pattern}"
+                if hits
+                else f"PRETRAIN_SKIP has no effect: no tensor of the file matches {pattern}"
+            )
 
     def fill_model(self) -> None:
         """Value and status of every model tensor, and status of the file tensors used."""
         slots, groups = _model_tensors(self.spec)
         words = self._resized_words(slots, groups)
-        for first, names in groups.items():
-            sources = [name for name in names if name in self.tensors]
+        for names in groups:
+            slot, sources = slots[names[0]], [name for name in names if name in self.tensors]
             if not sources:
-                self._leave_initialised(slots, names)
+                self._fill(names, slot, INITIALISED, self._why_missing(names))
                 continue
             # As in load_state_dict, the last of several values of one tensor is used.
-            source = sources[-1]
-            moved = self._move(source, slots[first], words) if self._agree(sources) else None
+            moved = self._move(sources[-1], slot, words) if self._agree(sources) else None
             if moved is None:
-                self._keep_initialised(names, sources, slots[first])
+                self._fill(names, slot, INITIALISED, "other shape in the file, allowed")
+                for key in sources:
+                    self._drop(key, "other shape in the model, allowed")
                 continue
             value, category, detail = moved
-            self.values[first] = value.to(slots[first].dtype)
-            for name in names:
-                alias_detail = f"filled through its other name {source}" if name not in self.tensors else detail
-                self.model_status[name] = TensorStatus(
-                    category, tuple(slots[name].shape), alias_detail, None if name == first else first
-                )
+            self.values[names[0]] = value.to(slot.dtype)
+            self._fill(names, slot, category, detail, sources[-1])
             self._account_for_sources(sources, category, detail)
+
+    def _fill(self, names: list[str], slot: Tensor, category: str, detail: str, source: str = "") -> None:
+        """Status of a model tensor under all its names; `source` is the file tensor it is filled from."""
+        for name in names:
+            through = f"filled through its other name {source}" if source and name not in self.tensors else detail
+            first = None if name == names[0] else names[0]
+            self.model_status[name] = TensorStatus(category, tuple(slot.shape), through, first)
+
+    def _drop(self, key: str, detail: str) -> None:
+        self.file_status[key] = TensorStatus(DROPPED, tuple(self.file.tensors[key].shape), detail)
 
     def _agree(self, sources: list[str]) -> bool:
         """Whether all names of one model tensor have the same shape in the file, or differences are allowed."""
@@ -209,15 +244,14 @@ class _Planner:
         if tensor.shape == slot.shape:
             return tensor, COPIED, ""
         if key in words:
-            old, new = _word_count(key, tensor), _word_count(key, slot)
-            detail = f"{old} -> {new} labels, newborn moved from {old} to {new}"
-            return words[key], GROWN, detail
+            axis = 1 if key == WORDS_KEY else 0
+            old, new = tensor.shape[axis] - 1, slot.shape[axis] - 1
+            return words[key], GROWN, f"{old} -> {new} labels, newborn moved from {old} to {new}"
         if key == POSITIONS_KEY and tensor.shape[::2] == slot.shape[::2]:
             old, new = tensor.shape[1], slot.shape[1]
             if new > old or self._allowed(key):
-                detail = f"{old} -> {new} time steps, " + (
-                    "the last row repeated" if new > old else "the oldest dropped"
-                )
+                change = "the last row repeated" if new > old else "the oldest dropped"
+                detail = f"{old} -> {new} time steps, {change}"
                 self.notes.append(f"REL_PE_LENGTH {detail}")
                 return resize_positions(tensor, new), GROWN, detail
             self._problem(key, f"REL_PE_LENGTH would shrink from {old} to {new}", f"set REL_PE_LENGTH: {old}")
@@ -226,10 +260,11 @@ class _Planner:
         reported = _is_word_tensor(key) and any(_is_word_tensor(bad) for bad, _, _ in self.problems)
         if not reported and not self._allowed(key):
             shapes = f"shape {tuple(tensor.shape)} in the file, {tuple(slot.shape)} in the model"
-            self._problem(key, shapes, f"compare {_size_keys(key)} with the run that wrote the file")
+            keys = next(keys for pattern, keys in _SIZE_KEYS if re.search(pattern, key))
+            self._problem(key, shapes, f"compare {keys} with the run that wrote the file")
         return None
 
-    def _resized_words(self, slots: Mapping[str, Tensor], groups: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    def _resized_words(self, slots: Mapping[str, Tensor], groups: Sequence[list[str]]) -> dict[str, Tensor]:
         """Resized label embedding and label heads, if the ID vocabulary of the file has another size; else empty."""
         embedding = self.tensors.get(WORDS_KEY)
         if embedding is None or WORDS_KEY not in slots or embedding.ndim != 2:
@@ -239,27 +274,17 @@ class _Planner:
         if old == new or tuple(embedding.shape) != expected:
             return {}
         # Label heads of the file.
-        winners = [
-            [name for name in names if name in self.tensors]
-            for first, names in groups.items()
-            if _LABEL_HEAD.match(first)
-        ]
-        heads = {names[-1]: self.tensors[names[-1]] for names in winners if names}
+        named = ([name for name in names if name in self.tensors] for names in groups if _LABEL_HEAD.match(names[0]))
+        heads = {names[-1]: self.tensors[names[-1]] for names in named if names}
         for key, head in heads.items():
             if tuple(head.shape) != (expected[1], expected[0]):
-                self._problem(
-                    key,
-                    f"shape {tuple(head.shape)}, but {WORDS_KEY} is {tuple(embedding.shape)}",
-                    "the file is damaged",
-                )
+                found = f"shape {tuple(head.shape)}, but {WORDS_KEY} is {tuple(embedding.shape)}"
+                self._problem(key, found, "the file is damaged")
                 return {}
         # Resize.
         if new < old and not self._allowed(WORDS_KEY):
-            self._problem(
-                WORDS_KEY,
-                f"the ID vocabulary would shrink from {old} to {new} labels",
-                f"set NUM_ID_VOCABULARY: {old} or more",
-            )
+            found = f"the ID vocabulary would shrink from {old} to {new} labels"
+            self._problem(WORDS_KEY, found, f"set NUM_ID_VOCABULARY: {old} or more")
             return {}
         resized, resized_heads = resize_words(embedding.float(), [head.float() for head in heads.values()], new)
         what = f"the ID vocabulary {'grew' if new > old else 'SHRANK'} from {old} to {new} labels"
@@ -269,44 +294,24 @@ class _Planner:
         )
         return {WORDS_KEY: resized, **dict(zip(heads, resized_heads, strict=True))}
 
-    def _leave_initialised(self, slots: Mapping[str, Tensor], names: list[str]) -> None:
-        skipped = any(name in self.file.tensors for name in names)
-        expected = skipped or (names[0].startswith(IDENTITY_PREFIXES) and not self.file.has_identity)
-        if not expected and not self._allowed(*names):
-            self._problem(
-                names[0], "the file does not contain it", "compare the layer counts and BACKBONE with the file's"
-            )
-        detail = SKIPPED if skipped else "" if expected else "missing in the file, allowed"
-        for name in names:
-            self.model_status[name] = TensorStatus(
-                INITIALISED, tuple(slots[name].shape), detail, None if name == names[0] else names[0]
-            )
-
-    def _keep_initialised(self, names: list[str], sources: list[str], slot: Tensor) -> None:
-        """Status of an allowed difference in shape: the model keeps its value, that of the file is dropped."""
-        for name in names:
-            self.model_status[name] = TensorStatus(
-                INITIALISED,
-                tuple(slot.shape),
-                "other shape in the file, allowed",
-                None if name == names[0] else names[0],
-            )
-        for key in sources:
-            self.file_status[key] = TensorStatus(
-                DROPPED, tuple(self.tensors[key].shape), "other shape in the model, allowed"
-            )
+    def _why_missing(self, names: list[str]) -> str:
+        """Why the file has no value of a model tensor; a problem unless skipped, allowed or of a detector-only file."""
+        if any(name in self.file.tensors for name in names):
+            return SKIPPED
+        if names[0].startswith(IDENTITY_PREFIXES) and not self.file.has_identity:
+            return ""
+        if not self._allowed(*names):
+            self._problem(names[0], "the file does not contain it", _LAYER_COUNTS)
+        return "missing in the file, allowed"
 
     def _account_for_sources(self, sources: list[str], category: str, detail: str) -> None:
         winner = self.tensors[sources[-1]]
         same = [key for key in sources if _equal(self.tensors[key], winner)]
         for key in sources:
-            shape = tuple(self.tensors[key].shape)
-            if key in same:
-                self.file_status[key] = TensorStatus(category, shape, detail, None if key == same[0] else same[0])
-            else:
-                self.file_status[key] = TensorStatus(
-                    DROPPED, shape, f"the model shares this tensor; it uses {sources[-1]}"
-                )
+            self._drop(key, f"the model shares this tensor; it uses {sources[-1]}")
+        for key in same:
+            first = None if key == same[0] else same[0]
+            self.file_status[key] = TensorStatus(category, tuple(winner.shape), detail, first)
         if len(same) < len(sources):
             self.notes.append(
                 f"{len(sources) - len(same)} of {len(sources)} names of one shared tensor have other values in the "
@@ -315,30 +320,24 @@ class _Planner:
 
     def drop_rest_of_file(self) -> None:
         """Status of file tensors without a model tensor."""
-        for key, tensor in self.tensors.items():
+        for key in self.tensors:
             if key in self.file_status or key in self.model_status:
                 continue
-            counter = key.endswith(_BATCH_COUNTER)
-            if not counter and not self._allowed(key):
-                self._problem(
-                    key, "the model has no such tensor", "compare the layer counts and BACKBONE with the file's"
-                )
-            detail = (
-                "batch-norm step counter; frozen batch norm has none" if counter else "unknown to the model, allowed"
-            )
-            self.file_status[key] = TensorStatus(DROPPED, tuple(tensor.shape), detail)
+            if key.endswith(_BATCH_COUNTER):
+                self._drop(key, "batch-norm step counter; frozen batch norm has none")
+                continue
+            if not self._allowed(key):
+                self._problem(key, "the model has no such tensor", _LAYER_COUNTS)
+            self._drop(key, "unknown to the model, allowed")
 
     def raise_problems(self) -> None:
         if not self.problems:
             return
-        key, wrong, advice = self.problems[0]
-        more = len(self.problems) - 1
-        others = (
-            f" (and {more} more: {', '.join(name for name, _, _ in self.problems[1:6])}{' ...' if more > 5 else ''})"
-        )
+        (key, wrong, advice), *others = self.problems
+        names = ", ".join(name for name, _, _ in others[:5]) + (" ..." if len(others) > 5 else "")
         raise MotipError(
             "the weights do not fit the model; nothing was loaded",
-            where=f"{self.file.path}, key {key}" + (others if more else ""),
+            where=f"{self.file.path}, key {key}" + (f" (and {len(others)} more: {names})" if others else ""),
             found=wrong,
             expected="every tensor of the file and of the model accounted for",
             fix=f"{advice}; if it is intended, allow it by name: PRETRAIN_ALLOW: ['{key}'] (or --allow '{key}')",
@@ -359,39 +358,34 @@ class _Planner:
             dropped_classes=dropped,
             file_status={key: self.file_status[key] for key in self.file.tensors},
             model_status=dict(self.model_status),
-            notes=tuple([*self.file.notes, *self._class_notes(dropped), *self.notes, *self._other_notes()]),
+            notes=(*self.file.notes, *self._class_notes(dropped), *self.notes, *self._other_notes()),
         )
 
-    def _class_notes(self, dropped: tuple[str, ...]) -> list[str]:
-        notes = []
+    def _class_notes(self, dropped: tuple[str, ...]) -> Iterator[str]:
         if self.file.classes_origin == "assumed from one row":
-            notes.append("the file does not name its class: assumed to be 'pedestrian' (PRETRAIN_CLASSES overrides)")
-        for move in self.moves:
-            if move.how == "prior":
-                notes.append(f"class '{move.name}' is new and starts from the prior ({move.source})")
+            yield "the file does not name its class: assumed to be 'pedestrian' (PRETRAIN_CLASSES overrides)"
+        new = (move for move in self.moves if move.how == "prior")
+        yield from (f"class '{move.name}' is new and starts from the prior ({move.source})" for move in new)
         if dropped:
             shown = ", ".join(dropped[:8]) + (f" and {len(dropped) - 8} more" if len(dropped) > 8 else "")
-            notes.append(f"{len(dropped)} classes of the file are not in the model, their rows are dropped: {shown}")
-        return notes
+            yield f"{len(dropped)} classes of the file are not in the model, their rows are dropped: {shown}"
 
-    def _other_notes(self) -> list[str]:
-        notes = []
-        untouched = [key for key, status in self.model_status.items() if status.category == INITIALISED]
-        identity = [key for key in untouched if key.startswith(IDENTITY_PREFIXES)]
+    def _other_notes(self) -> Iterator[str]:
+        initialised = [key for key, status in self.model_status.items() if status.category == INITIALISED]
+        identity = [key for key in initialised if key.startswith(IDENTITY_PREFIXES)]
         if identity and not self.file.has_identity:
-            notes.append(
+            yield (
                 f"DETECTOR ONLY: the file has no identity half; {len(identity)} tensors of trajectory_modeling and "
                 "id_decoder start from their initialisation, association is learnt from scratch"
             )
         if _boxes_without_refinement(self.tensors):
-            notes.append("all box heads of the file are equal: it was probably trained without box refinement")
-        narrow = [key for key in self.tensors if self.tensors[key].dtype in (torch.float16, torch.bfloat16)]
+            yield "all box heads of the file are equal: it was probably trained without box refinement"
+        narrow = sum(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in self.tensors.values())
         if narrow:
-            notes.append(f"{len(narrow)} tensors of the file are stored in 16 bits and were widened")
+            yield f"{narrow} tensors of the file are stored in 16 bits and were widened"
         unused = [pattern for pattern in self.allow if pattern not in self.used_patterns]
         if unused:
-            notes.append(f"allowed but not needed: {', '.join(unused)}")
-        return notes
+            yield f"allowed but not needed: {', '.join(unused)}"
 
     def _classes_unchanged(self) -> bool:
         straight = all(move.row == row and move.how in ("name", "alias") for row, move in enumerate(self.moves))
@@ -406,16 +400,14 @@ class _Planner:
         self.problems.append((key, wrong, advice))
 
 
-def _model_tensors(spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Key -> meta tensor of a model of `spec`; first name of each tensor -> all its names."""
+def _model_tensors(spec: ModelSpec) -> tuple[dict[str, Tensor], list[list[str]]]:
+    """Key -> meta tensor of a model of `spec`; all names of each tensor."""
     with torch.device("meta"):
         state = build_model(spec).state_dict(keep_vars=True)
-    first_names: dict[int, str] = {}
-    groups: dict[str, list[str]] = {}
+    groups: dict[int, list[str]] = {}
     for key, tensor in state.items():
-        first = first_names.setdefault(id(tensor), key)
-        groups.setdefault(first, []).append(key)
-    return dict(state), groups
+        groups.setdefault(id(tensor), []).append(key)
+    return dict(state), list(groups.values())
 
 
 def _move_rows(file: WeightFile, key: str, moves: Sequence[ClassMove]) -> Tensor:
@@ -436,10 +428,6 @@ def _is_word_tensor(key: str) -> bool:
     return key == WORDS_KEY or _LABEL_HEAD.match(key) is not None
 
 
-def _word_count(key: str, tensor: Tensor) -> int:
-    return tensor.shape[1 if key == WORDS_KEY else 0] - 1
-
-
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
 
@@ -448,7 +436,3 @@ def _boxes_without_refinement(tensors: Mapping[str, Tensor]) -> bool:
     """Whether all decoder layers have equal box heads, the result of training without refinement."""
     heads = [tensor for key, tensor in tensors.items() if re.match(r"detr\.bbox_embed\.\d+\.layers\.0\.weight$", key)]
     return len(heads) > 1 and all(_equal(heads[0], head) for head in heads[1:])
-
-
-def _size_keys(key: str) -> str:
-    return next(keys for pattern, keys in _SIZE_KEYS if re.search(pattern, key))

@@ -34,12 +34,9 @@ class TensorStatus:
     alias_of: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        plain: dict[str, Any] = {"category": self.category, "shape": list(self.shape)}
-        if self.detail:
-            plain["detail"] = self.detail
-        if self.alias_of:
-            plain["alias_of"] = self.alias_of
-        return plain
+        optional = {"detail": self.detail, "alias_of": self.alias_of}
+        given = {name: value for name, value in optional.items() if value}
+        return {"category": self.category, "shape": list(self.shape), **given}
 
 
 @dataclass(frozen=True)
@@ -65,10 +62,11 @@ class TransferReport:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """``{"file": {category: tensors}, "model": {...}}``; each side sums to the number of its tensors."""
-        return {
-            side: {category: counted.get(category, 0) for category in CATEGORIES}
-            for side, counted in (("file", _count(self.file_status)), ("model", _count(self.model_status)))
+        counted = {
+            side: Counter(status.category for status in statuses.values())
+            for side, statuses in (("file", self.file_status), ("model", self.model_status))
         }
+        return {side: {category: own[category] for category in CATEGORIES} for side, own in counted.items()}
 
     def names(self, category: str, side: str) -> list[str]:
         """Keys of one `side` (``file`` or ``model``) in `category`."""
@@ -94,13 +92,11 @@ class TransferReport:
 
     def summary_line(self) -> str:
         """Counts per category in one line."""
-        counted = _count(self.model_status)
-        dropped = _count(self.file_status).get(DROPPED, 0)
-        parts = [f"{counted[category]} {category}" for category in CATEGORIES if counted.get(category)]
-        return (
-            f"{len(self.model_status)} model tensors: {', '.join(parts)}; "
-            f"{dropped} of {len(self.file_status)} file tensors dropped ({self.kind}, sha256 {self.sha256[:12]})"
-        )
+        counts = self.counts()
+        parts = [f"{number} {category}" for category, number in counts["model"].items() if number]
+        dropped = f"{counts['file'][DROPPED]} of {len(self.file_status)} file tensors dropped"
+        shown = f"{len(self.model_status)} model tensors: {', '.join(parts)}"
+        return f"{shown}; {dropped} ({self.kind}, sha256 {self.sha256[:12]})"
 
     def table(self) -> str:
         """The report as text: counts per category, class moves, tensors not copied, notes."""
@@ -112,7 +108,9 @@ class TransferReport:
             f"{'':<26}{'file':>7}{'model':>7}",
         ]
         for category in CATEGORIES:
-            lines.append(f"{category:<26}{_cell(counts, 'file', category)}{_cell(counts, 'model', category)}")
+            file = "-" if category == INITIALISED else counts["file"][category]
+            model = "-" if category == DROPPED else counts["model"][category]
+            lines.append(f"{category:<26}{file:>7}{model:>7}")
         lines.append(f"{'total':<26}{len(self.file_status):>7}{len(self.model_status):>7}")
         aliases = sum(status.alias_of is not None for status in self.model_status.values())
         if aliases:
@@ -120,7 +118,7 @@ class TransferReport:
         # Classes, then tensors that were not copied.
         lines += ["", f"classes  ({self.classes_origin})", *(f"  {move}" for move in self.class_moves)]
         for title, category, statuses in (
-            (f"{GROWN}", GROWN, self.model_status),
+            (GROWN, GROWN, self.model_status),
             (f"{INITIALISED} (model tensors not filled from the file)", INITIALISED, self.model_status),
             (f"{DROPPED} (file tensors not used by the model)", DROPPED, self.file_status),
         ):
@@ -130,15 +128,6 @@ class TransferReport:
         if self.notes:
             lines += ["", *(f"NOTE  {note}" for note in self.notes)]
         return "\n".join(lines)
-
-
-def _count(statuses: Mapping[str, TensorStatus]) -> Counter[str]:
-    return Counter(status.category for status in statuses.values())
-
-
-def _cell(counts: Mapping[str, Mapping[str, int]], side: str, category: str) -> str:
-    impossible = (side == "file" and category == INITIALISED) or (side == "model" and category == DROPPED)
-    return f"{'-' if impossible else counts[side][category]:>7}"
 
 
 def _name_lines(statuses: Mapping[str, TensorStatus]) -> Iterable[str]:

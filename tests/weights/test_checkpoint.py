@@ -20,8 +20,8 @@ from motip.errors import MotipError
 from motip.model import MOTIP, ModelSpec
 from motip.storage.atomic import sha256_file
 from motip.weights import load_checkpoint, read_weights, save_checkpoint
-from motip.weights.export import export_safetensors, load_exported, load_for_tracking
-from motip.weights.inspection import inspect_weights
+from motip.weights.export import export_safetensors, load_for_tracking
+from motip.weights.inspection import inspect_weights, read_described
 from tests.helpers.weight_cases import TINY, detector_logits, detector_state, save_published, tiny_model
 
 CONFIG = {"NUM_CLASSES": 2, "DET_THRESH": 0.35, "MISS_TOLERANCE": 20, "LR": 1e-4, "CLASSES": ["pedestrian", "car"]}
@@ -179,15 +179,15 @@ def test_export_round_trip_is_bit_equal_and_needs_no_yaml(tmp_path: Path) -> Non
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes(target.read_bytes())
     for source in (tmp_path / "out", target, alone):
-        loaded, meta = load_exported(source)
+        loaded, classes, meta = load_for_tracking(source)
         assert not loaded.training
         for key, tensor in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[key], tensor), (source, key)
-        assert meta["classes"] == list(CLASSES)
+        assert classes == CLASSES
         assert meta["thresholds"] == {"DET_THRESH": 0.35, "MISS_TOLERANCE": 20}
         assert meta["training"] == {"epoch": 3, "step": 17, "run_id": "run7"}
         assert meta["parent"] == NAMED
-        assert meta["source"] == {"name": "checkpoint_best.pth", "sha256": sha256_file(path)}
+        assert read_described(source).meta["source"] == {"name": "checkpoint_best.pth", "sha256": sha256_file(path)}
     assert target.stat().st_size < path.stat().st_size
 
 
@@ -210,7 +210,7 @@ def test_half_precision_export_is_smaller_and_readable(tmp_path: Path) -> None:
     full = export_safetensors(path, tmp_path / "full")
     half = export_safetensors(path, tmp_path / "half", dtype=torch.float16)
     assert half.stat().st_size < 0.6 * full.stat().st_size
-    loaded, _ = load_exported(half)
+    loaded, _, _ = load_for_tracking(half)
     key = "id_decoder.word_to_embed.weight"
     assert torch.equal(loaded.state_dict()[key], model.state_dict()[key].half().float())
     file = read_weights(half)
@@ -228,16 +228,16 @@ def test_edited_thresholds_are_used_and_a_foreign_description_is_an_error(tmp_pa
     assert load_for_tracking(target)[2]["thresholds"]["DET_THRESH"] == 0.5
     described.write_text(json.dumps({**content, "classes": ["pedestrian"]}))
     with pytest.raises(MotipError, match="names 1 classes"):
-        load_exported(target)
+        load_for_tracking(target)
     described.write_text(json.dumps({**content, "weights_sha256": "f" * 64}))
     with pytest.raises(MotipError, match="describes other weights"):
-        load_exported(tmp_path / "out")
+        load_for_tracking(tmp_path / "out")
     described.write_text("{")
     with pytest.raises(MotipError, match="cannot be read"):
-        load_exported(tmp_path / "out")
+        load_for_tracking(tmp_path / "out")
     described.unlink()
     with pytest.raises(MotipError, match="contains no exported weights"):
-        load_exported(tmp_path / "out")
+        load_for_tracking(tmp_path / "out")
 
 
 # --- tracking from published files ----------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_published_file_loads_with_its_configuration(tmp_path: Path) -> None:
     assert meta["training"] == {"epoch": 2, "step": 9}
     assert torch.equal(detector_logits(model), detector_logits(parent))
     target = export_safetensors(path, tmp_path / "out", config=config_of(TINY, ("person",)))
-    assert load_exported(target)[1]["classes"] == ["person"]
+    assert load_for_tracking(target)[1] == ("person",)
 
 
 def test_detector_only_file_is_an_error_for_tracking(tmp_path: Path) -> None:

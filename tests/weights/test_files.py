@@ -12,7 +12,7 @@ import torch
 
 from motip.errors import MotipError
 from motip.weights import load_pretrained, read_weights, save_checkpoint
-from motip.weights.class_names import COCO_CATEGORY_IDS
+from motip.weights.class_names import coco_row_names
 from tests.helpers.weight_cases import detector_state, save_published, tiny_model
 
 
@@ -53,9 +53,11 @@ def test_coco_file_is_detected_by_91_rows_and_named_by_category_id(tmp_path: Pat
 
 
 def test_the_80_coco_ids() -> None:
-    assert len(COCO_CATEGORY_IDS) == 80
-    assert len(set(COCO_CATEGORY_IDS.values())) == 80
-    assert set(range(1, 91)) - set(COCO_CATEGORY_IDS.values()) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    rows = coco_row_names()
+    named = [name for name in rows if name]
+    assert len(rows) == 91 and len(named) == len(set(named)) == 80
+    assert {row for row, name in enumerate(rows) if not name} == {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    assert (rows[1], rows[3], rows[16], rows[90]) == ("person", "car", "bird", "toothbrush")
 
 
 def test_bare_state_dict_and_old_torch_format(tmp_path: Path) -> None:
