@@ -6,9 +6,11 @@ import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from motip.cluster import Cluster
 from motip.config import Stage
@@ -27,12 +29,20 @@ from motip.lineage.provenance import provenance
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, absolute, files_under, location, upload, write_bytes, write_json
 from motip.train.stage_job import EpochPlans, Parent, StageJob
+from motip.tune.concurrency import ConcurrencyPlan, plan_concurrency
 from motip.tune.decision import SweepDecision, best_trial, decide, report_lines, setting_text
-from motip.tune.ray_tune import ConcurrencyPlan, plan_concurrency, search
-from motip.tune.searcher import TrialResult, TrialSpec, suggest
-from motip.tune.sweep_plot import PlottedTrial, trials_figure
-from motip.tune.sweep_records import BASELINE, read_trial, read_trials, repeat_key, trial_key, write_trial
-from motip.tune.trial import TrialRunner, drop_weights
+from motip.tune.sweep_plot import trials_figure
+from motip.tune.trial import TrialRunner
+from motip.tune.trial_records import (
+    BASELINE,
+    TrialResult,
+    TrialSpec,
+    read_record,
+    read_trial,
+    read_trials,
+    repeat_key,
+    write_trial,
+)
 
 FORMAT = 1
 """Part of every sweep's identity; incremented when the meaning of the search space changes."""
@@ -123,7 +133,7 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
     job, train = stage_job(session.curriculum, base, parent, session.manifest, session.options)
     EpochPlans(job, base.config, tuning.workers)(0)  # fail here, before the trials start, if no clip can be trained
     identity = _identity(job, sweep, tuning.workers)
-    folder = _folder(session, stage, identity)
+    folder = absolute(session.options.storage) / "sweeps" / session.curriculum.name / stage.name / identity[:12]
     data = entries_digest([*train, *job.val])
     with _sweep_run(session, stage, sweep, identity, data, folder) as run_id:
         # search and confirmation
@@ -150,6 +160,8 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
 
         # decision, written as an overlay
         decision = decide(trials, repeats, base.config.SEED)
+        git = provenance()["git"]
+        code = f"{git['commit'] or 'unknown'}{' with changes' if git['dirty'] else ''}"
         lines = report_lines(
             decision,
             trials,
@@ -158,7 +170,7 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
             metric=base.best,
             videos=len(job.val),
             baseline=baseline,
-            digests={"sweep": identity, "data": data, "code": _commit()},
+            digests={"sweep": identity, "data": data, "code": code},
         )
         overlay = _overlay_location(session, stage, tuning)
         text = overlay_text(decision.values, lines)
@@ -166,6 +178,8 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
         write_bytes(folder / "tuned.yaml", text.encode())
 
         # figure and MLflow
+        title, best = f"{stage.name}, sweep", decision.best.key
+        figure = trials_figure(trials, repeats, sweep.space, baseline, title=title, metric=base.best, best=best)
         result = SweepResult(
             stage=stage.name,
             metric=base.best,
@@ -175,11 +189,11 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
             repeats=tuple(repeats),
             folder=folder,
             overlay=overlay,
-            figure=_save_figure(run, trials, repeats, decision),
+            figure=_save_figure(run, figure),
             run_id=run_id,
         )
         _record_result(run, result, text)
-    _drop_other_weights(folder, decision.best.key)
+    _drop_other_weights(folder, best)
     return result
 
 
@@ -213,30 +227,27 @@ def _identity(job: StageJob, sweep: SweepFile, workers: int) -> str:
     return digest({"format": FORMAT, "stage": job.inputs, "sweep": search_settings, "workers": workers})
 
 
-def _folder(session: Session, stage: Stage, identity: str) -> Location:
-    return absolute(session.options.storage) / "sweeps" / session.curriculum.name / stage.name / identity[:12]
-
-
-def _start_run(session: Session, stage: Stage, sweep: SweepFile, identity: str, data: str) -> str:
-    parent = {"mlflow.parentRunId": session.run_id} if session.run_id else {}
-    return session.lineage.start_curriculum(
-        f"{stage.name} sweep",
-        # By alias: a digest of this identifies the run, also one of version 0.1.
-        {"identity": identity, "stage": stage.name, "sweep": sweep.model_dump(mode="json", by_alias=True)},
-        {**parent, "motip.stage": stage.name, "motip.data.sha256": data, "motip.config": session.options.config_path},
-        reopen_finished=True,
-        kind="sweep",
-    )
-
-
 @contextlib.contextmanager
 def _sweep_run(
     session: Session, stage: Stage, sweep: SweepFile, identity: str, data: str, folder: Location
 ) -> Iterator[str]:
     """Lock the sweep for this process and open its MLflow run; an exception in the body ends the run."""
+    parent = {"mlflow.parentRunId": session.run_id} if session.run_id else {}
     acquire_lock(folder / "sweep.json", "sweep", parent_run_id=session.run_id)
     try:
-        run_id = _start_run(session, stage, sweep, identity, data)
+        run_id = session.lineage.start_curriculum(
+            f"{stage.name} sweep",
+            # By alias: a digest of this identifies the run, also one of version 0.1.
+            {"identity": identity, "stage": stage.name, "sweep": sweep.model_dump(mode="json", by_alias=True)},
+            {
+                **parent,
+                "motip.stage": stage.name,
+                "motip.data.sha256": data,
+                "motip.config": session.options.config_path,
+            },
+            reopen_finished=True,
+            kind="sweep",
+        )
         try:
             running = {"status": "running", "identity": identity, "run_id": run_id}
             owner = {"driver": this_driver(), "curriculum_run": session.run_id}
@@ -262,37 +273,21 @@ def _search(run: _SweepRun, count: int) -> list[TrialResult]:
     written = [trial for trial in read_trials(run.folder) if trial.spec.seed is None]
     # A failed baseline is repeated too: without it no trial can be compared.
     repeat = [
-        trial.spec
+        trial
         for trial in written
         if trial.status == "running" or (trial.spec.key == BASELINE and trial.status == "failed")
     ]
-    earlier = [trial for trial in written if trial.spec not in repeat]
-    ui = run.session.ui
+    earlier = [trial for trial in written if trial not in repeat]
     if written:
-        ui.note(f"resuming: {len(earlier)} trials ended, {len(repeat)} were interrupted")
+        run.session.ui.note(f"resuming: {len(earlier)} trials ended, {len(repeat)} were interrupted")
+    pending = [trial.spec for trial in repeat] if written else [TrialSpec(BASELINE, {})]
 
     # trials
-    def next_trial(trials: Sequence[TrialResult]) -> TrialSpec | None:
-        if any(trial.spec.key == BASELINE and trial.status == "failed" for trial in trials):
-            return None
-        if repeat:
-            return repeat.pop(0)
-        if len(trials) >= count:
-            return None
-        if not trials:
-            return TrialSpec(BASELINE, {})
-        number = 1 + max(int(trial.spec.key) for trial in trials)
-        values = suggest(run.sweep, run.baseline, trials, number)
-        if values is None:
-            ui.note(f"the search space is exhausted after {len(trials)} settings")
-            return None
-        return TrialSpec(trial_key(number), values)
-
-    longest = max((run.stage.config.EPOCHS, *map(int, _searched_epochs(run.sweep))))
-    log = _SweepLog(ui, run.folder, count, len(earlier))
-    trials = search(
-        next_trial, run.runner, run.concurrency, log, earlier=earlier, prune=run.sweep.prune, longest=longest
-    )
+    searched_epochs = run.sweep.space.get("EPOCHS")
+    longest = run.stage.config.EPOCHS
+    if searched_epochs is not None:
+        longest = max(longest, *map(int, searched_epochs.values_to_check()))
+    trials = _run_trials(run, count, pending, earlier, prune=run.sweep.prune, longest=longest)
     first = next(trial for trial in trials if trial.spec.key == BASELINE)
     if first.status == "failed":
         raise MotipError(
@@ -320,39 +315,52 @@ def _confirm(run: _SweepRun, trials: Sequence[TrialResult]) -> list[TrialResult]
             f"trial {best.spec.key} is best so far, {best.value:.2f}; repeated with seeds "
             f"{', '.join(map(str, seeds))}{', and so is the baseline' if len(settings) > 1 else ''}"
         )
-    log = _SweepLog(run.session.ui, run.folder, len(specs), len(earlier))
-    return search(lambda _: missing.pop(0) if missing else None, run.runner, run.concurrency, log, earlier=earlier)
+    return _run_trials(run, len(specs), missing, earlier)
+
+
+def _run_trials(
+    run: _SweepRun, count: int, pending: Sequence[TrialSpec], earlier: Sequence[TrialResult], **pruning: Any
+) -> list[TrialResult]:
+    """Run the pending trials, then suggested ones until there are `count`; returns the earlier ones too."""
+    from motip.tune import ray_tune  # loads Ray
+
+    log = _SweepLog(run.session.ui, run.folder, count, len(earlier))
+    space = ray_tune.SearchSpace(run.sweep, run.baseline)
+    searcher = ray_tune.TrialSearch(space, log, count, pending, earlier)
+    return ray_tune.search(searcher, run.runner, run.concurrency, log, **pruning)
 
 
 class _SweepLog:
-    """Observer that logs the trials, and writes a record when a trial starts, so that it is repeated after a kill."""
+    """Observer that logs the trials. Their records begin here, so that a trial is repeated after any kill."""
 
     def __init__(self, ui: Ui, folder: Location, count: int, ended: int) -> None:
         self._ui, self._folder, self._count, self._ended = ui, folder, count, ended
+        self.message = ui.note
 
-    def trial_started(self, result: TrialResult) -> None:
-        spec = result.spec
-        earlier = read_trial(self._folder, spec.key)
-        if not earlier:
-            write_trial(self._folder, result)
+    def trial_started(self, spec: TrialSpec) -> TrialResult:
+        resumes = bool(read_record(self._folder, spec.key).get("run_id"))
+        trial = replace(read_trial(self._folder, spec), status="running", message="")
+        write_trial(self._folder, trial)
         seed = "" if spec.seed is None else f", seed {spec.seed}"
-        verb = "resumes" if earlier.get("run_id") else "starts"
-        self._ui.note(f"trial {spec.key} {verb}: {setting_text(spec.values)}{seed}")
+        self._ui.note(f"trial {spec.key} {'resumes' if resumes else 'starts'}: {setting_text(spec.values)}{seed}")
+        return trial
 
-    def trial_ended(self, result: TrialResult) -> None:
+    def trial_ended(self, spec: TrialSpec) -> TrialResult:
         self._ended += 1
-        after = max(result.history, default=0)
+        trial = read_trial(self._folder, spec)
+        if trial.status == "running":
+            text = trial.message or "the trial process exited without a result (killed or out of memory?)"
+            trial = replace(trial, status="failed", message=text)
+        after = max(trial.history, default=0)
         epochs = f"{after} epoch{'s' if after != 1 else ''}"
         how = {
             "finished": f"finished after {epochs}",
             "pruned": f"pruned after {epochs}: others were better by then",
-            "failed": f"failed: {result.message}",
-        }.get(result.status, result.status)
-        value = "" if result.value is None else f", best {result.value:.2f}"
-        self._ui.note(f"trial {result.spec.key} {how}{value} ({self._ended} of {self._count} done)")
-
-    def message(self, text: str) -> None:
-        self._ui.note(text)
+            "failed": f"failed: {trial.message}",
+        }[trial.status]
+        value = "" if trial.value is None else f", best {trial.value:.2f}"
+        self._ui.note(f"trial {spec.key} {how}{value} ({self._ended} of {self._count} done)")
+        return trial
 
     def progress(self, trials: Sequence[TrialResult], running: dict[str, str]) -> None:
         scored = [trial for trial in trials if trial.value is not None]
@@ -362,16 +370,11 @@ class _SweepLog:
         self._ui.note(f"{self._ended} of {self._count} done; {where or 'workers are starting'}{so_far}")
 
 
-def _searched_epochs(sweep: SweepFile) -> tuple[Any, ...]:
-    searched = sweep.space.get("EPOCHS")
-    return () if searched is None else tuple(searched.values_to_check())
-
-
 def _mark_interrupted(session: Session, folder: Location, error: KeyboardInterrupt) -> None:
     """Mark the running trials in MLflow; their records stay `running`, by which they are resumed."""
     with log_exceptions("the interrupted trials could not be marked in MLflow"):
         for trial in read_trials(folder):
-            own = read_trial(folder, trial.spec.key).get("run_id")
+            own = read_record(folder, trial.spec.key).get("run_id")
             if trial.status == "running" and own:
                 mark_run_failed(session.lineage, own, error)
 
@@ -399,34 +402,8 @@ def _overlay_location(session: Session, stage: Stage, tuning: Tuning) -> Locatio
     return Path.cwd() / named
 
 
-def _save_figure(
-    run: _SweepRun, trials: Sequence[TrialResult], repeats: Sequence[TrialResult], decision: SweepDecision
-) -> Location:
-    # trials with their repetitions
-    plotted = [
-        PlottedTrial(
-            key=trial.spec.key,
-            values={**run.baseline, **trial.spec.values},
-            value=trial.value,
-            status=trial.status,
-            repeats=tuple(
-                each.value
-                for each in repeats
-                if each.value is not None and each.spec.key.startswith(f"{trial.spec.key}-seed")
-            ),
-        )
-        for trial in trials
-    ]
-
-    # file in the sweep's folder and in MLflow
-    figure = trials_figure(
-        plotted,
-        run.sweep.space,
-        title=f"{run.stage.name}, sweep",
-        metric=run.stage.best,
-        baseline=BASELINE,
-        best=decision.best.key,
-    )
+def _save_figure(run: _SweepRun, figure: Figure) -> Location:
+    """Save the figure in the sweep's folder and in MLflow."""
     with tempfile.TemporaryDirectory(prefix="motip-") as folder:
         file = Path(folder) / "sweep.png"
         figure.savefig(file, dpi=110)
@@ -443,19 +420,11 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
     header = ["trial", "status", *run.baseline, "seed", "epochs", result.metric, "run"]
     rows = []
     for trial in (*result.trials, *result.repeats):
-        record = read_trial(result.folder, trial.spec.key)
-        values = run.baseline | trial.spec.values
-        rows.append(
-            [
-                trial.spec.key,
-                trial.status,
-                *(values[key] for key in run.baseline),
-                trial.spec.seed or decision.best.seed,
-                max(trial.history, default=0),
-                trial.value,
-                record.get("run_id", ""),
-            ]
-        )
+        spec = trial.spec
+        values = (run.baseline | spec.values).values()
+        epochs, run_of_trial = max(trial.history, default=0), read_record(result.folder, spec.key).get("run_id", "")
+        seed = spec.seed or decision.best.seed
+        rows.append([spec.key, trial.status, *values, seed, epochs, trial.value, run_of_trial])
     lineage.log_table(run_id, header, rows, "trials.json")
     lineage.log_text(run_id, text, "tuned.yaml")
 
@@ -494,15 +463,6 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
 
 def _drop_other_weights(folder: Location, best: str) -> None:
     """Remove the weights of all trials but the best; they are not needed once the trials are scored."""
-    for path in sorted({file.parent.parent for file in _weights(folder)}, key=str):
-        if not path.name.startswith(f"{best}-") or path.name.startswith(f"{best}-seed"):
-            drop_weights(path)
-
-
-def _weights(folder: Location) -> list[Location]:
-    return [path for path in files_under(folder / "trials") if path.name.endswith(".pth")]
-
-
-def _commit() -> str:
-    git = provenance()["git"]
-    return f"{git['commit'] or 'unknown'}{' with changes' if git['dirty'] else ''}"
+    for file in files_under(folder / "trials"):
+        if file.name.endswith(".pth") and file.parent.parent.name.rpartition("-")[0] != best:
+            file.unlink(missing_ok=True)

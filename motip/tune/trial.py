@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
+import traceback
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from motip.config import Config, Curriculum, Stage
 from motip.config.yaml_chain import with_values
 from motip.curriculum.failure import log_exceptions, mark_run_failed
-from motip.curriculum.records import Options, StageRecord
+from motip.curriculum.records import Options
 from motip.curriculum.stage_inputs import RESUMABLE_KEYS, datasets, job_facts, stage_job
 from motip.curriculum.stage_recorder import StageRecorder
-from motip.data.convert_report import ConvertReport
 from motip.data.manifest import Manifest, entries_digest
 from motip.errors import MotipError
 from motip.lineage import Lineage
-from motip.storage.paths import Location, files_under, location, size_and_time, write_json
+from motip.storage.paths import Location, files_under, location, write_json
 from motip.train.preemption import Stopped
 from motip.train.ray_train import ResourcePlan, completed, fit
 from motip.train.stage_job import Parent, StageJob
-from motip.tune.ray_tune import TrialReporter
-from motip.tune.searcher import TrialResult, TrialSpec
-from motip.tune.sweep_records import read_trial, write_trial
+from motip.tune.trial_records import TrialResult, TrialSpec, read_record, read_trial, write_trial
+
+if TYPE_CHECKING:
+    from motip.tune.ray_tune import TrialReporter
 
 CHECKPOINT_LIMITS = {"CHECKPOINTS_KEPT": 1, "EPOCH_CHECKPOINTS_KEPT": 1}
 """Of a trial only the newest checkpoint, to resume from, and the best epoch's are needed."""
@@ -51,34 +52,44 @@ class TrialRunner:
     folder: str
     resources: ResourcePlan
 
-    def __call__(self, spec: TrialSpec, reporter: TrialReporter) -> TrialResult:
-        """Train with these values; the result is `pruned`, `finished` or `failed`.
+    def __call__(self, spec: TrialSpec, reporter: TrialReporter) -> None:
+        """Train with these values; the trial's record says `pruned`, `finished` or `failed` afterwards.
 
         Raises:
             Stopped: stopped without being pruned; the record stays `running`.
+            MotipError: the trial failed.
         """
+        sweep_folder = location(self.folder)
+        result = read_trial(sweep_folder, spec)
+        try:
+            self._attempt(sweep_folder, result, reporter)
+        except Exception as error:
+            result.message = " ".join(str(error).split())
+            if isinstance(error, MotipError):
+                result.status = "failed"
+            else:  # not final: the same command repeats the trial
+                last = " | ".join(map(str.strip, traceback.format_exc().strip().splitlines()[-3:]))
+                result.message = f"{type(error).__name__}: {error} ({last})"
+            with log_exceptions(f"the record of trial {spec.key} could not be written"):
+                write_trial(sweep_folder, result)
+            raise
+
+    def _attempt(self, sweep_folder: Location, result: TrialResult, reporter: TrialReporter) -> None:
         # configuration, and the record of an interrupted attempt
         begin = time.monotonic()
-        sweep_folder = location(self.folder)
-        earlier = read_trial(sweep_folder, spec.key)
-        result = TrialResult(spec, history={int(epoch): value for epoch, value in earlier.get("history", {}).items()})
-        try:
-            config = trial_config(self.stage.config, spec)
-            stage = self.stage.model_copy(update={"config": config})
-            job, train = stage_job(self.curriculum, stage, self.parent, self.manifest, self.options)
-        except MotipError as error:
-            result.status, result.message = "failed", " ".join(str(error).split())
-            write_trial(sweep_folder, result)
-            return result
+        spec, earlier = result.spec, read_record(sweep_folder, result.spec.key)
+        result.status, result.message = "running", ""
+        config = trial_config(self.stage.config, spec)
+        stage = self.stage.model_copy(update={"config": config})
+        job, train = stage_job(self.curriculum, stage, self.parent, self.manifest, self.options)
 
         # MLflow run and folder
-        parent = None if self.parent is None else self.parent.to_dict()
         run_id = self.lineage.start_stage(
             self.sweep_run,
             f"{self.stage.name} trial {spec.key}",
             config.to_dict(),
             entries_digest([*train, *job.val]),
-            parent,
+            None if self.parent is None else self.parent.to_dict(),
             datasets=datasets(train, job.val),
             tags={"motip.kind": "trial", "motip.stage": self.stage.name, TRIAL_TAG: spec.key},
             resume_run_id=earlier.get("run_id"),
@@ -104,16 +115,10 @@ class TrialRunner:
         try:
             self._train(job, folder, recorder, reporter, result)
         except BaseException as error:
-            if isinstance(error, MotipError):
-                result.status, result.message = "failed", " ".join(str(error).split())
-                with log_exceptions(f"the record of trial {spec.key} could not be written"):
-                    write_trial(sweep_folder, result, seconds=time.monotonic() - begin)
             mark_run_failed(self.lineage, run_id, error)
             raise
         self._record_end(run_id, result, config.EPOCHS, folder)
-        seconds = float(earlier.get("seconds", 0.0)) + time.monotonic() - begin
-        write_trial(sweep_folder, result, seconds=seconds)
-        return result
+        write_trial(sweep_folder, result, seconds=earlier.get("seconds", 0.0) + time.monotonic() - begin)
 
     def _train(
         self, job: StageJob, folder: Location, recorder: _TrialRecorder, reporter: TrialReporter, result: TrialResult
@@ -177,14 +182,11 @@ def trial_config(config: Config, spec: TrialSpec) -> Config:
     return with_values(config, {**spec.values, **CHECKPOINT_LIMITS, **seed}, f"trial {spec.key}")
 
 
-def drop_weights(folder: Location) -> int:
-    """Remove the checkpoints of an ended trial; its scores stay. Returns bytes freed."""
-    freed = 0
+def drop_weights(folder: Location) -> None:
+    """Remove the checkpoints of an ended trial; its scores stay."""
     for path in files_under(folder):
         if path.name.endswith(".pth"):
-            freed += size_and_time(path)[0]
             path.unlink(missing_ok=True)
-    return freed
 
 
 class _TrialRecorder(StageRecorder):
@@ -221,26 +223,11 @@ class _TrialRecorder(StageRecorder):
 
 
 class _TrialUi:
-    """A stage's `Ui` that sends notes to the sweep's driver and ignores the rest."""
+    """Sends a training's notes to the sweep's driver and ignores its other events."""
 
     def __init__(self, reporter: TrialReporter) -> None:
-        self._reporter = reporter
-
-    def note(self, text: str) -> None:
-        self._reporter.log(text)
+        self.note = reporter.log
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         if kind == "note":
-            self._reporter.log(str(values["text"]))
-
-    def converting(self, phase: str, done: int, total: int) -> None:
-        """Not called: a trial converts nothing."""
-
-    def converted(self, report: ConvertReport) -> None:
-        """Not called: a trial converts nothing."""
-
-    def stage_begins(self, stage: Stage, job: StageJob, folder: str) -> None:
-        """Shown by the sweep instead."""
-
-    def stage_ends(self, record: StageRecord) -> None:
-        """Shown by the sweep instead."""
+            self.note(str(values["text"]))

@@ -9,8 +9,9 @@ from typing import Any
 from motip.config.sweep_file import Prune
 from motip.train.preemption import Stopped
 from motip.train.ray_train import ResourcePlan
-from motip.tune.ray_tune import ConcurrencyPlan, NextTrial, RunTrial, SweepObserver
-from motip.tune.searcher import TrialResult
+from motip.tune.concurrency import ConcurrencyPlan
+from motip.tune.ray_tune import RunTrial, SweepObserver, TrialSearch
+from motip.tune.trial_records import TrialResult
 from tests.helpers.small_curriculum import write_files
 
 SWEEP = """trials: 3
@@ -69,29 +70,25 @@ class InProcessSearch:
 
     def __call__(
         self,
-        next_trial: NextTrial,
+        searcher: TrialSearch,
         run_trial: RunTrial,
         concurrency: ConcurrencyPlan,
         observer: SweepObserver,
         *,
-        earlier: Sequence[TrialResult] = (),
         prune: Prune | None = None,
         longest: int = 1,
     ) -> list[TrialResult]:
-        trials = list(earlier)
-        while (spec := next_trial(trials)) is not None:
-            self.ran.append(spec.key)
-            result = TrialResult(spec)
-            trials.append(result)
-            observer.trial_started(result)
+        while searcher.suggest(str(len(self.ran))) != "FINISHED":
+            (tune_id, trial), *_ = searcher.running.items()
+            key = trial.spec.key
+            self.ran.append(key)
 
-            def should_prune(epochs: int, value: float, key: str = spec.key) -> bool:
+            def should_prune(epochs: int, value: float, key: str = key) -> bool:
                 if key in self._interrupt:
                     raise KeyboardInterrupt
                 return prune is not None and key in self._prune
 
             reporter: Any = InProcessReporter(should_prune, observer.message)
-            final = run_trial(spec, reporter)
-            result.status, result.history, result.message = final.status, final.history, final.message
-            observer.trial_ended(result)
-        return trials
+            run_trial(trial.spec, reporter)
+            searcher.on_trial_complete(tune_id)
+        return searcher.trials

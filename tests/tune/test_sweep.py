@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 from dataclasses import replace
@@ -19,7 +20,7 @@ from motip.lineage import Lineage
 from motip.train.preemption import Stopped
 from motip.tune import StageTuner, SweepResult, Tuning, run_sweep, trial
 from motip.tune import sweep as sweep_module
-from motip.tune.searcher import TrialResult, TrialSpec
+from motip.tune.trial_records import TrialSpec
 from tests.curriculum.test_stage_end import delete_runs
 from tests.helpers.small_curriculum import QuietUi
 from tests.helpers.small_sweep import IN_PROCESS, InProcessSearch, write_sweep_files
@@ -46,7 +47,7 @@ def tuning(folder: Path, trials: int | None = None) -> Tuning:
 def run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, search: InProcessSearch, trials: int | None = None
 ) -> tuple[SweepResult, QuietUi, Lineage]:
-    monkeypatch.setattr(sweep_module, "search", search)
+    monkeypatch.setattr("motip.tune.ray_tune.search", search)
     curriculum: Curriculum = load_curriculum(folder / "curriculum.yaml", tune=True)
     ui, lineage = QuietUi(), Lineage(storage=folder / "storage")
     result = run_sweep(curriculum, curriculum.stages[0], options(folder), TWO_CPUS, lineage, ui, tuning(folder, trials))
@@ -124,7 +125,7 @@ def test_an_interrupted_sweep_resumes_and_writes_an_overlay(folder: Path, monkey
 def test_a_tuned_curriculum_trains_the_stage_with_the_tuned_values(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_module, "search", InProcessSearch())
+    monkeypatch.setattr("motip.tune.ray_tune.search", InProcessSearch())
     found: list[SweepResult] = []
     real = sweep_module.tune_stage
 
@@ -182,15 +183,12 @@ def test_a_failed_baseline_ends_the_sweep(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("motip.tune.trial.fit", fit)
 
     class FailingSearch(InProcessSearch):
-        def __call__(self, next_trial: Any, run_trial: Any, *rest: Any, **more: Any) -> Any:
-            def run_or_fail(spec: TrialSpec, reporter: Any) -> TrialResult:
-                try:
-                    result: TrialResult = run_trial(spec, reporter)
-                except MotipError as error:
-                    return TrialResult(spec, "failed", message=error.what)
-                return result
+        def __call__(self, searcher: Any, run_trial: Any, *rest: Any, **more: Any) -> Any:
+            def run_or_fail(spec: TrialSpec, reporter: Any) -> None:
+                with contextlib.suppress(MotipError):
+                    run_trial(spec, reporter)
 
-            return super().__call__(next_trial, run_or_fail, *rest, **more)
+            return super().__call__(searcher, run_or_fail, *rest, **more)
 
     with pytest.raises(MotipError, match="the baseline cannot be trained: the disk is full"):
         run(folder, monkeypatch, FailingSearch())
