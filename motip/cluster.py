@@ -9,10 +9,6 @@ from dataclasses import dataclass
 
 from motip.errors import MotipError
 
-OWN_RAY_ENV = "MOTIP_OWN_RAY"
-"""Environment variable set in every process of a Ray instance that `connect` started (no dashboard, ends with the
-driver)."""
-
 
 @dataclass(frozen=True)
 class Cluster:
@@ -50,14 +46,12 @@ def connect(num_cpus: int | None = None) -> Cluster:
 
     address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
-        os.environ.pop(OWN_RAY_ENV, None)
         if address:
             _check_reachable(address)
         try:
             if address:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
             else:
-                os.environ[OWN_RAY_ENV] = "1"
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -100,4 +94,3 @@ def disconnect() -> None:
 
     if ray.is_initialized():
         ray.shutdown()
-    os.environ.pop(OWN_RAY_ENV, None)

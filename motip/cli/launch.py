@@ -11,7 +11,7 @@ from motip.config import Curriculum, load_curriculum
 from motip.config.experiment_file import load_experiment
 from motip.curriculum import CurriculumResult, Options, run_curriculum
 from motip.curriculum.base_weights import check_given_weights
-from motip.curriculum.records import curriculum_folder
+from motip.curriculum.options import curriculum_folder
 from motip.errors import MotipError
 from motip.experiment.arms import experiment_folder, run_arms
 from motip.experiment.summary import Findings, experiment_markdown, findings_json, learning_curves

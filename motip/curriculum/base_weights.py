@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from motip.config import Curriculum, Stage, load_config
-from motip.curriculum.records import Options, StageRecord
+from motip.curriculum.options import Options
 from motip.errors import MotipError
 from motip.lineage.record_file import read_record, record_fresh, record_path_of
 from motip.model import ModelSpec
+from motip.stage_folder import StageRecord
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, atomic_output, local_copy, location, sha256
 from motip.train.setup import fresh_model

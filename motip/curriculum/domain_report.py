@@ -10,8 +10,8 @@ from typing import Any
 
 from motip.config import Domains
 from motip.curriculum.domain_scores import DomainScores
-from motip.curriculum.score_table import score_rows
 from motip.evaluation.domain_matrix import DomainMatrix, Forgetting
+from motip.evaluation.score_table import score_rows
 from motip.lineage import Lineage
 from motip.lineage.tags import Tag
 from motip.report.heatmap import heat_map, png_of
@@ -62,32 +62,24 @@ class DomainReport:
         details = f" ({', '.join(inside)})" if inside else ""
         return f"{domain}{unseen} {self.matrix.values[stage][domain]:.1f}{details}"
 
-    def record(self, lineage: Lineage, stage: str, stage_run: str | None, curriculum_run: str) -> dict[str, str]:
-        """Record a row in both runs unless it is recorded already; returns the new ``DomainScores.mlflow_synced``.
+    def record(self, lineage: Lineage, stage: str, stage_run: str | None, curriculum_run: str) -> None:
+        """Record a row in both runs; what they have already is not repeated.
 
         The stage's run gets ``R/<domain>``, ``R/<domain>/<class>`` and ``backward_transfer``; the curriculum's gets the
         same as curves over the stages, and ``R/<stage>/<domain>``.
         """
         row, step = self.rows[stage], self.matrix.stages.index(stage)
-        values, cells = self.matrix.row_dict(stage), self.matrix.cells(stage)
+        values = self.matrix.row_dict(stage)
         transfer = self.transfer[stage]
         if transfer is not None:
             values["backward_transfer"] = transfer
-        forgotten = self.lost_text(stage)
-        synced: dict[str, str] = {}
-        for run, metrics in ((stage_run, values), (curriculum_run, {**values, **cells})):
-            if run is None:
-                continue
-            synced[run] = digest([metrics, forgotten])
-            if row.mlflow_synced.get(run) == synced[run]:
-                continue
-            lineage.log_metrics(run, metrics, step)
-            if run == stage_run:
-                lineage.set_tags(run, {Tag.FORGOTTEN: forgotten})
-                lineage.log_dict(run, row.scores_json(), "domains/scores.json")
-                header, lines = score_rows(row.scores)
-                lineage.log_table(run, header, lines, "evaluation/domains.json")
-        return synced
+        lineage.log_metrics(curriculum_run, {**values, **self.matrix.cells(stage)}, step)
+        if stage_run is not None:
+            lineage.log_metrics(stage_run, values, step)
+            lineage.set_tags(stage_run, {Tag.FORGOTTEN: self.lost_text(stage)})
+            lineage.log_dict(stage_run, row.scores_json(), "domains/scores.json")
+            header, lines = score_rows(row.scores)
+            lineage.log_table(stage_run, header, lines, "evaluation/domains.json")
 
     def publish(self, lineage: Lineage, run_id: str) -> None:
         """Write table, CSV and heat map to the folder and the curriculum's run, unless they are up to date."""
@@ -112,10 +104,10 @@ class DomainReport:
         figure = heat_map(matrix, self.settings.allowed_loss, self.settings.each_class)
         lineage.log_table(run_id, header, rows, "domains/matrix.json")
         lineage.log_text(run_id, text.getvalue(), "domains/matrix.csv")
-        lineage.log_figure(run_id, figure, "domains/heatmap.png")
-        lineage.set_tags(run_id, {Tag.FORGOTTEN: self.lost_text(*matrix.stages)})
         write_bytes(self.folder / "domains.csv", text.getvalue().encode())
         write_bytes(self.folder / "domains.png", png_of(figure))
+        lineage.log_artifact(run_id, self.folder / "domains.png", "domains/heatmap.png")
+        lineage.set_tags(run_id, {Tag.FORGOTTEN: self.lost_text(*matrix.stages)})
         # Written last: its digest marks everything above as done.
         write_json(path, {**content, "digest": identity})
 

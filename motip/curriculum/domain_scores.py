@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from motip.config import Config, Curriculum
@@ -112,7 +112,6 @@ class DomainScores:
         settings: tracker settings.
         scores: domain -> source -> scores.
         tracked: videos tracked for this row; the tracks of the others were reused.
-        mlflow_synced: run id -> digest of what of this row is recorded in that run.
         reused: read from disk, not computed by this run.
     """
 
@@ -127,7 +126,6 @@ class DomainScores:
     tracked: int
     seconds: float
     notes: tuple[str, ...] = ()
-    mlflow_synced: dict[str, str] = field(default_factory=dict)
     reused: bool = False
 
     def save(self, path: Location) -> None:
@@ -142,7 +140,7 @@ class DomainScores:
 
     @classmethod
     def load(cls, path: Location, inputs: str) -> DomainScores | None:
-        """The row stored at ``path`` if it has these inputs; version 0.1 wrote ``mlflow_synced`` as ``told``."""
+        """The row stored at ``path`` if it has these inputs."""
         stored = read_json(path) if path.is_file() else {}
         if stored.get("format") != FORMAT or stored.get("inputs") != inputs:
             return None
@@ -150,12 +148,11 @@ class DomainScores:
             domain: {name: Scores.from_json(each) for name, each in own.items()}
             for domain, own in stored.pop("scores").items()
         }
-        values = {key: value for key, value in stored.items() if key != "format"}
+        # version 0.1 also stored what of the row was in MLflow
+        values = {key: value for key, value in stored.items() if key not in ("format", "told", "mlflow_synced")}
         values["classes"], values["notes"] = tuple(values["classes"]), tuple(values["notes"])
         lacking = values.pop("lacking")
         values["missing_classes"] = {domain: tuple(names) for domain, names in lacking.items()}
-        if "told" in values:
-            values["mlflow_synced"] = values.pop("told")
         return cls(**values, scores=scores, reused=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from motip.config import Config, Curriculum, Stage
 from motip.config.curriculum_file import BASE
@@ -17,11 +16,11 @@ from motip.curriculum.domain_history import (
 )
 from motip.curriculum.domain_report import DomainReport
 from motip.curriculum.domain_scores import DomainScores, domain_set, score_domains
-from motip.curriculum.records import StageRecord
 from motip.curriculum.stage import Session
 from motip.errors import MotipError
 from motip.evaluation.domain_matrix import DomainMatrix
 from motip.evaluation.evaluator import ModelUnderTest
+from motip.stage_folder import StageFolder, StageRecord
 from motip.storage.paths import Location, absolute, local_copy, location
 from motip.tracking.settings import TrackerSettings
 from motip.train.stage_job import Parent
@@ -147,16 +146,15 @@ class ForgettingTracker:
         self._note_unlabelled(domains.unlabelled)
         if not domains.videos:
             return
-        path = folder / "domains.json"
+        path = StageFolder(folder).domains
         row = score_domains(self._session, name, config, sha256, domains, path, load_model, named)
         self._rows[name], self._seen[name], self._before[name] = row, seen, before
         report = self.report()
         self._session.ui.note(report.line(name))
-        synced = report.record(self._session.lineage, name, run_id, self._session.run_id)
-        if not row.reused or synced != row.mlflow_synced:
+        report.record(self._session.lineage, name, run_id, self._session.run_id)
+        if not row.reused:
             self._publish()
-            # Written last: a row counts as scored once it is recorded everywhere.
-            replace(row, mlflow_synced=synced).save(path)
+            row.save(path)
 
     def _publish(self) -> None:
         self.report().publish(self._session.lineage, self._session.run_id)

@@ -11,13 +11,14 @@ from motip.curriculum.base_weights import check_given_weights, parent_of
 from motip.curriculum.domain_report import DomainReport
 from motip.curriculum.failure import log_exceptions, mark_run_failed
 from motip.curriculum.forgetting import ForgettingTracker
-from motip.curriculum.records import InUse, Options, StageRecord, curriculum_folder
+from motip.curriculum.options import Options, curriculum_folder
 from motip.curriculum.stage import Session, Ui, run_stage
 from motip.curriculum.synthetic_sources import with_synthetic_sources
 from motip.data.convert import convert, ray_map
 from motip.data.manifest import Manifest
 from motip.lineage import Lineage
 from motip.report.stage_list import listed, write_stage_list
+from motip.stage_folder import InUse, StageRecord
 from motip.storage.paths import location
 from motip.train.stage_job import Parent
 

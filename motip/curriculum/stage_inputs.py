@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
 from motip.config import Curriculum, Source, Stage
-from motip.curriculum.records import FORMAT, Options
+from motip.curriculum.options import Options
 from motip.data.clip_loader import plan_videos
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
 from motip.errors import MotipError
 from motip.evaluation.protocols import PLAN_CLASSES, PROTOCOLS
 from motip.lineage import DataUsed
+from motip.stage_folder import FORMAT, JobFacts
 from motip.storage.atomic import digest
 from motip.train.stage_job import Parent, StageJob
 
@@ -97,18 +97,15 @@ def protocol_for(source: Source, class_names: Collection[str]) -> str:
     return source.format if source.format in PROTOCOLS and set(class_names) == defined_for else "plain"
 
 
-def job_facts(job: StageJob) -> dict[str, Any]:
-    """Facts beside the configuration that later evaluations need: validation sources, class maps, protocols.
-
-    Written as ``job.json`` to the stage's folder.
-    """
-    return {
-        "stage": job.stage,
-        "best": job.best,
-        "classes": {source: {name: list(raws) for name, raws in own.items()} for source, own in job.classes.items()},
-        "protocols": dict(job.protocols),
-        "val": sorted({video.source for video in job.val}),
-    }
+def job_facts(job: StageJob) -> JobFacts:
+    """Facts beside the configuration that later evaluations need."""
+    return JobFacts(
+        stage=job.stage,
+        best=job.best,
+        classes={source: {name: list(raws) for name, raws in own.items()} for source, own in job.classes.items()},
+        protocols=dict(job.protocols),
+        val=sorted({video.source for video in job.val}),
+    )
 
 
 def datasets(train: list[VideoEntry], val: tuple[VideoEntry, ...]) -> list[DataUsed]:

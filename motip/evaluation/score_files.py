@@ -9,6 +9,7 @@ from typing import Any
 
 from motip.errors import MotipError
 from motip.evaluation.scores import Scores
+from motip.stage_folder import STAGE, StageFolder, scores_file
 from motip.storage.paths import Location, location
 
 _EPOCH = re.compile(r"epoch_(\d+)\.json")
@@ -100,18 +101,17 @@ def epoch_of(name: str) -> int | None:
 
 def _file_in(folder: Location, split: str) -> Location:
     """The scores file of an evaluation, stage or scores folder."""
-    # evaluation folder
-    evaluation = folder / f"scores_{split}.json"
+    evaluation = folder / scores_file(split)
     if evaluation.is_file():
         return evaluation
-    for stage in (folder, folder.parent):
-        # stage folder, or its scores/
-        if (stage / "stage.json").is_file() and (stage == folder or folder.name == "scores"):
-            return _best_file(stage)
-    # folder with a single stage
-    inner = sorted(str(each) for each in folder.iterdir() if each.is_dir() and (each / "stage.json").is_file())
+    # stage folder, its scores/, or a folder with a single stage
+    if StageFolder(folder).exists():
+        return _best_file(StageFolder(folder))
+    if folder.name == "scores" and StageFolder(folder.parent).exists():
+        return _best_file(StageFolder(folder.parent))
+    inner = [StageFolder(each) for each in folder.iterdir() if each.is_dir() and StageFolder(each).exists()]
     if len(inner) == 1:
-        return _best_file(location(inner[0]))
+        return _best_file(inner[0])
     # folder with a single epoch
     files = sorted(each.name for each in folder.iterdir() if each.name.endswith(".json"))
     if len(files) == 1 and epoch_of(files[0]) is not None:
@@ -119,22 +119,21 @@ def _file_in(folder: Location, split: str) -> Location:
     raise MotipError(
         "this folder does not contain exactly one scores file",
         where=folder,
-        found=", ".join(inner or files) or "no scores",
-        expected=f"scores_{split}.json, or the stage.json of a finished stage",
+        found=", ".join(sorted(map(str, inner)) or files) or "no scores",
+        expected=f"{scores_file(split)}, or the {STAGE} of a finished stage",
         fix="name one of the files" if inner or files else f"name {_EXPECTED}",
     )
 
 
-def _best_file(stage: Location) -> Location:
-    record = _json(stage / "stage.json")
-    epoch = record.get("best_epoch") if isinstance(record, dict) else None
+def _best_file(stage: StageFolder) -> Location:
+    epoch = stage.state().get("best_epoch")
     if epoch is None:
         raise MotipError(
             "this stage is not finished, so it has no best epoch yet",
-            where=stage,
-            fix=f"name one of its files, such as {stage / 'scores' / 'epoch_000.json'}",
+            where=stage.path,
+            fix=f"name one of its files, such as {stage.scores(0)}",
         )
-    path = stage / "scores" / f"epoch_{int(epoch):03d}.json"
+    path = stage.scores(int(epoch))
     if not path.is_file():
         raise MotipError("the scores of the stage's best epoch are missing", where=path, fix="evaluate its checkpoint")
     return path

@@ -8,13 +8,14 @@ from typing import Any
 
 from motip.config import Curriculum
 from motip.config.experiment_file import Arm, Experiment
-from motip.curriculum.records import Options, StageRecord
+from motip.curriculum.options import Options
 from motip.curriculum.run import CurriculumResult
 from motip.curriculum.stage_inputs import NON_IDENTITY_KEYS
 from motip.data.manifest import Manifest
 from motip.errors import MotipError
 from motip.evaluation.evaluator import evaluation_folder, track_paths
 from motip.evaluation.scores import Scores
+from motip.stage_folder import StageRecord
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, location, read_json, write_json
 

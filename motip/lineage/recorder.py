@@ -1,613 +1,313 @@
-"""Recorder of a curriculum in MLflow: one parent run, one child run per stage with inputs and results."""
+"""MLflow recorder: a reader of event logs that records each run's events in MLflow.
+
+Its only state is an offset per run, under ``storage/mlflow/readers``. Without it the log is delivered again from its
+beginning, with the same result: MLflow ignores a point of the same metric, step and time, and replaces artifacts.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import re
-import shlex
+import posixpath
 import tempfile
 import time
-import urllib.parse
-from collections.abc import Collection, Iterator, Mapping
-from collections.abc import Sequence as SequenceOf
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motip.errors import MotipError
-from motip.lineage import chain as chains
-from motip.lineage.delivery import ATTACHED, BATCH_METRICS, batch_of, probe_server, send_entries, send_points
-from motip.lineage.driver_process import driven_by_another, this_driver
-from motip.lineage.provenance import provenance, redact
-from motip.lineage.record_file import read_record, record_json, record_line
-from motip.lineage.recorded_scores import RunScores, read_recorded_scores
-from motip.lineage.registered_model import find_run, latest_model
-from motip.lineage.spool import Entry, Spool
-from motip.lineage.steps import DataUsed, LineageStep, provenance_tags
+from motip.evaluation.score_table import score_rows
+from motip.evaluation.scores import Scores
+from motip.events import (
+    START,
+    ArtifactWritten,
+    CheckpointChosen,
+    Ended,
+    EpochDone,
+    Event,
+    EventLog,
+    Imported,
+    MetricsLogged,
+    Note,
+    Offset,
+    Resumed,
+    Scored,
+    StepLogged,
+    TableWritten,
+    TagsSet,
+    TextWritten,
+    WeightsTransferred,
+    notes_text,
+)
+from motip.lineage.provenance import redact
+from motip.lineage.registered_model import find_run, register
 from motip.lineage.store import Store, Unreachable
-from motip.lineage.tags import Tag, join_params, split_params
-from motip.lineage.verify import FileCheck, verify_chain
-from motip.storage.atomic import digest
+from motip.lineage.tags import MAX_TAG, Tag
+from motip.stage_folder import StageFolder
+from motip.storage.atomic import write_json_atomic
+from motip.storage.paths import Location, download, exclusive_lock, location, read_json
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
 
-BATCH_PARAMS = 100
-END_STATES = ("FINISHED", "FAILED", "KILLED")
+BATCH_POINTS = 1000
+"""Maximum number of metric values in one request to MLflow."""
 
 
-class Lineage:
-    """Records runs in MLflow. Run ids are explicit: several processes can write to one storage.
-
-    A curriculum is written by its driver alone, a trial of a sweep by the trial's process; training workers never
-    write. Starting a run needs the server. Entries of a started run are spooled under ``storage/mlflow/spool`` while
-    the server is unreachable, and delivered later in order with their original steps and times.
+class Outage:
+    """A time in which MLflow accepts nothing; shared by the recorders of one process.
 
     Args:
-        tracking_uri: address of MLflow; None: MLFLOW_TRACKING_URI, else SQLite under ``storage``.
-        storage: folder for database, artifacts and spool (``mlflow/`` under it).
-        experiment: name of the MLflow experiment.
-        patience: seconds that starting a run waits for an unreachable server.
-        retry_interval: seconds without another attempt after the server was unreachable.
+        retry_interval: seconds without another attempt.
     """
 
-    def __init__(
-        self,
-        tracking_uri: str | None = None,
-        storage: Path | str = "~/motip",
-        experiment: str = "motip-curriculum",
-        *,
-        patience: float = 120.0,
-        retry_interval: float = 15.0,
-    ) -> None:
-        self._store = Store(tracking_uri, storage, experiment)
-        self._shards = storage
-        self._spool = Spool(self._store.folder / "spool")
-        self._patience, self._retry_interval = patience, retry_interval
+    def __init__(self, store: Store, retry_interval: float) -> None:
+        self.store = store
+        self.reason = ""
+        self._retry_interval = retry_interval
         self._retry_at = 0.0
-        self._foreign_runs: set[str] = set()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __getstate__(self) -> dict[str, Any]:
         # The monotonic clock of another machine has another zero.
-        self.__dict__.update(state, _retry_at=0.0)
+        return {**self.__dict__, "_retry_at": 0.0}
 
     @property
-    def tracking_uri(self) -> str:
-        """The address in use, always absolute; may contain credentials: print ``shown_uri`` instead."""
-        return self._store.uri
+    def waiting(self) -> bool:
+        return time.monotonic() < self._retry_at
 
-    @property
-    def shown_uri(self) -> str:
-        return self._store.shown_uri
-
-    # ---- runs ----------------------------------------------------------------------------------------------------
-
-    def start_curriculum(
-        self,
-        name: str,
-        config: Mapping[str, Any],
-        tags: Mapping[str, str] | None = None,
-        *,
-        reopen_finished: bool = False,
-        kind: str = "curriculum",
-    ) -> str:
-        """Resume the unfinished parent run of a curriculum with this name and config, or start a new one.
-
-        Its stages with status RUNNING are marked as interrupted, unless another live process of this host drives them.
-        A parent run driven by such a process is shared, and only that process ends it.
-
-        Args:
-            reopen_finished: also resume a finished run of the same inputs.
-            kind: `curriculum`, or `sweep` for the parent run of trials.
-
-        Raises:
-            MotipError: the server does not answer within ``patience``, or refuses.
-        """
-        inputs = digest([name, redact(config)])
-        # Before the flush, so that spooled artifacts are written to the updated locations.
-        self._store.retry(self._store.update_locations, self._patience)
-        self.flush()
-
-        def start() -> str:
-            client = self._store.client()
-            earlier = self._find_runs(f"tags.`{Tag.INPUTS}` = '{inputs}' and tags.`{Tag.KIND}` = '{kind}'")
-            for run in earlier:
-                if run.info.status == "FINISHED" and not reopen_finished:
-                    continue
-                for child in self._find_runs(f"tags.`{Tag.PARENT_RUN}` = '{run.info.run_id}'"):
-                    if child.info.status == "RUNNING" and not driven_by_another(child):
-                        self.mark_interrupted(child.info.run_id)
-                if driven_by_another(run):
-                    # Shared with the other process, which alone ends it.
-                    self._foreign_runs.add(run.info.run_id)
-                else:
-                    self._reopen(run.info.run_id)
-                return str(run.info.run_id)
-            created = client.create_run(
-                self._store.experiment_id,
-                run_name=name,
-                tags={
-                    Tag.KIND: kind,
-                    Tag.CURRICULUM: name,
-                    Tag.INPUTS: inputs,
-                    Tag.DRIVER: this_driver(),
-                    **_clean(tags),
-                },
-            )
-            return str(created.info.run_id)
-
-        run_id = self._store.retry(start, self._patience)
-        self.log_dict(run_id, config, f"{kind}.json")
-        return run_id
-
-    def start_stage(
-        self,
-        parent_run_id: str,
-        stage: str,
-        config: Mapping[str, Any],
-        data_digest: str,
-        parent_checkpoint: Mapping[str, str | None] | None,
-        resume_run_id: str | None = None,
-        *,
-        datasets: SequenceOf[DataUsed] = (),
-        tags: Mapping[str, str] | None = None,
-        resumable_keys: Collection[str] = (),
-    ) -> str:
-        """Start or resume the run of one stage; interrupted and resumed stages keep one run.
-
-        Args:
-            parent_run_id: run of the curriculum.
-            config: resolved configuration, keys as in the YAML; logged as ``config.json`` and, without keys that begin
-                with an underscore (internal ones), as parameters.
-            data_digest: hex sha256 over all data the stage reads.
-            parent_checkpoint: ``{"path", "sha256", "run_id"}`` of the weights it starts from (run_id None for weights
-                without a run: the chain then continues with the lineage record beside them); None for a start from
-                scratch.
-            resume_run_id: run to resume; without it, or if it is not in MLflow any more, an unfinished run of the same
-                stage and inputs is searched for.
-            datasets: the datasets, for MLflow's dataset inputs; by default one entry.
-            resumable_keys: configuration keys that affect neither results nor inputs: a run resumes with other values
-                of these. Its parameters keep the first values; the tag of the resume lists the differences.
-
-        Raises:
-            MotipError: the server does not answer within ``patience``, a resumed run was started with other parameters
-                outside ``resumable_keys``, or the record beside the weights belongs to another file.
-        """
-        # identity
-        config = redact(config)
-        parent = dict(parent_checkpoint or {})
-        fixed = {key: value for key, value in config.items() if key not in resumable_keys}
-        inputs = digest([stage, fixed, data_digest, parent.get("sha256")])
-        given = bool(parent) and not parent.get("run_id")
-        record = read_record(parent["path"] or "", parent["sha256"] or "") if given else []
-
-        # run
-        def start() -> str:
-            self._store.update_locations()
-            run_id = self._existing(resume_run_id) or self._unfinished_stage(parent_run_id, inputs)
-            if run_id:
-                self._resume(run_id, config, resumable_keys)
-                return run_id
-            created = self._store.client().create_run(
-                self._store.experiment_id,
-                run_name=stage,
-                tags={
-                    Tag.PARENT_RUN: parent_run_id,
-                    Tag.KIND: "stage",
-                    Tag.STAGE: stage,
-                    Tag.INPUTS: inputs,
-                    Tag.DATA_SHA256: data_digest,
-                    Tag.DRIVER: this_driver(),
-                    **self._parent_tags(parent),
-                    **(split_params({Tag.FROM_RECORD: record_line(record)}) if record else {}),
-                    **provenance_tags(),
-                    **({Tag.SEED: str(config["SEED"])} if "SEED" in config else {}),
-                    **_clean(tags),
-                },
-            )
-            return str(created.info.run_id)
-
-        run_id = self._store.retry(start, self._patience)
-        # parameters and inputs; again on a resume, since an attempt may be interrupted after creating the run
-        self._store.retry(lambda: self._log_params(run_id, config, resumable_keys), self._patience)
-        used = tuple(datasets) or (DataUsed(f"{stage}-data", data_digest),)
-        self._store.retry(lambda: self._log_inputs(run_id, used, parent), self._patience)
-        self.log_dict(run_id, config, "config.json")
-        if record:
-            self.log_dict(run_id, record_json(record), "weights_lineage.json")
-        return run_id
-
-    def finish(self, run_id: str, status: str = "FINISHED") -> None:
-        """End a run as FINISHED, FAILED or KILLED."""
-        if status not in END_STATES:
-            raise MotipError("unknown end state of a run", where=run_id, found=status, expected=", ".join(END_STATES))
-        if self._is_foreign(run_id):
-            return
-        self._deliver(run_id, {"kind": "status", "status": status, "time": _now()})
-
-    def mark_interrupted(self, run_id: str) -> None:
-        """End an interrupted run as KILLED, with the time in its tag."""
-        if self._is_foreign(run_id):
-            return
-        self.set_tags(run_id, {Tag.INTERRUPTED: datetime.now(UTC).isoformat(timespec="seconds")})
-        self.finish(run_id, "KILLED")
-
-    # ---- logging ----------------------------------------------------------------------------------------
-
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-        """Append a point to each metric; does not wait for an unreachable server."""
-        now = _now()
-        points = [[name, float(value), now, int(step)] for name, value in metrics.items()]
-        self._deliver(run_id, {"kind": "metrics", "points": points})
-
-    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        self._deliver(run_id, {"kind": "tags", "tags": _clean(tags)})
-
-    def log_stage_result(
-        self, run_id: str, checkpoint: Path | str, sha256: str, scores: Mapping[str, float], *, step: int = 0
-    ) -> None:
-        """Log the stage's best checkpoint: scores as ``best_<name>``, and an external model with path and sha256.
-
-        The weights are not uploaded. The model is registered as ``motip-curriculum`` with the stage as alias.
-
-        Args:
-            checkpoint: path or URI of the file.
-            sha256: hex digest of the file.
-            scores: name -> value, such as HOTA or dance/HOTA.
-            step: training step of the checkpoint.
-        """
-        self.log_metrics(run_id, {f"best_{name}": value for name, value in scores.items()}, step)
-        recorded = chains.checkpoint_location(checkpoint, self._store.storage)
-        self.set_tags(
-            run_id,
-            {
-                Tag.CHECKPOINT_PATH: recorded.path,
-                Tag.CHECKPOINT_RELATIVE: recorded.relative,
-                Tag.CHECKPOINT_SHA256: sha256,
-                Tag.CHECKPOINT_STEP: str(step),
-            },
-        )
-        self._deliver(run_id, {"kind": "model", "uri": recorded.path, "sha256": sha256, "step": int(step)})
-
-    def log_artifact(self, run_id: str, path: Path | str, folder: str = "") -> None:
-        """Attach a file, under ``folder`` in the run's artifacts."""
-        source = Path(path)
-        if not source.is_file():
-            raise MotipError("a file to attach to a run is missing", where=source, fix="check that it was written")
-        self._deliver(run_id, {"kind": "artifact", "path": str(source), "folder": folder})
-
-    def log_text(self, run_id: str, text: str, name: str) -> None:
-        """Attach ``text`` as the file ``name``, which may contain folders."""
-        with self._attachment(run_id, name) as path:
-            path.write_text(str(redact(text)))
-
-    def log_dict(self, run_id: str, value: Mapping[str, Any], name: str) -> None:
-        """Attach ``value`` as JSON."""
-        with self._attachment(run_id, name) as path:
-            path.write_text(json.dumps(redact(value), indent=1, sort_keys=True, default=str) + "\n")
-
-    def log_table(self, run_id: str, header: SequenceOf[str], rows: SequenceOf[SequenceOf[Any]], name: str) -> None:
-        """Attach a table in the format of MLflow's UI and ``mlflow.load_table``; ``name`` ends in .json.
-
-        Unlike MLflow's ``log_table`` it replaces an earlier table of that name.
-        """
-        self.log_dict(run_id, {"columns": list(header), "data": [list(row) for row in rows]}, name)
-        self._deliver(run_id, {"kind": "table", "name": name})
-
-    def log_figure(self, run_id: str, figure: Figure, name: str) -> None:
-        """Attach a matplotlib figure; the format follows the name's suffix."""
-        with self._attachment(run_id, name) as path:
-            figure.savefig(path)
-
-    def flush(self) -> int:
-        """Deliver spooled entries of this and earlier processes; returns how many remain.
-
-        Remaining entries are a warning, not an error: a start continues without them.
-        """
-        self._retry_at = 0.0
-        waiting, reason = 0, ""
-        try:
-            for run_id in self._spool.runs():
-                backing_off = time.monotonic() < self._retry_at
-                left, failure = (self._spool.count(run_id), None) if backing_off else self._replay(run_id)
-                waiting += left
-                if failure is not None:
-                    reason = reason or str(failure)
-                    # An unreachable server is not tried again for every run; a full disk may affect one run only.
-                    self._retry_at = 0.0 if failure.server_up else time.monotonic() + self._retry_interval
-        except OSError as error:
-            waiting, reason = max(waiting, 1), f"the queue cannot be used: {error}"
-        if waiting:
+    def begin(self, error: Unreachable) -> None:
+        """Warn once per outage, and wait for the retry interval."""
+        if not self.reason:
             logger.warning(
-                "%d earlier entries remain in %s: MLflow at %s cannot accept them now (%s)",
-                waiting,
-                self._spool.folder,
-                self.shown_uri,
-                reason[:300],
-            )
-        return waiting
-
-    # ---- reading -------------------------------------------------------------------------------------------------
-
-    def chain(self, run_id: str) -> list[LineageStep]:
-        """The steps that led to a run, oldest first; see ``motip.lineage.chain.read_chain``."""
-        return self._store.retry(lambda: chains.read_chain(self._store, run_id), self._patience)
-
-    def verify(self, run_id: str, *, data: bool = True) -> list[FileCheck]:
-        """Recompute the digests of all weights and data in the run's chain; see ``motip.lineage.verify``."""
-        return verify_chain(self.chain(run_id), self._store.storage, str(self._shards), data=data)
-
-    def curriculum_of(self, run_id: str) -> str:
-        """Name of the curriculum of a run, or of a stage's parent run."""
-        return self._store.retry(lambda: chains.curriculum_of(self._store, run_id), self._patience)
-
-    def scores(self, run_id: str) -> RunScores:
-        """Scores of every epoch of a stage; see ``motip.lineage.recorded_scores``."""
-        return self._store.retry(lambda: read_recorded_scores(self._store, run_id), self._patience)
-
-    def compare_url_hint(self, run_ids: SequenceOf[str], port: int = 5000) -> tuple[str, str]:
-        """Command that starts the MLflow UI here ("" for a server), and URL of the page comparing the runs."""
-        command, base = "", self.shown_uri.rstrip("/")
-        if not self._store.is_server:
-            command = f"mlflow ui --backend-store-uri {shlex.quote(self.shown_uri)} --host 127.0.0.1 --port {port}"
-            base = f"http://127.0.0.1:{port}"
-        experiments = [self._store.retry(lambda: self._store.experiment_id, self._patience)]
-        runs, experiments_text = (
-            urllib.parse.quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), experiments)
-        )
-        return command, f"{base}/#/compare-runs?runs={runs}&experiments={experiments_text}"
-
-    # ---- delivery ------------------------------------------------------------------------------------------------
-
-    def _deliver(self, run_id: str, entry: Entry) -> None:
-        """Send an entry now, or append it to the spool."""
-        # direct
-        if not self._spool.has_entries(run_id) and time.monotonic() >= self._retry_at:
-            try:
-                send_entries(self._store, self._spool, run_id, [entry])
-                return
-            except Unreachable as error:
-                self._back_off(error)
-            except MotipError:
-                failure = probe_server(self._store)
-                if failure is not None:
-                    self._back_off(failure)
-                elif entry["kind"] not in ATTACHED:
-                    raise
-                # Else a refused file, such as one too large for a proxy: spooled, then set aside by the replay below.
-        # spool
-        try:
-            if entry["kind"] == "artifact":
-                entry = {**entry, "path": self._spool.keep_file(Path(entry["path"])), "kept": True}
-            self._spool.append(run_id, entry)
-        except OSError as error:
-            raise MotipError(
-                f"MLflow is unreachable and its entries cannot be spooled: {error.strerror or error}",
-                where=self._spool.folder,
-                expected="free space and write permission",
-                fix="free some space, then run the same command again: it resumes",
-            ) from error
-        # replay
-        if time.monotonic() >= self._retry_at:
-            try:
-                _, failure = self._replay(run_id)
-            except OSError as error:
-                # The entry is on disk, so the training continues.
-                failure = Unreachable(f"the queue cannot be used: {error}")
-            if failure is not None:
-                self._back_off(failure)
-
-    def _replay(self, run_id: str) -> tuple[int, Unreachable | None]:
-        """Deliver the spooled entries of a run.
-
-        Returns:
-            How many entries remain, and why the first of them cannot be delivered now.
-        """
-        failures: list[Unreachable] = []
-        reasons: list[str] = []
-
-        most = BATCH_METRICS  # of a batch; halved to isolate a refused entry
-
-        def deliver(entries: list[Entry]) -> int:
-            nonlocal most
-            while True:
-                batch = batch_of(entries, most)
-                reason, accepted = "", True
-                try:
-                    try:
-                        send_entries(self._store, self._spool, run_id, batch)
-                    except Unreachable:
-                        raise
-                    except Exception as error:
-                        outage = probe_server(self._store)
-                        if outage is not None:
-                            raise outage from error
-                        # Any other error would recur at every start: the entry must not block the others.
-                        text = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
-                        reason = str(redact(text))[:500]
-                        accepted = (
-                            len(batch) == 1
-                            and batch[0]["kind"] == "metrics"
-                            and send_points(self._store, self._spool, run_id, batch[0])
-                        )
-                except Unreachable as error:
-                    failures.append(error)
-                    return 0
-                if accepted:
-                    most = min(2 * most, BATCH_METRICS)
-                    return len(batch)
-                if len(batch) == 1:
-                    reasons.append(reason)
-                    return 0
-                # One of them is refused: smaller batches deliver those before it and isolate it.
-                most = len(batch) // 2
-
-        try:
-            self._store.client()
-            waiting = self._spool.replay(run_id, deliver, lambda entry: "" if failures else reasons[-1])
-        except Unreachable as error:
-            return self._spool.count(run_id), error
-        except MotipError as error:
-            # The store refuses, not an entry; starting a run raises this error.
-            return self._spool.count(run_id), Unreachable(error.what)
-        if reasons:
-            logger.warning(
-                "MLflow refused spooled entries of run %s: %d entries set aside in %s, the first because: %s",
-                run_id,
-                len(reasons),
-                self._spool.rejected(run_id),
-                reasons[0],
-            )
-        return waiting, failures[0] if failures else None
-
-    def _back_off(self, error: Unreachable) -> None:
-        """Warn once per outage, and spool entries for the next ``retry_interval`` seconds."""
-        if time.monotonic() >= self._retry_at:
-            logger.warning(
-                "MLflow at %s cannot be used now; spooling entries in %s and continuing (%s)",
-                self.shown_uri,
-                self._spool.folder,
+                "MLflow at %s cannot be used now; the events stay in the event logs and are recorded later (%s)",
+                self.store.shown_uri,
                 str(error)[:200],
             )
+        self.reason = str(error)
         self._retry_at = time.monotonic() + self._retry_interval
 
-    @contextlib.contextmanager
-    def _attachment(self, run_id: str, name: str) -> Iterator[Path]:
-        """Temporary path for the artifact ``name``, attached on exit of the block."""
-        folder, _, filename = name.rpartition("/")
-        with tempfile.TemporaryDirectory() as temporary:
-            path = Path(temporary) / filename
-            yield path
-            self.log_artifact(run_id, path, folder)
+    def over(self) -> None:
+        self.reason, self._retry_at = "", 0.0
 
-    # ---- starting ------------------------------------------------------------------------------------------------
 
-    def _find_runs(self, condition: str) -> list[Any]:
-        """Runs of the experiment, the newest first."""
-        return list(
-            self._store.client().search_runs(
-                [self._store.experiment_id], condition, max_results=200, order_by=["attributes.start_time DESC"]
-            )
-        )
+class MlflowRecorder:
+    """Delivers a run's event log to its MLflow run, in order. What MLflow refuses is set aside with the reason."""
 
-    def _is_foreign(self, run_id: str) -> bool:
-        """Whether another live process still drives a parent run that was shared when it was started here."""
-        if run_id not in self._foreign_runs:
-            return False
+    def __init__(self, outage: Outage, run_id: str) -> None:
+        self.run_id = run_id
+        self._outage = outage
+        self._store = outage.store
+        self._state = _readers(self._store) / f"{run_id}.json"
+        stored = read_json(self._state) if self._state.is_file() else {}
+        recorded = stored.get("folder", f"mlflow/logs/{run_id}")
+        # A folder in the storage is recorded by its relative path, so that the storage can be moved.
+        folder = location(recorded)
+        relative = isinstance(folder, Path) and not folder.is_absolute()
+        self.log = EventLog(self._store.storage / recorded if relative else folder)
+
+    @classmethod
+    def attach(cls, outage: Outage, run_id: str, folder: Location) -> MlflowRecorder:
+        """The recorder of a run whose event log is in `folder`."""
+        recorder = cls(outage, run_id)
+        if recorder.log.folder != folder:
+            recorder.log = EventLog(folder)
+            recorder._save(START)
+        return recorder
+
+    @staticmethod
+    def attached(store: Store) -> list[str]:
+        """Ids of all runs that have a recorder."""
+        return sorted(path.stem for path in _readers(store).glob("*.json"))
+
+    @property
+    def rejected(self) -> Path:
+        """File of the run's refused events, each with the reason."""
+        return self._state.with_suffix(".rejected.jsonl")
+
+    def catch_up(self) -> int:
+        """Deliver the events behind the offset; returns the number of events that remain. Raises nothing."""
+        try:
+            if not self._outage.waiting:
+                self._state.parent.mkdir(parents=True, exist_ok=True)
+                with exclusive_lock(self._state.with_suffix(".lock"), f"the delivery of run {self.run_id}"):
+                    self._deliver_new()
+        except Unreachable as error:
+            self._outage.begin(error)
+        except (MotipError, OSError) as error:
+            self._outage.begin(Unreachable(str(error).splitlines()[0]))
+        try:
+            return sum(1 for _ in self.log.read(self._offset()))
+        except (MotipError, OSError) as error:
+            self._outage.begin(Unreachable(str(error).splitlines()[0]))
+            return 1
+
+    # ---- offset
+
+    def _offset(self) -> Offset:
+        if not self._state.is_file():
+            return START
+        stored = read_json(self._state)
+        return stored["file"], stored["position"]
+
+    def _save(self, offset: Offset) -> None:
+        folder = str(self.log.folder).removeprefix(f"{self._store.storage}/")
+        self._state.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(self._state, {"folder": folder, "file": offset[0], "position": offset[1]})
+
+    # ---- delivery
+
+    def _deliver_new(self) -> None:
+        begin = self._offset()
+        entries = list(self.log.read(begin))
+        if begin == START:
+            imported = [index for index, (event, _) in enumerate(entries) if isinstance(event, Imported)]
+            entries = entries[max(imported, default=-1) + 1 :]
+            self.rejected.unlink(missing_ok=True)
+        for batch, offset in _batches(entries):
+            self._deliver(batch)
+            self._save(offset)
+        if entries:
+            self._deliver_files([event for event, _ in entries])
+            self._outage.over()
+
+    def _deliver(self, batch: list[Event]) -> None:
+        """Deliver one event, or several with metrics; set aside what MLflow refuses.
+
+        Raises:
+            Unreachable: MLflow cannot accept them now.
+        """
         try:
             with self._store.errors():
-                return driven_by_another(self._store.client().get_run(run_id))
-        except (Unreachable, MotipError):
-            return False  # entries are spooled, as for any other run
+                self._send(batch)
+            return
+        except Unreachable:
+            raise
+        except Exception as error:
+            self._store.probe()
+            reason = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
+        parts = [] if self._run_is_gone() else _parts(batch)
+        if parts:
+            for part in parts:
+                self._deliver([part])
+            return
+        reason = str(redact(reason))[:500]
+        logger.warning("MLflow refuses an event of run %s, set aside in %s: %s", self.run_id, self.rejected, reason)
+        with self.rejected.open("a") as stream:
+            stream.writelines(json.dumps({**vars(event), "reason": reason}) + "\n" for event in batch)
 
-    def _unfinished_stage(self, parent_run_id: str, inputs: str) -> str:
-        condition = f"tags.`{Tag.PARENT_RUN}` = '{parent_run_id}' and tags.`{Tag.INPUTS}` = '{inputs}'"
-        unfinished = [
-            run for run in self._find_runs(condition) if run.info.status != "FINISHED" and not driven_by_another(run)
-        ]
-        return str(unfinished[0].info.run_id) if unfinished else ""
+    def _run_is_gone(self) -> bool:
+        with self._store.errors():
+            return find_run(self._store.client(), self.run_id) is None
 
-    def _existing(self, run_id: str | None) -> str:
-        """The run id if MLflow has the run, else "" with a warning."""
-        if not run_id or find_run(self._store.client(), run_id) is not None:
-            return run_id or ""
-        logger.warning(
-            "the run %s of this stage is not in MLflow at %s any more (moved or deleted); the stage continues in a new "
-            "run, without the curves of earlier epochs",
-            run_id,
-            self.shown_uri,
-        )
-        return ""
+    def _send(self, batch: list[Event]) -> None:
+        client, run_id, event = self._store.client(), self.run_id, batch[0]
+        match event:
+            case StepLogged() | EpochDone() | MetricsLogged():
+                _log_points(client, run_id, batch)
+            case Scored():
+                self._attach_json(event.scores, f"scores/epoch_{event.epoch:03d}.json")
+                scores = {source: Scores.from_json(each) for source, each in event.scores.items()}
+                self._attach_table(*score_rows({"": scores}), f"evaluation/epoch_{event.epoch:03d}.json")
+            case WeightsTransferred():
+                self._attach_json(event.report, "transfer.json")
+            case TagsSet():
+                from mlflow.entities import RunTag
 
-    def _resume(self, run_id: str, config: Mapping[str, Any], resumable_keys: Collection[str]) -> None:
-        """Reopen a stage's run and tag the resume; MotipError if parameters outside ``resumable_keys`` differ."""
+                client.log_batch(run_id, tags=[RunTag(key, value) for key, value in event.tags.items()])
+            case TextWritten():
+                client.log_text(run_id, event.text, event.path)
+            case TableWritten():
+                self._attach_table(event.header, event.rows, event.path)
+            case ArtifactWritten():
+                self._attach_file(event)
+            case CheckpointChosen():
+                register(self._store, run_id, event.uri, event.sha256, event.step)
+            case Ended():
+                client.set_terminated(run_id, event.status, int(event.time * 1000))
+            case Note() | Resumed() | Imported():
+                pass  # the notes are one file, attached once per reading
+
+    def _deliver_files(self, events: list[Event]) -> None:
+        """Attach the files that are derived from the complete log: notes and dashboard."""
+        if any(isinstance(event, Note) for event in events):
+            self._deliver([TextWritten("notes.txt", str(redact(notes_text(self.log))))])
+        dashboard = StageFolder(self.log.folder).dashboard
+        if any(isinstance(event, EpochDone | Ended) for event in events) and dashboard.is_file():
+            self._deliver([ArtifactWritten(dashboard.name, dashboard.name)])
+
+    def _attach_json(self, value: Any, path: str) -> None:
+        self._store.client().log_text(self.run_id, json_text(value), path)
+
+    def _attach_table(self, header: list[str], rows: list[list[Any]], path: str) -> None:
+        """Attach a table and add it to MLflow's list of the run's tables, unless the tag would become too long."""
         client = self._store.client()
-        run = client.get_run(run_id)
-        logged, wanted = join_params(run.data.params), join_params(split_params(config))
-        changed = sorted(key for key in logged if not key.startswith("_") and logged[key] != wanted.get(key, ""))
-        refused = [key for key in changed if key not in resumable_keys]
-        if refused:
-            raise MotipError(
-                f"run {run_id} was started with other parameters: {', '.join(refused)}",
-                where=self.shown_uri,
-                found=", ".join(f"{key}={wanted.get(key)}" for key in refused[:5]),
-                expected=", ".join(f"{key}={logged[key]}" for key in refused[:5]),
-                fix="start the stage as a new run (without resume_run_id)",
-            )
-        times = int(run.data.tags.get(Tag.RESUMED, "0")) + 1
-        resume = {**provenance()["git"], "time": datetime.now(UTC).isoformat()}
-        if changed:
-            resume["changed"] = [f"{key} {logged[key][:100]} -> {wanted.get(key, 'unset')[:100]}" for key in changed]
-        self._reopen(run_id)
-        client.set_tag(run_id, Tag.RESUMED, str(times))
-        client.set_tag(run_id, f"{Tag.RESUMED}.{times}", json.dumps(resume))
-
-    def _reopen(self, run_id: str) -> None:
-        """Make this process the driver of an earlier run; a spooled end of the earlier attempt is withdrawn."""
+        self._attach_json({"columns": header, "data": rows}, path)
         try:
-            if self._spool.has_entries(run_id):
-                self._spool.withdraw(run_id, "status")
-        except OSError as error:
-            logger.warning("run %s may still be ended by an entry in %s: %s", run_id, self._spool.folder, error)
-        client = self._store.client()
-        client.update_run(run_id, status="RUNNING")
-        client.set_tag(run_id, Tag.DRIVER, this_driver())
+            tables = json.loads(client.get_run(self.run_id).data.tags.get(Tag.TABLES, "[]"))
+            known = [table["path"] for table in tables]
+        except (ValueError, TypeError, KeyError):
+            return
+        text = json.dumps([*tables, {"path": path, "type": "table"}])
+        if path not in known and len(text) <= MAX_TAG:
+            client.set_tag(self.run_id, Tag.TABLES, text)
 
-    def _log_params(self, run_id: str, config: Mapping[str, Any], resumable_keys: Collection[str]) -> None:
-        from mlflow.entities import Param
-
-        client = self._store.client()
-        logged = client.get_run(run_id).data.params
-        # Resumable keys keep their first value: a longer new value must not add a second part to it.
-        kept = {key for key in resumable_keys if key in logged}
-        named = {key: value for key, value in config.items() if not key.startswith("_") and key not in kept}
-        params = [Param(key, value) for key, value in split_params(named).items() if key not in logged]
-        for start in range(0, len(params), BATCH_PARAMS):
-            client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
-
-    def _log_inputs(self, run_id: str, used: SequenceOf[DataUsed], parent: Mapping[str, str | None]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
-
-        client = self._store.client()
-        inputs = [
-            DatasetInput(
-                Dataset(
-                    name=data.name,
-                    digest=data.sha256[:32],
-                    source_type="motip",
-                    source=json.dumps({"sha256": data.sha256, **redact(data.source)}, sort_keys=True),
-                    profile=json.dumps({"sha256": data.sha256, **redact(data.profile)}, sort_keys=True),
-                ),
-                [InputTag("mlflow.data.context", data.context)],
-            )
-            for data in used
-        ]
-        run = client.get_run(run_id)
-        known = {model.model_id for model in run.inputs.model_inputs} if run.inputs else set()
-        model_id = latest_model(client, parent["run_id"]) if parent.get("run_id") else ""
-        models = [LoggedModelInput(model_id=model_id)] if model_id and model_id not in known else None
-        client.log_inputs(run_id, datasets=inputs, models=models)
-
-    def _parent_tags(self, parent: Mapping[str, str | None]) -> dict[str, str]:
-        if not parent:
-            return {}
-        location = chains.checkpoint_location(parent["path"] or "", self._store.storage)
-        return {
-            Tag.FROM_PATH: location.path,
-            Tag.FROM_RELATIVE: location.relative,
-            Tag.FROM_SHA256: parent["sha256"] or "",
-            Tag.FROM_RUN: parent.get("run_id") or "",
-        }
+    def _attach_file(self, event: ArtifactWritten) -> None:
+        source = location(event.file)
+        if isinstance(source, Path) and not source.is_absolute():
+            source = self.log.folder / event.file
+        if not source.is_file():
+            raise MotipError("the file of this artifact is missing", where=source)
+        folder, name = posixpath.split(event.path)
+        with tempfile.TemporaryDirectory(prefix="motip-") as temporary:
+            file = download(source, Path(temporary) / name)
+            self._store.client().log_artifact(self.run_id, str(file), folder or None)
 
 
-def _clean(tags: Mapping[str, str] | None) -> dict[str, str]:
-    return {key: str(redact(value, re.split(r"[.]", key)[-1])) for key, value in (tags or {}).items()}
+def json_text(value: Any) -> str:
+    """JSON without secrets."""
+    return json.dumps(redact(value), indent=1, sort_keys=True, default=str) + "\n"
 
 
-def _now() -> int:
-    """Milliseconds since the epoch, as in MLflow."""
-    return int(time.time() * 1000)
+def _readers(store: Store) -> Path:
+    return store.folder / "readers"
+
+
+def _batches(entries: Iterable[tuple[Event, Offset]]) -> Iterator[tuple[list[Event], Offset]]:
+    """Consecutive events with metrics in batches that fit one request, other events singly; with the offset behind."""
+    batch: list[Event] = []
+    points, end = 0, START
+    for event, offset in entries:
+        own = len(event.metrics) if isinstance(event, StepLogged | EpochDone | MetricsLogged) else BATCH_POINTS
+        if batch and points + own > BATCH_POINTS:
+            yield batch, end
+            batch, points = [], 0
+        batch.append(event)
+        points, end = points + own, offset
+    if batch:
+        yield batch, end
+
+
+def _parts(batch: list[Event]) -> list[MetricsLogged]:
+    """The single points of refused metrics; empty for one point, and for other events."""
+    points = [
+        MetricsLogged({name: value}, event.step, time=event.time)
+        for event in batch
+        if isinstance(event, StepLogged | EpochDone | MetricsLogged)
+        for name, value in event.metrics.items()
+    ]
+    return points if len(points) > 1 else []
+
+
+def _log_points(client: MlflowClient, run_id: str, batch: list[Event]) -> None:
+    from mlflow.entities import Metric
+
+    points = [
+        Metric(name, value, int(event.time * 1000), event.step)
+        for event in batch
+        if isinstance(event, StepLogged | EpochDone | MetricsLogged)
+        for name, value in event.metrics.items()
+    ]
+    for begin in range(0, len(points), BATCH_POINTS):
+        client.log_batch(run_id, metrics=points[begin : begin + BATCH_POINTS])

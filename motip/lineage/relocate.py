@@ -1,15 +1,13 @@
 """Artifact locations of a storage that was moved, copied, or is mounted at two paths; its database has absolute paths.
 
-Reading and writing artifacts resolves recorded locations to the storage in use (``artifact_path``). Starting a run also
-rewrites the locations in the database (``rewrite_locations``), for access by MLflow itself.
+Reading and writing artifacts resolves recorded locations to the storage in use (``artifact_path``). MLflow's own pages
+need the recorded paths; ``motip lineage relocate`` makes them valid again (``link_previous``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import sqlite3
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +18,6 @@ from motip.errors import MotipError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
-
-logger = logging.getLogger(__name__)
-
-_COLUMNS = (
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
 
 
 def previous_location(recorded: str, artifacts: Path) -> Path | None:
@@ -112,58 +100,36 @@ def relocating_client(address: str, resolve: Callable[[str], Path | None]) -> Ml
     return RelocatingClient(tracking_uri=address, registry_uri=address)
 
 
-def rewrite_locations(database: Path, recorded: str, artifacts: Path) -> None:
-    """Rewrite the artifact locations in a database to ``artifacts``, for access by MLflow itself.
-
-    A run whose artifacts exist only at the old location is left unchanged. Active runs, also on machines with another
-    mount point, are not affected: their processes use ``artifact_path``.
+def link_previous(old: Path, new: Path) -> Path:
+    """Make the artifact paths in the database of a moved storage valid again, by a link at its old place.
 
     Args:
-        database: SQLite file in the same folder as ``artifacts``.
-        recorded, artifacts: see ``previous_location``.
+        old: where the storage was; `new`: where it is.
+
+    Returns:
+        The link.
 
     Raises:
-        MotipError: the database cannot be changed.
+        MotipError: `new` is no storage with a database, something else is at `old`, or the link cannot be made.
     """
-    before = previous_location(recorded, artifacts)
-    if before is None:
-        return
+    if not (new / "mlflow" / "mlflow.db").is_file():
+        raise MotipError("no storage with an MLflow database", where=new, expected="a folder with mlflow/mlflow.db")
+    if _same(old, new):
+        return old
+    if old.is_symlink():
+        old.unlink()  # of an earlier move
     try:
-        # One transaction: a concurrent start waits for it.
-        with contextlib.closing(sqlite3.connect(database, timeout=60, isolation_level=None)) as opened:
-            opened.execute("begin immediate")
-            changed = sum(_rewrite(opened, table, column, before, artifacts) for table, column in _COLUMNS)
-            opened.execute("commit")
-    except sqlite3.Error as error:
+        old.parent.mkdir(parents=True, exist_ok=True)
+        old.symlink_to(new.resolve(), target_is_directory=True)
+    except OSError as error:
         raise MotipError(
-            f"the storage was moved and its database cannot be updated: {error}",
-            where=database,
-            found=f"artifacts recorded at {before}",
-            expected=f"artifacts at {artifacts}",
-            fix="make the database writable, or move the storage back",
+            f"cannot link the old place of the storage to the new one: {error.strerror or error}",
+            where=old,
+            expected="a free place in a folder that this user may write to",
+            fix="move what is there, or run the command as its owner; a copy needs no link as long as the original is "
+            "there",
         ) from error
-    if changed:
-        logger.warning(
-            "the storage was moved from %s to %s: %d artifact locations in its database were updated",
-            before.parents[1],
-            artifacts.parents[1],
-            changed,
-        )
-
-
-def _rewrite(opened: sqlite3.Connection, table: str, column: str, before: Path, artifacts: Path) -> int:
-    changed = 0
-    rows = opened.execute(f"select distinct {column} from {table} where {column} like '%/mlflow/artifacts%'")
-    for (text,) in rows.fetchall():
-        old = _path(text)
-        if not old.is_relative_to(before):
-            continue
-        new = artifacts / old.relative_to(before)
-        # os.path.exists is False for folders of other users that cannot be read; those are rewritten.
-        if table != "experiments" and os.path.exists(old) and not os.path.exists(new):
-            continue
-        changed += opened.execute(f"update {table} set {column} = ? where {column} = ?", (new.as_uri(), text)).rowcount
-    return changed
+    return old
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from motip.errors import MotipError
 from motip.lineage.provenance import redact
-from motip.lineage.relocate import artifact_path, previous_location, relocating_client, rewrite_locations
+from motip.lineage.relocate import artifact_path, previous_location, relocating_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -129,20 +129,44 @@ class Store:
                 self._client = client
         return self._client
 
-    def update_locations(self) -> None:
-        """Update the artifact locations in the database of a moved storage; called before a run is started.
+    def check_location(self) -> None:
+        """Warn if MLflow's own pages look for artifacts in another folder, since the storage was moved or copied.
 
         Raises:
-            Unreachable, MotipError: as ``client``; or the database cannot be changed.
+            Unreachable, MotipError: as ``client``.
         """
         client = self.client()
-        with self._creation_lock(reading=False):
-            if self._database is None or self._database.parent != self.folder:
-                return
+        if self._database is None or self._database.parent != self.folder:
+            return
+        with self.errors():
+            recorded = str(client.get_experiment(self._experiment_id).artifact_location)
+        before = previous_location(recorded, self._artifacts)
+        if before is not None:
+            logger.warning(
+                "the storage was moved from %s: artifacts are read and written in %s; for MLflow's own pages run "
+                "`motip lineage relocate %s %s`",
+                before.parents[1],
+                self.folder,
+                before.parents[1],
+                self.storage,
+            )
+
+    def probe(self) -> None:
+        """Read the experiment, to distinguish one refused request from an outage.
+
+        A proxy answers 403 or 404 to every request while the MLflow behind it restarts.
+
+        Raises:
+            Unreachable: MLflow accepts nothing now.
+        """
+        try:
             with self.errors():
-                recorded = str(client.get_experiment(self._experiment_id).artifact_location)
-            if previous_location(recorded, self._artifacts) is not None:
-                rewrite_locations(self._database, recorded, self._artifacts)
+                self.client().get_experiment(self.experiment_id)
+        except Unreachable:
+            raise
+        except Exception as error:
+            reason = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
+            raise Unreachable(f"it refuses every request: {reason}") from error
 
     def retry(self, action: Callable[[], Result], patience: float) -> Result:
         """The result of ``action``, retried for ``patience`` seconds while the server is unreachable.

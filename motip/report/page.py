@@ -55,7 +55,7 @@ TEMPLATES.filters.update(data_uri=data_uri, duration=duration, embed=embed, hour
 class Attachments(Protocol):
     """The part of ``motip.lineage.Lineage`` that logs artifacts."""
 
-    def log_artifact(self, run_id: str, path: Path | str, folder: str = "") -> None: ...
+    def log_artifact(self, run_id: str, file: Location, path: str = "") -> None: ...
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def write_page(
         write_bytes(target / PAGE, (work / PAGE).read_bytes())
         _remove_old_videos(target / FILES, videos)
         if lineage is not None and facts.run_id:
-            lineage.log_artifact(facts.run_id, work / PAGE, "report")
+            lineage.log_artifact(facts.run_id, target / PAGE, f"report/{PAGE}")
             for name in videos:
-                lineage.log_artifact(facts.run_id, work / FILES / name, f"report/{FILES}")
+                lineage.log_artifact(facts.run_id, target / FILES / name, f"report/{FILES}/{name}")
     return Page(target / PAGE, tuple(videos), missing)
 
 

@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from motip.data.convert_report import PLAIN_EVERY_S, ConversionUi
+from motip.events import EpochDone, Event, Note, StepLogged, WeightsTransferred
+from motip.stage_folder import StageRecord
 
 
 class ProgressLine:
@@ -33,14 +35,14 @@ class ProgressLine:
         else:
             console.print(self._text)
 
-    def step(self, values: dict[str, Any]) -> None:
-        metrics = values["metrics"]
-        done = values["epoch"] + (values["index"] + 1) / values["of"]
+    def step(self, event: StepLogged) -> None:
+        metrics = event.metrics
+        done = event.epoch + event.done
         step_s = sum(value for name, value in metrics.items() if name.startswith("step/time/"))
-        left = self._left(done, self._epochs, step_s * values["of"])
+        left = self._left(done, self._epochs, step_s * event.of)
         parts = [
-            f"{self._stage}: epoch {values['epoch'] + 1}/{self._epochs}",
-            f"step {values['index'] + 1}/{values['of']}",
+            f"{self._stage}: epoch {event.epoch + 1}/{self._epochs}",
+            f"step {event.index + 1}/{event.of}",
             f"loss {metrics.get('step/loss', float('nan')):.3f}",
             f"{metrics['step/clips_per_s']:.1f} clips/s",
             f"waiting {100 * metrics['step/wait_share']:.0f} %",
@@ -49,11 +51,11 @@ class ProgressLine:
         ]
         self._show(" · ".join([*parts, f"{duration(left)} left"]))
 
-    def epoch(self, values: dict[str, Any]) -> None:
-        metrics = values["metrics"]
+    def epoch(self, event: EpochDone) -> None:
+        metrics = event.metrics
         losses = {name: metrics.get(f"train/{name}", float("nan")) for name in ("loss", "detr_loss", "id_loss")}
         parts = [
-            f"{self._stage}: epoch {values['epoch'] + 1}/{self._epochs} done in {duration(metrics['time/epoch_s'])}",
+            f"{self._stage}: epoch {event.epoch + 1}/{self._epochs} done in {duration(metrics['time/epoch_s'])}",
             f"loss {losses['loss']:.3f} (detection {losses['detr_loss']:.3f}, ID {losses['id_loss']:.3f})",
             f"{metrics['clips_per_s']:.1f} clips/s",
             f"waiting {100 * metrics['time/wait_share']:.0f} %",
@@ -115,11 +117,11 @@ def duration(seconds: float) -> str:
     return f"{total // 60} min {total % 60:02d} s" if total >= 60 else f"{total} s"
 
 
-def stage_table(records: Iterable[Any], class_names: Iterable[str]) -> Table:
+def stage_table(records: Iterable[StageRecord], class_names: Iterable[str]) -> Table:
     """One row per finished stage: data, time, and its best epoch's scores on the stage's own validation videos.
 
     Args:
-        records: objects with the fields of ``motip.curriculum.StageRecord``.
+        records: of the stages.
         class_names: classes with their own HOTA column.
     """
     names = list(class_names)
@@ -192,17 +194,19 @@ class DriverUi:
         self.note(f"{stage.name}: {len(job.train)} videos, {len(job.val)} for validation, from {parent}, into {folder}")
         self._line = ProgressLine(self.console, stage.name, stage.config.EPOCHS)
 
-    def record(self, kind: str, values: dict[str, Any]) -> None:
-        if kind == "note":
-            self.note(f"{self._stage}: {values['text']}")
-        elif kind == "transfer":
-            self.note(f"{self._stage}: weights: {values.get('summary', 'transferred')}")
-        elif self._line is not None and kind == "step":
-            self._line.step(values)
-        elif self._line is not None and kind == "epoch":
-            self._line.epoch(values)
+    def event(self, event: Event) -> None:
+        """Show an event of the stage that `stage_begins` announced."""
+        match event:
+            case Note():
+                self.note(f"{self._stage}: {event.text}")
+            case WeightsTransferred():
+                self.note(f"{self._stage}: weights: {event.report.get('summary', 'transferred')}")
+            case StepLogged() if self._line is not None:
+                self._line.step(event)
+            case EpochDone() if self._line is not None:
+                self._line.epoch(event)
 
-    def stage_ends(self, record: Any) -> None:
+    def stage_ends(self, record: StageRecord) -> None:
         self.close()
         if record.skipped:
             self.note(f"{record.stage}: finished before with the same inputs, not run again ({record.checkpoint})")

@@ -1,17 +1,15 @@
-"""Metrics history of a stage: per epoch and per logged step, stored as ``history.json`` in the stage's folder."""
+"""Metrics history of a stage, per epoch and per logged step, read from its event log."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from motip.errors import MotipError
-from motip.storage.paths import Location, read_json, write_json
-from motip.train.retention import best_first, list_checkpoints
+from motip.events import EpochDone, Event, StepLogged
+from motip.stage_folder import STAGE, StageFolder, best_first
+from motip.storage.paths import Location
 
-FILE = "history.json"
 STEP_NAMES = ("loss", "detr_grad_norm", "other_grad_norm")
 """Step metrics that are stored, in addition to the learning rates."""
 STEPS_KEPT = 2000
@@ -62,66 +60,54 @@ class History:
         found = {name.removeprefix("HOTA/") for metrics in self.epochs.values() for name in metrics if _of_class(name)}
         return sorted(found)
 
-    def add_step(self, epoch: int, done: float, metrics: Mapping[str, float]) -> None:
-        """Add a step record; records of an earlier, interrupted attempt from that position on are dropped.
-
-        Args:
-            done: fraction of the epoch that is done, above 0 and at most 1.
-            metrics: with the prefix `step/`.
-        """
-        values = {name.removeprefix("step/"): float(value) for name, value in metrics.items()}
-        kept = {name: value for name, value in values.items() if name in STEP_NAMES or name.startswith("lr/")}
-        while self.steps and self.steps[-1][:2] >= (epoch, done):
-            self.steps.pop()
-        self.steps.append((epoch, done, kept))
-        if len(self.steps) > STEPS_KEPT:
-            self.steps = self.steps[1::2]
-
-    def add_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        self.epochs[epoch] = dict(metrics)
-
-    def save(self, folder: Location) -> None:
-        """Write ``history.json``; raises MotipError if the folder cannot be written."""
-        epochs = {str(epoch): metrics for epoch, metrics in self.epochs.items()}
-        write_json(folder / FILE, {"epochs": epochs, "steps": self.steps})
+    def read(self, event: Event) -> None:
+        """Add an event; steps of an earlier, interrupted attempt from its position on are dropped."""
+        if isinstance(event, EpochDone):
+            self.epochs[event.epoch] = event.metrics
+        elif isinstance(event, StepLogged):
+            values = {name.removeprefix("step/"): float(value) for name, value in event.metrics.items()}
+            kept = {name: value for name, value in values.items() if name in STEP_NAMES or name.startswith("lr/")}
+            while self.steps and self.steps[-1][:2] >= (event.epoch, event.done):
+                self.steps.pop()
+            self.steps.append((event.epoch, event.done, kept))
+            if len(self.steps) > STEPS_KEPT:
+                self.steps = self.steps[1::2]
 
     @classmethod
-    def load(cls, folder: Location) -> History:
-        """Read a stage's folder: its records, the metrics of its finished epochs, and ``history.json``.
+    def begin(cls, stage: StageFolder) -> History:
+        """An empty history of a stage's folder.
 
         Raises:
             MotipError: not a stage's folder.
         """
-        if not (folder / "stage.json").is_file():
+        if not stage.exists():
             raise MotipError(
                 "this is not a stage's folder",
-                where=folder,
-                expected="a folder with stage.json: curricula/<name>/<stage>/<inputs>/ under the storage",
+                where=stage.path,
+                expected=f"a folder with {STAGE}: curricula/<name>/<stage>/<inputs>/ under the storage",
             )
-        record = read_json(folder / "stage.json")
-        config, job, stored = (_read(folder / name) for name in ("config.json", "job.json", FILE))
-        finished = list_checkpoints(folder).epochs
-        history = cls(
-            stage=str(record.get("stage") or job.get("stage") or folder.parent.name),
-            planned=int(config.get("EPOCHS") or record.get("epochs") or len(finished)),
-            best=str(job.get("best", "HOTA")),
-            finished=record.get("status") == "finished",
+        state, config, facts = stage.state(), stage.config(), stage.facts()
+        return cls(
+            stage=str(state.get("stage") or facts.stage or stage.path.parent.name),
+            planned=int(config.get("EPOCHS") or state.get("epochs") or 0),
+            best=facts.best,
+            finished=state.get("status") == "finished",
         )
-        history.epochs = {int(epoch): metrics for epoch, metrics in stored.get("epochs", {}).items()}
-        history.epochs |= {each.epoch: each.metrics for each in finished}
-        history.steps = [(int(epoch), float(done), values) for epoch, done, values in stored.get("steps", [])]
+
+    @classmethod
+    def load(cls, folder: Location) -> History:
+        """The history of a stage's folder, from its events and the metrics of its finished epochs.
+
+        Raises:
+            MotipError: not a stage's folder.
+        """
+        stage = StageFolder(folder)
+        history = cls.begin(stage)
+        for event in stage.events():
+            history.read(event)
+        history.epochs |= {each.epoch: each.metrics for each in stage.checkpoints().epochs}
+        history.planned = history.planned or len(history.epochs)
         return history
-
-
-def epochs_synced(folder: Location) -> set[int]:
-    """Epochs in the stored history; after a kill a finished epoch can be missing."""
-    return {int(epoch) for epoch in _read(folder / FILE).get("epochs", {})}
-
-
-def _read(path: Location) -> dict[str, Any]:
-    """Content of a JSON file; empty if there is no such file, as in folders of older versions."""
-    values: dict[str, Any] = read_json(path) if path.is_file() else {}
-    return values
 
 
 def _of_class(name: str) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from motip.errors import MotipError
-from motip.storage.paths import Location, files_under, location, read_json, size_and_time, write_json
+from motip.stage_folder import STAGE, stage_folders
+from motip.storage.paths import Location, location, read_json, size_and_time, write_json
 
 NAME = "stages.json"
 
@@ -74,15 +75,16 @@ def _stage_folder(stored: str | None, storage: Location) -> Location | None:
 
 def _by_digest(folder: Location) -> StageList:
     """The newest finished stage and its ancestors: each parent is the stage whose checkpoint has the parent digest."""
-    finished = []
-    for path in files_under(folder):
-        if path.name == "stage.json" and (stored := read_json(path)).get("status") == "finished":
-            finished.append((size_and_time(path)[1], path.parent, stored))
+    finished = [
+        (size_and_time(stage.state_path)[1], stage.path, stored)
+        for stage in stage_folders(folder)
+        if (stored := stage.state()).get("status") == "finished"
+    ]
     if not finished:
         raise MotipError(
             "no finished stage is in this folder",
             where=folder,
-            expected=f"{NAME}, or STAGE/INPUTS/stage.json of a finished stage",
+            expected=f"{NAME}, or STAGE/INPUTS/{STAGE} of a finished stage",
             fix="name the folder of a curriculum (curricula/NAME in the storage), or wait for its first stage",
         )
     finished.sort(key=lambda each: each[0])

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from motip.errors import MotipError
+from motip.stage_folder import METRICS, epoch_file, epoch_folder, step_file, step_folder
 from motip.storage.atomic import write_json_atomic
 from motip.storage.paths import Location, upload
 from motip.storage.retries import with_retries
 from motip.train.state import Meter, Run
 from motip.weights import save_checkpoint
 
-METRICS = "metrics.json"
 STORE_FOR_S = 180.0
 """Time during which uploads to an object store are retried; rank 0's must stay below COLLECTIVE_TIMEOUT_S."""
 
@@ -27,8 +27,8 @@ def save_epoch(run: Run, epoch: int, metrics: dict[str, float]) -> Path | None:
     """
 
     def write() -> Path:
-        folder = run.reporter.folder(f"epoch_{epoch:03d}")
-        _write(run, folder / f"checkpoint_{epoch}.pth", epoch, {"epoch": epoch + 1, "step": 0}, metrics)
+        folder = run.store.folder(epoch_folder(epoch))
+        _write(run, folder / epoch_file(epoch), epoch, {"epoch": epoch + 1, "step": 0}, metrics)
         # Written last: an epoch without this file is not finished.
         write_json_atomic(folder / METRICS, {"epoch": epoch, "step": run.global_step, "metrics": metrics})
         return folder
@@ -52,15 +52,15 @@ def save_step(run: Run, epoch: int, step: int, meter: Meter, wait: bool) -> None
     position = {"epoch": epoch, "step": step, "meter": meter.state_dict(run.comm)}
 
     def write() -> Path:
-        folder = run.reporter.folder(f"step_{run.global_step:08d}")
-        _write(run, folder / f"checkpoint_step_{run.global_step}.pth", epoch - 1, position, {})
+        folder = run.store.folder(step_folder(run.global_step))
+        _write(run, folder / step_file(run.global_step), epoch - 1, position, {})
         return folder
 
     status = run.status
     run.status = f"{status}; writing the checkpoint"
     written = _write_on_rank_0(run, write)
     run.status = f"{status}; storing the checkpoint"
-    run.reporter.step_done(run.global_step, written, wait)
+    run.store.step_done(run.global_step, written, wait)
     run.status = status
     run.checkpoint_schedule.mark_saved(run.global_step)
 

@@ -14,6 +14,7 @@ from motip.config import Config
 from motip.data.batch import ClipBatch
 from motip.data.host_memory import keep_freed_memory
 from motip.evaluation.validation import score_videos, track_videos
+from motip.events import EpochDone, Scored, StepLogged, WeightsTransferred
 from motip.tracking.settings import TrackerSettings
 from motip.train.checkpoints import save_epoch, save_step
 from motip.train.collectives import ProcessGroup
@@ -21,7 +22,7 @@ from motip.train.optimizer import GROUP_NAMES, LearningRates, build_optimizer
 from motip.train.preemption import Stopped
 from motip.train.setup import build_model_for, restore_optimizer
 from motip.train.stage_job import StageJob
-from motip.train.state import BatchSource, Meter, Reporter, Run, time_split
+from motip.train.state import BatchSource, Channel, CheckpointStore, Meter, Run, time_split
 from motip.train.step import TrainStep
 from motip.train.timing import Interval, memory_gib
 from motip.train.watchdog import Watchdog, WorkerLost
@@ -31,7 +32,12 @@ _log = logging.getLogger(__name__)
 
 
 def train_stage_on_worker(
-    job: StageJob, comm: ProcessGroup, batch_source: BatchSource, reporter: Reporter, device: torch.device
+    job: StageJob,
+    comm: ProcessGroup,
+    batch_source: BatchSource,
+    channel: Channel,
+    store: CheckpointStore,
+    device: torch.device,
 ) -> None:
     """Train a stage from its parent's weights, or from the newest checkpoint of an interrupted attempt.
 
@@ -44,8 +50,8 @@ def train_stage_on_worker(
     if device.type == "cpu":
         keep_freed_memory()
     watchdog = Watchdog(comm, config.COLLECTIVE_TIMEOUT_S, config.PROGRESS_TIMEOUT_S)
-    with watchdog.monitored(reporter.report_lost), _report_lost_worker(reporter):
-        run, first_epoch = _prepare(job, config, watchdog, batch_source, reporter, device)
+    with watchdog.monitored(channel.report_lost), _report_lost_worker(channel):
+        run, first_epoch = _prepare(job, config, watchdog, batch_source, channel, store, device)
         watchdog.status = lambda: run.status
         with run.stop_request:
             for epoch in range(first_epoch, config.EPOCHS):
@@ -53,11 +59,11 @@ def train_stage_on_worker(
 
 
 @contextlib.contextmanager
-def _report_lost_worker(reporter: Reporter) -> Iterator[None]:
+def _report_lost_worker(channel: Channel) -> Iterator[None]:
     try:
         yield
     except WorkerLost as lost:
-        reporter.report_lost(lost.problem)
+        channel.report_lost(lost.problem)
         raise
 
 
@@ -75,8 +81,8 @@ def _finish_epoch(run: Run, epoch: int, metrics: dict[str, float]) -> None:
     run.status = f"stage {stage}, after epoch {epoch + 1}"
     save = (epoch + 1) % config.SAVE_CHECKPOINT_PER_EPOCH == 0 or evaluated  # a score needs its weights
     save = save or _stop_requested(run)
-    run.record("epoch", {"epoch": epoch, "step": run.global_step, "metrics": metrics})
-    run.reporter.epoch_done(epoch, metrics, save_epoch(run, epoch, metrics) if save else None)
+    run.send(EpochDone(epoch, run.global_step, dict(metrics)))
+    run.store.epoch_done(epoch, metrics, save_epoch(run, epoch, metrics) if save else None)
     if save:
         _stop_if_requested(run, epoch)
 
@@ -119,8 +125,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
         if (index + 1) % config.LOG_EVERY_STEPS == 0 or index == steps - 1:
             values = losses.values | recent_norms | dict(zip(_RATES, rates, strict=True))
             metrics = _step_metrics(run, meter, interval) | {f"step/{name}": value for name, value in values.items()}
-            position = {"epoch": epoch, "index": index, "of": steps, "step": run.global_step}
-            run.record("step", {**position, "metrics": metrics})
+            run.send(StepLogged(epoch, index, steps, run.global_step, metrics))
             recent_norms = {}
         if group == divisor - 1:
             _save_if_due(run, epoch, index + 1, meter)
@@ -177,7 +182,7 @@ def validate(run: Run, epoch: int) -> dict[str, float]:
         on_video=lambda source, name: progress(f"scoring {source}/{name}"),
     )
     progress("scored")
-    run.record("scores", {"epoch": epoch, "step": run.global_step, "scores": scores.to_json()})
+    run.send(Scored(epoch, run.global_step, scores.to_json()))
     return {**scores.flat(), "time/validation_s": time.perf_counter() - begin}
 
 
@@ -209,11 +214,11 @@ def _save_if_due(run: Run, epoch: int, step: int, meter: Meter) -> None:
         Stopped: a stop was requested; the position is saved.
     """
     poll = run.checkpoint_schedule.time_to_poll()
-    if poll and run.reporter.stop_requested():
+    if poll and run.channel.stop_requested():
         run.stop_request.request()
     requested = run.stop_request.requested
     reason, poll = run.checkpoint_schedule.decide(run.global_step, requested, poll)
-    preemption = run.reporter.preemption() if poll else ""
+    preemption = run.store.preemption() if poll else ""
     if preemption and preemption != run.last_preemption:
         run.stop_request.start_deadline()
         reason, run.last_preemption = "stop", preemption
@@ -246,7 +251,7 @@ def _stop_if_requested(run: Run, epoch: int) -> None:
 
 def _stop_requested(run: Run) -> bool:
     """Whether any rank, or the driver, requested a stop."""
-    if run.is_main and run.reporter.stop_requested():
+    if run.is_main and run.channel.stop_requested():
         run.stop_request.request()
     # `all_gather` instead of a sum: rank 0 may score and store for longer than the timeout of a sum.
     return any(run.comm.all_gather(run.stop_request.requested))
@@ -278,16 +283,16 @@ def _prepare(
     config: Config,
     comm: ProcessGroup,
     batch_source: BatchSource,
-    reporter: Reporter,
+    channel: Channel,
+    store: CheckpointStore,
     device: torch.device,
 ) -> tuple[Run, int]:
     """Build the run from the newest checkpoint or the parent's weights; returns it and the first epoch to train."""
     # Checkpoint of an earlier attempt, and its world size.
-    resumed_from = reporter.latest()
-    stored = load_checkpoint(resumed_from) if resumed_from is not None else None
-    reporter.loaded()
+    with store.newest() as resumed_from:
+        stored = load_checkpoint(resumed_from) if resumed_from is not None else None
     stored_world_size = ((stored or {}).get("position") or {}).get("world")
-    initial_world_size = int(stored_world_size or reporter.initial_world_size(comm.world_size))
+    initial_world_size = int(stored_world_size or channel.initial_world_size(comm.world_size))
     batch_source.set_initial_world_size(initial_world_size)
     # Model, optimiser and schedule.
     model, transfer = build_model_for(job, config, stored)
@@ -298,7 +303,8 @@ def _prepare(
         config=config,
         comm=comm,
         batch_source=batch_source,
-        reporter=reporter,
+        channel=channel,
+        store=store,
         device=device,
         model=model,
         optimizer=optimizer,
@@ -316,7 +322,7 @@ def _prepare(
             f"batches: each worker now trains {clips} clips per batch instead of {config.BATCH_SIZE}"
         )
     if transfer is not None:
-        run.record("transfer", {"summary": transfer.summary_line(), **transfer.to_dict()})
+        run.send(WeightsTransferred({"summary": transfer.summary_line(), **transfer.to_dict()}))
     if stored is not None:
         _log.info("stage %s resumes at epoch %d, step %d from %s", job.stage, first_epoch, run.first_step, resumed_from)
     return run, first_epoch

@@ -7,34 +7,34 @@ import logging
 import os
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from motip.cluster import OWN_RAY_ENV, Cluster
+from motip.cluster import Cluster
 from motip.config import Config
 from motip.data.stream import data_resources
 from motip.errors import MotipError, find_motip_error
+from motip.events import Note
+from motip.stage_folder import StageFolder
 from motip.storage.atomic_filesystem import atomic_filesystem
-from motip.storage.paths import RemotePath, download, location, write_bytes
+from motip.storage.paths import RemotePath, location, write_bytes
 from motip.train.batch_sources import LocalBatchSource, RayBatchSource
-from motip.train.checkpoints import store_folder
+from motip.train.checkpoint_stores import FolderStore, RayStore
 from motip.train.collectives import SingleProcess, current_process_group
 from motip.train.loop import train_stage_on_worker
 from motip.train.preemption import GRACE_PERIOD_S, SigtermForwarder, Stopped
-from motip.train.retention import Retention, drop_epochs, drop_steps, list_checkpoints
-from motip.train.run_channel import RunChannel
+from motip.train.retention import Retention
+from motip.train.run_channel import LocalChannel, RemoteChannel, RunChannel
 from motip.train.stage_job import StageJob
-from motip.train.temp_dirs import TempDirs
 
 _log = logging.getLogger(__name__)
 
-OnRecord = Callable[[str, dict[str, Any]], None]
+READ_EVERY_S = 0.5
+"""Seconds between two readings of the event log."""
 
 
 @dataclass(frozen=True)
@@ -118,29 +118,35 @@ def _plan_worker_range(min_workers: int, max_workers: int, config: Config, clust
     return replace(plan_resources(now, config, cluster), workers=max_workers, min_workers=min_workers)
 
 
-def fit(job: StageJob, resources: ResourcePlan, folder: str, on_record: OnRecord) -> FitResult:
+def fit(
+    job: StageJob,
+    resources: ResourcePlan,
+    folder: str,
+    catch_up: Callable[[], None] = lambda: None,
+    channel_name: str | None = None,
+) -> FitResult:
     """Train a stage to its last epoch; an interrupted run of the same ``folder`` is resumed.
 
     Args:
         resources: number and resources of the workers.
-        folder: the stage's own folder or URI; checkpoints are written to ``<folder>/epoch_<n>/checkpoint_<n>.pth``.
-        on_record: called in this process with every event of the training (`step`, `epoch`, `scores`, …). If it raises
-            `Stopped`, the training saves its position and ends.
+        folder: the stage's own folder or URI; checkpoints are written to ``<folder>/epoch_<n>/checkpoint_<n>.pth``,
+            events to its event log.
+        catch_up: called in this process while the workers train, and once at the end: the readers of the event log
+            read what is new. If it raises `Stopped`, the training saves its position and ends.
+        channel_name: name under which `request_stop` finds this training; unique in the Ray job.
 
     Raises:
         Stopped: a stop was requested before the last epoch; the position is saved.
-        MotipError: the stage's inputs are wrong, or training failed.
+        MotipError: the stage's inputs are wrong, training failed, or its events cannot be written.
     """
     if resources.workers == 0:
-        config = Config.from_dict(job.config)
-        reporter = FolderReporter(_local_folder(folder), on_record, _retention(job, config))
-        train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, device_from_config(config))
+        _fit_in_process(job, folder, catch_up)
         return completed(folder)
-    channel = _run_channel()
+    channel = RemoteChannel(_channel_actor(folder, channel_name))
     trainer = _trainer(job, resources, channel, folder)
     # Training, with events and signals handled in this process.
-    events = _EventPump(channel, on_record)
-    with _forward_sigterm(channel) as sigterm, events, _sigint_as_keyboard_interrupt():
+    readers = _ReaderThread(channel, catch_up)
+    with _forward_sigterm(channel) as sigterm, readers, _sigint_as_keyboard_interrupt():
         try:
             trainer.fit()
         except Exception as error:
@@ -148,15 +154,40 @@ def fit(job: StageJob, resources: ResourcePlan, folder: str, on_record: OnRecord
             failed = _training_failed(job, folder, error, str(error))  # keeps the workers' output in any case
             raise _lost_worker_error(channel, error, failed) or failed from error
         _raise_worker_failure(channel, folder)
-        if sigterm.received or events.stopped:
+        channel.close()
+        if sigterm.received or readers.stopped:
             raise Stopped
     return completed(folder)
+
+
+def request_stop(channel_name: str) -> None:
+    """Request the stop of a training of this Ray job by its `channel_name`; no-op if it has ended."""
+    import ray
+
+    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
+        RemoteChannel(ray.get_actor(channel_name)).request_stop()
+
+
+def _fit_in_process(job: StageJob, folder: str, catch_up: Callable[[], None]) -> None:
+    if isinstance(location(folder), RemotePath):
+        raise MotipError(
+            "without Ray workers a stage can only write to a local folder",
+            where="--storage",
+            found=folder,
+            fix="use --workers 1 or more, or a local --storage",
+        )
+    config = Config.from_dict(job.config)
+    channel = LocalChannel(folder, catch_up)
+    store = FolderStore(StageFolder(folder), _retention(job, config))
+    batches = LocalBatchSource(job, config)
+    train_stage_on_worker(job, SingleProcess(), batches, channel, store, device_from_config(config))
+    channel.close()
 
 
 def completed(folder: str) -> FitResult:
     """The finished epochs in a stage's folder, of all attempts; `checkpoints` has those whose weights are kept."""
     result = FitResult()
-    for each in list_checkpoints(location(folder)).epochs:
+    for each in StageFolder(folder).checkpoints().epochs:
         result.epochs[each.epoch] = each.metrics
         result.steps[each.epoch] = each.step
         if each.weights is not None:
@@ -170,195 +201,11 @@ def device_from_config(config: Config) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-class FolderReporter:
-    """Reporter of training without Ray: checkpoints in a local folder, events to a callback."""
-
-    def __init__(self, folder: Path, on_record: OnRecord, retention: Retention | None = None) -> None:
-        self._folder = folder
-        self._on_record = on_record
-        self._retention = retention or Retention()
-
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, of an epoch or of a position inside one."""
-        found = list_checkpoints(self._folder).latest()
-        return found if isinstance(found, Path) else None
-
-    def loaded(self) -> None:
-        return
-
-    def record(self, kind: str, values: dict[str, Any]) -> None:
-        self._on_record(kind, values)
-
-    def folder(self, name: str) -> Path:
-        path = self._folder / name
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
-        if folder is not None:
-            drop_steps(self._folder, self._retention.steps)
-
-    def initial_world_size(self, world_size: int) -> int:
-        return world_size
-
-    def preemption(self) -> str:
-        return ""
-
-    def report_lost(self, problem: MotipError) -> None:
-        self._on_record("note", {"text": problem.render()})
-
-    def stop_requested(self) -> bool:
-        return False
-
-    def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
-        if folder is not None:
-            drop_steps(self._folder, 0)
-            drop_epochs(self._folder, self._retention)
-
-
 def _retention(job: StageJob, config: Config) -> Retention:
     return Retention(config.CHECKPOINTS_KEPT, config.EPOCH_CHECKPOINTS_KEPT, job.best)
 
 
-def _local_folder(folder: str) -> Path:
-    if isinstance(location(folder), RemotePath):
-        raise MotipError(
-            "without Ray workers a stage can only write to a local folder",
-            where="--storage",
-            found=folder,
-            fix="use --workers 1 or more, or a local --storage",
-        )
-    return Path(folder)
-
-
 # ------------------------------------------------------------------------------------------------ on Ray
-
-
-class RayReporter:
-    """Reporter of a Ray Train worker: checkpoints through ray.train.report, events through the run channel.
-
-    Args:
-        channel: the `RunChannel` actor.
-        folder: Ray Train's folder of the run, where the checkpoints are stored.
-        retention: the checkpoints to keep.
-    """
-
-    def __init__(self, channel: Any, folder: str, retention: Retention) -> None:
-        self._channel = channel
-        self._folder = location(folder)
-        self._retention = retention
-        self._temp_dirs = TempDirs(folder)
-
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, downloaded if remote.
-
-        Rank 0 chooses for all ranks: an upload of the previous attempt may complete between the listings of two ranks.
-        """
-        import ray.train
-        import ray.train.collective
-
-        context = ray.train.get_context()
-        if context.get_local_rank() == 0:
-            self._temp_dirs.remove_stale()
-        found = list_checkpoints(self._folder).latest() if context.get_world_rank() == 0 else None
-        chosen = None if found is None else f"{found.parent.name}/{found.name}"
-        # The broadcast waits for all ranks: no rank creates a temporary directory before the stale ones are removed.
-        name = ray.train.collective.broadcast_from_rank_zero(chosen)
-        if name is None:
-            return None
-        newest = self._folder / name
-        return newest if isinstance(newest, Path) else download(newest, self._temp_dirs.new("resume") / newest.name)
-
-    def loaded(self) -> None:
-        self.remove_local_copies()
-
-    def remove_local_copies(self) -> None:
-        """Remove this rank's temporary directories; Ray Train removes those that it still uploads."""
-        self._temp_dirs.clear()
-
-    def record(self, kind: str, values: dict[str, Any]) -> None:
-        import ray
-
-        ray.get(self._channel.put.remote(kind, values))
-
-    def folder(self, name: str) -> Path:
-        return self._temp_dirs.new(name, keep=name.startswith("step_"))
-
-    def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
-        import ray.train
-
-        # ASYNC uploads while training continues; Ray lists a checkpoint once complete, and removes the local copy.
-        mode = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
-        ray.train.report(
-            {"step": step},
-            checkpoint=None if folder is None else ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=f"step_{step:08d}",
-            checkpoint_upload_mode=mode,
-            checkpoint_upload_fn=self._store,
-            delete_local_checkpoint_after_upload=True,
-        )
-        if folder is not None:
-            # The newest may still be uploading, so one more than configured is kept.
-            drop_steps(self._folder, self._retention.steps + 1)
-
-    def initial_world_size(self, world_size: int) -> int:
-        import ray
-
-        return int(ray.get(self._channel.initial_world_size.remote(world_size)))
-
-    def preemption(self) -> str:
-        import ray.train
-
-        info = ray.train.get_preemption_info()
-        return "" if info is None else f"preemption of {', '.join(sorted(info.preempted_node_ids))}"
-
-    def report_lost(self, problem: MotipError) -> None:
-        import ray
-
-        ray.get(self._channel.report_lost.remote(problem))
-
-    def stop_requested(self) -> bool:
-        import ray
-
-        return bool(ray.get(self._channel.stop_requested.remote()))
-
-    def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
-        import ray.train
-
-        # Every rank reports, rank 0 with the files; Ray Train lists the epoch once its folder is in the storage.
-        checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(str(folder))
-        ray.train.report(
-            metrics,
-            checkpoint=checkpoint,
-            checkpoint_dir_name=f"epoch_{epoch:03d}",
-            checkpoint_upload_fn=self._store,
-        )
-        self.remove_local_copies()
-        if folder is not None:
-            drop_steps(self._folder, 1)
-            drop_epochs(self._folder, self._retention)
-
-    def _store(self, checkpoint: Any, name: str) -> Any:
-        """Upload function for Ray Train, whose own would leave partial files after an interruption."""
-        import ray.train
-
-        try:
-            store_folder(Path(checkpoint.path), self._folder / name, self._log_retry)
-        except MotipError as error:
-            # Reported here too: an error in the upload thread does not reach the training loop.
-            self._report_failure(error)
-            raise
-        storage = ray.train.get_context().get_storage()
-        return ray.train.Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
-
-    def _log_retry(self, text: str) -> None:
-        _log.warning(text)
-        self.record("note", {"text": text})
-
-    def _report_failure(self, error: MotipError) -> None:
-        import ray
-
-        ray.get(self._channel.report_failure.remote(error, traceback.format_exc()))
 
 
 PERMANENT_ERRORS: tuple[type[Exception], ...] = (
@@ -377,10 +224,8 @@ PERMANENT_ERRORS: tuple[type[Exception], ...] = (
 
 def _worker_main(settings: dict[str, Any]) -> None:
     """Entry point of a training worker."""
-    import ray
-
     job, resources, channel = settings["job"], settings["resources"], settings["channel"]
-    if not ray.get(channel.worker_started.remote()):
+    if not channel.worker_started():
         return  # restarted by Ray after a permanent error, which the driver raises
     try:
         config = Config.from_dict(job.config)
@@ -388,17 +233,17 @@ def _worker_main(settings: dict[str, Any]) -> None:
         device = _worker_device(resources)
         # Batches from Ray Data: this rank's rows of the clip plan, in order.
         batches = RayBatchSource(job, config, comm.rank, comm.world_size, resources.decoders, resources.decoder_cpus)
-        reporter = RayReporter(channel, settings["folder"], _retention(job, config))
+        store = RayStore(channel, StageFolder(settings["folder"]), _retention(job, config))
         try:
-            train_stage_on_worker(job, comm, batches, reporter, device)
+            train_stage_on_worker(job, comm, batches, channel, store, device)
         finally:
-            reporter.remove_local_copies()
+            store.remove_local_copies()
     except Stopped:
         # Every rank returns, its position saved; an error would make Ray restart the workers.
-        ray.get(channel.worker_stopped.remote())
+        channel.worker_stopped()
     except PERMANENT_ERRORS as error:
         problem = error if isinstance(error, MotipError) else MotipError(f"{type(error).__name__}: {error}")
-        ray.get(channel.report_failure.remote(problem, traceback.format_exc()))
+        channel.report_failure(problem, traceback.format_exc())
         raise
 
 
@@ -419,26 +264,26 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run_channel() -> Any:
-    """The `RunChannel` actor, pinned to the driver's node, so that it outlives every other node."""
+def _channel_actor(folder: str, name: str | None) -> Any:
+    """The `RunChannel` actor, pinned to the driver's node: it outlives every other node and writes to its disk."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(RunChannel).options(num_cpus=0, scheduling_strategy=pinned).remote()
+    return ray.remote(RunChannel).options(name=name, num_cpus=0, scheduling_strategy=pinned).remote(folder)
 
 
-def _trainer(job: StageJob, resources: ResourcePlan, channel: Any, folder: str) -> Any:
+def _trainer(job: StageJob, resources: ResourcePlan, channel: RemoteChannel, folder: str) -> Any:
     """Ray Train's trainer of a stage.
 
     Its run is named after the stage's folder, which contains the digest of the inputs: a run of other inputs cannot be
     resumed by accident.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     parent, _, name = folder.rpartition("/")
-    return _trainer_class()(
+    return TorchTrainer(
         _worker_main,
         train_loop_config={"job": job, "resources": resources, "channel": channel, "folder": folder},
         # By default torch waits half an hour for a rank that does not respond.
@@ -455,25 +300,6 @@ def _trainer(job: StageJob, resources: ResourcePlan, channel: Any, folder: str) 
     )
 
 
-def _trainer_class() -> Any:
-    """TorchTrainer, without the actor that cleans up placement groups on a Ray instance that `connect` started.
-
-    That actor polls the dashboard server, which such an instance does not have, and delays the end of a stage by 12 s.
-    Placement groups of a killed controller are removed when the driver ends.
-    """
-    from ray.train.torch import TorchTrainer
-
-    if OWN_RAY_ENV not in os.environ:
-        return TorchTrainer
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
-
-    return Trainer
-
-
 def _scaling(resources: ResourcePlan, resize_every_s: int) -> dict[str, Any]:
     """Arguments of ScalingConfig. With a range of workers Ray checks at the given interval how many fit, and restarts
     with that number from the newest checkpoint."""
@@ -486,19 +312,18 @@ def _scaling(resources: ResourcePlan, resize_every_s: int) -> dict[str, Any]:
     }
 
 
-def _forward_sigterm(channel: Any) -> SigtermForwarder:
+def _forward_sigterm(channel: RemoteChannel) -> SigtermForwarder:
     """Forward SIGTERM of the driver, as sent by `ray job stop`, to the workers."""
-    import ray
 
     def on_timeout() -> None:
-        progress = ray.get(channel.progress.remote())
         text = (
-            f"SIGTERM: training did not end within {GRACE_PERIOD_S:.0f} s: {progress}; the checkpoints so far are kept"
+            f"SIGTERM: training did not end within {GRACE_PERIOD_S:.0f} s: {channel.progress()}; the checkpoints so "
+            "far are kept"
         )
         _log.error(text)
-        ray.get(channel.put.remote("note", {"text": text}))
+        channel.send(Note(text))
 
-    return SigtermForwarder(lambda: ray.get(channel.request_stop.remote()), on_timeout)
+    return SigtermForwarder(channel.request_stop, on_timeout)
 
 
 @contextlib.contextmanager
@@ -515,29 +340,25 @@ def _sigint_as_keyboard_interrupt() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _raise_worker_failure(channel: Any, folder: str) -> None:
+def _raise_worker_failure(channel: RemoteChannel, folder: str) -> None:
     """Raise the permanent error reported by a worker, if any; for a defect the traceback is written to a file."""
-    import ray
-
-    failure = ray.get(channel.failure.remote())
+    failure = channel.failure()
     if failure is None:
         return
     error, text = failure
     if error.where is None and error.fix is None:
-        path = location(folder) / "failure.txt"
+        path = StageFolder(folder).failure
         write_bytes(path, text.encode())
         raise MotipError(error.what, where=f"{path} (traceback)", fix="this is a defect of the program: report it")
     raise error
 
 
-def _lost_worker_error(channel: Any, error: BaseException, failed: MotipError) -> MotipError | None:
+def _lost_worker_error(channel: RemoteChannel, error: BaseException, failed: MotipError) -> MotipError | None:
     """The report of a lost worker in the last attempt, or a MotipError among the causes of ``error``, if any.
 
     A lost worker may be the consequence of another worker's failure, so the full output of the workers is named too.
     """
-    import ray
-
-    lost: MotipError | None = ray.get(channel.lost.remote())
+    lost: MotipError | None = channel.lost()
     if lost is None:
         return find_motip_error(error)
     fix = f"read the output of the workers first: {failed.where}; {lost.fix}"
@@ -545,7 +366,7 @@ def _lost_worker_error(channel: Any, error: BaseException, failed: MotipError) -
 
 
 def _training_failed(job: StageJob, folder: str, error: BaseException, text: str) -> MotipError:
-    path = location(folder) / "failure.txt"
+    path = StageFolder(folder).failure
     write_bytes(path, text.encode())
     return MotipError(
         f"training of stage {job.stage} failed: {_last_line(error)}",
@@ -559,59 +380,38 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-class _EventPump:
-    """Thread that drains the run channel every half second and passes the events on, in order; a context manager.
-
-    The first error of the handler is raised at the end of the block.
+class _ReaderThread:
+    """Thread that lets the readers of the event log catch up every half second; a context manager.
 
     Attributes:
-        stopped: the handler raised `Stopped`, and the workers were requested to stop.
+        stopped: a reader raised `Stopped`, and the workers were requested to stop.
     """
 
-    def __init__(self, channel: Any, on_record: OnRecord) -> None:
+    def __init__(self, channel: RemoteChannel, catch_up: Callable[[], None]) -> None:
         self._channel = channel
-        self._on_record = on_record
-        self._stop = threading.Event()
-        self._error: BaseException | None = None
+        self._catch_up = catch_up
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="motip-readers", daemon=True)
         self.stopped = False
-        self._thread = threading.Thread(target=self._pump, name="motip-events", daemon=True)
 
     def __enter__(self) -> None:
         self._thread.start()
 
     def __exit__(self, *exc: object) -> None:
-        self._stop.set()
+        self._over.set()
         self._thread.join()
-        if self._error is not None and exc[0] is None:
-            raise self._error
 
-    def _pump(self) -> None:
-        import ray
-
+    def _run(self) -> None:
         while True:
-            last = self._stop.is_set()
-            records: list[tuple[str, dict[str, Any]]] = []
-            with self._keep_errors():
-                records = ray.get(self._channel.drain.remote())
-            for kind, values in records:
-                with self._keep_errors():
-                    self._on_record(kind, values)
+            last = self._over.wait(READ_EVERY_S)
+            try:
+                self._catch_up()
+                for line in self._channel.warnings():
+                    _log.warning(line)
+            except Stopped:
+                self._channel.request_stop()
+                self.stopped = True
+            except Exception:
+                _log.exception("the events of the training cannot be read; training continues")
             if last:
                 return
-            time.sleep(0.5)
-
-    @contextlib.contextmanager
-    def _keep_errors(self) -> Iterator[None]:
-        """Log an error now and raise it at the end: a full disk on the driver must not end the training or prevent the
-        handling of later events."""
-        try:
-            yield
-        except Stopped:
-            import ray
-
-            ray.get(self._channel.request_stop.remote())
-            self.stopped = True
-        except Exception as error:
-            if self._error is None:
-                _log.error("an event of the training cannot be recorded: %s", error)
-            self._error = self._error or error

@@ -1,7 +1,8 @@
-"""State of a stage in training: its parts and position, epoch means, and the interfaces to batches and results."""
+"""State of a stage in training: parts, position, epoch means; interfaces to batches, checkpoints and events."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from motip.config import Config
 from motip.data.batch import ClipBatch
 from motip.errors import MotipError
+from motip.events import Event, Note
 from motip.model import MOTIP
 from motip.train.checkpoint_schedule import CheckpointSchedule
 from motip.train.collectives import ProcessGroup
@@ -44,19 +46,11 @@ class BatchSource(Protocol):
         ...
 
 
-class Reporter(Protocol):
-    """Receives a stage's results, independent of Ray and MLflow."""
+class CheckpointStore(Protocol):
+    """Where a training's checkpoints are; independent of Ray."""
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint file of an interrupted run, or None."""
-        ...
-
-    def loaded(self) -> None:
-        """This rank has read the file returned by `latest`."""
-        ...
-
-    def record(self, kind: str, values: dict[str, Any]) -> None:
-        """Record an event for display or storage; called on rank 0 only."""
+    def newest(self) -> contextlib.AbstractContextManager[Path | None]:
+        """The newest checkpoint file of an interrupted run, or None; readable inside the block."""
         ...
 
     def folder(self, name: str) -> Path:
@@ -67,25 +61,22 @@ class Reporter(Protocol):
         """Store a checkpoint inside an epoch and drop the oldest; every rank calls it, rank 0 with the folder."""
         ...
 
-    def initial_world_size(self, world_size: int) -> int:
-        """Ranks of the first attempt, if an earlier attempt ended before its first checkpoint; else ``world_size``."""
+    def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
+        """Store an epoch; every rank calls it, rank 0 with the folder if a checkpoint was saved."""
         ...
 
     def preemption(self) -> str:
         """Why this machine will be preempted, or "". Every rank calls it equally often and gets the same answer."""
         ...
 
-    def report_lost(self, problem: MotipError) -> None:
-        """This attempt ends because a rank died or hangs; any rank may call it, from any thread."""
-        ...
 
-    def stop_requested(self) -> bool:
-        """True if the driver requested a stop; called on rank 0 only."""
-        ...
+class Channel(Protocol):
+    """The part of :class:`motip.train.run_channel.RunChannel` that a training uses."""
 
-    def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
-        """Store an epoch; every rank calls it, rank 0 with the folder if a checkpoint was saved."""
-        ...
+    def send(self, event: Event) -> None: ...
+    def initial_world_size(self, world_size: int) -> int: ...
+    def stop_requested(self) -> bool: ...
+    def report_lost(self, problem: MotipError) -> None: ...
 
 
 @dataclass
@@ -96,7 +87,8 @@ class Run:
     config: Config
     comm: ProcessGroup
     batch_source: BatchSource
-    reporter: Reporter
+    channel: Channel
+    store: CheckpointStore
     device: torch.device
     model: MOTIP
     optimizer: torch.optim.Optimizer
@@ -126,13 +118,14 @@ class Run:
     def is_main(self) -> bool:
         return self.comm.rank == 0
 
-    def record(self, kind: str, values: dict[str, Any]) -> None:
+    def send(self, event: Event) -> None:
+        """Append an event to the run's log, from rank 0."""
         if self.is_main:
-            self.reporter.record(kind, values)
+            self.channel.send(event)
 
     def note(self, text: str) -> None:
         """Record a line of text in the history of the run."""
-        self.record("note", {"step": self.global_step, "text": text})
+        self.send(Note(text, self.global_step))
 
 
 @dataclass

@@ -16,31 +16,28 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from motip.config.sweep_file import Prune
 from motip.errors import MotipError
-from motip.train.preemption import Stopped
-from motip.train.ray_train import ResourcePlan
+from motip.train.ray_train import ResourcePlan, request_stop
 from motip.tune.concurrency import ConcurrencyPlan
 from motip.tune.search_space import SearchSpace
-from motip.tune.trial_records import BASELINE, TrialResult, TrialSpec, trial_key
+from motip.tune.sweep_log import SweepLog
+from motip.tune.trial import TrialRunner
+from motip.tune.trial_records import BASELINE, TrialResult, TrialSpec
 
 _log = logging.getLogger(__name__)
 
-STATUS_INTERVAL_S = 60.0
-"""Seconds without output after which a trial logs what it waits for; also the interval of progress lines."""
 MAX_ATTEMPTS = 200
 """Samples per suggestion; if all of them were tried before, the space counts as exhausted."""
 
@@ -53,26 +50,10 @@ _TUNE_ENVIRONMENT = {
 }
 
 
-class RunTrial(Protocol):
-    """One training, in a separate process, which writes its result to the trial's record; must be picklable."""
-
-    def __call__(self, spec: TrialSpec, reporter: TrialReporter) -> None: ...
-
-
-class SweepObserver(Protocol):
-    """Callbacks in the driver."""
-
-    def trial_started(self, spec: TrialSpec) -> TrialResult: ...
-    def trial_ended(self, spec: TrialSpec) -> TrialResult: ...
-    def message(self, text: str) -> None: ...
-    def progress(self, trials: Sequence[TrialResult], running: dict[str, str]) -> None: ...
-
-
 def search(
     searcher: TrialSearch,
-    run_trial: RunTrial,
+    runner: TrialRunner,
     concurrency: ConcurrencyPlan,
-    observer: SweepObserver,
     *,
     prune: Prune | None = None,
     longest: int = 1,
@@ -80,6 +61,7 @@ def search(
     """Run the searcher's trials; returns all results, earlier ones included.
 
     Args:
+        runner: trains a trial, and writes its result to the trial's record.
         prune: ASHA, which compares with earlier trials too; None trains every trial to its end.
         longest: epochs of the longest trial.
 
@@ -89,23 +71,23 @@ def search(
     if searcher.is_done():
         return searcher.trials
 
-    # channel to the trials
+    # trials, on the driver's node, where MLflow's database and local storage are; they cost no CPU there
     os.environ.update(_TUNE_ENVIRONMENT)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # the rest names temporary files and repeats progress lines
     here = ray.get_runtime_context().get_node_id()
-    same_node = NodeAffinitySchedulingStrategy(here, soft=False)
-    channel: Any = ray.remote(_TrialChannel).options(num_cpus=0, scheduling_strategy=same_node).remote()
+    trial = tune.with_resources(
+        tune.with_parameters(_trial, runner=runner), tune.PlacementGroupFactory([{_node_resource(here): 0.001}])
+    )
+    scheduler = None
+    if prune is not None:
+        scheduler = CooperativeASHA(lambda key: request_stop(runner.channel_name(key)), prune, longest, searcher.trials)
 
-    # trials
+    # run
     folder = tempfile.mkdtemp(prefix="motip_tune_")
-    resources = _resources_text(concurrency.resources)
-    scheduler = None if prune is None else CooperativeASHA(channel, prune, longest, searcher.trials)
+    callback = ProgressCallback(searcher, _resources_text(concurrency.resources))
     try:
         tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(_trial, run_trial=run_trial, channel=channel, resources=resources),
-                # On the driver's node, where MLflow's database and local storage are; it costs no CPU.
-                tune.PlacementGroupFactory([{_node_resource(here): 0.001}]),
-            ),
+            trial,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=scheduler,
@@ -113,21 +95,32 @@ def search(
                 max_concurrent_trials=concurrency.max_concurrent_trials,
                 reuse_actors=False,
             ),
-            run_config=tune.RunConfig(
-                name="sweep",
-                storage_path=folder,
-                verbose=0,
-                callbacks=[ProgressCallback(channel, observer, searcher)],
-            ),
+            run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0, callbacks=[callback]),
         )
-        with _sigterm_as_interrupt(), _quiet_tune():
+        with _sigterm_as_interrupt():
             tuner.fit()
     finally:
-        ray.kill(channel)
         shutil.rmtree(folder, ignore_errors=True)
     if searcher.running or not searcher.is_done():
         raise KeyboardInterrupt
     return searcher.trials
+
+
+def _trial(config: dict[str, Any], runner: TrialRunner) -> None:
+    """Entry point of a trial's process."""
+    # As `connect` sets them for the driver; processes on a joined cluster do not inherit them.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+    def report(epochs: int, value: float, of: int) -> None:
+        tune.report({"epochs": epochs, "value": value, "of": of})
+
+    try:
+        runner(TrialSpec(config["key"], json.loads(config["values"]), config["seed"]), report)
+    except MotipError:
+        pass  # it is in the trial's record
+    except Exception:
+        _log.exception("trial %s failed", config["key"])
 
 
 class _InDriver:
@@ -141,9 +134,6 @@ class _InDriver:
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).touch()
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a sweep resumes from the records of its trials")
 
 
 class TrialSearch(_InDriver, Searcher):
@@ -162,7 +152,7 @@ class TrialSearch(_InDriver, Searcher):
     def __init__(
         self,
         space: SearchSpace,
-        observer: SweepObserver,
+        log: SweepLog,
         count: int,
         pending: Sequence[TrialSpec],
         earlier: Sequence[TrialResult],
@@ -170,7 +160,7 @@ class TrialSearch(_InDriver, Searcher):
         super().__init__(metric="value", mode="max")
         self.trials = list(earlier)
         self.running: dict[str, TrialResult] = {}
-        self._space, self._observer, self._count, self._pending = space, observer, count, list(pending)
+        self._space, self.log, self._count, self._pending = space, log, count, list(pending)
         self._in_study: dict[str, str] = {}  # Tune's id to the id in the study
         self._exhausted = False
         points = [point for spec in pending if (point := self._parameters(spec)) is not None]
@@ -199,7 +189,7 @@ class TrialSearch(_InDriver, Searcher):
         spec = None if self.is_done() else self._next(trial_id)
         if spec is None:
             return Searcher.FINISHED
-        self.running[trial_id] = self._observer.trial_started(spec)
+        self.running[trial_id] = self.log.trial_started(spec)
         self.trials.append(self.running[trial_id])
         return {"key": spec.key, "values": json.dumps(spec.values), "seed": spec.seed}
 
@@ -209,7 +199,7 @@ class TrialSearch(_InDriver, Searcher):
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         trial = self.running.pop(trial_id)
-        final = self._observer.trial_ended(trial.spec)
+        final = self.log.trial_ended(trial.spec)
         trial.status, trial.history, trial.message = final.status, final.history, final.message
         if trial_id in self._in_study:
             # Without a value and an error the study counts a trial as pruned.
@@ -230,7 +220,7 @@ class TrialSearch(_InDriver, Searcher):
             values = self._space.values(self._study.suggest(in_study) or {})
             if self._space.parameters(values) not in tried:
                 self._in_study[trial_id] = in_study
-                return TrialSpec(trial_key(number), values)
+                return TrialSpec(f"{number:03d}", values)
             # A duplicate stays open in the study, which makes TPE sample elsewhere.
         self._exhaust()
         return None
@@ -246,7 +236,7 @@ class TrialSearch(_InDriver, Searcher):
 
     def _exhaust(self) -> bool:
         self._exhausted = True
-        self._observer.message(f"the search space is exhausted after {len(self.trials)} settings")
+        self.log.note(f"the search space is exhausted after {len(self.trials)} settings")
         return True
 
     def _parameters(self, spec: TrialSpec) -> dict[str, Any] | None:
@@ -269,10 +259,11 @@ class CooperativeASHA(_InDriver, AsyncHyperBandScheduler):
     """ASHA that requests a trial to stop instead of killing it.
 
     Args:
+        stop: requests the trial of a key to stop.
         earlier: ended trials, which running ones are compared with too.
     """
 
-    def __init__(self, channel: Any, prune: Prune, longest: int, earlier: Sequence[TrialResult]) -> None:
+    def __init__(self, stop: Callable[[str], None], prune: Prune, longest: int, earlier: Sequence[TrialResult]) -> None:
         super().__init__(
             time_attr="epochs",
             metric="value",
@@ -282,7 +273,7 @@ class CooperativeASHA(_InDriver, AsyncHyperBandScheduler):
             reduction_factor=prune.reduction,
             stop_last_trials=False,
         )
-        self._channel = channel
+        self._stop = stop
         controller: Any = None  # an argument of ASHA's methods, which do not use it
         for result in earlier:
             # An interrupted trial reports its epochs again when it resumes.
@@ -297,124 +288,27 @@ class CooperativeASHA(_InDriver, AsyncHyperBandScheduler):
         # The baseline is never pruned: all other trials are compared with it.
         baseline = trial.config["values"] == "{}"
         if decision == self.STOP and result["epochs"] < result["of"] and not baseline:
-            ray.get(self._channel.prune.remote(trial.config["key"]))
+            self._stop(trial.config["key"])
         return str(self.CONTINUE)
 
 
 class ProgressCallback(_InDriver, tune.Callback):
-    """Forwards the trials' messages to the observer every second, and their progress every STATUS_INTERVAL_S."""
+    """Shows the progress of the trials while they run.
 
-    def __init__(self, channel: Any, observer: SweepObserver, searcher: TrialSearch) -> None:
-        self._channel, self._observer, self._searcher = channel, observer, searcher
-        self._last_progress = self._last_poll = time.monotonic()
-
-    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        now = time.monotonic()
-        if now - self._last_poll >= 1.0:
-            self._last_poll = now
-            self._poll(now)
-
-    def on_experiment_end(self, trials: Any, **info: Any) -> None:
-        self._poll(time.monotonic())
-
-    def _poll(self, now: float) -> None:
-        messages, positions = ray.get(self._channel.drain.remote())
-        for text in messages:
-            self._observer.message(text)
-        if now - self._last_progress >= STATUS_INTERVAL_S and self._searcher.running:
-            self._last_progress = now
-            running = {trial.spec.key for trial in self._searcher.running.values()}
-            self._observer.progress(self._searcher.trials, {key: at for key, at in positions.items() if key in running})
-
-
-# ------------------------------------------------------------------------------------- trials and their channel
-
-
-def _trial(config: dict[str, Any], run_trial: RunTrial, channel: Any, resources: str) -> None:
-    """Entry point of a trial's process."""
-    # As `connect` sets them for the driver; processes on a joined cluster do not inherit them.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    reporter = TrialReporter(channel, config["key"], resources)
-    try:
-        run_trial(TrialSpec(config["key"], json.loads(config["values"]), config["seed"]), reporter)
-    except MotipError:
-        pass  # it is in the trial's record
-    except Exception:
-        _log.exception("trial %s failed", config["key"])
-    finally:
-        reporter.close()
-
-
-class TrialReporter:
-    """Reports from a trial's process to the driver.
-
-    Attributes:
-        pruned: ASHA stopped the trial; others were better after as many epochs.
+    Args:
+        resources: of a trial.
     """
 
-    def __init__(self, channel: Any, key: str, resources: str) -> None:
-        self._channel = channel
-        self._key = key
-        self._resources = resources
-        self._timer = threading.Timer(STATUS_INTERVAL_S, self._log_waiting)
-        self._timer.daemon = True
-        self._timer.start()
-        self.pruned = False
+    def __init__(self, searcher: TrialSearch, resources: str) -> None:
+        self._searcher, self._resources = searcher, resources
 
-    def report_value(self, epochs: int, value: float, of: int) -> None:
-        """Report the value after `epochs` of the trial's `of` epochs.
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        self._searcher.log.poll(self._searcher.trials, self._needed_and_free)
 
-        Raises:
-            Stopped: the trial was pruned.
-        """
-        tune.report({"epochs": epochs, "value": value, "of": of})
-        # Tune's report returns after the scheduler has processed it, so the decision is already available.
-        self.pruned = bool(ray.get(self._channel.is_pruned.remote(self._key)))
-        if self.pruned:
-            raise Stopped
-
-    def log(self, text: str) -> None:
-        ray.get(self._channel.log.remote(f"trial {self._key}: {text}"))
-
-    def report_position(self, position: str) -> None:
-        """Report the training's position, for progress lines. The first call ends the wait for workers."""
-        self._timer.cancel()
-        ray.get(self._channel.set_position.remote(self._key, position))
-
-    def close(self) -> None:
-        self._timer.cancel()
-
-    def _log_waiting(self) -> None:
+    def _needed_and_free(self) -> str:
         free = {name: f"{amount:g}" for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
         have = ", ".join(f"{amount} {name}" for name, amount in sorted(free.items())) or "none"
-        self.log(f"has waited {STATUS_INTERVAL_S:.0f} s for its workers; it needs {self._resources}; free now: {have}")
-
-
-class _TrialChannel:
-    """Actor that carries messages and positions from the trials to the driver, and pruning requests back."""
-
-    def __init__(self) -> None:
-        self._pruned: set[str] = set()
-        self._messages: list[str] = []
-        self._positions: dict[str, str] = {}
-
-    def prune(self, key: str) -> None:
-        self._pruned.add(key)
-
-    def is_pruned(self, key: str) -> bool:
-        return key in self._pruned
-
-    def log(self, text: str) -> None:
-        self._messages.append(text)
-
-    def set_position(self, key: str, position: str) -> None:
-        self._positions[key] = position
-
-    def drain(self) -> tuple[list[str], dict[str, str]]:
-        """Messages since the last call, and the last position of each trial."""
-        messages, self._messages = self._messages, []
-        return messages, dict(self._positions)
+        return f"it needs {self._resources}; free now: {have}"
 
 
 def _resources_text(resources: ResourcePlan) -> str:
@@ -443,15 +337,3 @@ def _sigterm_as_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _quiet_tune() -> Iterator[None]:
-    """Limit Tune's log to errors: the rest names temporary files and repeats the progress lines."""
-    logger = logging.getLogger("ray.tune")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -8,11 +8,12 @@ from motip.cluster import Cluster
 from motip.config import Curriculum, Stage
 from motip.config.yaml_chain import with_values
 from motip.curriculum.base_weights import parent_of
-from motip.curriculum.records import Options, StageRecord
+from motip.curriculum.options import Options
 from motip.curriculum.run import prepare_data, run_curriculum, warn_without_effect
 from motip.curriculum.stage import Session, Ui
 from motip.errors import MotipError
 from motip.lineage import Lineage
+from motip.stage_folder import StageRecord
 from motip.train.stage_job import Parent
 from motip.tune.sweep import SweepResult, Tuning, check_tuning, tune_stage
 

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,21 @@ from motip.config.sweep_file import SweepFile, baseline_values, check_sweep
 from motip.config.tuned import overlay_text
 from motip.config.yaml_chain import with_values
 from motip.curriculum.failure import log_exceptions, mark_run_failed
-from motip.curriculum.records import acquire_lock, release_lock
-from motip.curriculum.stage import Session, Ui
+from motip.curriculum.stage import Session
 from motip.curriculum.stage_inputs import NON_IDENTITY_KEYS, stage_job
 from motip.data.manifest import entries_digest
 from motip.errors import MotipError
-from motip.lineage.driver_process import this_driver
 from motip.lineage.provenance import provenance
+from motip.stage_folder import SweepFolder
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, absolute, files_under, location, upload, write_bytes, write_json
 from motip.train.stage_job import EpochPlans, Parent, StageJob
 from motip.tune.concurrency import ConcurrencyPlan, plan_concurrency
 from motip.tune.decision import SweepDecision, best_trial, decide, report_lines, setting_text
+from motip.tune.sweep_log import SweepLog
 from motip.tune.sweep_plot import trials_figure
 from motip.tune.trial import TrialRunner
-from motip.tune.trial_records import (
-    BASELINE,
-    TrialResult,
-    TrialSpec,
-    read_record,
-    read_trial,
-    read_trials,
-    repeat_key,
-    write_trial,
-)
+from motip.tune.trial_records import BASELINE, TrialResult, TrialSpec, read_record, read_trials
 
 FORMAT = 1
 """Part of every sweep's identity; incremented when the meaning of the search space changes."""
@@ -111,7 +102,7 @@ class _SweepRun:
     baseline: dict[str, Any]
     concurrency: ConcurrencyPlan
     runner: TrialRunner
-    folder: Location
+    folder: SweepFolder
     run_id: str
 
 
@@ -133,7 +124,8 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
     job, train = stage_job(session.curriculum, base, parent, session.manifest, session.options)
     EpochPlans(job, base.config, tuning.workers)(0)  # fail here, before the trials start, if no clip can be trained
     identity = _identity(job, sweep, tuning.workers)
-    folder = absolute(session.options.storage) / "sweeps" / session.curriculum.name / stage.name / identity[:12]
+    sweeps = absolute(session.options.storage) / "sweeps" / session.curriculum.name
+    folder = SweepFolder(sweeps / stage.name / identity[:12])
     data = entries_digest([*train, *job.val])
     with _sweep_run(session, stage, sweep, identity, data, folder) as run_id:
         # search and confirmation
@@ -175,7 +167,7 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
         overlay = _overlay_location(session, stage, tuning)
         text = overlay_text(decision.values, lines)
         write_bytes(overlay, text.encode())
-        write_bytes(folder / "tuned.yaml", text.encode())
+        write_bytes(folder.path / "tuned.yaml", text.encode())
 
         # figure and MLflow
         title, best = f"{stage.name}, sweep", decision.best.key
@@ -187,7 +179,7 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
             values=decision.values,
             trials=tuple(trials),
             repeats=tuple(repeats),
-            folder=folder,
+            folder=folder.path,
             overlay=overlay,
             figure=_save_figure(run, figure),
             run_id=run_id,
@@ -229,11 +221,11 @@ def _identity(job: StageJob, sweep: SweepFile, workers: int) -> str:
 
 @contextlib.contextmanager
 def _sweep_run(
-    session: Session, stage: Stage, sweep: SweepFile, identity: str, data: str, folder: Location
+    session: Session, stage: Stage, sweep: SweepFile, identity: str, data: str, folder: SweepFolder
 ) -> Iterator[str]:
     """Lock the sweep for this process and open its MLflow run; an exception in the body ends the run."""
     parent = {"mlflow.parentRunId": session.run_id} if session.run_id else {}
-    acquire_lock(folder / "sweep.json", "sweep", parent_run_id=session.run_id)
+    folder.acquire(session.run_id)
     try:
         run_id = session.lineage.start_curriculum(
             f"{stage.name} sweep",
@@ -249,9 +241,7 @@ def _sweep_run(
             kind="sweep",
         )
         try:
-            running = {"status": "running", "identity": identity, "run_id": run_id}
-            owner = {"driver": this_driver(), "curriculum_run": session.run_id}
-            write_json(folder / "sweep.json", {**running, **owner})
+            folder.start(run_id, session.run_id, identity=identity)
             yield run_id
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
@@ -260,7 +250,7 @@ def _sweep_run(
             raise
     except BaseException:
         with log_exceptions(f"{folder} stays locked until this process exits"):
-            release_lock(folder / "sweep.json")
+            folder.release()
         raise
 
 
@@ -301,12 +291,12 @@ def _search(run: _SweepRun, count: int) -> list[TrialResult]:
 def _confirm(run: _SweepRun, trials: Sequence[TrialResult]) -> list[TrialResult]:
     """Train the best trial's setting, and if configured the baseline, with further seeds and without pruning."""
     best = best_trial(trials)
-    settings = {best.spec.key: best.spec.values}
-    if run.sweep.confirm.baseline or best.spec.key == BASELINE:
-        settings[BASELINE] = {}
+    settings = [best.spec]
+    if run.sweep.confirm.baseline and best.spec.key != BASELINE:
+        settings.append(TrialSpec(BASELINE, {}))
     seed = run.stage.config.SEED
     seeds = range(seed + 1, seed + 1 + run.sweep.confirm.seeds)
-    specs = [TrialSpec(repeat_key(key, each), values, each) for each in seeds for key, values in settings.items()]
+    specs = [spec.repeated(each) for each in seeds for spec in settings]
     written = {trial.spec.key: trial for trial in read_trials(run.folder) if trial.status == "finished"}
     earlier = [written[spec.key] for spec in specs if spec.key in written]
     missing = [spec for spec in specs if spec.key not in written]
@@ -324,53 +314,13 @@ def _run_trials(
     """Run the pending trials, then suggested ones until there are `count`; returns the earlier ones too."""
     from motip.tune import ray_tune  # loads Ray
 
-    log = _SweepLog(run.session.ui, run.folder, count, len(earlier))
+    log = SweepLog(run.session.ui, run.folder, count, len(earlier), run.stage.config.EPOCHS)
     space = ray_tune.SearchSpace(run.sweep, run.baseline)
     searcher = ray_tune.TrialSearch(space, log, count, pending, earlier)
-    return ray_tune.search(searcher, run.runner, run.concurrency, log, **pruning)
+    return ray_tune.search(searcher, run.runner, run.concurrency, **pruning)
 
 
-class _SweepLog:
-    """Observer that logs the trials. Their records begin here, so that a trial is repeated after any kill."""
-
-    def __init__(self, ui: Ui, folder: Location, count: int, ended: int) -> None:
-        self._ui, self._folder, self._count, self._ended = ui, folder, count, ended
-        self.message = ui.note
-
-    def trial_started(self, spec: TrialSpec) -> TrialResult:
-        resumes = bool(read_record(self._folder, spec.key).get("run_id"))
-        trial = replace(read_trial(self._folder, spec), status="running", message="")
-        write_trial(self._folder, trial)
-        seed = "" if spec.seed is None else f", seed {spec.seed}"
-        self._ui.note(f"trial {spec.key} {'resumes' if resumes else 'starts'}: {setting_text(spec.values)}{seed}")
-        return trial
-
-    def trial_ended(self, spec: TrialSpec) -> TrialResult:
-        self._ended += 1
-        trial = read_trial(self._folder, spec)
-        if trial.status == "running":
-            text = trial.message or "the trial process exited without a result (killed or out of memory?)"
-            trial = replace(trial, status="failed", message=text)
-        after = max(trial.history, default=0)
-        epochs = f"{after} epoch{'s' if after != 1 else ''}"
-        how = {
-            "finished": f"finished after {epochs}",
-            "pruned": f"pruned after {epochs}: others were better by then",
-            "failed": f"failed: {trial.message}",
-        }[trial.status]
-        value = "" if trial.value is None else f", best {trial.value:.2f}"
-        self._ui.note(f"trial {spec.key} {how}{value} ({self._ended} of {self._count} done)")
-        return trial
-
-    def progress(self, trials: Sequence[TrialResult], running: dict[str, str]) -> None:
-        scored = [trial for trial in trials if trial.value is not None]
-        best = max(scored, key=lambda trial: trial.value or 0, default=None)
-        where = "; ".join(f"trial {key} at {position}" for key, position in sorted(running.items()))
-        so_far = "" if best is None else f"; best so far trial {best.spec.key}, {best.value:.2f}"
-        self._ui.note(f"{self._ended} of {self._count} done; {where or 'workers are starting'}{so_far}")
-
-
-def _mark_interrupted(session: Session, folder: Location, error: KeyboardInterrupt) -> None:
+def _mark_interrupted(session: Session, folder: SweepFolder, error: KeyboardInterrupt) -> None:
     """Mark the running trials in MLflow; their records stay `running`, by which they are resumed."""
     with log_exceptions("the interrupted trials could not be marked in MLflow"):
         for trial in read_trials(folder):
@@ -407,9 +357,9 @@ def _save_figure(run: _SweepRun, figure: Figure) -> Location:
     with tempfile.TemporaryDirectory(prefix="motip-") as folder:
         file = Path(folder) / "sweep.png"
         figure.savefig(file, dpi=110)
-        upload(file, run.folder / "sweep.png")
-        run.session.lineage.log_artifact(run.run_id, file)
-    return run.folder / "sweep.png"
+        upload(file, run.folder.path / "sweep.png")
+    run.session.lineage.log_artifact(run.run_id, run.folder.path / "sweep.png")
+    return run.folder.path / "sweep.png"
 
 
 def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
@@ -422,7 +372,7 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
     for trial in (*result.trials, *result.repeats):
         spec = trial.spec
         values = (run.baseline | spec.values).values()
-        epochs, run_of_trial = max(trial.history, default=0), read_record(result.folder, spec.key).get("run_id", "")
+        epochs, run_of_trial = max(trial.history, default=0), read_record(run.folder, spec.key).get("run_id", "")
         seed = spec.seed or decision.best.seed
         rows.append([spec.key, trial.status, *values, seed, epochs, trial.value, run_of_trial])
     lineage.log_table(run_id, header, rows, "trials.json")
@@ -449,7 +399,7 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
 
     # record on disk
     write_json(
-        result.folder / "sweep.json",
+        run.folder.state_path,
         {
             "status": "finished",
             "run_id": run_id,
@@ -461,8 +411,8 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
     )
 
 
-def _drop_other_weights(folder: Location, best: str) -> None:
+def _drop_other_weights(folder: SweepFolder, best: str) -> None:
     """Remove the weights of all trials but the best; they are not needed once the trials are scored."""
-    for file in files_under(folder / "trials"):
+    for file in files_under(folder.path / "trials"):
         if file.name.endswith(".pth") and file.parent.parent.name.rpartition("-")[0] != best:
             file.unlink(missing_ok=True)

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from motip.storage.paths import Location, files_under, read_json, write_json
+from motip.stage_folder import StageFolder, SweepFolder
+from motip.storage.paths import read_json, write_json
 
 BASELINE = "000"
 """Key of the baseline trial, which has the configuration's own values."""
@@ -30,6 +31,10 @@ class TrialSpec:
     def setting(self) -> str:
         """Key of the trial with the same values and the configuration's own seed."""
         return self.key.partition("-seed")[0]
+
+    def repeated(self, seed: int) -> TrialSpec:
+        """The repetition with another seed."""
+        return TrialSpec(f"{self.key}-seed{seed}", self.values, seed)
 
 
 @dataclass
@@ -62,48 +67,40 @@ class TrialResult:
         return rising
 
 
-def trial_key(number: int) -> str:
-    return f"{number:03d}"
-
-
-def repeat_key(key: str, seed: int) -> str:
-    return f"{key}-seed{seed}"
-
-
-def write_trial(folder: Location, result: TrialResult, **extra: Any) -> None:
-    """Write a trial's record into its sweep's folder; `extra` values written earlier (run_id, seconds, …) are kept."""
+def write_trial(sweep: SweepFolder, result: TrialResult, **extra: Any) -> None:
+    """Write a trial's record; `extra` values written earlier (run_id, inputs, seconds) are kept."""
     record = {
-        **read_record(folder, result.spec.key),
+        **read_record(sweep, result.spec.key),
         **extra,
         **vars(result.spec),
         "status": result.status,
         "history": {str(epoch): value for epoch, value in result.history.items()},
         "message": result.message,
     }
-    write_json(_path(folder, result.spec.key), record)
+    write_json(sweep.trial_record(result.spec.key), record)
 
 
-def read_record(folder: Location, key: str) -> dict[str, Any]:
+def read_record(sweep: SweepFolder, key: str) -> dict[str, Any]:
     """All values of a trial's record; empty if there is none."""
-    path = _path(folder, key)
+    path = sweep.trial_record(key)
     return dict(read_json(path)) if path.is_file() else {}
 
 
-def read_trial(folder: Location, spec: TrialSpec) -> TrialResult:
-    """A trial in its sweep's folder; `running` without epochs if it has no record."""
-    record = read_record(folder, spec.key)
+def read_trial(sweep: SweepFolder, spec: TrialSpec) -> TrialResult:
+    """State of a trial; `running` without epochs if it has no record."""
+    record = read_record(sweep, spec.key)
     return _result(record) if record else TrialResult(spec)
 
 
-def read_trials(folder: Location) -> list[TrialResult]:
-    """All trials of a sweep's folder, sorted by key; interrupted ones are `running`."""
-    paths = [path for path in files_under(folder / "trials") if path.name.endswith(".json")]
-    records = [read_json(path) for path in paths if path.parent == folder / "trials"]
-    return sorted((_result(record) for record in records), key=lambda result: result.spec.key)
+def read_trials(sweep: SweepFolder) -> list[TrialResult]:
+    """All trials of a sweep, by key; interrupted ones are `running`."""
+    return sorted((_result(read_json(path)) for path in sweep.trial_records()), key=lambda trial: trial.spec.key)
 
 
-def _path(folder: Location, key: str) -> Location:
-    return folder / "trials" / f"{key}.json"
+def trial_folder(sweep: SweepFolder, key: str) -> StageFolder | None:
+    """The folder that a trial trains in; None before its first attempt."""
+    inputs = read_record(sweep, key).get("inputs")
+    return None if inputs is None else sweep.trial(key, inputs)
 
 
 def _result(record: dict[str, Any]) -> TrialResult:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from motip.errors import MotipError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from motip.lineage.recorded_scores import RunScores
     from motip.lineage.steps import DataUsed, LineageStep
     from motip.lineage.verify import FileCheck
@@ -51,6 +49,7 @@ class NullLineage:
         parent_checkpoint: Mapping[str, str | None] | None,
         resume_run_id: str | None = None,
         *,
+        folder: Any = None,
         datasets: SequenceOf[DataUsed] = (),
         tags: Mapping[str, str] | None = None,
         resumable_keys: Collection[str] = (),
@@ -68,7 +67,7 @@ class NullLineage:
     ) -> None:
         """Record nothing."""
 
-    def log_artifact(self, run_id: str, path: Path | str, folder: str = "") -> None:
+    def log_artifact(self, run_id: str, file: Any, path: str = "") -> None:
         """Record nothing."""
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
@@ -80,16 +79,16 @@ class NullLineage:
     def log_table(self, run_id: str, header: SequenceOf[str], rows: SequenceOf[SequenceOf[Any]], name: str) -> None:
         """Record nothing."""
 
-    def log_figure(self, run_id: str, figure: Figure, name: str) -> None:
-        """Record nothing."""
-
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
         """Record nothing."""
 
     def mark_interrupted(self, run_id: str) -> None:
         """Record nothing."""
 
-    def flush(self) -> int:
+    def catch_up(self, run_id: str) -> int:
+        return 0
+
+    def deliver_all(self) -> int:
         return 0
 
     def chain(self, run_id: str) -> list[LineageStep]:

@@ -8,6 +8,7 @@ from typing import Any
 from motip.cluster import Cluster
 from motip.config import Curriculum, load_curriculum
 from motip.curriculum import CurriculumResult, Options, run_curriculum
+from motip.events import Event
 from motip.lineage import Lineage
 from tests.helpers.null_lineage import NullLineage
 
@@ -74,7 +75,7 @@ class QuietUi:
         self.notes: list[str] = []
         self.phases: list[tuple[str, int, int]] = []
         self.begun: list[str] = []
-        self.records: list[tuple[str, dict[str, Any]]] = []
+        self.events: list[Event] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -88,8 +89,8 @@ class QuietUi:
     def stage_begins(self, stage: Any, job: Any, folder: str) -> None:
         self.begun.append(stage.name)
 
-    def record(self, kind: str, values: dict[str, Any]) -> None:
-        self.records.append((kind, values))
+    def event(self, event: Event) -> None:
+        self.events.append(event)
 
     def stage_ends(self, record: Any) -> None:
         return

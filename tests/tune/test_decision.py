@@ -13,6 +13,7 @@ import pytest
 
 from motip.config.sweep_file import Choices, Range, SweepFile
 from motip.errors import MotipError
+from motip.stage_folder import SweepFolder
 from motip.tune.decision import SweepDecision, best_trial, decide, report_lines
 from motip.tune.sweep_plot import trials_figure
 from motip.tune.trial_records import TrialResult, TrialSpec, read_trials, write_trial
@@ -126,13 +127,13 @@ def test_report_lines_show_the_comparison() -> None:
 
 
 def test_trial_records_are_read_back_unchanged(tmp_path: Path) -> None:
-    trials = [*TRIALS, trial("001-seed30", 44.0, seed=30)]
+    sweep, trials = SweepFolder(tmp_path), [*TRIALS, trial("001-seed30", 44.0, seed=30)]
     for each in trials:
-        write_trial(tmp_path, each, run_id="r")
-    write_trial(tmp_path, TRIALS[0])
+        write_trial(sweep, each, run_id="r")
+    write_trial(sweep, TRIALS[0])
     (tmp_path / "trials" / "000-abc").mkdir()
     (tmp_path / "trials" / "000-abc" / "config.json").write_text("{}")
-    assert {each.spec.key: each for each in read_trials(tmp_path)} == {each.spec.key: each for each in trials}
+    assert {each.spec.key: each for each in read_trials(sweep)} == {each.spec.key: each for each in trials}
     assert '"run_id": "r"' in (tmp_path / "trials" / "000.json").read_text()
 
 

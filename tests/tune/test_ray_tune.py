@@ -50,7 +50,8 @@ class Sweep:
     ) -> None:
         self.notes: list[str] = []
         first = [TrialSpec(BASELINE, {})] if pending is None and not earlier else pending or []
-        self.searcher = TrialSearch(SearchSpace(sweep, baseline), self, count, first, earlier)
+        log: Any = self
+        self.searcher = TrialSearch(SearchSpace(sweep, baseline), log, count, first, earlier)
         self._epochs: dict[str, dict[int, float]] = {}
 
     def trial_started(self, spec: TrialSpec) -> TrialResult:
@@ -60,10 +61,8 @@ class Sweep:
         history = self._epochs[spec.key]
         return TrialResult(spec, "finished" if len(history) == 2 else "pruned", history)
 
-    def message(self, text: str) -> None:
+    def note(self, text: str) -> None:
         self.notes.append(text)
-
-    def progress(self, trials: Sequence[TrialResult], running: dict[str, str]) -> None: ...
 
     def start(self) -> bool:
         """Start the next trial; False at the end."""
@@ -249,13 +248,11 @@ NO_CONTROLLER: Any = None
 
 
 class Asha:
-    """The scheduler with a channel that records which trials are pruned."""
+    """The scheduler, and the keys of the trials that it stopped."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, earlier: list[TrialResult], prune: Prune, longest: int) -> None:
+    def __init__(self, earlier: list[TrialResult], prune: Prune, longest: int) -> None:
         self.pruned: list[str] = []
-        channel = SimpleNamespace(prune=SimpleNamespace(remote=self.pruned.append))
-        monkeypatch.setattr("ray.get", lambda value: value)
-        self.scheduler = CooperativeASHA(channel, prune, longest, earlier)
+        self.scheduler = CooperativeASHA(self.pruned.append, prune, longest, earlier)
 
     def report(self, key: str, epochs: int, value: float, of: int = 8, values: str = '{"LR": 1}') -> str:
         trial: Any = SimpleNamespace(trial_id=f"tune-{key}", config={"key": key, "values": values})
@@ -265,8 +262,8 @@ class Asha:
         return self.scheduler.on_trial_result(NO_CONTROLLER, trial, report)
 
 
-def test_the_worse_half_is_pruned_without_being_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    asha = Asha(monkeypatch, [], Prune(first=2, reduction=2), 8)
+def test_the_worse_half_is_pruned_without_being_killed() -> None:
+    asha = Asha([], Prune(first=2, reduction=2), 8)
     for key, value in (("a", 10.0), ("b", 20.0), ("c", 5.0), ("d", 30.0)):
         assert asha.report(key, 2, value) == "CONTINUE"
     assert asha.pruned == ["c"]
@@ -278,12 +275,12 @@ def test_the_worse_half_is_pruned_without_being_killed(monkeypatch: pytest.Monke
     assert asha.pruned == ["c", "d"], "neither a trial at its last epoch nor the baseline is pruned"
 
 
-def test_trials_of_an_earlier_run_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_of_an_earlier_run_are_compared_with() -> None:
     earlier = [
         TrialResult(TrialSpec("000", {}), "finished", {2: 30.0, 4: 28.0, 8: 35.0}),
         TrialResult(TrialSpec("001", {}), "pruned", {2: 10.0}),
     ]
-    asha = Asha(monkeypatch, earlier, Prune(first=2, reduction=2), 8)
+    asha = Asha(earlier, Prune(first=2, reduction=2), 8)
     asha.report("002", 2, 15.0)
     asha.report("003", 2, 25.0)
     assert asha.pruned == ["002"]
@@ -292,10 +289,10 @@ def test_trials_of_an_earlier_run_are_compared_with(monkeypatch: pytest.MonkeyPa
     assert asha.pruned == ["002", "003"]
 
 
-def test_a_resumed_trial_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_trial_is_counted_once() -> None:
     interrupted = TrialResult(TrialSpec("001", {}), "running", {2: 20.0})
     finished = TrialResult(TrialSpec("000", {}), "finished", {2: 30.0})
-    asha = Asha(monkeypatch, [finished, interrupted], Prune(first=2), 8)
+    asha = Asha([finished, interrupted], Prune(first=2), 8)
     asha.report("001", 2, 20.0)
     recorded = {milestone: dict(values) for milestone, values in asha.scheduler._brackets[0]._rungs}
     assert recorded[2.0] == {"000": 30.0, "tune-001": 20.0}

@@ -16,7 +16,9 @@ from motip.cluster import Cluster
 from motip.config import Curriculum, load_curriculum
 from motip.curriculum import Options, run_curriculum
 from motip.errors import MotipError, find_motip_error
+from motip.events import Note
 from motip.lineage import Lineage
+from motip.stage_folder import StageFolder
 from motip.train.preemption import Stopped
 from motip.tune import StageTuner, SweepResult, Tuning, run_sweep, trial
 from motip.tune import sweep as sweep_module
@@ -66,9 +68,9 @@ def test_an_interrupted_sweep_resumes_and_writes_an_overlay(folder: Path, monkey
     trained: list[str] = []
     real = trial.fit
 
-    def fit(job: Any, placement: Any, own: str, on_record: Any) -> Any:
+    def fit(job: Any, placement: Any, own: str, *rest: Any) -> Any:
         trained.append(Path(own).name.partition("-")[0])
-        return real(job, placement, own, on_record)
+        return real(job, placement, own, *rest)
 
     monkeypatch.setattr(trial, "fit", fit)
     first = InProcessSearch(interrupt=["001"])
@@ -78,7 +80,7 @@ def test_an_interrupted_sweep_resumes_and_writes_an_overlay(folder: Path, monkey
     second = InProcessSearch(prune=["001"])
     result, ui, lineage = run(folder, monkeypatch, second)
     assert second.ran[:2] == ["001", "002"], "ended trials are not run again, interrupted ones are"
-    assert trained[:3] == ["000", "001", "002"], "pruned by the epochs before the interruption"
+    assert trained[:4] == ["000", "001", "001", "002"], "pruned by the epochs before the interruption"
     assert any("1 trials ended, 1 were interrupted" in note for note in ui.notes)
     status = {trial.spec.key: trial.status for trial in result.trials}
     assert status == {"000": "finished", "001": "pruned", "002": "finished"}
@@ -153,17 +155,17 @@ def test_a_tuned_curriculum_trains_the_stage_with_the_tuned_values(
 def test_a_trial_pruned_after_its_last_epoch_counts_as_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = trial.fit
 
-    def fit(job: Any, placement: Any, own: str, on_record: Any) -> Any:
+    def fit(job: Any, placement: Any, own: str, catch_up: Any, *rest: Any) -> Any:
         """Raise at the end, as with Ray, whose workers continue until the driver has processed an epoch's event."""
         stops: list[Stopped] = []
 
-        def record(kind: str, values: dict[str, Any]) -> None:
+        def late() -> None:
             try:
-                on_record(kind, values)
+                catch_up()
             except Stopped as stopped:
                 stops.append(stopped)
 
-        done = real(job, placement, own, record)
+        done = real(job, placement, own, late, *rest)
         if stops:
             raise stops[0]
         return done
@@ -205,11 +207,12 @@ def test_a_trials_error_is_raised_although_it_cannot_be_recorded(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def fit(job: Any, placement: Any, own: str, on_record: Any) -> None:
-        on_record("note", {"text": "a worker was lost"})
+    def fit(job: Any, placement: Any, own: str, catch_up: Any, *_: Any) -> None:
+        StageFolder(own).log().send(Note("a worker was lost"))
+        catch_up()
         delete_runs(lineage)
         monkeypatch.setattr(trial, "write_trial", full)
-        monkeypatch.setattr("motip.curriculum.records.write_json", full)
+        monkeypatch.setattr("motip.stage_folder.write_json", full)
         raise failure
 
     monkeypatch.setattr(trial, "fit", fit)

@@ -7,12 +7,6 @@ import re
 import socket
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from motip.lineage.tags import Tag
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
 
 _PROC = Path("/proc")
 _DRIVER = re.compile(r"(?P<host>.+)/(?P<pid>[1-9]\d*)/(?P<start>\d*)")
@@ -43,12 +37,6 @@ def driver_is_alive(driver: str) -> bool:
     if not match["start"]:
         return _start(os.getpid()) is None and _exists(pid) and _PYTHON.search(_command(pid)) is not None
     return _start(pid) == match["start"]
-
-
-def driven_by_another(run: Run) -> bool:
-    """Whether another live process of this host drives the run; a run that has ended is driven by none."""
-    driver = run.data.tags.get(Tag.DRIVER, "")
-    return run.info.status == "RUNNING" and driver != this_driver() and driver_is_alive(driver)
 
 
 def _start(pid: int) -> str | None:

@@ -1,0 +1,125 @@
+"""Console of a sweep in its driver: starts, ends and notes of the trials, and a progress line every minute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from motip.curriculum.stage import Ui
+from motip.curriculum.stage_readers import REMOTE_READ_EVERY_S
+from motip.events import START, Event, EventLog, Note, StepLogged
+from motip.stage_folder import SweepFolder
+from motip.tune.decision import setting_text
+from motip.tune.trial_records import TrialResult, TrialSpec, read_record, read_trial, trial_folder, write_trial
+
+STATUS_INTERVAL_S = 60.0
+"""Seconds without a step after which a line says what a trial waits for; also the interval of progress lines."""
+
+
+class _Tail:
+    """What this attempt of a trial adds to its event log."""
+
+    def __init__(self, sweep: SweepFolder, spec: TrialSpec) -> None:
+        self.spec = spec
+        self.position = ""
+        self.started = time.monotonic()
+        self.waiting_shown = False
+        self._sweep = sweep
+        self._log: EventLog | None = None
+        self._offset = START
+        for _ in self.read():
+            pass  # shown by an earlier attempt
+
+    def read(self) -> Iterator[Event]:
+        """The new events; none before the trial has its folder."""
+        if self._log is None:
+            folder = trial_folder(self._sweep, self.spec.key)
+            self._log = None if folder is None else folder.log()
+        if self._log is not None:
+            for event, offset in self._log.read(self._offset):
+                self._offset = offset
+                yield event
+
+
+class SweepLog:
+    """Shows the trials of a sweep, which record their events in their own folders.
+
+    Args:
+        count: trials in all, of which `ended` ended in an earlier run.
+        epochs: of a trial that does not set EPOCHS.
+    """
+
+    def __init__(self, ui: Ui, sweep: SweepFolder, count: int, ended: int, epochs: int) -> None:
+        self._ui, self._sweep, self._count, self._ended, self._epochs = ui, sweep, count, ended, epochs
+        self._tails: dict[str, _Tail] = {}
+        self._interval_s = 1.0 if isinstance(sweep.path, Path) else REMOTE_READ_EVERY_S
+        self._read_at = self._progress_at = time.monotonic()
+        self.note = ui.note
+
+    def trial_started(self, spec: TrialSpec) -> TrialResult:
+        """Write the record of a trial before its process exists, so that it is repeated after any kill."""
+        resumes = bool(read_record(self._sweep, spec.key).get("run_id"))
+        trial = replace(read_trial(self._sweep, spec), status="running", message="")
+        write_trial(self._sweep, trial)
+        self._tails[spec.key] = _Tail(self._sweep, spec)
+        seed = "" if spec.seed is None else f", seed {spec.seed}"
+        self.note(f"trial {spec.key} {'resumes' if resumes else 'starts'}: {setting_text(spec.values)}{seed}")
+        return trial
+
+    def trial_ended(self, spec: TrialSpec) -> TrialResult:
+        """The trial's result, read from its record; failed if its process died."""
+        self._show(self._tails.pop(spec.key))
+        self._ended += 1
+        trial = read_trial(self._sweep, spec)
+        if trial.status == "running":
+            text = trial.message or "the trial process exited without a result (killed or out of memory?)"
+            trial = replace(trial, status="failed", message=text)
+        after = max(trial.history, default=0)
+        epochs = f"{after} epoch{'s' if after != 1 else ''}"
+        how = {
+            "finished": f"finished after {epochs}",
+            "pruned": f"pruned after {epochs}: others were better by then",
+            "failed": f"failed: {trial.message}",
+        }[trial.status]
+        value = "" if trial.value is None else f", best {trial.value:.2f}"
+        self.note(f"trial {spec.key} {how}{value} ({self._ended} of {self._count} done)")
+        return trial
+
+    def poll(self, trials: Sequence[TrialResult], resources: Callable[[], str]) -> None:
+        """Show what is new; call it about every second.
+
+        Args:
+            trials: all trials so far.
+            resources: gives the resources that a trial needs and those that are free, as text.
+        """
+        # notes, and trials without workers
+        now = time.monotonic()
+        if now - self._read_at < self._interval_s:
+            return
+        self._read_at = now
+        for key, tail in self._tails.items():
+            self._show(tail)
+            if not tail.position and not tail.waiting_shown and now - tail.started >= STATUS_INTERVAL_S:
+                tail.waiting_shown = True
+                self.note(f"trial {key}: has waited {STATUS_INTERVAL_S:.0f} s for its workers; {resources()}")
+
+        # progress line
+        if self._tails and now - self._progress_at >= STATUS_INTERVAL_S:
+            self._progress_at = now
+            positions = {key: tail.position for key, tail in sorted(self._tails.items()) if tail.position}
+            where = "; ".join(f"trial {key} at {position}" for key, position in positions.items())
+            scored = [trial for trial in trials if trial.value is not None]
+            best = max(scored, key=lambda trial: trial.value or 0, default=None)
+            so_far = "" if best is None else f"; best so far trial {best.spec.key}, {best.value:.2f}"
+            self.note(f"{self._ended} of {self._count} done; {where or 'workers are starting'}{so_far}")
+
+    def _show(self, tail: _Tail) -> None:
+        """Show the new notes of a trial, and keep its position."""
+        epochs = tail.spec.values.get("EPOCHS", self._epochs)
+        for event in tail.read():
+            if isinstance(event, Note):
+                self.note(f"trial {tail.spec.key}: {event.text}")
+            elif isinstance(event, StepLogged):
+                tail.position = f"epoch {event.epoch + 1}/{epochs}, step {event.index + 1}/{event.of}"
