@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 
 from motip.config.sweep_file import SweepFile
 from motip.errors import MotipError
-from motip.tune.trial_records import BASELINE, TrialResult
+from motip.tune.trial_records import BASELINE, Trial
 
 CONFIDENCE = 0.95
 """One-sided confidence with which the best trial must be better than the baseline."""
@@ -90,7 +90,7 @@ class SweepDecision:
         return self.best.values if self.better else {}
 
 
-def best_trial(trials: Sequence[TrialResult]) -> TrialResult:
+def best_trial(trials: Sequence[Trial]) -> Trial:
     """The finished trial with the highest value, the earliest of equals.
 
     Raises:
@@ -98,16 +98,16 @@ def best_trial(trials: Sequence[TrialResult]) -> TrialResult:
     """
     finished = [trial for trial in trials if trial.status == "finished" and trial.value is not None]
     if not finished:
-        failures = [f"{trial.spec.key}: {trial.message}" for trial in trials if trial.status == "failed"]
+        failures = [f"{trial.key}: {trial.message}" for trial in trials if trial.status == "failed"]
         raise MotipError(
             "no trial of the sweep was finished",
             found="; ".join(failures[:3]) or "no trial",
             fix="read the messages of the trials; the same command resumes those that were interrupted",
         )
-    return min(finished, key=lambda trial: (-(trial.value or 0.0), trial.spec.key))
+    return min(finished, key=lambda trial: (-(trial.value or 0.0), trial.key))
 
 
-def decide(trials: Sequence[TrialResult], repeats: Sequence[TrialResult], seed: int) -> SweepDecision:
+def decide(trials: Sequence[Trial], repeats: Sequence[Trial], seed: int) -> SweepDecision:
     """Compare the best trial with the baseline on seeds that were not used for selection.
 
     The best trial replaces the baseline if the difference of their means over the further seeds exceeds what the
@@ -122,7 +122,7 @@ def decide(trials: Sequence[TrialResult], repeats: Sequence[TrialResult], seed: 
     Raises:
         MotipError: the baseline trial, or all repetitions of the best trial, failed.
     """
-    by_key = {trial.spec.key: trial for trial in trials}
+    by_key = {trial.key: trial for trial in trials}
     best = _setting_scores(best_trial(trials), repeats, seed)
     baseline = _setting_scores(by_key[BASELINE], repeats, seed)
     if best.key != BASELINE and not best.repeat_values:
@@ -148,7 +148,7 @@ def _margin(best: SettingScores, baseline: SettingScores) -> float:
 
 def report_lines(
     decision: SweepDecision,
-    trials: Sequence[TrialResult],
+    trials: Sequence[Trial],
     sweep: SweepFile,
     *,
     stage: str,
@@ -213,16 +213,16 @@ def setting_text(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {_value_text(value)}" for key, value in values.items()) or "baseline"
 
 
-def _setting_scores(trial: TrialResult, repeats: Sequence[TrialResult], seed: int) -> SettingScores:
+def _setting_scores(trial: Trial, repeats: Sequence[Trial], seed: int) -> SettingScores:
     if trial.value is None:
         raise MotipError(
-            f"trial {trial.spec.key} has no value",
+            f"trial {trial.key} has no value",
             found=trial.message or trial.status,
             fix="run the same command again",
         )
-    finished = [each for each in repeats if each.spec.setting == trial.spec.key and each.status == "finished"]
-    values = {int(each.spec.seed or 0): each.value for each in finished if each.value is not None}
-    return SettingScores(trial.spec.key, trial.spec.values, seed, trial.value, dict(sorted(values.items())))
+    finished = [each for each in repeats if each.setting == trial.key and each.status == "finished"]
+    values = {int(each.seed or 0): each.value for each in finished if each.value is not None}
+    return SettingScores(trial.key, trial.values, seed, trial.value, dict(sorted(values.items())))
 
 
 def _value_text(value: Any) -> str:

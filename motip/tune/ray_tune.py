@@ -9,14 +9,13 @@ since it loads Ray.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,12 +33,14 @@ from motip.tune.concurrency import ConcurrencyPlan
 from motip.tune.search_space import SearchSpace
 from motip.tune.sweep_log import SweepLog
 from motip.tune.trial import TrialRunner
-from motip.tune.trial_records import BASELINE, TrialResult, TrialSpec
+from motip.tune.trial_records import BASELINE, Trial
 
 _log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 200
 """Samples per suggestion; if all of them were tried before, the space counts as exhausted."""
+MAX_EPOCHS = 1_000_000
+"""Upper bound of ASHA's epochs, more than any training has."""
 
 _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records are kept in MLflow and beside the checkpoints
@@ -54,22 +55,19 @@ def search(
     searcher: TrialSearch,
     runner: TrialRunner,
     concurrency: ConcurrencyPlan,
-    *,
     prune: Prune | None = None,
-    longest: int = 1,
-) -> list[TrialResult]:
+) -> list[Trial]:
     """Run the searcher's trials; returns all results, earlier ones included.
 
     Args:
         runner: trains a trial, and writes its result to the trial's record.
         prune: ASHA, which compares with earlier trials too; None trains every trial to its end.
-        longest: epochs of the longest trial.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; running trials have no final status.
     """
     if searcher.is_done():
-        return searcher.trials
+        return list(searcher.trials.values())
 
     # trials, on the driver's node, where MLflow's database and local storage are; they cost no CPU there
     os.environ.update(_TUNE_ENVIRONMENT)
@@ -80,7 +78,7 @@ def search(
     )
     scheduler = None
     if prune is not None:
-        scheduler = CooperativeASHA(lambda key: request_stop(runner.channel_name(key)), prune, longest, searcher.trials)
+        scheduler = CooperativeASHA(lambda key: request_stop(runner.channel_name(key)), prune, searcher.trials.values())
 
     # run
     folder = tempfile.mkdtemp(prefix="motip_tune_")
@@ -103,7 +101,7 @@ def search(
         shutil.rmtree(folder, ignore_errors=True)
     if searcher.running or not searcher.is_done():
         raise KeyboardInterrupt
-    return searcher.trials
+    return list(searcher.trials.values())
 
 
 def _trial(config: dict[str, Any], runner: TrialRunner) -> None:
@@ -116,7 +114,7 @@ def _trial(config: dict[str, Any], runner: TrialRunner) -> None:
         tune.report({"epochs": epochs, "value": value, "of": of})
 
     try:
-        runner(TrialSpec(config["key"], json.loads(config["values"]), config["seed"]), report)
+        runner(config["key"], report)
     except MotipError:
         pass  # it is in the trial's record
     except Exception:
@@ -145,7 +143,7 @@ class TrialSearch(_InDriver, Searcher):
         earlier: trials that ended; the study has their values.
 
     Attributes:
-        trials: all trials, in the order of their start.
+        trials: all trials by key, in the order of their start.
         running: trials without a final status, by Tune's id.
     """
 
@@ -154,16 +152,16 @@ class TrialSearch(_InDriver, Searcher):
         space: SearchSpace,
         log: SweepLog,
         count: int,
-        pending: Sequence[TrialSpec],
-        earlier: Sequence[TrialResult],
+        pending: Sequence[Trial],
+        earlier: Sequence[Trial],
     ) -> None:
         super().__init__(metric="value", mode="max")
-        self.trials = list(earlier)
-        self.running: dict[str, TrialResult] = {}
+        self.trials = {trial.key: trial for trial in earlier}
+        self.running: dict[str, Trial] = {}
         self._space, self.log, self._count, self._pending = space, log, count, list(pending)
         self._in_study: dict[str, str] = {}  # Tune's id to the id in the study
         self._exhausted = False
-        points = [point for spec in pending if (point := self._parameters(spec)) is not None]
+        points = [point for trial in pending if (point := self._parameters(trial)) is not None]
         self._study = OptunaSearch(
             space.distributions(),
             metric="value",
@@ -176,7 +174,7 @@ class TrialSearch(_InDriver, Searcher):
 
     def is_done(self) -> bool:
         """No trial is left to start; an exhausted space is logged once."""
-        if any(trial.spec.key == BASELINE and trial.status == "failed" for trial in self.trials):
+        if BASELINE in self.trials and self.trials[BASELINE].status == "failed":
             return True  # no trial can be compared
         if self._pending:
             return False
@@ -186,41 +184,40 @@ class TrialSearch(_InDriver, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Tune's configuration of the next trial, or `FINISHED`."""
-        spec = None if self.is_done() else self._next(trial_id)
-        if spec is None:
+        trial = None if self.is_done() else self._next(trial_id)
+        if trial is None:
             return Searcher.FINISHED
-        self.running[trial_id] = self.log.trial_started(spec)
-        self.trials.append(self.running[trial_id])
-        return {"key": spec.key, "values": json.dumps(spec.values), "seed": spec.seed}
+        self.log.trial_started(trial)
+        self.running[trial_id] = self.trials[trial.key] = trial
+        return {"key": trial.key}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if trial_id in self._in_study and "value" in result:
             self._study.on_trial_result(self._in_study[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        trial = self.running.pop(trial_id)
-        final = self.log.trial_ended(trial.spec)
-        trial.status, trial.history, trial.message = final.status, final.history, final.message
+        key = self.running.pop(trial_id).key
+        trial = self.trials[key] = self.log.trial_ended(key)
         if trial_id in self._in_study:
             # Without a value and an error the study counts a trial as pruned.
             value = trial.value if trial.status == "finished" else None
             self._study.on_trial_complete(self._in_study[trial_id], {"value": value}, trial.status == "failed")
 
-    def _next(self, trial_id: str) -> TrialSpec | None:
+    def _next(self, trial_id: str) -> Trial | None:
         if self._pending:
-            spec = self._pending.pop(0)
-            if self._parameters(spec) is not None:
+            trial = self._pending.pop(0)
+            if self._parameters(trial) is not None:
                 self._in_study[trial_id] = trial_id
                 self._study.suggest(trial_id)  # the study's queued point of this trial
-            return spec
-        number = 1 + max(int(trial.spec.key) for trial in self.trials)
+            return trial
+        number = 1 + max(int(trial.key) for trial in self.trials.values())
         tried = self._tried()
         for attempt in range(MAX_ATTEMPTS):
             in_study = f"{trial_id}-{attempt}"
             values = self._space.values(self._study.suggest(in_study) or {})
             if self._space.parameters(values) not in tried:
                 self._in_study[trial_id] = in_study
-                return TrialSpec(f"{number:03d}", values)
+                return Trial(f"{number:03d}", values)
             # A duplicate stays open in the study, which makes TPE sample elsewhere.
         self._exhaust()
         return None
@@ -228,8 +225,8 @@ class TrialSearch(_InDriver, Searcher):
     def _tried(self) -> list[dict[str, Any]]:
         """The different settings inside the space of all trials so far."""
         tried: list[dict[str, Any]] = []
-        for trial in self.trials:
-            point = self._parameters(trial.spec)
+        for trial in self.trials.values():
+            point = self._parameters(trial)
             if point is not None and point not in tried:
                 tried.append(point)
         return tried
@@ -239,12 +236,12 @@ class TrialSearch(_InDriver, Searcher):
         self.log.note(f"the search space is exhausted after {len(self.trials)} settings")
         return True
 
-    def _parameters(self, spec: TrialSpec) -> dict[str, Any] | None:
+    def _parameters(self, trial: Trial) -> dict[str, Any] | None:
         """The trial's point in the study; None for a baseline outside the space, and for a repetition."""
-        return None if spec.seed is not None else self._space.parameters(spec.values)
+        return None if trial.seed is not None else self._space.parameters(trial.values)
 
-    def _add_to_study(self, trial: TrialResult) -> None:
-        point, rising = self._parameters(trial.spec), list(trial.best_so_far().values())
+    def _add_to_study(self, trial: Trial) -> None:
+        point, rising = self._parameters(trial), list(trial.best_so_far().values())
         if point is None:
             return
         if trial.status not in ("finished", "pruned") or not rising:
@@ -263,12 +260,12 @@ class CooperativeASHA(_InDriver, AsyncHyperBandScheduler):
         earlier: ended trials, which running ones are compared with too.
     """
 
-    def __init__(self, stop: Callable[[str], None], prune: Prune, longest: int, earlier: Sequence[TrialResult]) -> None:
+    def __init__(self, stop: Callable[[str], None], prune: Prune, earlier: Iterable[Trial]) -> None:
         super().__init__(
             time_attr="epochs",
             metric="value",
             mode="max",
-            max_t=max(longest, prune.first),
+            max_t=MAX_EPOCHS,
             grace_period=prune.first,
             reduction_factor=prune.reduction,
             stop_last_trials=False,
@@ -278,7 +275,7 @@ class CooperativeASHA(_InDriver, AsyncHyperBandScheduler):
         for result in earlier:
             # An interrupted trial reports its epochs again when it resumes.
             if result.status != "running":
-                ended: Any = SimpleNamespace(trial_id=result.spec.key)
+                ended: Any = SimpleNamespace(trial_id=result.key)
                 super().on_trial_add(controller, ended)
                 for epochs, value in result.best_so_far().items():
                     super().on_trial_result(controller, ended, {"epochs": epochs, "value": value})
@@ -286,9 +283,9 @@ class CooperativeASHA(_InDriver, AsyncHyperBandScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
         # The baseline is never pruned: all other trials are compared with it.
-        baseline = trial.config["values"] == "{}"
-        if decision == self.STOP and result["epochs"] < result["of"] and not baseline:
-            self._stop(trial.config["key"])
+        key = trial.config["key"]
+        if decision == self.STOP and result["epochs"] < result["of"] and key != BASELINE:
+            self._stop(key)
         return str(self.CONTINUE)
 
 
@@ -303,7 +300,7 @@ class ProgressCallback(_InDriver, tune.Callback):
         self._searcher, self._resources = searcher, resources
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        self._searcher.log.poll(self._searcher.trials, self._needed_and_free)
+        self._searcher.log.poll(self._searcher.trials.values(), self._needed_and_free)
 
     def _needed_and_free(self) -> str:
         free = {name: f"{amount:g}" for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
+import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from motip.cluster import Cluster
 from motip.config import Stage
 from motip.config.curriculum_file import tuned_file
-from motip.config.sweep_file import SweepFile, baseline_values, check_sweep
+from motip.config.sweep_file import Prune, SweepFile, baseline_values, check_sweep
 from motip.config.tuned import overlay_text
 from motip.config.yaml_chain import with_values
 from motip.curriculum.failure import log_exceptions, mark_run_failed
@@ -26,14 +26,14 @@ from motip.errors import MotipError
 from motip.lineage.provenance import provenance
 from motip.stage_folder import SweepFolder
 from motip.storage.atomic import digest
-from motip.storage.paths import Location, absolute, files_under, location, upload, write_bytes, write_json
+from motip.storage.paths import Location, absolute, location, write_bytes, write_json
 from motip.train.stage_job import EpochPlans, Parent, StageJob
 from motip.tune.concurrency import ConcurrencyPlan, plan_concurrency
 from motip.tune.decision import SweepDecision, best_trial, decide, report_lines, setting_text
 from motip.tune.sweep_log import SweepLog
 from motip.tune.sweep_plot import trials_figure
-from motip.tune.trial import TrialRunner
-from motip.tune.trial_records import BASELINE, TrialResult, TrialSpec, read_record, read_trials
+from motip.tune.trial import TrialRunner, drop_weights
+from motip.tune.trial_records import BASELINE, Trial, read_trials
 
 FORMAT = 1
 """Part of every sweep's identity; incremented when the meaning of the search space changes."""
@@ -69,8 +69,8 @@ class SweepResult:
     metric: str
     decision: SweepDecision
     values: dict[str, Any]
-    trials: tuple[TrialResult, ...]
-    repeats: tuple[TrialResult, ...]
+    trials: tuple[Trial, ...]
+    repeats: tuple[Trial, ...]
     folder: Location
     overlay: Location
     figure: Location
@@ -185,7 +185,7 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
             run_id=run_id,
         )
         _record_result(run, result, text)
-    _drop_other_weights(folder, best)
+    drop_weights(folder.path / "trials", keep=best)
     return result
 
 
@@ -257,76 +257,66 @@ def _sweep_run(
 # ---------------------------------------------------------------------------------------- search and confirmation
 
 
-def _search(run: _SweepRun, count: int) -> list[TrialResult]:
+def _search(run: _SweepRun, count: int) -> list[Trial]:
     """Train the baseline and the suggested settings, `count` in all; resumes and returns earlier trials too."""
     # records of earlier attempts
-    written = [trial for trial in read_trials(run.folder) if trial.spec.seed is None]
+    written = [trial for trial in read_trials(run.folder) if trial.seed is None]
     # A failed baseline is repeated too: without it no trial can be compared.
-    repeat = [
-        trial
-        for trial in written
-        if trial.status == "running" or (trial.spec.key == BASELINE and trial.status == "failed")
-    ]
-    earlier = [trial for trial in written if trial not in repeat]
+    repeated = {BASELINE: ("running", "failed")}
+    pending = [trial for trial in written if trial.status in repeated.get(trial.key, ("running",))]
+    earlier = [trial for trial in written if trial not in pending]
     if written:
-        run.session.ui.note(f"resuming: {len(earlier)} trials ended, {len(repeat)} were interrupted")
-    pending = [trial.spec for trial in repeat] if written else [TrialSpec(BASELINE, {})]
+        run.session.ui.note(f"resuming: {len(earlier)} trials ended, {len(pending)} were interrupted")
 
     # trials
-    searched_epochs = run.sweep.space.get("EPOCHS")
-    longest = run.stage.config.EPOCHS
-    if searched_epochs is not None:
-        longest = max(longest, *map(int, searched_epochs.values_to_check()))
-    trials = _run_trials(run, count, pending, earlier, prune=run.sweep.prune, longest=longest)
-    first = next(trial for trial in trials if trial.spec.key == BASELINE)
+    trials = _run_trials(run, count, pending if written else [Trial(BASELINE)], earlier, run.sweep.prune)
+    first = next(trial for trial in trials if trial.key == BASELINE)
     if first.status == "failed":
         raise MotipError(
             f"the baseline cannot be trained: {first.message}",
             where=f"trial {BASELINE} in {run.folder}",
             fix="train the stage without a sweep first (ray_jobs/train.py), then run the same command again",
         )
-    return sorted(trials, key=lambda trial: trial.spec.key)
+    return sorted(trials, key=lambda trial: trial.key)
 
 
-def _confirm(run: _SweepRun, trials: Sequence[TrialResult]) -> list[TrialResult]:
+def _confirm(run: _SweepRun, trials: Sequence[Trial]) -> list[Trial]:
     """Train the best trial's setting, and if configured the baseline, with further seeds and without pruning."""
     best = best_trial(trials)
-    settings = [best.spec]
-    if run.sweep.confirm.baseline and best.spec.key != BASELINE:
-        settings.append(TrialSpec(BASELINE, {}))
+    settings = [best]
+    if run.sweep.confirm.baseline and best.key != BASELINE:
+        settings.append(Trial(BASELINE))
     seed = run.stage.config.SEED
     seeds = range(seed + 1, seed + 1 + run.sweep.confirm.seeds)
-    specs = [spec.repeated(each) for each in seeds for spec in settings]
-    written = {trial.spec.key: trial for trial in read_trials(run.folder) if trial.status == "finished"}
-    earlier = [written[spec.key] for spec in specs if spec.key in written]
-    missing = [spec for spec in specs if spec.key not in written]
+    written = {trial.key: trial for trial in read_trials(run.folder)}
+    repeats = [written.get((new := setting.repetition(each)).key, new) for each in seeds for setting in settings]
+    missing = [trial for trial in repeats if trial.status != "finished"]
     if missing:
         run.session.ui.note(
-            f"trial {best.spec.key} is best so far, {best.value:.2f}; repeated with seeds "
+            f"trial {best.key} is best so far, {best.value:.2f}; repeated with seeds "
             f"{', '.join(map(str, seeds))}{', and so is the baseline' if len(settings) > 1 else ''}"
         )
-    return _run_trials(run, len(specs), missing, earlier)
+    return _run_trials(run, len(repeats), missing, [trial for trial in repeats if trial.status == "finished"])
 
 
 def _run_trials(
-    run: _SweepRun, count: int, pending: Sequence[TrialSpec], earlier: Sequence[TrialResult], **pruning: Any
-) -> list[TrialResult]:
+    run: _SweepRun, count: int, pending: Sequence[Trial], earlier: Sequence[Trial], prune: Prune | None = None
+) -> list[Trial]:
     """Run the pending trials, then suggested ones until there are `count`; returns the earlier ones too."""
     from motip.tune import ray_tune  # loads Ray
 
     log = SweepLog(run.session.ui, run.folder, count, len(earlier), run.stage.config.EPOCHS)
     space = ray_tune.SearchSpace(run.sweep, run.baseline)
     searcher = ray_tune.TrialSearch(space, log, count, pending, earlier)
-    return ray_tune.search(searcher, run.runner, run.concurrency, **pruning)
+    return ray_tune.search(searcher, run.runner, run.concurrency, prune)
 
 
 def _mark_interrupted(session: Session, folder: SweepFolder, error: KeyboardInterrupt) -> None:
     """Mark the running trials in MLflow; their records stay `running`, by which they are resumed."""
     with log_exceptions("the interrupted trials could not be marked in MLflow"):
         for trial in read_trials(folder):
-            own = read_record(folder, trial.spec.key).get("run_id")
-            if trial.status == "running" and own:
-                mark_run_failed(session.lineage, own, error)
+            if trial.status == "running" and trial.run_id:
+                mark_run_failed(session.lineage, trial.run_id, error)
 
 
 # -------------------------------------------------------------------------------------------------------- result
@@ -354,12 +344,11 @@ def _overlay_location(session: Session, stage: Stage, tuning: Tuning) -> Locatio
 
 def _save_figure(run: _SweepRun, figure: Figure) -> Location:
     """Save the figure in the sweep's folder and in MLflow."""
-    with tempfile.TemporaryDirectory(prefix="motip-") as folder:
-        file = Path(folder) / "sweep.png"
-        figure.savefig(file, dpi=110)
-        upload(file, run.folder.path / "sweep.png")
-    run.session.lineage.log_artifact(run.run_id, run.folder.path / "sweep.png")
-    return run.folder.path / "sweep.png"
+    path, png = run.folder.path / "sweep.png", io.BytesIO()
+    figure.savefig(png, dpi=110)
+    write_bytes(path, png.getvalue())
+    run.session.lineage.log_artifact(run.run_id, path)
+    return path
 
 
 def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
@@ -370,11 +359,8 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
     header = ["trial", "status", *run.baseline, "seed", "epochs", result.metric, "run"]
     rows = []
     for trial in (*result.trials, *result.repeats):
-        spec = trial.spec
-        values = (run.baseline | spec.values).values()
-        epochs, run_of_trial = max(trial.history, default=0), read_record(run.folder, spec.key).get("run_id", "")
-        seed = spec.seed or decision.best.seed
-        rows.append([spec.key, trial.status, *values, seed, epochs, trial.value, run_of_trial])
+        values, seed = (run.baseline | trial.values).values(), trial.seed or decision.best.seed
+        rows.append([trial.key, trial.status, *values, seed, trial.epochs, trial.value, trial.run_id])
     lineage.log_table(run_id, header, rows, "trials.json")
     lineage.log_text(run_id, text, "tuned.yaml")
 
@@ -409,10 +395,3 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
             "overlay": str(result.overlay),
         },
     )
-
-
-def _drop_other_weights(folder: SweepFolder, best: str) -> None:
-    """Remove the weights of all trials but the best; they are not needed once the trials are scored."""
-    for file in files_under(folder.path / "trials"):
-        if file.name.endswith(".pth") and file.parent.parent.name.rpartition("-")[0] != best:
-            file.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from motip.curriculum.stage_readers import REMOTE_READ_EVERY_S
 from motip.events import START, Event, EventLog, Note, StepLogged
 from motip.stage_folder import SweepFolder
 from motip.tune.decision import setting_text
-from motip.tune.trial_records import TrialResult, TrialSpec, read_record, read_trial, trial_folder, write_trial
+from motip.tune.trial_records import Trial, read_trial, write_trial
 
 STATUS_INTERVAL_S = 60.0
 """Seconds without a step after which a line says what a trial waits for; also the interval of progress lines."""
@@ -21,8 +21,8 @@ STATUS_INTERVAL_S = 60.0
 class _Tail:
     """What this attempt of a trial adds to its event log."""
 
-    def __init__(self, sweep: SweepFolder, spec: TrialSpec) -> None:
-        self.spec = spec
+    def __init__(self, sweep: SweepFolder, trial: Trial) -> None:
+        self.trial = trial
         self.position = ""
         self.started = time.monotonic()
         self.waiting_shown = False
@@ -35,8 +35,8 @@ class _Tail:
     def read(self) -> Iterator[Event]:
         """The new events; none before the trial has its folder."""
         if self._log is None:
-            folder = trial_folder(self._sweep, self.spec.key)
-            self._log = None if folder is None else folder.log()
+            trial = read_trial(self._sweep, self.trial.key)
+            self._log = trial.folder(self._sweep).log() if trial.inputs else None
         if self._log is not None:
             for event, offset in self._log.read(self._offset):
                 self._offset = offset
@@ -58,36 +58,34 @@ class SweepLog:
         self._read_at = self._progress_at = time.monotonic()
         self.note = ui.note
 
-    def trial_started(self, spec: TrialSpec) -> TrialResult:
+    def trial_started(self, trial: Trial) -> None:
         """Write the record of a trial before its process exists, so that it is repeated after any kill."""
-        resumes = bool(read_record(self._sweep, spec.key).get("run_id"))
-        trial = replace(read_trial(self._sweep, spec), status="running", message="")
+        trial.status, trial.message = "running", ""
         write_trial(self._sweep, trial)
-        self._tails[spec.key] = _Tail(self._sweep, spec)
-        seed = "" if spec.seed is None else f", seed {spec.seed}"
-        self.note(f"trial {spec.key} {'resumes' if resumes else 'starts'}: {setting_text(spec.values)}{seed}")
-        return trial
+        self._tails[trial.key] = _Tail(self._sweep, trial)
+        verb = "resumes" if trial.run_id else "starts"
+        seed = "" if trial.seed is None else f", seed {trial.seed}"
+        self.note(f"trial {trial.key} {verb}: {setting_text(trial.values)}{seed}")
 
-    def trial_ended(self, spec: TrialSpec) -> TrialResult:
-        """The trial's result, read from its record; failed if its process died."""
-        self._show(self._tails.pop(spec.key))
+    def trial_ended(self, key: str) -> Trial:
+        """The trial with its result, read from its record; failed if its process died."""
+        self._show(self._tails.pop(key))
         self._ended += 1
-        trial = read_trial(self._sweep, spec)
+        trial = read_trial(self._sweep, key)
         if trial.status == "running":
-            text = trial.message or "the trial process exited without a result (killed or out of memory?)"
-            trial = replace(trial, status="failed", message=text)
-        after = max(trial.history, default=0)
-        epochs = f"{after} epoch{'s' if after != 1 else ''}"
+            died = "the trial process exited without a result (killed or out of memory?)"
+            trial = replace(trial, status="failed", message=trial.message or died)
+        epochs = f"{trial.epochs} epoch{'s' if trial.epochs != 1 else ''}"
         how = {
             "finished": f"finished after {epochs}",
             "pruned": f"pruned after {epochs}: others were better by then",
             "failed": f"failed: {trial.message}",
         }[trial.status]
         value = "" if trial.value is None else f", best {trial.value:.2f}"
-        self.note(f"trial {spec.key} {how}{value} ({self._ended} of {self._count} done)")
+        self.note(f"trial {key} {how}{value} ({self._ended} of {self._count} done)")
         return trial
 
-    def poll(self, trials: Sequence[TrialResult], resources: Callable[[], str]) -> None:
+    def poll(self, trials: Iterable[Trial], resources: Callable[[], str]) -> None:
         """Show what is new; call it about every second.
 
         Args:
@@ -112,14 +110,14 @@ class SweepLog:
             where = "; ".join(f"trial {key} at {position}" for key, position in positions.items())
             scored = [trial for trial in trials if trial.value is not None]
             best = max(scored, key=lambda trial: trial.value or 0, default=None)
-            so_far = "" if best is None else f"; best so far trial {best.spec.key}, {best.value:.2f}"
+            so_far = "" if best is None else f"; best so far trial {best.key}, {best.value:.2f}"
             self.note(f"{self._ended} of {self._count} done; {where or 'workers are starting'}{so_far}")
 
     def _show(self, tail: _Tail) -> None:
         """Show the new notes of a trial, and keep its position."""
-        epochs = tail.spec.values.get("EPOCHS", self._epochs)
+        epochs = tail.trial.values.get("EPOCHS", self._epochs)
         for event in tail.read():
             if isinstance(event, Note):
-                self.note(f"trial {tail.spec.key}: {event.text}")
+                self.note(f"trial {tail.trial.key}: {event.text}")
             elif isinstance(event, StepLogged):
                 tail.position = f"epoch {event.epoch + 1}/{epochs}, step {event.index + 1}/{event.of}"

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from motip.config.sweep_file import Choices, Range
-from motip.tune.trial_records import BASELINE, TrialResult
+from motip.tune.trial_records import BASELINE, Trial
 
 MAP = "viridis"
 RATE = "LR"
@@ -27,8 +27,8 @@ _LABEL: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "va": "c
 
 
 def trials_figure(
-    trials: Sequence[TrialResult],
-    repeats: Sequence[TrialResult],
+    trials: Sequence[Trial],
+    repeats: Sequence[Trial],
     space: Mapping[str, Range | Choices],
     baseline: Mapping[str, Any],
     *,
@@ -68,8 +68,8 @@ class _Plot:
         norm: scores to heights and colours from 0 to 1.
     """
 
-    trials: Sequence[TrialResult]
-    repeats: Sequence[TrialResult]
+    trials: Sequence[Trial]
+    repeats: Sequence[Trial]
     space: Mapping[str, Range | Choices]
     baseline: Mapping[str, Any]
     metric: str
@@ -91,7 +91,7 @@ class _Plot:
                 axes.annotate(text, (x, height), (4, 0), **_LABEL)
 
         # a line per trial, highlighted ones on top
-        for trial in sorted(self.trials, key=lambda each: (each.spec.key in (BASELINE, self.best), _score(each))):
+        for trial in sorted(self.trials, key=lambda each: (each.key in (BASELINE, self.best), _score(each))):
             heights = [scale.height(self._value(trial, key)) for key, scale in scales.items()]
             heights.append(float(self.norm(_score(trial))))
             points = {x: height for x, height in enumerate(heights) if height is not None}
@@ -116,7 +116,7 @@ class _Plot:
             colour, width = self._colour_and_width(trial)
             fill = "white" if trial.status == "pruned" else colour
             axes.plot([x], [_score(trial)], "o", ms=7, mec=colour, mew=1.5, mfc=fill, zorder=width)
-            same = [each for each in self.repeats if each.spec.setting == trial.spec.key]
+            same = [each for each in self.repeats if each.setting == trial.key]
             further = [each.value for each in same if each.value is not None]
             axes.plot([x] * len(further), further, "_", ms=14, mew=2, c=colour, zorder=5)
 
@@ -138,14 +138,14 @@ class _Plot:
         axes.grid(alpha=0.3)
         axes.set_title(f"{self.metric} over {key or 'the trials'}", fontsize=9)
 
-    def _value(self, trial: TrialResult, key: str) -> Any:
-        return {**self.baseline, **trial.spec.values}.get(key)
+    def _value(self, trial: Trial, key: str) -> Any:
+        return {**self.baseline, **trial.values}.get(key)
 
-    def _colour_and_width(self, trial: TrialResult) -> tuple[Any, float]:
+    def _colour_and_width(self, trial: Trial) -> tuple[Any, float]:
         """Baseline and best are highlighted, the others coloured by score."""
-        if trial.spec.key == BASELINE:
+        if trial.key == BASELINE:
             return BASELINE_COLOUR, 2.5
-        if trial.spec.key == self.best:
+        if trial.key == self.best:
             return BEST_COLOUR, 2.5
         return colormaps[MAP](float(self.norm(_score(trial))) * 0.92), 1.2
 
@@ -180,5 +180,5 @@ class _Scale:
         return [(float(self._norm(tick)), self._texts[tick] if self._texts else f"{tick}") for tick in self._ticks]
 
 
-def _score(trial: TrialResult) -> float:
+def _score(trial: Trial) -> float:
     return trial.value or 0.0

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from motip.config import Config, Curriculum, Stage
+from motip.config import Curriculum, Stage
 from motip.config.yaml_chain import with_values
 from motip.curriculum.failure import log_exceptions, mark_run_failed
 from motip.curriculum.options import Options
@@ -23,7 +23,7 @@ from motip.storage.paths import Location, files_under
 from motip.train.preemption import Stopped
 from motip.train.ray_train import ResourcePlan, completed, fit
 from motip.train.stage_job import Parent, StageJob
-from motip.tune.trial_records import TrialResult, TrialSpec, read_record, read_trial, write_trial
+from motip.tune.trial_records import Trial, read_trial, write_trial
 
 CHECKPOINT_LIMITS = {"CHECKPOINTS_KEPT": 1, "EPOCH_CHECKPOINTS_KEPT": 1}
 """Of a trial only the newest checkpoint, to resume from, and the best epoch's are needed."""
@@ -59,103 +59,101 @@ class TrialRunner:
         """Name of a trial's run channel, through which it is requested to stop."""
         return f"trial {key} of {self.sweep_run}"
 
-    def __call__(self, spec: TrialSpec, report: Report) -> None:
-        """Train with these values; afterwards the status in the trial's record is `pruned`, `finished` or `failed`.
+    def __call__(self, key: str, report: Report) -> None:
+        """Train the trial of a record, whose status is `pruned`, `finished` or `failed` afterwards.
 
         Raises:
             Stopped: stopped without being pruned; the record stays `running`.
             MotipError: the trial failed.
         """
         sweep = SweepFolder(self.folder)
-        result = read_trial(sweep, spec)
+        trial = read_trial(sweep, key)
         try:
-            self._attempt(sweep, result, report)
+            self._attempt(sweep, trial, report)
         except Exception as error:
             if isinstance(error, MotipError):
-                result.status, result.message = "failed", " ".join(str(error).split())
+                trial.status, trial.message = "failed", " ".join(str(error).split())
             else:  # the status stays `running`: the same command repeats the trial
                 last = " | ".join(map(str.strip, traceback.format_exc().strip().splitlines()[-3:]))
-                result.message = f"{type(error).__name__}: {error} ({last})"
-            with log_exceptions(f"the record of trial {spec.key} could not be written"):
-                write_trial(sweep, result)
+                trial.message = f"{type(error).__name__}: {error} ({last})"
+            with log_exceptions(f"the record of trial {key} could not be written"):
+                write_trial(sweep, trial)
             raise
 
-    def _attempt(self, sweep: SweepFolder, result: TrialResult, report: Report) -> None:
-        """Train to the end or until pruned; completes the result and writes it."""
+    def _attempt(self, sweep: SweepFolder, trial: Trial, report: Report) -> None:
+        """Train to the end or until pruned, and write the result."""
         # job
-        begin, spec = time.monotonic(), result.spec
-        stage = self.stage.model_copy(update={"config": trial_config(self.stage.config, spec)})
+        begin = time.monotonic()
+        seed = {} if trial.seed is None else {"SEED": trial.seed}
+        config = with_values(self.stage.config, {**trial.values, **CHECKPOINT_LIMITS, **seed}, f"trial {trial.key}")
+        stage = self.stage.model_copy(update={"config": config})
         job, train = stage_job(self.curriculum, stage, self.parent, self.manifest, self.options)
 
         # MLflow run and folder
-        folder = sweep.trial(spec.key, job.inputs)
+        trial.inputs = job.inputs
+        folder = trial.folder(sweep)
         folder.complete_log()
-        run_id = start_stage_run(
+        trial.run_id = start_stage_run(
             self.lineage,
             self.sweep_run,
             stage,
             job,
             train,
             folder,
-            name=f"{stage.name} trial {spec.key}",
-            tags={"motip.kind": "trial", "motip.stage": stage.name, TRIAL_TAG: spec.key},
+            name=f"{stage.name} trial {trial.key}",
+            tags={"motip.kind": "trial", "motip.stage": stage.name, TRIAL_TAG: trial.key},
         )
-        write_trial(sweep, result, run_id=run_id, inputs=job.inputs)
+        write_trial(sweep, trial)
 
         # training
         try:
-            self._train(job, folder, run_id, _EpochReader(sweep, result, stage, report))
+            self._train(job, folder, _EpochReader(sweep, trial, stage, report))
         except BaseException as error:
-            self.lineage.catch_up(run_id)
-            mark_run_failed(self.lineage, run_id, error)
+            self.lineage.catch_up(trial.run_id)
+            mark_run_failed(self.lineage, trial.run_id, error)
             raise
-        self._record_end(run_id, result, stage.config.EPOCHS, folder)
-        seconds = read_record(sweep, spec.key).get("seconds", 0.0) + time.monotonic() - begin
-        write_trial(sweep, result, seconds=seconds)
+        self._record_end(trial, config.EPOCHS, folder)
+        trial.seconds += time.monotonic() - begin
+        write_trial(sweep, trial)
 
-    def _train(self, job: StageJob, folder: StageFolder, run_id: str, epochs: _EpochReader) -> None:
-        """Train; sets the result's status. The events of earlier attempts are reported too, so that ASHA compares other
-        trials with them and may prune this one."""
-        result = epochs.result
-        readers = StageReaders(self.lineage, run_id, folder, _NoConsole(), epochs.read)
+    def _train(self, job: StageJob, folder: StageFolder, epochs: _EpochReader) -> None:
+        """Train and set the status. The events of earlier attempts are reported too, so that ASHA compares other trials
+        with them and may prune this one."""
+        trial = epochs.trial
+        readers = StageReaders(self.lineage, trial.run_id, folder, _NoConsole(), epochs.read)
         try:
-            fit(job, self.resources, str(folder), readers.catch_up, self.channel_name(result.spec.key))
+            fit(job, self.resources, str(folder), readers.catch_up, self.channel_name(trial.key))
         except Stopped:
             if not epochs.stopped:
                 raise
         readers.finish()
         # A stop request after the last epoch has no effect.
         trained = max(completed(str(folder)).epochs, default=-1) + 1
-        result.status = "finished" if trained == job.config["EPOCHS"] else "pruned"
-        if result.status == "finished" and result.value is None:
+        trial.status = "finished" if trained == job.config["EPOCHS"] else "pruned"
+        if trial.status == "finished" and trial.value is None:
             raise MotipError(
                 f"no epoch of the trial has the metric {self.stage.best}",
                 where="metric of the sweep file",
                 expected="one that a stage's validation scores have",
             )
 
-    def _record_end(self, run_id: str, result: TrialResult, epochs: int, folder: StageFolder) -> None:
+    def _record_end(self, trial: Trial, epochs: int, folder: StageFolder) -> None:
         """Log the best epoch's metrics and end the run; drops the checkpoints of a pruned trial."""
-        best = next(epoch for epoch, value in sorted(result.history.items()) if value == result.value)
-        metrics = completed(str(folder)).epochs.get(best - 1, {self.stage.best: result.history[best]})
-        self.lineage.log_metrics(run_id, {f"best_{name}": value for name, value in metrics.items()}, best)
-        if result.status == "pruned":
-            after = max(result.history)
-            self.lineage.set_tags(run_id, {PRUNED_TAG: f"after epoch {after} of {epochs}: others were better by then"})
+        best = next(epoch for epoch, value in sorted(trial.history.items()) if value == trial.value)
+        metrics = completed(str(folder)).epochs.get(best - 1, {self.stage.best: trial.history[best]})
+        self.lineage.log_metrics(trial.run_id, {f"best_{name}": value for name, value in metrics.items()}, best)
+        pruned = trial.status == "pruned"
+        if pruned:
+            after = f"after epoch {trial.epochs} of {epochs}: others were better by then"
+            self.lineage.set_tags(trial.run_id, {PRUNED_TAG: after})
             drop_weights(folder.path)
-        self.lineage.finish(run_id, "KILLED" if result.status == "pruned" else "FINISHED")
+        self.lineage.finish(trial.run_id, "KILLED" if pruned else "FINISHED")
 
 
-def trial_config(config: Config, spec: TrialSpec) -> Config:
-    """The configuration of a trial: the base with the trial's values and seed, and the checkpoint limits."""
-    seed = {} if spec.seed is None else {"SEED": spec.seed}
-    return with_values(config, {**spec.values, **CHECKPOINT_LIMITS, **seed}, f"trial {spec.key}")
-
-
-def drop_weights(folder: Location) -> None:
-    """Remove the checkpoints of an ended trial; its scores stay."""
+def drop_weights(folder: Location, keep: str = "") -> None:
+    """Remove the checkpoints of ended trials below a folder, except of the trial with the key `keep`; scores stay."""
     for path in files_under(folder):
-        if path.name.endswith(".pth"):
+        if path.name.endswith(".pth") and path.parent.parent.name.rpartition("-")[0] != keep:
             path.unlink(missing_ok=True)
 
 
@@ -166,8 +164,8 @@ class _EpochReader:
         stopped: the scheduler pruned the trial.
     """
 
-    def __init__(self, sweep: SweepFolder, result: TrialResult, stage: Stage, report: Report) -> None:
-        self.result = result
+    def __init__(self, sweep: SweepFolder, trial: Trial, stage: Stage, report: Report) -> None:
+        self.trial = trial
         self.stopped = False
         self._sweep, self._stage, self._report = sweep, stage, report
 
@@ -175,9 +173,9 @@ class _EpochReader:
         if not isinstance(event, EpochDone) or self._stage.best not in event.metrics:
             return
         trained = event.epoch + 1
-        self.result.history[trained] = event.metrics[self._stage.best]
-        write_trial(self._sweep, self.result)
-        best = self.result.best_so_far().get(trained)
+        self.trial.history[trained] = event.metrics[self._stage.best]
+        write_trial(self._sweep, self.trial)
+        best = self.trial.best_so_far().get(trained)
         if best is not None and not self.stopped:
             try:
                 self._report(trained, best, self._stage.config.EPOCHS)

@@ -11,7 +11,7 @@ from motip.train.ray_train import ResourcePlan
 from motip.tune.concurrency import ConcurrencyPlan
 from motip.tune.ray_tune import TrialSearch
 from motip.tune.trial import Report
-from motip.tune.trial_records import TrialResult, TrialSpec
+from motip.tune.trial_records import Trial
 from tests.helpers.small_curriculum import write_files
 
 SWEEP = """trials: 3
@@ -54,15 +54,13 @@ class InProcessSearch:
     def __call__(
         self,
         searcher: TrialSearch,
-        run_trial: Callable[[TrialSpec, Report], None],
+        run_trial: Callable[[str, Report], None],
         concurrency: ConcurrencyPlan,
-        *,
         prune: Prune | None = None,
-        longest: int = 1,
-    ) -> list[TrialResult]:
+    ) -> list[Trial]:
         while searcher.suggest(str(len(self.ran))) != "FINISHED":
             (tune_id, trial), *_ = searcher.running.items()
-            key = trial.spec.key
+            key = trial.key
             self.ran.append(key)
 
             def report(epochs: int, value: float, of: int, key: str = key) -> None:
@@ -71,6 +69,6 @@ class InProcessSearch:
                 if prune is not None and key in self._prune and epochs < of:
                     raise Stopped
 
-            run_trial(trial.spec, report)
+            run_trial(key, report)
             searcher.on_trial_complete(tune_id)
-        return searcher.trials
+        return list(searcher.trials.values())

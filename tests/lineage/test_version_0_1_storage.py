@@ -203,7 +203,7 @@ def test_a_finished_sweep_trains_no_trial(folder: Path, monkeypatch: pytest.Monk
 
     def no_search(searcher: Any, *_: Any, **__: Any) -> list[Any]:
         assert searcher.is_done()
-        return list(searcher.trials)
+        return list(searcher.trials.values())
 
     monkeypatch.setattr("motip.tune.ray_tune.search", no_search)
     monkeypatch.setattr("motip.curriculum.run.ray_map", lambda: None)

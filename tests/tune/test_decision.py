@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from motip.errors import MotipError
 from motip.stage_folder import SweepFolder
 from motip.tune.decision import SweepDecision, best_trial, decide, report_lines
 from motip.tune.sweep_plot import trials_figure
-from motip.tune.trial_records import TrialResult, TrialSpec, read_trials, write_trial
+from motip.tune.trial_records import Trial, read_trials, write_trial
 
 SPACE: dict[str, Range | Choices] = {
     "LR": Range(low=1e-4, high=1e-2, log=True),
@@ -25,15 +26,15 @@ SPACE: dict[str, Range | Choices] = {
 BASELINE_VALUES = {"LR": 7e-4, "sample_intervals": [1, 2]}
 
 
-def trial(key: str, value: float | None, status: str = "finished", seed: int | None = None) -> TrialResult:
+def trial(key: str, value: float | None, status: str = "finished", seed: int | None = None) -> Trial:
     values = {} if key.startswith("000") else {"LR": 1e-3, "sample_intervals": [1]}
-    return TrialResult(TrialSpec(key, values, seed), status, {} if value is None else {2: value - 1, 4: value})
+    return Trial(key, values, seed, status, {} if value is None else {2: value - 1, 4: value})
 
 
 TRIALS = [trial("000", 40.0), trial("001", 46.0), trial("002", 47.0, "pruned"), trial("003", None, "failed")]
 
 
-def repeats(best: float, baseline: float) -> list[TrialResult]:
+def repeats(best: float, baseline: float) -> list[Trial]:
     found = []
     for seed in (30, 31):
         found += [trial(f"001-seed{seed}", best, seed=seed), trial(f"000-seed{seed}", baseline, seed=seed)]
@@ -41,8 +42,8 @@ def repeats(best: float, baseline: float) -> list[TrialResult]:
 
 
 def test_only_finished_trials_can_be_the_best() -> None:
-    assert best_trial(TRIALS).spec.key == "001"
-    assert best_trial([trial("000", 40.0), trial("001", 40.0)]).spec.key == "000", "the earliest of equals"
+    assert best_trial(TRIALS).key == "001"
+    assert best_trial([trial("000", 40.0), trial("001", 40.0)]).key == "000", "the earliest of equals"
     with pytest.raises(MotipError, match="no trial of the sweep was finished"):
         best_trial(TRIALS[2:])
 
@@ -129,19 +130,29 @@ def test_report_lines_show_the_comparison() -> None:
 def test_trial_records_are_read_back_unchanged(tmp_path: Path) -> None:
     sweep, trials = SweepFolder(tmp_path), [*TRIALS, trial("001-seed30", 44.0, seed=30)]
     for each in trials:
-        write_trial(sweep, each, run_id="r")
-    write_trial(sweep, TRIALS[0])
+        write_trial(sweep, replace(each, run_id="r", inputs="abc", seconds=1.5))
     (tmp_path / "trials" / "000-abc").mkdir()
     (tmp_path / "trials" / "000-abc" / "config.json").write_text("{}")
-    assert {each.spec.key: each for each in read_trials(sweep)} == {each.spec.key: each for each in trials}
+    found = read_trials(sweep)
+    assert [each.key for each in found] == ["000", "001", "001-seed30", "002", "003"]
+    assert {each.key: replace(each, run_id="", inputs="", seconds=0.0) for each in found} == {
+        each.key: each for each in trials
+    }
     assert '"run_id": "r"' in (tmp_path / "trials" / "000.json").read_text()
+
+
+def test_a_record_of_an_interrupted_trial_of_version_0_1_is_read(tmp_path: Path) -> None:
+    (tmp_path / "trials").mkdir()
+    record = '{"history": {}, "key": "001", "message": "", "seed": null, "status": "running", "values": {"LR": 1e-3}}'
+    (tmp_path / "trials" / "001.json").write_text(record)
+    assert read_trials(SweepFolder(tmp_path)) == [Trial("001", {"LR": 1e-3})]
 
 
 def test_figure_draws_values_outside_the_space_none_pruned_and_failed_trials(tmp_path: Path) -> None:
     baseline = {"LR": 5e-5, "sample_intervals": [4]}  # outside the space
 
     def plotted(key: str, value: float | None, status: str = "finished", seed: int | None = None, **values: Any) -> Any:
-        return TrialResult(TrialSpec(key, values, seed), status, {} if value is None else {1: value})
+        return Trial(key, values, seed, status, {} if value is None else {1: value})
 
     trials = [
         plotted("000", 40.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from motip.errors import MotipError
 from motip.tune.concurrency import plan_concurrency
 from motip.tune.ray_tune import CooperativeASHA, TrialSearch
 from motip.tune.search_space import SearchSpace
-from motip.tune.trial_records import BASELINE, TrialResult, TrialSpec
+from motip.tune.trial_records import BASELINE, Trial
 
 SPACE: dict[str, Range | Choices] = {
     "LR": Range(low=1e-5, high=1e-2, log=True),
@@ -44,22 +45,22 @@ class Sweep:
         self,
         sweep: SweepFile,
         count: int,
-        earlier: Sequence[TrialResult] = (),
-        pending: Sequence[TrialSpec] | None = None,
+        earlier: Sequence[Trial] = (),
+        pending: Sequence[Trial] | None = None,
         baseline: dict[str, Any] = BASELINE_VALUES,
     ) -> None:
         self.notes: list[str] = []
-        first = [TrialSpec(BASELINE, {})] if pending is None and not earlier else pending or []
+        first = [Trial(BASELINE)] if pending is None and not earlier else pending or []
         log: Any = self
         self.searcher = TrialSearch(SearchSpace(sweep, baseline), log, count, first, earlier)
         self._epochs: dict[str, dict[int, float]] = {}
 
-    def trial_started(self, spec: TrialSpec) -> TrialResult:
-        return TrialResult(spec)
+    def trial_started(self, trial: Trial) -> None: ...
 
-    def trial_ended(self, spec: TrialSpec) -> TrialResult:
-        history = self._epochs[spec.key]
-        return TrialResult(spec, "finished" if len(history) == 2 else "pruned", history)
+    def trial_ended(self, key: str) -> Trial:
+        history = self._epochs[key]
+        status = "finished" if len(history) == 2 else "pruned"
+        return replace(self.searcher.trials[key], status=status, history=history)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -70,28 +71,28 @@ class Sweep:
 
     def finish_all(self) -> None:
         for tune_id, trial in list(self.searcher.running.items()):
-            value = 30.0 if trial.spec.key == BASELINE else score(trial.spec.values)
-            self._epochs[trial.spec.key] = {2: value - 5} if value < 25 else {2: value - 5, 4: value}
-            for number, each in enumerate(self._epochs[trial.spec.key].values(), start=1):
+            value = 30.0 if trial.key == BASELINE else score(trial.values)
+            self._epochs[trial.key] = {2: value - 5} if value < 25 else {2: value - 5, 4: value}
+            for number, each in enumerate(self._epochs[trial.key].values(), start=1):
                 self.searcher.on_trial_result(tune_id, {"value": each, "training_iteration": number})
             self.searcher.on_trial_complete(tune_id)
 
-    def run(self) -> list[TrialResult]:
+    def run(self) -> list[Trial]:
         while self.start():
             self.finish_all()
-        return self.searcher.trials
+        return list(self.searcher.trials.values())
 
     @property
     def started(self) -> list[dict[str, Any]]:
-        return [trial.spec.values for trial in self.searcher.running.values()]
+        return [trial.values for trial in self.searcher.running.values()]
 
 
 def test_suggestions_are_inside_the_space_and_rounded() -> None:
     trials = Sweep(SweepFile(space=SPACE), 12).run()
-    assert [trial.spec.key for trial in trials] == [f"{number:03d}" for number in range(12)]
-    assert trials[0].spec.values == {}
+    assert [trial.key for trial in trials] == [f"{number:03d}" for number in range(12)]
+    assert trials[0].values == {}
     for trial in trials[1:]:
-        values = trial.spec.values
+        values = trial.values
         assert list(values) == list(SPACE)
         assert all(SPACE[key].contains(value) for key, value in values.items())
         assert isinstance(values["LR_DROP"], int)
@@ -100,22 +101,24 @@ def test_suggestions_are_inside_the_space_and_rounded() -> None:
 
 def test_suggestions_are_deterministic_and_unique() -> None:
     first, again = Sweep(SweepFile(space=SPACE), 9).run(), Sweep(SweepFile(space=SPACE), 9).run()
-    assert [trial.spec for trial in first] == [trial.spec for trial in again]
+    assert first == again
     other = Sweep(SweepFile(space=SPACE, seed=1), 2).run()
-    assert other[1].spec.values != first[1].spec.values
-    assert len({str(trial.spec.values) for trial in first}) == 9
+    assert other[1].values != first[1].values
+    assert len({str(trial.values) for trial in first}) == 9
 
 
 @pytest.mark.parametrize("method", ["tpe", "random"])
 def test_a_resumed_sweep_continues_the_same_study(method: Literal["tpe", "random"]) -> None:
     sweep = SweepFile(space=SPACE, search=method, startup=4)
     trials = Sweep(sweep, 9).run()
-    interrupted = trials[4].spec
-    earlier = [trial for trial in trials if trial.spec != interrupted]
+    interrupted = Trial(trials[4].key, trials[4].values)
+    earlier = [trial for trial in trials if trial.key != interrupted.key]
     resumed = Sweep(sweep, 12, earlier, [interrupted])
-    assert [trial.spec.key for trial in resumed.run()[8:]] == ["004", "009", "010", "011"]
-    assert resumed.searcher.trials[8].spec == interrupted, "an interrupted trial is repeated with its own values"
-    assert len({str(trial.spec.values) for trial in resumed.searcher.trials}) == 12
+    assert [trial.key for trial in resumed.run()[8:]] == ["004", "009", "010", "011"]
+    assert resumed.searcher.trials["004"].values == interrupted.values, (
+        "an interrupted trial is repeated with its own values"
+    )
+    assert len({str(trial.values) for trial in resumed.searcher.trials.values()}) == 12
     stored = {(trial.state.name, trial.value) for trial in resumed.searcher._study._ot_study.trials[:8]}
     values = {("PRUNED" if trial.status == "pruned" else "COMPLETE", trial.value) for trial in earlier[1:]}
     assert stored - {("COMPLETE", score(interrupted.values)), ("PRUNED", score(interrupted.values) - 5)} == values
@@ -125,7 +128,7 @@ def test_tpe_samples_near_good_trials_and_random_search_does_not() -> None:
     def distance(method: Literal["tpe", "random"]) -> float:
         sweeps = [Sweep(SweepFile(space=SPACE, search=method, seed=seed), 30) for seed in range(4)]
         late = [trial for sweep in sweeps for trial in sweep.run()[15:]]
-        return sum(abs(math.log10(trial.spec.values["LR"]) + 3.5) for trial in late) / len(late)
+        return sum(abs(math.log10(trial.values["LR"]) + 3.5) for trial in late) / len(late)
 
     assert distance("tpe") < 0.7 * distance("random")
 
@@ -151,31 +154,30 @@ def test_every_setting_of_a_finite_space_is_found(method: Literal["tpe", "random
 
 def test_a_baseline_inside_the_space_is_part_of_the_study() -> None:
     sweep = Sweep(SweepFile(space=SPACE), 1, baseline={**BASELINE_VALUES, "LR_DROP": 4})
-    assert sweep.run()[0].spec == TrialSpec(BASELINE, {})
+    assert sweep.run()[0].values == {}
     (stored,) = sweep.searcher._study._ot_study.trials
     assert stored.params == {"LR": 7e-4, "LR_DROP": 4, "sample_intervals": "[1, 2, 3]"} and stored.value == 30.0
 
 
 def test_repetitions_are_not_part_of_the_study() -> None:
-    specs = [TrialSpec("000-seed30", {}, 30), TrialSpec("001-seed30", {"LR": 1e-3}, 30)]
+    specs = [Trial("000-seed30", {}, 30), Trial("001-seed30", {"LR": 1e-3}, 30)]
     sweep = Sweep(SweepFile(space=SPACE), 2, pending=specs)
     assert sweep.start() and sweep.start() and not sweep.start()
-    assert [trial.spec for trial in sweep.searcher.running.values()] == specs and sweep.notes == []
+    assert list(sweep.searcher.running.values()) == specs and sweep.notes == []
     assert sweep.searcher._study._ot_study.trials == []
 
 
 def test_suggestions_continue_after_failed_trials() -> None:
     sweep = SweepFile(space=SPACE, startup=1)
-    good = TrialResult(TrialSpec("001", {"LR": 1e-3, "LR_DROP": 2, "sample_intervals": [1]}), "finished", {1: 40.0})
+    good = Trial("001", {"LR": 1e-3, "LR_DROP": 2, "sample_intervals": [1]}, None, "finished", {1: 40.0})
     failed = [
-        TrialResult(TrialSpec(f"{n:03d}", {"LR": 1e-5 * n, "LR_DROP": 8, "sample_intervals": [1]}), "failed")
-        for n in (2, 3)
+        Trial(f"{n:03d}", {"LR": 1e-5 * n, "LR_DROP": 8, "sample_intervals": [1]}, status="failed") for n in (2, 3)
     ]
-    assert [trial.spec.key for trial in Sweep(sweep, 5, [good, *failed]).run()[3:]] == ["004", "005"]
+    assert [trial.key for trial in Sweep(sweep, 5, [good, *failed]).run()[3:]] == ["004", "005"]
 
 
 def test_no_trial_starts_after_a_failed_baseline() -> None:
-    failed = TrialResult(TrialSpec(BASELINE, {}), "failed")
+    failed = Trial(BASELINE, status="failed")
     assert not Sweep(SweepFile(space=SPACE), 5, [failed]).start()
 
 
@@ -250,12 +252,12 @@ NO_CONTROLLER: Any = None
 class Asha:
     """The scheduler, and the keys of the trials that it stopped."""
 
-    def __init__(self, earlier: list[TrialResult], prune: Prune, longest: int) -> None:
+    def __init__(self, earlier: list[Trial], prune: Prune) -> None:
         self.pruned: list[str] = []
-        self.scheduler = CooperativeASHA(self.pruned.append, prune, longest, earlier)
+        self.scheduler = CooperativeASHA(self.pruned.append, prune, earlier)
 
-    def report(self, key: str, epochs: int, value: float, of: int = 8, values: str = '{"LR": 1}') -> str:
-        trial: Any = SimpleNamespace(trial_id=f"tune-{key}", config={"key": key, "values": values})
+    def report(self, key: str, epochs: int, value: float, of: int = 8) -> str:
+        trial: Any = SimpleNamespace(trial_id=f"tune-{key}", config={"key": key})
         if trial.trial_id not in self.scheduler._trial_info:
             self.scheduler.on_trial_add(NO_CONTROLLER, trial)
         report = {"epochs": epochs, "value": value, "of": of}
@@ -263,7 +265,7 @@ class Asha:
 
 
 def test_the_worse_half_is_pruned_without_being_killed() -> None:
-    asha = Asha([], Prune(first=2, reduction=2), 8)
+    asha = Asha([], Prune(first=2, reduction=2))
     for key, value in (("a", 10.0), ("b", 20.0), ("c", 5.0), ("d", 30.0)):
         assert asha.report(key, 2, value) == "CONTINUE"
     assert asha.pruned == ["c"]
@@ -271,16 +273,16 @@ def test_the_worse_half_is_pruned_without_being_killed() -> None:
     asha.report("d", 4, 20.0)
     assert asha.pruned == ["c", "d"]
     asha.report("e", 8, 1.0)
-    asha.report("f", 2, 1.0, values="{}")
+    asha.report(BASELINE, 2, 1.0)
     assert asha.pruned == ["c", "d"], "neither a trial at its last epoch nor the baseline is pruned"
 
 
 def test_trials_of_an_earlier_run_are_compared_with() -> None:
     earlier = [
-        TrialResult(TrialSpec("000", {}), "finished", {2: 30.0, 4: 28.0, 8: 35.0}),
-        TrialResult(TrialSpec("001", {}), "pruned", {2: 10.0}),
+        Trial("000", status="finished", history={2: 30.0, 4: 28.0, 8: 35.0}),
+        Trial("001", status="pruned", history={2: 10.0}),
     ]
-    asha = Asha(earlier, Prune(first=2, reduction=2), 8)
+    asha = Asha(earlier, Prune(first=2, reduction=2))
     asha.report("002", 2, 15.0)
     asha.report("003", 2, 25.0)
     assert asha.pruned == ["002"]
@@ -290,18 +292,18 @@ def test_trials_of_an_earlier_run_are_compared_with() -> None:
 
 
 def test_a_resumed_trial_is_counted_once() -> None:
-    interrupted = TrialResult(TrialSpec("001", {}), "running", {2: 20.0})
-    finished = TrialResult(TrialSpec("000", {}), "finished", {2: 30.0})
-    asha = Asha([finished, interrupted], Prune(first=2), 8)
+    interrupted = Trial("001", status="running", history={2: 20.0})
+    finished = Trial("000", status="finished", history={2: 30.0})
+    asha = Asha([finished, interrupted], Prune(first=2))
     asha.report("001", 2, 20.0)
     recorded = {milestone: dict(values) for milestone, values in asha.scheduler._brackets[0]._rungs}
     assert recorded[2.0] == {"000": 30.0, "tune-001": 20.0}
 
 
 def test_best_so_far_skips_nan() -> None:
-    result = TrialResult(TrialSpec("0", {}), history={6: 5.0, 2: 3.0, 4: math.nan, 8: 4.0})
+    result = Trial("0", history={6: 5.0, 2: 3.0, 4: math.nan, 8: 4.0})
     assert result.best_so_far() == {2: 3.0, 4: 3.0, 6: 5.0, 8: 5.0}
-    assert result.value == 5.0 and TrialResult(TrialSpec("0", {})).value is None
+    assert result.value == 5.0 and Trial("0").value is None
 
 
 def test_integer_choices_equal_the_float_values_of_a_key() -> None:

@@ -22,7 +22,6 @@ from motip.stage_folder import StageFolder
 from motip.train.preemption import Stopped
 from motip.tune import StageTuner, SweepResult, Tuning, run_sweep, trial
 from motip.tune import sweep as sweep_module
-from motip.tune.trial_records import TrialSpec
 from tests.curriculum.test_stage_end import delete_runs
 from tests.helpers.small_curriculum import QuietUi
 from tests.helpers.small_sweep import IN_PROCESS, InProcessSearch, write_sweep_files
@@ -82,12 +81,12 @@ def test_an_interrupted_sweep_resumes_and_writes_an_overlay(folder: Path, monkey
     assert second.ran[:2] == ["001", "002"], "ended trials are not run again, interrupted ones are"
     assert trained[:4] == ["000", "001", "001", "002"], "pruned by the epochs before the interruption"
     assert any("1 trials ended, 1 were interrupted" in note for note in ui.notes)
-    status = {trial.spec.key: trial.status for trial in result.trials}
+    status = {trial.key: trial.status for trial in result.trials}
     assert status == {"000": "finished", "001": "pruned", "002": "finished"}
     assert [sorted(trial.history) for trial in result.trials] == [[1, 2], [1], [1, 2]]
     best = result.decision.best.key
     confirmed = {f"{key}-seed30" for key in {"000", best}}
-    assert {trial.spec.key for trial in result.repeats} == confirmed
+    assert {trial.key for trial in result.repeats} == confirmed
 
     # overlay and figure
     overlay = folder / "tuned" / "one.yaml"
@@ -186,9 +185,9 @@ def test_a_failed_baseline_ends_the_sweep(folder: Path, monkeypatch: pytest.Monk
 
     class FailingSearch(InProcessSearch):
         def __call__(self, searcher: Any, run_trial: Any, *rest: Any, **more: Any) -> Any:
-            def run_or_fail(spec: TrialSpec, reporter: Any) -> None:
+            def run_or_fail(key: str, report: Any) -> None:
                 with contextlib.suppress(MotipError):
-                    run_trial(spec, reporter)
+                    run_trial(key, report)
 
             return super().__call__(searcher, run_or_fail, *rest, **more)
 
