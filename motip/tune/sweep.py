@@ -224,31 +224,24 @@ def _sweep_run(
     session: Session, stage: Stage, sweep: SweepFile, identity: str, data: str, folder: SweepFolder
 ) -> Iterator[str]:
     """Lock the sweep for this process and open its MLflow run; an exception in the body ends the run."""
-    parent = {"mlflow.parentRunId": session.run_id} if session.run_id else {}
+    tags = {"mlflow.parentRunId": session.run_id} if session.run_id else {}
+    tags |= {"motip.stage": stage.name, "motip.data.sha256": data, "motip.config": session.options.config_path}
+    # By alias: a digest of this identifies the run, also one of version 0.1.
+    facts = {"identity": identity, "stage": stage.name, "sweep": sweep.model_dump(mode="json", by_alias=True)}
+    lineage, run_id = session.lineage, ""
     folder.acquire(session.run_id)
     try:
-        run_id = session.lineage.start_curriculum(
-            f"{stage.name} sweep",
-            # By alias: a digest of this identifies the run, also one of version 0.1.
-            {"identity": identity, "stage": stage.name, "sweep": sweep.model_dump(mode="json", by_alias=True)},
-            {
-                **parent,
-                "motip.stage": stage.name,
-                "motip.data.sha256": data,
-                "motip.config": session.options.config_path,
-            },
-            reopen_finished=True,
-            kind="sweep",
-        )
-        try:
-            folder.start(run_id, session.run_id, identity=identity)
-            yield run_id
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                _mark_interrupted(session, folder, error)
-            mark_run_failed(session.lineage, run_id, error)
-            raise
-    except BaseException:
+        run_id = lineage.start_curriculum(f"{stage.name} sweep", facts, tags, reopen_finished=True, kind="sweep")
+        folder.start(run_id, session.run_id, identity=identity)
+        yield run_id
+    except BaseException as error:
+        if run_id and isinstance(error, KeyboardInterrupt):
+            with log_exceptions("the interrupted trials could not be marked in MLflow"):
+                for trial in read_trials(folder):
+                    if trial.status == "running" and trial.run_id:
+                        mark_run_failed(lineage, trial.run_id, error)
+        if run_id:
+            mark_run_failed(lineage, run_id, error)
         with log_exceptions(f"{folder} stays locked until this process exits"):
             folder.release()
         raise
@@ -311,14 +304,6 @@ def _run_trials(
     return ray_tune.search(searcher, run.runner, run.concurrency, prune)
 
 
-def _mark_interrupted(session: Session, folder: SweepFolder, error: KeyboardInterrupt) -> None:
-    """Mark the running trials in MLflow; their records stay `running`, by which they are resumed."""
-    with log_exceptions("the interrupted trials could not be marked in MLflow"):
-        for trial in read_trials(folder):
-            if trial.status == "running" and trial.run_id:
-                mark_run_failed(session.lineage, trial.run_id, error)
-
-
 # -------------------------------------------------------------------------------------------------------- result
 
 
@@ -327,12 +312,8 @@ def _overlay_location(session: Session, stage: Stage, tuning: Tuning) -> Locatio
 
     In a submitted job a relative path is under the storage, since the job's working directory is temporary.
     """
-    own = (
-        f"{stage.name}.yaml"
-        if session.curriculum.name == stage.name
-        else f"{session.curriculum.name}/{stage.name}.yaml"
-    )
-    named = Path(tuning.overlay or stage.tuned or f"configs/tuned/{own}").expanduser()
+    own = "/".join(dict.fromkeys([session.curriculum.name, stage.name]))  # one name if they are equal
+    named = Path(tuning.overlay or stage.tuned or f"configs/tuned/{own}.yaml").expanduser()
     if named.is_absolute():
         return named
     if "working_dir_files" in Path.cwd().parts:

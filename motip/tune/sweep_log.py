@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from motip.curriculum.failure import log_exceptions
 from motip.curriculum.stage import Ui
 from motip.curriculum.stage_readers import REMOTE_READ_EVERY_S
 from motip.events import START, Event, EventLog, Note, StepLogged
@@ -116,8 +117,9 @@ class SweepLog:
     def _show(self, tail: _Tail) -> None:
         """Show the new notes of a trial, and keep its position."""
         epochs = tail.trial.values.get("EPOCHS", self._epochs)
-        for event in tail.read():
-            if isinstance(event, Note):
-                self.note(f"trial {tail.trial.key}: {event.text}")
-            elif isinstance(event, StepLogged):
-                tail.position = f"epoch {event.epoch + 1}/{epochs}, step {event.index + 1}/{event.of}"
+        with log_exceptions(f"the events of trial {tail.trial.key} cannot be read yet"):
+            for event in tail.read():
+                if isinstance(event, Note):
+                    self.note(f"trial {tail.trial.key}: {event.text}")
+                elif isinstance(event, StepLogged):
+                    tail.position = f"epoch {event.epoch + 1}/{epochs}, step {event.index + 1}/{event.of}"

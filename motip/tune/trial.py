@@ -71,11 +71,11 @@ class TrialRunner:
         try:
             self._attempt(sweep, trial, report)
         except Exception as error:
-            if isinstance(error, MotipError):
-                trial.status, trial.message = "failed", " ".join(str(error).split())
-            else:  # the status stays `running`: the same command repeats the trial
+            trial.status, trial.message = "failed", " ".join(str(error).split())
+            if not isinstance(error, MotipError):
                 last = " | ".join(map(str.strip, traceback.format_exc().strip().splitlines()[-3:]))
-                trial.message = f"{type(error).__name__}: {error} ({last})"
+                # Not its final status: the same command repeats the trial.
+                trial.status, trial.message = "running", f"{type(error).__name__}: {error} ({last})"
             with log_exceptions(f"the record of trial {key} could not be written"):
                 write_trial(sweep, trial)
             raise
