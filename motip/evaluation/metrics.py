@@ -20,7 +20,7 @@ from scipy.optimize import linear_sum_assignment
 
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
-from motip.evaluation.counts import Counts, from_stored, to_stored
+from motip.evaluation.counts import Counts, StoredCell, from_stored, to_stored
 from motip.evaluation.protocols import EvaluationProtocol, ScoredSequence, find_protocol
 from motip.evaluation.regions import box_iou, match, share_in_one, share_in_union
 from motip.evaluation.scores import Scores, Values
@@ -92,12 +92,13 @@ class SequenceCounts:
     @classmethod
     def from_json(cls, name: str, stored: Mapping[str, Any]) -> SequenceCounts:
         """Inverse of ``to_json``; raises KeyError if a field is missing."""
-        # Combining a single cell computes the fields that were not stored.
-        per_class = {
-            label: _combine_sequences({name: from_stored(cell)}) for label, cell in stored["per_class"].items()
-        }
-        agnostic = _combine_sequences({name: from_stored(stored["agnostic"])})
-        return cls(name, per_class, agnostic, Counter(stored["removed"]))
+
+        def restored(cell: StoredCell) -> Counts:
+            # Combining a single cell computes the fields that were not stored.
+            return _combined("sequences", {name: from_stored(cell)})
+
+        per_class = {label: restored(cell) for label, cell in stored["per_class"].items()}
+        return cls(name, per_class, restored(stored["agnostic"]), Counter(stored["removed"]))
 
 
 def score(
@@ -173,7 +174,7 @@ def combine(
     if repeated:
         raise MotipError("a sequence is scored twice", where="sequences", found=", ".join(repeated))
     per_class = {
-        name: _combine_sequences({result.name: result.per_class[name] for result in results}) for name in classes
+        name: _combined("sequences", {result.name: result.per_class[name] for result in results}) for name in classes
     }
     headline = tuple(name for name in classes if averaged is None or name in averaged)
     labelled = {name: per_class[name] for name in headline if _gt_boxes(per_class[name])}
@@ -190,23 +191,9 @@ def combine(
         classes=classes,
         split=split,
         sequences=tuple(names),
-        class_averaged=_values(
-            {
-                family: metric.combine_classes_class_averaged(
-                    {name: counts[family] for name, counts in labelled.items()}
-                )
-                for family, metric in FAMILIES.items()
-            }
-        ),
-        detection_averaged=_values(
-            {
-                family: metric.combine_classes_det_averaged(
-                    {name: counts[family] for name, counts in per_class.items()}
-                )
-                for family, metric in FAMILIES.items()
-            }
-        ),
-        class_agnostic=_values(_combine_sequences({result.name: result.agnostic for result in results})),
+        class_averaged=_values(_combined("classes_class_averaged", labelled)),
+        detection_averaged=_values(_combined("classes_det_averaged", per_class)),
+        class_agnostic=_values(_combined("sequences", {result.name: result.agnostic for result in results})),
         per_class={name: _values(counts) for name, counts in per_class.items()},
         per_sequence={
             result.name: {name: _values(counts) for name, counts in result.per_class.items()} for result in results
@@ -217,9 +204,10 @@ def combine(
     )
 
 
-def _combine_sequences(counts: dict[str, Counts]) -> Counts:
+def _combined(over: str, cells: dict[str, Counts]) -> Counts:
+    """One cell from several, by TrackEval's method ``combine_<over>`` of each metric family."""
     return {
-        family: metric.combine_sequences({name: cell[family] for name, cell in counts.items()})
+        family: getattr(metric, f"combine_{over}")({name: cell[family] for name, cell in cells.items()})
         for family, metric in FAMILIES.items()
     }
 
