@@ -18,7 +18,7 @@ from motip.data.sequence import ClassMap
 from motip.data.shards import read_labels
 from motip.errors import MotipError
 from motip.evaluation.calibration import BINS, DetectionCollector, Histogram, confidence_histograms
-from motip.evaluation.evaluator import EvalJob, has_labels, map_videos
+from motip.evaluation.evaluator import EvalJob, VideoWorker, has_labels, map_videos
 from motip.evaluation.metrics import SequenceCounts, combine, score_sequence
 from motip.evaluation.protocols import scored_sequence
 from motip.evaluation.scores import Scores
@@ -105,21 +105,12 @@ class ThresholdSearchInput:
         )
 
 
-class VariantTracker:
-    """Worker that tracks and scores one video per call under every candidate, in this process or as a Ray actor."""
-
-    def __init__(self, search: ThresholdSearchInput, storage: str, device: str, threads: int | None = None) -> None:
-        import torch
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self._search = search
-        self._model = search.model.to(torch.device(device))
-        self._storage = storage
+class VariantTracker(VideoWorker[ThresholdSearchInput, dict[str, Any]]):
+    """Worker that tracks and scores videos under every candidate."""
 
     def track(self, video: VideoEntry) -> tuple[dict[str, Any], dict[str, Any]]:
         """JSON-serialisable counts per candidate and histograms, and notes and seconds."""
-        search = self._search
+        search = self._subject
         collector = DetectionCollector(search.floor, search.variants[0].area_thresh)
         frames = read_video_frames(video, self._storage)
         results = track_variants(self._model, frames, search.variants, on_detections=collector.add)
@@ -309,7 +300,7 @@ def search_thresholds(search: ThresholdSearchInput, configured: TrackerSettings,
     }
     missing = [video for video in scored if not _is_stored(paths[video.identity], search.result_digest(video))]
     reused = len(scored) - len(missing)
-    results = map_videos(VariantTracker, search, missing, job.storage, job.device, job.cluster, job.workers)
+    results = map_videos(VariantTracker, search, missing, job)
     for done, (video, found, facts) in enumerate(results, start=reused + 1):
         write_json(paths[video.identity], {"inputs": search.result_digest(video), **found, **facts})
         if job.on_video is not None:
