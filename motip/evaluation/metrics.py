@@ -22,7 +22,7 @@ from motip.data.sequence import TrackRows
 from motip.errors import MotipError
 from motip.evaluation.counts import Counts, StoredCell, from_stored, to_stored
 from motip.evaluation.protocols import EvaluationProtocol, ScoredSequence, find_protocol
-from motip.evaluation.regions import box_iou, match, share_in_one, share_in_union
+from motip.evaluation.regions import EPS, box_iou, match, share_in_one, share_in_union
 from motip.evaluation.scores import Scores, Values
 
 with contextlib.redirect_stdout(io.StringIO()):  # TrackEval prints at import where pycocotools is missing
@@ -323,8 +323,7 @@ def _covered(boxes: np.ndarray, regions: np.ndarray, rules: EvaluationProtocol) 
     """(N,) bool: the share of the box inside the regions reaches the protocol's threshold."""
     in_one = rules.region_rule == "unmatched in one"
     share = share_in_one(boxes, regions) if in_one else share_in_union(boxes, regions)
-    slack = float(np.finfo(np.float64).eps)
-    return share > rules.region_overlap + slack if rules.strict else share >= rules.region_overlap - slack
+    return share > rules.region_overlap + EPS if rules.strict else share >= rules.region_overlap - EPS
 
 
 def _counts(sequence: ScoredSequence, class_id: int | None, rules: EvaluationProtocol, removed: Counter[str]) -> Counts:
