@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,12 @@ BINS = 20
 
 Histogram = dict[str, np.ndarray]
 """``true`` and ``false`` -> (BINS,) int64 detections."""
+
+
+def pool(histograms: Iterable[Mapping[str, Any]]) -> Histogram:
+    """Sum of histograms."""
+    every = list(histograms)
+    return {side: np.sum([each[side] for each in every], axis=0) for side in ("true", "false")}
 
 
 class DetectionCollector:

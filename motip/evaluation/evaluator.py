@@ -233,7 +233,12 @@ def track_paths(folder: Location, video: VideoEntry) -> tuple[Location, Location
 def is_tracked(folder: Location, video: VideoEntry, inputs: str) -> bool:
     """Whether the folder contains tracks of the video with this digest (``tracks_digest``)."""
     tracks, facts = track_paths(folder, video)
-    return facts.is_file() and tracks.is_file() and read_json(facts).get("inputs") == inputs
+    return tracks.is_file() and is_current(facts, inputs)
+
+
+def is_current(path: Location, inputs: str) -> bool:
+    """Whether a stored JSON file exists and was computed from inputs with this digest."""
+    return path.is_file() and read_json(path).get("inputs") == inputs
 
 
 def read_tracks(folder: Location, video: VideoEntry) -> TrackRows:

@@ -327,7 +327,7 @@ def _covered(boxes: np.ndarray, regions: np.ndarray, rules: EvaluationProtocol) 
 
 
 def _counts(sequence: ScoredSequence, class_id: int | None, rules: EvaluationProtocol, removed: Counter[str]) -> Counts:
-    """TrackEval's results for one class of one sequence (None: all classes as one)."""
+    """TrackEval's results for one class of one sequence."""
     _, _, data = _class_data(sequence, class_id, rules, removed)
     return {family: metric.eval_sequence(data) for family, metric in FAMILIES.items()}
 
@@ -335,6 +335,8 @@ def _counts(sequence: ScoredSequence, class_id: int | None, rules: EvaluationPro
 def _class_data(
     sequence: ScoredSequence, class_id: int | None, rules: EvaluationProtocol, removed: Counter[str]
 ) -> tuple[TrackRows, TrackRows, dict[str, Any]]:
+    """Rows of one class (None: all classes as one) and TrackEval's input: contiguous ids, similarities as IoU."""
+    # rows of the class
     gt, pred = sequence.gt, sequence.pred
     if class_id is not None:
         gt = _select(gt, np.flatnonzero(gt.class_ids == class_id))
@@ -344,18 +346,7 @@ def _class_data(
     frames = sequence.frames
     if frames is None:
         frames = np.union1d(gt.frames, pred.frames)
-    return gt, pred, _trackeval_data(np.unique(frames), gt, pred, sequence, rules, removed)
-
-
-def _trackeval_data(
-    frames: np.ndarray,
-    gt: TrackRows,
-    pred: TrackRows,
-    sequence: ScoredSequence,
-    rules: EvaluationProtocol,
-    removed: Counter[str],
-) -> dict[str, Any]:
-    """Input of TrackEval's metric classes: contiguous ids per frame, similarities as IoU."""
+    frames = np.unique(frames)
     # rows and regions of each frame
     gt_cuts = _frame_slices(gt.frames, frames)
     pred_cuts = _frame_slices(pred.frames, frames)
@@ -380,20 +371,24 @@ def _trackeval_data(
     gt_ids, gt_numbers = np.unique(gt.track_ids, return_inverse=True)
     all_kept = np.concatenate([np.zeros(0, np.int64), *pred_kept])
     pred_ids = np.unique(pred.track_ids[all_kept])
-    return {
-        "seq": sequence.name,
-        "num_timesteps": len(frames),
-        "num_gt_ids": len(gt_ids),
-        "num_tracker_ids": len(pred_ids),
-        "num_gt_dets": len(gt),
-        "num_tracker_dets": len(all_kept),
-        "gt_ids": [gt_numbers[cut] for cut in gt_cuts],
-        "tracker_ids": [np.searchsorted(pred_ids, pred.track_ids[kept]) for kept in pred_kept],
-        "similarity_scores": similarities,
-        "frames": frames,
-        "gt_rows": [np.arange(cut.start, cut.stop) for cut in gt_cuts],
-        "tracker_rows": pred_kept,
-    }
+    return (
+        gt,
+        pred,
+        {
+            "seq": sequence.name,
+            "num_timesteps": len(frames),
+            "num_gt_ids": len(gt_ids),
+            "num_tracker_ids": len(pred_ids),
+            "num_gt_dets": len(gt),
+            "num_tracker_dets": len(all_kept),
+            "gt_ids": [gt_numbers[cut] for cut in gt_cuts],
+            "tracker_ids": [np.searchsorted(pred_ids, pred.track_ids[kept]) for kept in pred_kept],
+            "similarity_scores": similarities,
+            "frames": frames,
+            "gt_rows": [np.arange(cut.start, cut.stop) for cut in gt_cuts],
+            "tracker_rows": pred_kept,
+        },
+    )
 
 
 def _to_ignore(
