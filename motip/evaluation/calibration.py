@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +12,7 @@ from torch import Tensor
 from motip.data.sequence import TrackRows
 from motip.evaluation.metrics import prepare_class
 from motip.evaluation.protocols import ScoredSequence
-from motip.evaluation.regions import MATCH_IOU
+from motip.evaluation.regions import EPS, MATCH_IOU
 from motip.losses.boxes import cxcywh_to_xyxy
 
 BINS = 20
@@ -18,7 +21,11 @@ BINS = 20
 Histogram = dict[str, np.ndarray]
 """``true`` and ``false`` -> (BINS,) int64 detections."""
 
-_SLACK = float(np.finfo(np.float64).eps)
+
+def pool(histograms: Iterable[Mapping[str, Any]]) -> Histogram:
+    """Sum of histograms."""
+    every = list(histograms)
+    return {side: np.sum([each[side] for each in every], axis=0) for side in ("true", "false")}
 
 
 class DetectionCollector:
@@ -67,11 +74,10 @@ def confidence_histograms(
     Per frame and class, detections are matched in order of confidence as in COCO's evaluation: one is true if its IoU
     with an unmatched box is at least 0.5. Detections ignored by the protocol are not counted.
     """
-    return {name: _histogram(sequence, classes, name, protocol) for name in classes}
+    return {name: _histogram(*prepare_class(sequence, classes, name, protocol)[1:]) for name in classes}
 
 
-def _histogram(sequence: ScoredSequence, classes: tuple[str, ...], name: str, protocol: str) -> Histogram:
-    _, pred, data = prepare_class(sequence, classes, name, protocol)
+def _histogram(pred: TrackRows, data: dict[str, Any]) -> Histogram:
     true, false = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     for columns, similarity in zip(data["tracker_rows"], data["similarity_scores"], strict=True):
         scores = pred.scores[columns]
@@ -91,6 +97,6 @@ def _greedy(similarity: np.ndarray, scores: np.ndarray) -> np.ndarray:
     for column in np.argsort(-scores, kind="stable").tolist():
         overlaps = np.where(free, similarity[:, column], -1.0)
         row = int(overlaps.argmax())
-        if overlaps[row] >= MATCH_IOU - _SLACK:
+        if overlaps[row] >= MATCH_IOU - EPS:
             matched[column], free[row] = True, False
     return matched

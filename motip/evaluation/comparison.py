@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from motip.errors import MotipError
-from motip.evaluation.bootstrap import AGNOSTIC, ALL_BOXES, MEAN, combine_resamples, resample_weights
+from motip.evaluation.bootstrap import AGNOSTIC, ALL_BOXES, MEAN, ResampledValues, combine_resamples, resample_weights
 from motip.evaluation.metrics import SequenceCounts
 from motip.evaluation.scores import COUNTS, PERCENTAGES, Scores, Values, check_comparable
 
@@ -145,10 +145,7 @@ def compare(a: Scores, b: Scores, resamples: int = RESAMPLES, seed: int = 0) -> 
         )
     # scores of both on each resample
     weights = resample_weights(len(a.sequences), resamples, seed)
-    averaged = [name for name in a.classes if name not in a.classes_without_gt]
-    resampled_a, resampled_b = (
-        combine_resamples(sequence_counts(side, a.sequences), a.classes, weights, averaged) for side in (a, b)
-    )
+    resampled_a, resampled_b = (resample_scores(side, a.sequences, weights) for side in (a, b))
     # differences
     rows_a, rows_b = _rows(a), _rows(b)
     differences = [
@@ -160,6 +157,27 @@ def compare(a: Scores, b: Scores, resamples: int = RESAMPLES, seed: int = 0) -> 
         if metric not in ("GT", "TP")
     ]
     return Comparison(a.identity, len(a.sequences), resamples, seed, tuple(differences), _notes(a, b))
+
+
+def resample_scores(scores: Scores, sequences: tuple[str, ...], weights: np.ndarray) -> dict[str, ResampledValues]:
+    """Scores of every resample, under the names of ``combine_resamples``.
+
+    Args:
+        sequences: their order in ``weights``.
+        weights: (S, B) how often each sequence is in each resample.
+
+    Raises:
+        MotipError: as ``sequence_counts``.
+    """
+    averaged = [name for name in scores.classes if name not in scores.classes_without_gt]
+    return combine_resamples(sequence_counts(scores, sequences), scores.classes, weights, averaged)
+
+
+def interval(resampled: np.ndarray) -> tuple[float, float]:
+    """Bounds of the middle ``COVERAGE`` percent of the (B,) values of resamples; NaN is left out."""
+    edge = (100.0 - COVERAGE) / 2
+    low, high = np.nanpercentile(resampled, [edge, 100.0 - edge])
+    return float(low), float(high)
 
 
 def sequence_counts(scores: Scores, order: tuple[str, ...]) -> list[SequenceCounts]:
@@ -190,13 +208,10 @@ def _rows(scores: Scores) -> dict[str, Values]:
 
 def _difference(row: str, metric: str, a: Values, b: Values, resampled: np.ndarray, sequences: int) -> Difference:
     first, second = a[metric], b[metric]
-    finite = resampled[np.isfinite(resampled)]
-    low = high = None
-    if sequences > 1 and len(finite) and first is not None and second is not None:
-        edge = (100.0 - COVERAGE) / 2
-        low, high = (float(value) for value in np.percentile(finite, [edge, 100.0 - edge]))
+    number = int(np.isfinite(resampled).sum())
     difference = None if first is None or second is None else float(second - first)
-    return Difference(row, metric, first, second, difference, low, high, len(finite))
+    low, high = interval(resampled) if sequences > 1 and number and difference is not None else (None, None)
+    return Difference(row, metric, first, second, difference, low, high, number)
 
 
 def _notes(a: Scores, b: Scores) -> tuple[str, ...]:

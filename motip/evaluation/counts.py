@@ -21,21 +21,28 @@ HOTA_SHARES = ("AssA", "AssRe", "AssPr", "LocA")
 CLEAR_FIELDS = ("CLR_TP", "CLR_FN", "CLR_FP", "IDSW", "MT", "PT", "ML", "Frag", "CLR_Frames", "MOTP_sum")
 IDENTITY_FIELDS = ("IDTP", "IDFN", "IDFP")
 
+FIELDS = {"HOTA": (*HOTA_COUNTS, *HOTA_SHARES), "CLEAR": CLEAR_FIELDS, "Identity": IDENTITY_FIELDS}
+"""Stored fields of each metric family."""
+
+_FLOATS = {*HOTA_SHARES, "MOTP_sum"}
+_EMPTY: Counts = {
+    family: dict.fromkeys(fields, [0] * ALPHAS if family == "HOTA" else 0) for family, fields in FIELDS.items()
+}
+
 StoredCell = dict[str, dict[str, Any]] | None
 """A cell as JSON: lists and numbers; None without ground truth and predictions."""
 
 
 def to_stored(counts: Counts) -> StoredCell:
     """The fields needed to combine sequences, as JSON-serialisable values."""
-    hota, clear, identity = counts["HOTA"], counts["CLEAR"], counts["Identity"]
-    if not (clear["CLR_TP"] or clear["CLR_FN"] or clear["CLR_FP"]):
+    if not any(counts["CLEAR"][field] for field in ("CLR_TP", "CLR_FN", "CLR_FP")):
         return None
     return {
-        "HOTA": {field: np.asarray(hota[field]).astype(np.int64).tolist() for field in HOTA_COUNTS}
-        | {field: np.asarray(hota[field], np.float64).tolist() for field in HOTA_SHARES},
-        "CLEAR": {field: int(clear[field]) for field in CLEAR_FIELDS if field != "MOTP_sum"}
-        | {"MOTP_sum": float(clear["MOTP_sum"])},
-        "Identity": {field: int(identity[field]) for field in IDENTITY_FIELDS},
+        family: {
+            field: np.asarray(counts[family][field]).astype(np.float64 if field in _FLOATS else np.int64).tolist()
+            for field in fields
+        }
+        for family, fields in FIELDS.items()
     }
 
 
@@ -45,17 +52,7 @@ def from_stored(stored: Mapping[str, Mapping[str, Any]] | None) -> Counts:
     Raises:
         KeyError: a field is missing.
     """
-    if stored is None:
-        return {
-            "HOTA": {field: np.zeros(ALPHAS) for field in (*HOTA_COUNTS, *HOTA_SHARES)},
-            "CLEAR": dict.fromkeys(CLEAR_FIELDS, 0),
-            "Identity": dict.fromkeys(IDENTITY_FIELDS, 0),
-        }
-    return {
-        "HOTA": {
-            field: np.asarray(stored["HOTA"][field], np.float64).reshape(ALPHAS)
-            for field in (*HOTA_COUNTS, *HOTA_SHARES)
-        },
-        "CLEAR": {field: stored["CLEAR"][field] for field in CLEAR_FIELDS},
-        "Identity": {field: stored["Identity"][field] for field in IDENTITY_FIELDS},
-    }
+    given = _EMPTY if stored is None else stored
+    cell = {family: {field: given[family][field] for field in fields} for family, fields in FIELDS.items()}
+    cell["HOTA"] = {field: np.asarray(value, np.float64).reshape(ALPHAS) for field, value in cell["HOTA"].items()}
+    return cell

@@ -157,7 +157,8 @@ class DomainMatrix:
     def row_dict(self, stage: str, prefix: str = "R") -> dict[str, float]:
         """Flat metrics of one row for MLflow: ``R/<domain>``, and ``R/<domain>/<class>`` for several classes."""
         named = {"/".join(filter(None, column)): self.value(stage, column) for column in self.columns(classes=True)}
-        return {f"{prefix}/{metric_name_of(name)}": value for name, value in named.items() if value is not None}
+        valid = {name: "/".join(metric_name(part) for part in name.split("/")) for name in named}
+        return {f"{prefix}/{valid[name]}": value for name, value in named.items() if value is not None}
 
     def cells(self, stage: str) -> dict[str, float]:
         """The metrics of ``row_dict`` with the stage in their names: ``R/<stage>/<domain>``."""
@@ -215,11 +216,6 @@ def subsample(
 
 def _shows(video: VideoEntry, raws: Collection[str]) -> bool:
     return any(video.boxes.get(raw, 0) > video.ignored.get(raw, 0) for raw in raws)
-
-
-def metric_name_of(path: str) -> str:
-    """A slash-separated path whose parts are valid MLflow metric names."""
-    return "/".join(metric_name(part) for part in path.split("/"))
 
 
 def _check_same(by_stage: Mapping[str, Mapping[str, Scores]], domain: str) -> None:

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+import torch
 
 from motip.cluster import Cluster
 from motip.data.clip_loader import read_video_frames
@@ -37,9 +38,18 @@ MAX_WORKER_DEATHS = 3
 OnVideo = Callable[[VideoEntry, int, int], None]
 """Called with a finished video, the number of finished videos, and their total."""
 
-ModelT = TypeVar("ModelT")
 ResultT = TypeVar("ResultT")
-ResultT_co = TypeVar("ResultT_co", covariant=True)
+
+
+class HasModel(Protocol):
+    """What the actors of ``map_videos`` share."""
+
+    @property
+    def model(self) -> MOTIP:
+        """The network, in eval mode on the CPU."""
+
+
+SubjectT = TypeVar("SubjectT", bound=HasModel)
 
 
 @dataclass(frozen=True)
@@ -169,27 +179,23 @@ def evaluate_videos(
     # tracks
     videos, averaged = job.videos, job.averaged
     reused = track_missing(model, job)
-    paths = {(video.source, video.video): track_paths(job.folder, video) for video in videos}
-    tracked = {key: _read(path) for key, (path, _) in paths.items()}
-    notes = dict.fromkeys(note for _, facts in paths.values() for note in read_json(facts)["notes"])
+    facts = [read_json(track_paths(job.folder, video)[1]) for video in videos]
+    notes = dict.fromkeys(note for each in facts for note in each["notes"])
     # scores by source
     scores: dict[str, Scores] = {}
     tracks: dict[str, dict[str, TrackRows]] = {}
     tracked_only = []
     for source in sorted({video.source for video in videos}):
         own = [video for video in videos if video.source == source]
-        class_map = class_maps[source]
-        if not has_labels(own, class_map, averaged):
+        names = class_maps[source].names
+        if not has_labels(own, class_maps[source], averaged):
             tracked_only.append(source)
             continue
-        model_classes = model.classes or class_map.names
-        rows_of = {
-            key: remap_classes(rows, model_classes, class_map.names)
-            for key, rows in tracked.items()
-            if key[0] == source
+        tracks[source] = {
+            video.video: remap_classes(read_tracks(job.folder, video), model.classes or names, names) for video in own
         }
-        scores |= score_videos(own, rows_of, job.storage, class_maps, protocols, job.split, averaged).by_source
-        tracks[source] = {video: rows for (_, video), rows in rows_of.items()}
+        tracked = {(source, video): rows for video, rows in tracks[source].items()}
+        scores |= score_videos(own, tracked, job.storage, class_maps, protocols, job.split, averaged).by_source
     return Evaluation(scores, tuple(tracked_only), len(videos), reused, tuple(notes), tracks)
 
 
@@ -201,7 +207,7 @@ def track_missing(model: ModelUnderTest, job: EvalJob) -> int:
     """
     missing = [video for video in job.videos if not is_tracked(job.folder, video, model.tracks_digest(video))]
     reused = len(job.videos) - len(missing)
-    results = map_videos(VideoTracker, model, missing, job.storage, job.device, job.cluster, job.workers)
+    results = map_videos(VideoTracker, model, missing, job)
     for done, (video, rows, facts) in enumerate(results, start=reused + 1):
         tracks_path, facts_path = track_paths(job.folder, video)
         with atomic_output(tracks_path) as path:
@@ -227,12 +233,21 @@ def track_paths(folder: Location, video: VideoEntry) -> tuple[Location, Location
 def is_tracked(folder: Location, video: VideoEntry, inputs: str) -> bool:
     """Whether the folder contains tracks of the video with this digest (``tracks_digest``)."""
     tracks, facts = track_paths(folder, video)
-    return facts.is_file() and tracks.is_file() and read_json(facts).get("inputs") == inputs
+    return tracks.is_file() and is_current(facts, inputs)
+
+
+def is_current(path: Location, inputs: str) -> bool:
+    """Whether a stored JSON file exists and was computed from inputs with this digest."""
+    return path.is_file() and read_json(path).get("inputs") == inputs
 
 
 def read_tracks(folder: Location, video: VideoEntry) -> TrackRows:
     """Stored tracks of a video; class ids are those of the model."""
-    return _read(track_paths(folder, video)[0])
+    path, _ = track_paths(folder, video)
+    if not isinstance(path, RemotePath):
+        return read_mot(path)
+    with tempfile.TemporaryDirectory(prefix="motip-") as local:
+        return read_mot(download(path, Path(local) / path.name))
 
 
 def has_labels(videos: Sequence[VideoEntry], class_map: ClassMap, averaged: Collection[str] | None = None) -> bool:
@@ -255,35 +270,27 @@ def remap_classes(rows: TrackRows, source: Sequence[str], target: Sequence[str])
     return TrackRows(rows.frames[keep], rows.track_ids[keep], rows.boxes_xyxy[keep], rows.scores[keep], class_ids[keep])
 
 
-def _read(path: Location) -> TrackRows:
-    if isinstance(path, RemotePath):
-        with tempfile.TemporaryDirectory(prefix="motip-") as folder:
-            return read_mot(download(path, Path(folder) / path.name))
-    return read_mot(path)
+class VideoWorker(Generic[SubjectT, ResultT]):
+    """Worker of ``map_videos``: one video per call, in this process or as a Ray actor."""
 
-
-class VideoWorker(Protocol[ResultT_co]):
-    """Worker of ``map_videos``."""
-
-    def track(self, video: VideoEntry) -> tuple[ResultT_co, dict[str, Any]]:
-        """Result of one video, and JSON-serialisable facts about it."""
-
-
-class VideoTracker:
-    """Worker that tracks one video per call, in this process or as a Ray actor."""
-
-    def __init__(self, model: ModelUnderTest, storage: str, device: str, threads: int | None = None) -> None:
-        import torch
-
+    def __init__(self, subject: SubjectT, storage: str, device: str, threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self._model = model.model.to(torch.device(device))
-        self._settings = model.settings
+        self._subject = subject
+        self._model = subject.model.to(torch.device(device))
         self._storage = storage
+
+    def track(self, video: VideoEntry) -> tuple[ResultT, dict[str, Any]]:
+        """Result of one video, and JSON-serialisable facts about it."""
+        raise NotImplementedError
+
+
+class VideoTracker(VideoWorker[ModelUnderTest, TrackRows]):
+    """Worker that tracks videos."""
 
     def track(self, video: VideoEntry) -> tuple[TrackRows, dict[str, Any]]:
         """Tracks, and their frames, seconds, counters and notes."""
-        result = track_sequence(self._model, read_video_frames(video, self._storage), self._settings)
+        result = track_sequence(self._model, read_video_frames(video, self._storage), self._subject.settings)
         facts = {
             "frames": result.num_frames,
             "seconds": result.seconds,
@@ -294,93 +301,82 @@ class VideoTracker:
 
 
 def map_videos(
-    worker: Callable[[ModelT, str, str], VideoWorker[ResultT]],
-    model: ModelT,
-    videos: Sequence[VideoEntry],
-    storage: str,
-    device: str,
-    cluster: Cluster | None = None,
-    workers: int | None = None,
+    worker: type[VideoWorker[SubjectT, ResultT]], subject: SubjectT, videos: Sequence[VideoEntry], job: EvalJob
 ) -> Iterator[tuple[VideoEntry, ResultT, dict[str, Any]]]:
-    """Run a worker over videos; yields one result per video in order of completion.
+    """Run a worker over some videos of a job; yields one result per video in order of completion.
 
     On Ray a worker whose process or node dies is replaced, and its video is tracked by another.
-
-    Args:
-        worker: class with the constructor of ``VideoTracker``.
-        model: first argument of the constructor.
-        cluster: Ray cluster whose actors share the videos; None runs one worker in this process.
-        workers: maximum number of actors; None: one per CPU (per GPU with a CUDA ``device``).
 
     Raises:
         MotipError: more workers than CPUs or GPUs, or workers die ``MAX_WORKER_DEATHS`` times on one video.
     """
-    if cluster is not None:
-        yield from _map_on_ray(worker, model, videos, storage, device, cluster, workers)
+    if job.cluster is not None:
+        yield from _map_on_ray(worker, subject, videos, job, job.cluster)
         return
-    local = worker(model, storage, device)
+    local = worker(subject, job.storage, job.device)
     for video in videos:
         yield video, *local.track(video)
 
 
 def _map_on_ray(
-    worker: Callable[[ModelT, str, str], VideoWorker[ResultT]],
-    model: ModelT,
+    worker: type[VideoWorker[SubjectT, ResultT]],
+    subject: SubjectT,
     videos: Sequence[VideoEntry],
-    storage: str,
-    device: str,
+    job: EvalJob,
     cluster: Cluster,
-    workers: int | None,
 ) -> Iterator[tuple[VideoEntry, ResultT, dict[str, Any]]]:
     import ray
 
     # number of actors
-    on_gpu = device.startswith("cuda")
+    on_gpu = job.device.startswith("cuda")
     available = int(cluster.gpus if on_gpu else cluster.cpus)
-    if workers is not None and workers > available:
+    if job.workers is not None and job.workers > available:
         raise MotipError(
             f"more workers than {'GPUs' if on_gpu else 'CPUs'}",
             where="--workers",
-            found=workers,
+            found=job.workers,
             expected=f"at most {available}",
             fix="lower --workers or add nodes",
         )
-    count = min(workers or available, len(videos))
+    count = min(job.workers or available, len(videos))
     if not count:
         return
     # actors and queue
     actor_class: Any = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(worker)
-    shared = ray.put(model)
+    shared = ray.put(subject)
     actors: list[Any] = []
-    idle: list[Any] = []
     # Longest videos first, so that the actors finish at about the same time.
     queue = sorted(videos, key=lambda video: (-video.frames, video.identity))
     running: dict[Any, tuple[Any, VideoEntry | None]] = {}  # None: the actor is starting
     deaths: Counter[str] = Counter()
 
     def start() -> None:
-        actors.append(actor_class.remote(shared, storage, "cuda" if on_gpu else "cpu", 1))
+        actors.append(actor_class.remote(shared, job.storage, "cuda" if on_gpu else "cpu", 1))
         running[actors[-1].__ray_ready__.remote()] = actors[-1], None
+
+    def stop(actor: Any) -> None:
+        actors.remove(actor)
+        ray.kill(actor)
 
     try:
         for _ in range(count):
             start()
         while queue or any(video is not None for _, video in running.values()):
-            while queue and idle:
-                free, following = idle.pop(), queue.pop(0)
-                running[free.track.remote(following)] = free, following
-            done, _ = ray.wait(list(running), num_returns=1)
-            actor, video = running.pop(done[0])
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            actor, video = running.pop(done)
             try:
-                result = ray.get(done[0])
+                result = ray.get(done)
             except ray.exceptions.RayActorError as error:
-                actors.remove(actor)
-                ray.kill(actor)  # it may only be unreachable
+                stop(actor)  # it may only be unreachable
                 _count_death(deaths, video, error)
                 queue[:0] = [video] if video is not None else []
                 start()
                 continue
-            idle.append(actor)
+            if queue:
+                following = queue.pop(0)
+                running[actor.track.remote(following)] = actor, following
+            else:
+                stop(actor)  # its CPU or GPU is free for the replacement of another
             if video is not None:
                 yield video, *result
     finally:

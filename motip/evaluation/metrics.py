@@ -20,9 +20,9 @@ from scipy.optimize import linear_sum_assignment
 
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
-from motip.evaluation.counts import Counts, from_stored, to_stored
+from motip.evaluation.counts import Counts, StoredCell, from_stored, to_stored
 from motip.evaluation.protocols import EvaluationProtocol, ScoredSequence, find_protocol
-from motip.evaluation.regions import box_iou, match, share_in_one, share_in_union
+from motip.evaluation.regions import EPS, box_iou, match, share_in_one, share_in_union
 from motip.evaluation.scores import Scores, Values
 
 with contextlib.redirect_stdout(io.StringIO()):  # TrackEval prints at import where pycocotools is missing
@@ -92,12 +92,13 @@ class SequenceCounts:
     @classmethod
     def from_json(cls, name: str, stored: Mapping[str, Any]) -> SequenceCounts:
         """Inverse of ``to_json``; raises KeyError if a field is missing."""
-        # Combining a single cell computes the fields that were not stored.
-        per_class = {
-            label: _combine_sequences({name: from_stored(cell)}) for label, cell in stored["per_class"].items()
-        }
-        agnostic = _combine_sequences({name: from_stored(stored["agnostic"])})
-        return cls(name, per_class, agnostic, Counter(stored["removed"]))
+
+        def restored(cell: StoredCell) -> Counts:
+            # Combining a single cell computes the fields that were not stored.
+            return _combined("sequences", {name: from_stored(cell)})
+
+        per_class = {label: restored(cell) for label, cell in stored["per_class"].items()}
+        return cls(name, per_class, restored(stored["agnostic"]), Counter(stored["removed"]))
 
 
 def score(
@@ -173,7 +174,7 @@ def combine(
     if repeated:
         raise MotipError("a sequence is scored twice", where="sequences", found=", ".join(repeated))
     per_class = {
-        name: _combine_sequences({result.name: result.per_class[name] for result in results}) for name in classes
+        name: _combined("sequences", {result.name: result.per_class[name] for result in results}) for name in classes
     }
     headline = tuple(name for name in classes if averaged is None or name in averaged)
     labelled = {name: per_class[name] for name in headline if _gt_boxes(per_class[name])}
@@ -190,23 +191,9 @@ def combine(
         classes=classes,
         split=split,
         sequences=tuple(names),
-        class_averaged=_values(
-            {
-                family: metric.combine_classes_class_averaged(
-                    {name: counts[family] for name, counts in labelled.items()}
-                )
-                for family, metric in FAMILIES.items()
-            }
-        ),
-        detection_averaged=_values(
-            {
-                family: metric.combine_classes_det_averaged(
-                    {name: counts[family] for name, counts in per_class.items()}
-                )
-                for family, metric in FAMILIES.items()
-            }
-        ),
-        class_agnostic=_values(_combine_sequences({result.name: result.agnostic for result in results})),
+        class_averaged=_values(_combined("classes_class_averaged", labelled)),
+        detection_averaged=_values(_combined("classes_det_averaged", per_class)),
+        class_agnostic=_values(_combined("sequences", {result.name: result.agnostic for result in results})),
         per_class={name: _values(counts) for name, counts in per_class.items()},
         per_sequence={
             result.name: {name: _values(counts) for name, counts in result.per_class.items()} for result in results
@@ -217,9 +204,10 @@ def combine(
     )
 
 
-def _combine_sequences(counts: dict[str, Counts]) -> Counts:
+def _combined(over: str, cells: dict[str, Counts]) -> Counts:
+    """One cell from several, by TrackEval's method ``combine_<over>`` of each metric family."""
     return {
-        family: metric.combine_sequences({name: cell[family] for name, cell in counts.items()})
+        family: getattr(metric, f"combine_{over}")({name: cell[family] for name, cell in cells.items()})
         for family, metric in FAMILIES.items()
     }
 
@@ -335,12 +323,11 @@ def _covered(boxes: np.ndarray, regions: np.ndarray, rules: EvaluationProtocol) 
     """(N,) bool: the share of the box inside the regions reaches the protocol's threshold."""
     in_one = rules.region_rule == "unmatched in one"
     share = share_in_one(boxes, regions) if in_one else share_in_union(boxes, regions)
-    slack = float(np.finfo(np.float64).eps)
-    return share > rules.region_overlap + slack if rules.strict else share >= rules.region_overlap - slack
+    return share > rules.region_overlap + EPS if rules.strict else share >= rules.region_overlap - EPS
 
 
 def _counts(sequence: ScoredSequence, class_id: int | None, rules: EvaluationProtocol, removed: Counter[str]) -> Counts:
-    """TrackEval's results for one class of one sequence (None: all classes as one)."""
+    """TrackEval's results for one class of one sequence."""
     _, _, data = _class_data(sequence, class_id, rules, removed)
     return {family: metric.eval_sequence(data) for family, metric in FAMILIES.items()}
 
@@ -348,6 +335,8 @@ def _counts(sequence: ScoredSequence, class_id: int | None, rules: EvaluationPro
 def _class_data(
     sequence: ScoredSequence, class_id: int | None, rules: EvaluationProtocol, removed: Counter[str]
 ) -> tuple[TrackRows, TrackRows, dict[str, Any]]:
+    """Rows of one class (None: all classes as one) and TrackEval's input: contiguous ids, similarities as IoU."""
+    # rows of the class
     gt, pred = sequence.gt, sequence.pred
     if class_id is not None:
         gt = _select(gt, np.flatnonzero(gt.class_ids == class_id))
@@ -357,18 +346,7 @@ def _class_data(
     frames = sequence.frames
     if frames is None:
         frames = np.union1d(gt.frames, pred.frames)
-    return gt, pred, _trackeval_data(np.unique(frames), gt, pred, sequence, rules, removed)
-
-
-def _trackeval_data(
-    frames: np.ndarray,
-    gt: TrackRows,
-    pred: TrackRows,
-    sequence: ScoredSequence,
-    rules: EvaluationProtocol,
-    removed: Counter[str],
-) -> dict[str, Any]:
-    """Input of TrackEval's metric classes: contiguous ids per frame, similarities as IoU."""
+    frames = np.unique(frames)
     # rows and regions of each frame
     gt_cuts = _frame_slices(gt.frames, frames)
     pred_cuts = _frame_slices(pred.frames, frames)
@@ -393,20 +371,24 @@ def _trackeval_data(
     gt_ids, gt_numbers = np.unique(gt.track_ids, return_inverse=True)
     all_kept = np.concatenate([np.zeros(0, np.int64), *pred_kept])
     pred_ids = np.unique(pred.track_ids[all_kept])
-    return {
-        "seq": sequence.name,
-        "num_timesteps": len(frames),
-        "num_gt_ids": len(gt_ids),
-        "num_tracker_ids": len(pred_ids),
-        "num_gt_dets": len(gt),
-        "num_tracker_dets": len(all_kept),
-        "gt_ids": [gt_numbers[cut] for cut in gt_cuts],
-        "tracker_ids": [np.searchsorted(pred_ids, pred.track_ids[kept]) for kept in pred_kept],
-        "similarity_scores": similarities,
-        "frames": frames,
-        "gt_rows": [np.arange(cut.start, cut.stop) for cut in gt_cuts],
-        "tracker_rows": pred_kept,
-    }
+    return (
+        gt,
+        pred,
+        {
+            "seq": sequence.name,
+            "num_timesteps": len(frames),
+            "num_gt_ids": len(gt_ids),
+            "num_tracker_ids": len(pred_ids),
+            "num_gt_dets": len(gt),
+            "num_tracker_dets": len(all_kept),
+            "gt_ids": [gt_numbers[cut] for cut in gt_cuts],
+            "tracker_ids": [np.searchsorted(pred_ids, pred.track_ids[kept]) for kept in pred_kept],
+            "similarity_scores": similarities,
+            "frames": frames,
+            "gt_rows": [np.arange(cut.start, cut.stop) for cut in gt_cuts],
+            "tracker_rows": pred_kept,
+        },
+    )
 
 
 def _to_ignore(

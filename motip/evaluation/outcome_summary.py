@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from motip.data.sequence import ClassMap, Sequence
-from motip.evaluation.outcomes import GT_OUTCOMES, PRED_OUTCOMES, SIZE_BINS, ClassOutcomes, box_outcomes
+from motip.data.sequence import ClassMap, Sequence, TrackRows
+from motip.evaluation.outcomes import SIZE_BINS, ClassOutcomes, box_outcomes
 from motip.evaluation.protocols import ScoredSequence
 from motip.evaluation.regions import areas, distance_to_border
 
@@ -29,7 +29,7 @@ HAS_BOTH_ATTRIBUTES = ("bdd100k", "visdrone")
 WORST_FRAMES = 20
 """Number of frames listed by ``worst_frames``."""
 
-Group = dict[str, int]
+Group = Counter[str]
 """Outcome -> boxes; see ``OutcomeSummary``."""
 
 
@@ -49,20 +49,19 @@ class OutcomeSummary:
 
     totals: dict[str, Group] = field(default_factory=dict)
     groups: dict[str, dict[str, dict[str, Group]]] = field(default_factory=dict)
-    gaps: dict[str, dict[str, int]] = field(default_factory=dict)
+    gaps: dict[str, Counter[str]] = field(default_factory=dict)
     switches: list[dict[str, Any]] = field(default_factory=list)
     frames: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     def add(self, other: OutcomeSummary) -> None:
         """Add the counts of another sequence with the same classes."""
         for name, totals in other.totals.items():
-            self.totals[name] = _sum(self.totals.get(name, {}), totals)
-            own = self.groups.setdefault(name, {})
+            self.totals.setdefault(name, Counter()).update(totals)
+            self.gaps.setdefault(name, Counter()).update(other.gaps[name])
             for dimension, groups in other.groups[name].items():
-                kept = own.setdefault(dimension, {})
+                own = self.groups.setdefault(name, {}).setdefault(dimension, {})
                 for group, counts in groups.items():
-                    kept[group] = _sum(kept.get(group, {}), counts)
-            self.gaps[name] = _sum(self.gaps.get(name, {}), other.gaps[name])
+                    own.setdefault(group, Counter()).update(counts)
         self.switches += other.switches
         self.frames += other.frames
 
@@ -105,17 +104,19 @@ def summarise_outcomes(
     summary = OutcomeSummary()
     for class_id, (name, errors) in enumerate(box_outcomes(scored, class_map.names, protocol).items()):
         gt_groups, pred_groups = _groupings(errors, labels, class_map, class_id)
-        summary.totals[name] = {"boxes": len(errors.gt)} | errors.counts()
+        summary.totals[name] = Counter({"boxes": len(errors.gt)} | errors.counts())
         summary.groups[name] = {
             dimension: {
-                group: _counts(errors, mask, pred_groups[dimension][group] if dimension in pred_groups else None)
+                group: Counter(
+                    {"boxes": int(mask.sum())} | errors.counts(mask, pred_groups.get(dimension, {}).get(group))
+                )
                 for group, mask in groups.items()
             }
             for dimension, groups in gt_groups.items()
         }
         switches = errors.switches()
         gaps = np.array([each["gap"] for each in switches], np.float64)
-        summary.gaps[name] = {group: int(mask.sum()) for group, mask in _binned(gaps, GAPS).items()}
+        summary.gaps[name] = Counter({group: int(mask.sum()) for group, mask in _binned(gaps, GAPS).items()})
         summary.switches += [{"sequence": scored.name, "class": name, **each} for each in switches]
         summary.frames.update({(scored.name, frame): number for frame, number in errors.errors_per_frame().items()})
     return summary
@@ -130,23 +131,21 @@ def _groupings(
 ) -> tuple[dict[str, Masks], dict[str, Masks]]:
     """Dimension -> group -> mask, for the labels and for the predictions."""
     occlusion, truncation = _attributes(errors, labels, class_map, class_id)
-    gt_boxes, pred_boxes = errors.gt.boxes_xyxy.astype(np.float64), errors.pred.boxes_xyxy.astype(np.float64)
-    frames, numbers = np.unique(errors.gt.frames, return_counts=True)
-    in_frame = dict(zip(frames.tolist(), numbers.tolist(), strict=True))
-    pred_density = np.array([in_frame.get(frame, 0) for frame in errors.pred.frames.tolist()], np.float64)
-    gt_groups = {
-        "size": _binned(areas(gt_boxes), SIZE_BINS, inclusive=False),
+    attributes = {
         "occlusion": {name: occlusion == level for level, name in enumerate(OCCLUSION)},
         "truncation": {name: truncation == level for level, name in enumerate(TRUNCATION)},
-        "border": _binned(errors.distance_to_border(labels.width, labels.height), BORDER, inclusive=False),
-        "crowd": _binned(errors.density().astype(np.float64), CROWD),
     }
-    pred_groups = {
-        "size": _binned(areas(pred_boxes), SIZE_BINS, inclusive=False),
-        "border": _binned(distance_to_border(pred_boxes, labels.width, labels.height), BORDER, inclusive=False),
-        "crowd": _binned(pred_density, CROWD),
-    }
-    return gt_groups, pred_groups
+
+    def grouped(rows: TrackRows, attributes: dict[str, Masks]) -> dict[str, Masks]:
+        distances = distance_to_border(rows.boxes_xyxy, labels.width, labels.height)
+        return {
+            "size": _binned(areas(rows.boxes_xyxy.astype(np.float64)), SIZE_BINS, inclusive=False),
+            **attributes,
+            "border": _binned(distances, BORDER, inclusive=False),
+            "crowd": _binned(errors.density(rows.frames), CROWD),
+        }
+
+    return grouped(errors.gt, attributes), grouped(errors.pred, {})
 
 
 def _attributes(
@@ -162,21 +161,16 @@ def _attributes(
     found: dict[tuple[int, bytes], list[tuple[int, int]]] = defaultdict(list)
     for frame in labels.frames:
         for row in np.flatnonzero(class_map.class_ids(frame.categories) == class_id).tolist():
-            found[frame.number, _key(frame.boxes_xyxy[row])].append(
-                (int(frame.occlusion[row]), int(frame.truncation[row]))
-            )
-    occlusion = np.full(len(errors.gt), OCCLUSION.index("unknown"))
-    truncation = np.full(len(errors.gt), TRUNCATION.index("unknown"))
+            levels_of_box = int(frame.occlusion[row]), int(frame.truncation[row])
+            found[frame.number, _key(frame.boxes_xyxy[row])].append(levels_of_box)
+    levels = np.full((len(errors.gt), 2), -1)
     for row, (number, box) in enumerate(zip(errors.gt.frames.tolist(), errors.gt.boxes_xyxy, strict=True)):
         # Identical boxes of one class in one frame are consumed in order.
-        same = found.get((number, _key(box)))
-        if not same:
-            continue
-        levels = same.pop(0)
-        if has_occlusion:
-            occlusion[row] = levels[0]
-        if has_truncation:
-            truncation[row] = levels[1]
+        if same := found[number, _key(box)]:
+            levels[row] = same.pop(0)
+    known = (levels >= 0) & np.array([has_occlusion, has_truncation])
+    unknown = np.array([OCCLUSION.index("unknown"), TRUNCATION.index("unknown")])
+    occlusion, truncation = np.where(known, levels, unknown).T
     return occlusion, truncation
 
 
@@ -187,19 +181,6 @@ def _key(box_xyxy: np.ndarray) -> bytes:
 def _binned(values: np.ndarray, bounds: Mapping[str, float], inclusive: bool = True) -> Masks:
     bins = np.searchsorted(list(bounds.values()), values, side="left" if inclusive else "right")
     return {name: bins == index for index, name in enumerate(bounds)}
-
-
-def _counts(errors: ClassOutcomes, gt: np.ndarray, pred: np.ndarray | None) -> Group:
-    counts = {"boxes": int(gt.sum())}
-    counts |= {name: int((errors.gt_outcomes[gt] == index).sum()) for index, name in enumerate(GT_OUTCOMES)}
-    counts["fragment"] = int(errors.resumed[gt].sum())
-    if pred is not None:
-        counts |= {name: int((errors.pred_outcomes[pred] == index).sum()) for index, name in enumerate(PRED_OUTCOMES)}
-    return counts
-
-
-def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return {name: one.get(name, 0) + other.get(name, 0) for name in dict.fromkeys([*one, *other])}
 
 
 def _row(dimension: str, group: str, counts: Group) -> list[str]:

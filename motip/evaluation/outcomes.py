@@ -10,17 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from motip.data.sequence import TrackRows
 from motip.evaluation.metrics import prepare_class
 from motip.evaluation.protocols import ScoredSequence
-from motip.evaluation.regions import MATCH_IOU, distance_to_border
+from motip.evaluation.regions import match
 
 GT_OUTCOMES = ("tracked", "identity switch", "missed")
 PRED_OUTCOMES = ("true positive", "false positive", "ignored")
 SIZE_BINS = {"tiny": 16.0**2, "small": 32.0**2, "medium": 96.0**2, "large": np.inf}
 """Upper bounds of a box's area in square pixels: COCO's three bins, the smallest split for aerial images."""
+
+Selection = np.ndarray | slice
+"""(N,) bool mask of boxes, or a slice."""
+
+ALL = slice(None)
 
 _CONTINUES = 1000.0  # outweighs any IoU, so a pair of the previous frame is kept while its IoU reaches the threshold
 
@@ -50,11 +54,19 @@ class ClassOutcomes:
     resumed: np.ndarray
     ious: np.ndarray
 
-    def counts(self) -> dict[str, int]:
-        """Boxes by outcome, and fragments; the prediction of a switch is also a true positive."""
-        found = {name: int((self.gt_outcomes == index).sum()) for index, name in enumerate(GT_OUTCOMES)}
-        found |= {name: int((self.pred_outcomes == index).sum()) for index, name in enumerate(PRED_OUTCOMES)}
-        return found | {"fragment": int(self.resumed.sum())}
+    def counts(self, gt: Selection = ALL, pred: Selection | None = ALL) -> dict[str, int]:
+        """Boxes by outcome, and fragments; the prediction of a switch is also a true positive.
+
+        Args:
+            gt: the counted ground-truth boxes.
+            pred: the counted predictions; None leaves their outcomes out.
+        """
+        gt_outcomes = self.gt_outcomes[gt]
+        found = {name: int((gt_outcomes == index).sum()) for index, name in enumerate(GT_OUTCOMES)}
+        if pred is not None:
+            pred_outcomes = self.pred_outcomes[pred]
+            found |= {name: int((pred_outcomes == index).sum()) for index, name in enumerate(PRED_OUTCOMES)}
+        return found | {"fragment": int(self.resumed[gt].sum())}
 
     def switches(self) -> list[dict[str, int]]:
         """Identity switches: frame (0-based), ground-truth id, predicted id before and after, frames since match."""
@@ -75,14 +87,10 @@ class ClassOutcomes:
         frames, numbers = np.unique(wrong, return_counts=True)
         return dict(zip(frames.tolist(), numbers.tolist(), strict=True))
 
-    def distance_to_border(self, width: int, height: int) -> np.ndarray:
-        """(G,) pixels between each ground-truth box and the nearest image border, 0 where it touches or crosses."""
-        return distance_to_border(self.gt.boxes_xyxy, width, height)
-
-    def density(self) -> np.ndarray:
-        """(G,) ground-truth boxes of the class in the same frame."""
-        _, inverse, numbers = np.unique(self.gt.frames, return_inverse=True, return_counts=True)
-        density: np.ndarray = numbers[inverse]
+    def density(self, frames: np.ndarray) -> np.ndarray:
+        """(N,) ground-truth boxes of the class in each of these frames."""
+        starts, stops = (np.searchsorted(self.gt.frames, frames, side=side) for side in ("left", "right"))
+        density: np.ndarray = stops - starts
         return density
 
 
@@ -110,7 +118,8 @@ def _class_outcomes(gt: TrackRows, pred: TrackRows, data: dict[str, Any]) -> Cla
         if not len(rows) or not len(columns):
             continue  # as TrackEval: such a frame does not change the current matches
         objects, similarity = data["gt_ids"][step], data["similarity_scores"][step]
-        row_picks, column_picks = _match(similarity, current_id[objects][:, None] == pred.track_ids[columns][None])
+        continues = current_id[objects][:, None] == pred.track_ids[columns][None]
+        row_picks, column_picks = match(similarity, _CONTINUES * continues)
         matched, predictions, objects = rows[row_picks], columns[column_picks], objects[row_picks]
         ids = pred.track_ids[predictions]
         matched_before = last_id[objects] >= 0
@@ -125,11 +134,3 @@ def _class_outcomes(gt: TrackRows, pred: TrackRows, data: dict[str, Any]) -> Cla
         current_id[:] = -1
         current_id[objects] = ids
     return ClassOutcomes(gt, pred, gt_outcomes, pred_outcomes, matched_ids, previous_ids, gaps, resumed, ious)
-
-
-def _match(similarity: np.ndarray, continues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    slack = float(np.finfo(np.float64).eps)
-    scores = np.where(similarity < MATCH_IOU - slack, 0.0, similarity + _CONTINUES * continues)
-    rows, columns = linear_sum_assignment(scores, maximize=True)
-    valid = scores[rows, columns] > slack
-    return rows[valid], columns[valid]

@@ -20,13 +20,14 @@ Scores are comparable only with the same protocol, classes and sequences. The so
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from motip.config import Source
-from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence, TrackRows
+from motip.data.sequence import UNTRACKED, ClassMap, Sequence, TrackRows
 from motip.errors import MotipError
 
 PLAN_CLASSES = ("pedestrian", "car")
@@ -144,31 +145,30 @@ def scored_sequence(
     """
     rules = find_protocol(protocol)
     rules.check_classes(class_map.names)
-    # boxes and regions of each frame
-    frames, ids, boxes, classes, region_frames, regions, removes = [], [], [], [], [], [], []
-    for frame in sequence.frames:
-        claimed = class_map.class_ids(frame.categories)
-        region = _region_mask(frame, claimed, rules)
-        keep = (claimed >= 0) & ~region & (frame.track_ids != UNTRACKED)
-        frames.append(np.full(int(keep.sum()), frame.number, np.int64))
-        ids.append(frame.track_ids[keep])
-        boxes.append(frame.boxes_xyxy[keep])
-        classes.append(claimed[keep])
-        region_frames.append(np.full(int(region.sum()), frame.number, np.int64))
-        regions.append(frame.boxes_xyxy[region])
-        removes.append(_removing(frame, rules)[region])
+    # boxes of all frames
+    numbers = np.array([frame.number for frame in sequence.frames], np.int64)
+    box_frames = np.repeat(numbers, [len(frame.categories) for frame in sequence.frames])
+    empty = TrackRows.empty()
+    ids = np.concatenate([empty.track_ids, *(frame.track_ids for frame in sequence.frames)])
+    boxes = np.concatenate([empty.boxes_xyxy, *(frame.boxes_xyxy for frame in sequence.frames)])
+    categories = [category for frame in sequence.frames for category in frame.categories]
+    class_ids = class_map.class_ids(categories)
+    # regions: the readers mark VisDrone's categories 0 and 11 and BDD100K's crowds as ignored
+    region = np.concatenate([np.zeros(0, bool), *(frame.ignore for frame in sequence.frames)]) | (ids == UNTRACKED)
+    if rules.name in ("plain", "motchallenge"):
+        region |= class_ids < 0
+    elif rules.name == "bdd100k":
+        region |= _is_any_of(categories, BDD100K_DISTRACTORS)
+    removes = np.ones(len(ids), bool)
+    if rules.name == "motchallenge":
+        removes = _is_any_of(categories, MOTCHALLENGE_DISTRACTORS)
     # ground truth
-    gt = _rows(frames, ids, boxes, classes)
+    keep = (class_ids >= 0) & ~region
+    gt = TrackRows(box_frames[keep], ids[keep], boxes[keep], np.ones(int(keep.sum()), np.float32), class_ids[keep])
     if rules.split_class_flips:
         gt = split_class_flips(gt)
     return ScoredSequence(
-        sequence.name,
-        gt,
-        pred,
-        np.array([frame.number for frame in sequence.frames], np.int64),
-        np.concatenate([np.zeros(0, np.int64), *region_frames]),
-        np.concatenate([np.zeros((0, 4)), *regions]),
-        np.concatenate([np.zeros(0, bool), *removes]),
+        sequence.name, gt, pred, numbers, box_frames[region], boxes[region].astype(np.float64), removes[region]
     )
 
 
@@ -187,44 +187,12 @@ def split_class_flips(rows: TrackRows) -> TrackRows:
     new_ids = np.where(segment > 0, ids.max() + changes, ids)
     split = np.empty_like(rows.track_ids)
     split[order] = new_ids
-    return TrackRows(rows.frames, split, rows.boxes_xyxy, rows.scores, rows.class_ids)
+    return replace(rows, track_ids=split)
 
 
-def _region_mask(frame: Frame, claimed: np.ndarray, rules: EvaluationProtocol) -> np.ndarray:
-    """(N,) bool: boxes of a frame that are ignore regions of the protocol."""
-    # The readers mark VisDrone's categories 0 and 11 and BDD100K's crowds as ignored.
-    region = frame.ignore | (frame.track_ids == UNTRACKED)
-    if rules.name in ("plain", "motchallenge"):
-        return region | (claimed < 0)
-    if rules.name == "bdd100k":
-        return region | _is_any_of(frame, BDD100K_DISTRACTORS)
-    return region
-
-
-def _removing(frame: Frame, rules: EvaluationProtocol) -> np.ndarray:
-    """(N,) bool: boxes that, as ignore regions, remove the predictions matched to them."""
-    if rules.name == "motchallenge":
-        return _is_any_of(frame, MOTCHALLENGE_DISTRACTORS)
-    return np.ones(len(frame.categories), bool)
-
-
-def _is_any_of(frame: Frame, categories: frozenset[str]) -> np.ndarray:
+def _is_any_of(categories: SequenceOf[str], wanted: frozenset[str]) -> np.ndarray:
     # Datasets and their tools disagree on underscores in category names.
-    return np.array([category.lower().replace("_", " ") in categories for category in frame.categories], bool)
-
-
-def _rows(
-    frames: list[np.ndarray], ids: list[np.ndarray], boxes: list[np.ndarray], classes: list[np.ndarray]
-) -> TrackRows:
-    empty = TrackRows.empty()
-    all_frames = np.concatenate([empty.frames, *frames])
-    return TrackRows(
-        all_frames,
-        np.concatenate([empty.track_ids, *ids]),
-        np.concatenate([empty.boxes_xyxy, *boxes]),
-        np.ones(len(all_frames), np.float32),
-        np.concatenate([empty.class_ids, *classes]),
-    )
+    return np.array([category.lower().replace("_", " ") in wanted for category in categories], bool)
 
 
 def protocol_for(source: Source, class_names: Collection[str]) -> str:

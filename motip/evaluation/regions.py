@@ -8,7 +8,8 @@ from scipy.optimize import linear_sum_assignment
 MATCH_IOU = 0.5
 """Smallest IoU of a match between prediction and ground truth (TrackEval, BDD100K, MOTChallenge)."""
 
-_EPS = float(np.finfo(np.float64).eps)
+EPS = float(np.finfo(np.float64).eps)
+"""Slack of comparisons between shares or IoUs, as in TrackEval."""
 
 
 def areas(boxes_xyxy: np.ndarray) -> np.ndarray:
@@ -36,23 +37,17 @@ def box_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
     shared = intersections(boxes_a, boxes_b)
     area_a, area_b = areas(boxes_a), areas(boxes_b)
     union = area_a[:, None] + area_b[None, :] - shared
-    valid = (area_a[:, None] > _EPS) & (area_b[None, :] > _EPS) & (union > _EPS)
+    valid = (area_a[:, None] > EPS) & (area_b[None, :] > EPS) & (union > EPS)
     return np.where(valid, shared / np.where(valid, union, 1.0), 0.0)
 
 
 def share_in_one(boxes_xyxy: np.ndarray, regions_xyxy: np.ndarray) -> np.ndarray:
     """(N,) largest share of each box's own area inside a single region."""
-    if not len(boxes_xyxy) or not len(regions_xyxy):
-        return np.zeros(len(boxes_xyxy))
-    area = areas(boxes_xyxy)
-    largest = intersections(boxes_xyxy, regions_xyxy).max(axis=1)
-    return np.where(area > _EPS, largest / np.where(area > _EPS, area, 1.0), 0.0)
+    return _share_of_area(intersections(boxes_xyxy, regions_xyxy).max(axis=1, initial=0.0), boxes_xyxy)
 
 
 def share_in_union(boxes_xyxy: np.ndarray, regions_xyxy: np.ndarray) -> np.ndarray:
     """(N,) share of each box's own area inside the union of the regions: an overlap of two regions counts once."""
-    if not len(boxes_xyxy) or not len(regions_xyxy):
-        return np.zeros(len(boxes_xyxy))
     # The regions' edges cut the plane into cells that are entirely inside or outside the union.
     x_edges = np.unique(regions_xyxy[:, [0, 2]])
     y_edges = np.unique(regions_xyxy[:, [1, 3]])
@@ -61,19 +56,20 @@ def share_in_union(boxes_xyxy: np.ndarray, regions_xyxy: np.ndarray) -> np.ndarr
     covered = (x_inside[:, :, None] & y_inside[:, None, :]).any(axis=0).astype(np.float64)
     x_overlap = _interval_overlaps(boxes_xyxy[:, [0, 2]], x_edges)
     y_overlap = _interval_overlaps(boxes_xyxy[:, [1, 3]], y_edges)
-    inside = ((x_overlap @ covered) * y_overlap).sum(axis=1)
-    area = areas(boxes_xyxy)
-    return np.where(area > _EPS, inside / np.where(area > _EPS, area, 1.0), 0.0)
+    return _share_of_area(((x_overlap @ covered) * y_overlap).sum(axis=1), boxes_xyxy)
 
 
-def match(similarity: np.ndarray, threshold: float = MATCH_IOU) -> tuple[np.ndarray, np.ndarray]:
-    """One-to-one pairs (rows, columns) of largest total similarity among those that reach `threshold`."""
-    if not similarity.size:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    scores = np.where(similarity < threshold - _EPS, 0.0, similarity)
+def match(similarity: np.ndarray, bonus: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """One-to-one pairs (rows, columns) of largest total similarity + bonus among those that reach ``MATCH_IOU``."""
+    scores = np.where(similarity < MATCH_IOU - EPS, 0.0, similarity + bonus)
     rows, columns = linear_sum_assignment(scores, maximize=True)
-    valid = scores[rows, columns] > _EPS
+    valid = scores[rows, columns] > EPS
     return rows[valid], columns[valid]
+
+
+def _share_of_area(inside: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
+    area = areas(boxes_xyxy)
+    return np.where(area > EPS, inside / np.where(area > EPS, area, 1.0), 0.0)
 
 
 def _interval_overlaps(spans: np.ndarray, edges: np.ndarray) -> np.ndarray:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from motip.errors import MotipError
-from motip.evaluation.bootstrap import MEAN, combine_resamples, resample_weights
-from motip.evaluation.comparison import COVERAGE, RESAMPLES, sequence_counts
+from motip.evaluation.bootstrap import MEAN, resample_weights
+from motip.evaluation.comparison import RESAMPLES, interval, resample_scores
 from motip.evaluation.scores import Scores, check_comparable
 
 
@@ -72,14 +72,10 @@ def _value(scores: Scores, metric: str) -> float:
 
 def _resampled(scores: Sequence[Scores], metric: str, resamples: int, seed: int) -> np.ndarray:
     """(S, B): the metric of each seed's model on each of the B resamples."""
-    check_comparable(list(scores))
+    check_comparable(scores)
     order = scores[0].sequences
     weights = resample_weights(len(order), resamples, seed)
-    rows = []
-    for each in scores:
-        averaged = [name for name in each.classes if name not in each.classes_without_gt]
-        rows.append(combine_resamples(sequence_counts(each, order), each.classes, weights, averaged)[MEAN][metric])
-    return np.stack(rows)
+    return np.stack([resample_scores(each, order, weights)[MEAN][metric] for each in scores])
 
 
 def _estimate(table: np.ndarray, per_seed: tuple[float, ...], seed: int) -> Estimate:
@@ -89,6 +85,4 @@ def _estimate(table: np.ndarray, per_seed: tuple[float, ...], seed: int) -> Esti
         picks = np.random.default_rng([seed, 1]).integers(0, seeds, (seeds, resamples))
         deviation = np.take_along_axis(table, picks, 0).mean(0) - centre
         centre = centre + math.sqrt(seeds / (seeds - 1)) * deviation
-    edge = (100.0 - COVERAGE) / 2
-    low, high = np.nanpercentile(centre, [edge, 100.0 - edge])
-    return Estimate(float(np.mean(per_seed)), float(low), float(high), per_seed)
+    return Estimate(float(np.mean(per_seed)), *interval(centre), per_seed)

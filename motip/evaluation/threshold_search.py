@@ -17,14 +17,14 @@ from motip.data.manifest import VideoEntry, entry_path
 from motip.data.sequence import ClassMap
 from motip.data.shards import read_labels
 from motip.errors import MotipError
-from motip.evaluation.calibration import BINS, DetectionCollector, Histogram, confidence_histograms
-from motip.evaluation.evaluator import EvalJob, has_labels, map_videos
+from motip.evaluation.calibration import BINS, DetectionCollector, Histogram, confidence_histograms, pool
+from motip.evaluation.evaluator import EvalJob, VideoWorker, has_labels, is_current, map_videos
 from motip.evaluation.metrics import SequenceCounts, combine, score_sequence
 from motip.evaluation.protocols import scored_sequence
 from motip.evaluation.scores import Scores
 from motip.model import MOTIP
 from motip.storage.atomic import digest
-from motip.storage.paths import Location, read_json, write_json
+from motip.storage.paths import read_json, write_json
 from motip.tracking.api import track_variants
 from motip.tracking.settings import TrackerSettings
 
@@ -105,21 +105,12 @@ class ThresholdSearchInput:
         )
 
 
-class VariantTracker:
-    """Worker that tracks and scores one video per call under every candidate, in this process or as a Ray actor."""
-
-    def __init__(self, search: ThresholdSearchInput, storage: str, device: str, threads: int | None = None) -> None:
-        import torch
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self._search = search
-        self._model = search.model.to(torch.device(device))
-        self._storage = storage
+class VariantTracker(VideoWorker[ThresholdSearchInput, dict[str, Any]]):
+    """Worker that tracks and scores videos under every candidate."""
 
     def track(self, video: VideoEntry) -> tuple[dict[str, Any], dict[str, Any]]:
         """JSON-serialisable counts per candidate and histograms, and notes and seconds."""
-        search = self._search
+        search = self._subject
         collector = DetectionCollector(search.floor, search.variants[0].area_thresh)
         frames = read_video_frames(video, self._storage)
         results = track_variants(self._model, frames, search.variants, on_detections=collector.add)
@@ -202,8 +193,7 @@ class ThresholdSearchResult:
 
     def pooled(self) -> Histogram:
         """Histogram over all sources and classes."""
-        every = [each for classes in self.confidences.values() for each in classes.values()]
-        return {side: np.sum([each[side] for each in every], axis=0) for side in ("true", "false")}
+        return pool(each for classes in self.confidences.values() for each in classes.values())
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the text table, one row per candidate."""
@@ -292,11 +282,11 @@ def search_thresholds(search: ThresholdSearchInput, configured: TrackerSettings,
     """
     check_search_split(job.split)
     # videos with labels
-    videos, averaged = job.videos, job.averaged
-    sources = sorted({video.source for video in videos})
-    own = {source: [video for video in videos if video.source == source] for source in sources}
-    skipped = tuple(source for source in sources if not has_labels(own[source], search.class_maps[source], averaged))
-    scored = [video for source in sources if source not in skipped for video in own[source]]
+    own: dict[str, list[VideoEntry]] = {}
+    for video in sorted(job.videos, key=lambda video: video.identity):
+        own.setdefault(video.source, []).append(video)
+    skipped = tuple(each for each in own if not has_labels(own[each], search.class_maps[each], job.averaged))
+    scored = [video for source in own if source not in skipped for video in own[source]]
     if not scored:
         raise MotipError(
             "no source has labels to score thresholds with",
@@ -307,9 +297,9 @@ def search_thresholds(search: ThresholdSearchInput, configured: TrackerSettings,
     paths = {
         video.identity: job.folder / f"thresholds/{video.source}/{job.split}/{video.video}.json" for video in scored
     }
-    missing = [video for video in scored if not _is_stored(paths[video.identity], search.result_digest(video))]
+    missing = [video for video in scored if not is_current(paths[video.identity], search.result_digest(video))]
     reused = len(scored) - len(missing)
-    results = map_videos(VariantTracker, search, missing, job.storage, job.device, job.cluster, job.workers)
+    results = map_videos(VariantTracker, search, missing, job)
     for done, (video, found, facts) in enumerate(results, start=reused + 1):
         write_json(paths[video.identity], {"inputs": search.result_digest(video), **found, **facts})
         if job.on_video is not None:
@@ -317,38 +307,26 @@ def search_thresholds(search: ThresholdSearchInput, configured: TrackerSettings,
     # combine by source
     stored = {video.identity: read_json(paths[video.identity]) for video in scored}
     notes = tuple(dict.fromkeys(note for each in stored.values() for note in each["notes"]))
-    found_by_source = {
-        source: [stored[video.identity] for video in sorted(own[source], key=lambda video: video.identity)]
-        for source in sources
-        if source not in skipped
-    }
+    by_source = {source: [stored[video.identity] for video in own[source]] for source in own if source not in skipped}
 
     def scores_of(number: int, source: str) -> Scores:
-        counts = [SequenceCounts.from_json(each["name"], each["counts"][number]) for each in found_by_source[source]]
+        counts = [SequenceCounts.from_json(each["name"], each["counts"][number]) for each in by_source[source]]
         names, protocol = search.class_maps[source].names, search.protocols[source]
-        return replace(combine(counts, names, protocol, job.split, averaged), notes=notes)
+        return replace(combine(counts, names, protocol, job.split, job.averaged), notes=notes)
 
     return ThresholdSearchResult(
         candidates=tuple(
-            ScoredSettings(settings, {source: scores_of(number, source) for source in found_by_source})
+            ScoredSettings(settings, {source: scores_of(number, source) for source in by_source})
             for number, settings in enumerate(search.variants)
         ),
         configured=search.variants.index(configured),
-        confidences={source: _pooled(found) for source, found in found_by_source.items()},
+        confidences={
+            source: {name: pool(each["confidences"][name] for each in found) for name in found[0]["confidences"]}
+            for source, found in by_source.items()
+        },
         floor=search.floor,
         skipped=skipped,
         videos=len(scored),
         reused=reused,
         notes=notes,
     )
-
-
-def _is_stored(path: Location, inputs: str) -> bool:
-    return path.is_file() and read_json(path).get("inputs") == inputs
-
-
-def _pooled(found: Sequence[Mapping[str, Any]]) -> dict[str, Histogram]:
-    return {
-        name: {side: np.sum([each["confidences"][name][side] for each in found], axis=0) for side in ("true", "false")}
-        for name in found[0]["confidences"]
-    }

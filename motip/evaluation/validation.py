@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +11,12 @@ from motip.data.manifest import VideoEntry, entry_path
 from motip.data.sequence import ClassMap, TrackRows
 from motip.data.shards import read_labels
 from motip.errors import MotipError
-from motip.evaluation.metrics import score
-from motip.evaluation.protocols import ScoredSequence, scored_sequence
+from motip.evaluation.metrics import SequenceCounts, combine, score_sequence
+from motip.evaluation.protocols import scored_sequence
 from motip.evaluation.scores import Scores
 from motip.model import MOTIP
 from motip.tracking.api import TrackResult, track_sequence
 from motip.tracking.settings import TrackerSettings
-from motip.tracking.tracker import FrameTracks
 
 
 @dataclass(frozen=True)
@@ -26,11 +24,6 @@ class StageScores:
     """Scores per source; they are never pooled, since protocols and classes may differ."""
 
     by_source: dict[str, Scores]
-
-    @property
-    def hota(self) -> float:
-        """Mean over sources of the class-averaged HOTA."""
-        return sum(scores.hota for scores in self.by_source.values()) / len(self.by_source)
 
     def flat(self) -> dict[str, float]:
         """Flat metrics: the mean over sources and, with several sources, each metric also as ``<source>/<metric>``."""
@@ -51,8 +44,8 @@ def track_videos(
     videos: Iterable[VideoEntry],
     storage: str,
     settings: TrackerSettings,
-    on_video: Callable[[VideoEntry, TrackResult], None] | None = None,
-    on_frame: Callable[[VideoEntry, int], None] | None = None,
+    on_video: Callable[[VideoEntry, TrackResult], None],
+    on_frame: Callable[[VideoEntry, int], None],
 ) -> dict[tuple[str, str], TrackRows]:
     """Tracks of each video, by (source, video).
 
@@ -61,18 +54,14 @@ def track_videos(
         on_video: called after each video with its result.
         on_frame: called after each frame with its number.
     """
-    tracked: dict[tuple[str, str], TrackRows] = {}
-    for video in videos:
-        callback = None if on_frame is None else functools.partial(_report_frame, on_frame, video)
-        result = track_sequence(model, read_video_frames(video, storage), settings, on_frame=callback)
-        tracked[video.source, video.video] = result.rows
-        if on_video is not None:
-            on_video(video, result)
-    return tracked
 
+    def tracked(video: VideoEntry) -> TrackRows:
+        frames = read_video_frames(video, storage)
+        result = track_sequence(model, frames, settings, lambda number, _: on_frame(video, number))
+        on_video(video, result)
+        return result.rows
 
-def _report_frame(on_frame: Callable[[VideoEntry, int], None], video: VideoEntry, number: int, _: FrameTracks) -> None:
-    on_frame(video, number)
+    return {(video.source, video.video): tracked(video) for video in videos}
 
 
 def score_videos(
@@ -106,26 +95,18 @@ def score_videos(
             expected=", ".join("/".join(key) for key in keys),
         )
 
-    def reported(source: str, sequences: list[ScoredSequence]) -> Iterator[ScoredSequence]:
-        for sequence in sequences:
-            if on_video is not None:
-                on_video(source, sequence.name)
-            yield sequence
-
-    # Labels and tracks of each source, prepared by its protocol.
-    prepared: dict[str, list[ScoredSequence]] = {}
+    # Counts of each sequence, by the protocol of its source.
+    counts: dict[str, list[SequenceCounts]] = {}
     for video in listed:
-        sequence = read_labels(entry_path(storage, video))
-        rows = tracked[video.source, video.video]
-        prepared.setdefault(video.source, []).append(
-            scored_sequence(sequence, class_maps[video.source], rows, protocols[video.source])
-        )
-    return StageScores(
-        {
-            source: replace(
-                score(reported(source, sequences), class_maps[source].names, protocols[source], split, averaged),
-                notes=tuple(notes),
-            )
-            for source, sequences in prepared.items()
-        }
-    )
+        class_map, protocol = class_maps[video.source], protocols[video.source]
+        labels = read_labels(entry_path(storage, video))
+        scored = scored_sequence(labels, class_map, tracked[video.source, video.video], protocol)
+        if on_video is not None:
+            on_video(video.source, labels.name)
+        counts.setdefault(video.source, []).append(score_sequence(scored, class_map.names, protocol))
+    # Scores of each source.
+    by_source = {
+        source: combine(own, class_maps[source].names, protocols[source], split, averaged)
+        for source, own in counts.items()
+    }
+    return StageScores({source: replace(scores, notes=tuple(notes)) for source, scores in by_source.items()})

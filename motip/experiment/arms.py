@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from motip.data.manifest import Manifest
 from motip.errors import MotipError
 from motip.evaluation.evaluator import evaluation_folder, track_paths
 from motip.evaluation.scores import Scores
-from motip.stage_folder import StageRecord
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, location, read_json, write_json
 
@@ -38,6 +37,14 @@ class StageResult:
     sha256: str
     scores: dict[str, Scores]
     refused: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"scores": {domain: scores.to_json() for domain, scores in self.scores.items()}}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> StageResult:
+        scores = {domain: Scores.from_json(each) for domain, each in stored["scores"].items()}
+        return cls(**{**stored, "scores": scores})
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,8 @@ def run_arms(
         curriculum = experiment.curriculum_of(arm, seed)
         log(f"arm {arm.name}, seed {seed} ({number} of {len(selected)}): {len(curriculum.stages)} stages")
         result = run(curriculum)
-        stored = {"inputs": _inputs(curriculum), **_stages_json(curriculum, result, options)}
+        stages = [stage.to_json() for stage in _stage_results(curriculum, result, options)]
+        stored = {"format": FORMAT, "inputs": _inputs(curriculum), "stages": stages}
         write_json(_result_path(folder, arm, seed), stored)
         log(f"arm {arm.name}, seed {seed}: done")
     return read_results(experiment, options, log)
@@ -102,11 +110,12 @@ def read_results(experiment: Experiment, options: Options, log: Callable[[str], 
     for arm in experiment.arms:
         for seed in experiment.seeds:
             path = _result_path(folder, arm, seed)
-            stored = read_json(path) if path.is_file() else None
-            if stored is None:
+            if not path.is_file():
                 continue
+            stored = read_json(path)
             if (stored.get("format"), stored.get("inputs")) == (FORMAT, _inputs(experiment.curriculum_of(arm, seed))):
-                results.append(_arm_result(arm.name, seed, stored))
+                stages = tuple(StageResult.from_json(each) for each in stored["stages"])
+                results.append(ArmResult(arm.name, seed, stages))
             else:
                 log(f"arm {arm.name}, seed {seed}: skipped, the arm was changed since it was run; run it again")
     return results
@@ -129,8 +138,8 @@ def _result_path(folder: Location, arm: Arm, seed: int) -> Location:
     return folder / f"{arm.name}_seed{seed}.json"
 
 
-def _stages_json(curriculum: Curriculum, result: CurriculumResult, options: Options) -> dict[str, Any]:
-    """JSON values of an arm's stages, the base weights first."""
+def _stage_results(curriculum: Curriculum, result: CurriculumResult, options: Options) -> list[StageResult]:
+    """Results of an arm's stages, the base weights first."""
     if result.domains is None:
         raise MotipError(
             "an experiment compares scores, but no domain was scored",
@@ -140,28 +149,25 @@ def _stages_json(curriculum: Curriculum, result: CurriculumResult, options: Opti
 
     # a row per stage
     manifest = Manifest.load(options.storage)
-    records: dict[str, StageRecord] = {record.stage: record for record in result.records}
-    stages, steps = [], 0
+    records = {record.stage: record for record in result.records}
+    stages: list[StageResult] = []
+    steps = 0
     for name, row in result.domains.rows.items():
         record = records.get(name)
         if record is not None:
             # All epochs count, also those after the best one.
-            steps += _steps(record)
+            steps += round(record.step / (record.best_epoch + 1) * record.epochs)
         stages.append(
-            {
-                "name": name,
-                "steps": steps,
-                "run_id": None if record is None else record.run_id,
-                "sha256": row.sha256,
-                "refused": _refused(curriculum, manifest, row.sha256, options),
-                "scores": {domain: next(iter(own.values())).to_json() for domain, own in row.scores.items() if own},
-            }
+            StageResult(
+                name=name,
+                steps=steps,
+                run_id=None if record is None else record.run_id,
+                sha256=row.sha256,
+                scores={domain: next(iter(own.values())) for domain, own in row.scores.items() if own},
+                refused=_refused(curriculum, manifest, row.sha256, options),
+            )
         )
-    return {"format": FORMAT, "stages": stages}
-
-
-def _steps(record: StageRecord) -> int:
-    return round(record.step / (record.best_epoch + 1) * record.epochs)
+    return stages
 
 
 def _refused(curriculum: Curriculum, manifest: Manifest, sha256: str, options: Options) -> dict[str, int]:
@@ -175,23 +181,3 @@ def _refused(curriculum: Curriculum, manifest: Manifest, sha256: str, options: O
                 refused = int(read_json(facts)["counters"]["newborns_refused"])
                 counts[source.domain] = counts.get(source.domain, 0) + refused
     return counts
-
-
-def _arm_result(arm: str, seed: int, stored: dict[str, Any]) -> ArmResult:
-    stages = [
-        StageResult(
-            name=each["name"],
-            steps=int(each["steps"]),
-            run_id=each["run_id"],
-            sha256=each["sha256"],
-            scores={domain: Scores.from_json(scores) for domain, scores in each["scores"].items()},
-            refused=each["refused"],
-        )
-        for each in stored["stages"]
-    ]
-    return ArmResult(arm, seed, tuple(stages))
-
-
-def complete_seeds(results: Sequence[ArmResult], *arms: str) -> list[int]:
-    """Seeds for which all of these arms have results."""
-    return sorted(set.intersection(*({each.seed for each in results if each.arm == arm} for arm in arms)))

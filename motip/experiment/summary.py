@@ -12,7 +12,7 @@ from motip.config.curriculum_file import BASE
 from motip.config.experiment_file import Experiment
 from motip.evaluation.scores import Scores
 from motip.evaluation.seeds import Estimate, difference, estimate
-from motip.experiment.arms import ArmResult, StageResult, complete_seeds
+from motip.experiment.arms import ArmResult, StageResult
 
 # Okabe and Ito's colours, distinguishable with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -29,7 +29,8 @@ class Findings:
         self.metric = experiment.domains.metric
 
     def seeds(self, *arms: str) -> list[int]:
-        return complete_seeds(self.results, *arms)
+        """Seeds for which all of these arms have results."""
+        return sorted(set.intersection(*({each.seed for each in self.results if each.arm == arm} for arm in arms)))
 
     def stages(self, arm: str) -> list[str]:
         """Names of an arm's stages, preceded by the base weights if they were scored."""

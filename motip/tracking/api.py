@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
@@ -26,9 +25,6 @@ from motip.tracking.tracker import FrameTracks, Tracker
 if TYPE_CHECKING:
     from motip.config import Config
     from motip.data.video_reader import VideoSource
-
-Resize = Callable[[Tensor], Tensor]
-"""(3, H, W) uint8 -> (3, h, w) uint8."""
 
 OnDetections = Callable[[int, tuple[int, int], Tensor, Tensor], None]
 """Frame number, (height, width) of the frame in pixels, (Q, C) logits, (Q, 4) boxes as cxcywh in 0..1."""
@@ -215,8 +211,6 @@ def track_sequence(
     model: MOTIP,
     frames: NumberedFrames,
     settings: TrackerSettings,
-    resize: Resize | None = None,
-    batch_size: int = 1,
     on_frame: Callable[[int, FrameTracks], None] | None = None,
 ) -> TrackResult:
     """Track one sequence of decoded frames.
@@ -225,12 +219,10 @@ def track_sequence(
         model: a MOTIP, used on its current device and left in eval mode.
         frames: (0-based frame number, (H, W, 3) uint8 RGB array), numbers ascending, all frames of one size.
         settings: thresholds, rules and frame size.
-        resize: replaces the built-in resizing to ``settings.short_side`` / ``max_longer``.
-        batch_size: frames per detector batch; the tracks depend on it only by rounding.
         on_frame: called after each frame, e.g. for progress.
 
     Raises:
-        MotipError: a frame is not an RGB uint8 image, differs in size, or is out of order; ``batch_size`` below 1.
+        MotipError: a frame is not an RGB uint8 image, differs in size, or is out of order.
 
     Examples:
         >>> from motip.model import ModelSpec, build_model
@@ -241,7 +233,7 @@ def track_sequence(
         >>> result.num_frames, result.image_size
         (3, (96, 128))
     """
-    loop = _TrackingLoop(model, [settings], resize, batch_size)
+    loop = _TrackingLoop(model, [settings])
     for number, _, (tracks,) in loop.steps(frames):
         if on_frame is not None:
             on_frame(number, tracks)
@@ -252,13 +244,11 @@ def track_variants(
     model: MOTIP,
     frames: NumberedFrames,
     variants: Sequence[TrackerSettings],
-    resize: Resize | None = None,
-    batch_size: int = 1,
     on_detections: OnDetections | None = None,
 ) -> list[TrackResult]:
     """Track one sequence under several settings in one detector pass (the detector takes nearly all the time).
 
-    Each result equals that of ``track_sequence`` with the same settings; further arguments and errors as there.
+    Each result equals that of ``track_sequence`` with the same settings; frames and errors as there.
 
     Args:
         variants: settings that share frame size and arithmetic of the detector.
@@ -279,62 +269,48 @@ def track_variants(
                 expected="one value",
                 fix="track once for each value",
             )
-    loop = _TrackingLoop(model, variants, resize, batch_size, on_detections)
+    loop = _TrackingLoop(model, variants, on_detections)
     for _ in loop.steps(frames):
         pass
     return loop.results()
 
 
 class _TrackingLoop:
-    """Frame loop: runs the detector per batch and each variant's tracker per frame, and collects the tracks."""
+    """Frame loop: runs the detector and each variant's tracker per frame, and collects the tracks."""
 
     def __init__(
-        self,
-        model: MOTIP,
-        variants: Sequence[TrackerSettings],
-        resize: Resize | None = None,
-        batch_size: int = 1,
-        on_detections: OnDetections | None = None,
+        self, model: MOTIP, variants: Sequence[TrackerSettings], on_detections: OnDetections | None = None
     ) -> None:
-        if batch_size < 1:
-            raise MotipError("invalid detector batch size", where="batch_size", found=batch_size, expected="1 or more")
         self._model = model
         self._variants = variants
-        self._resize = resize
-        self._batch_size = batch_size
         self._on_detections = on_detections
         self._detector: Detector = model.detr
         self._trackers: list[Tracker] = []
         self._image_size: tuple[int, int] | None = None
-        self._numbers: list[int] = []
-        self._tracked: list[list[FrameTracks]] = []
+        self._tracked: list[tuple[int, list[FrameTracks]]] = []
         self._seconds = 0.0
 
     def steps(self, frames: NumberedFrames) -> Iterator[tuple[int, np.ndarray, list[FrameTracks]]]:
         """Yield frame number, image, and the tracks of each variant."""
         self._model.eval()
         started = time.perf_counter()
-        for batch in _batches(_checked(frames), self._batch_size):
-            size = self._image_size or self._prepare(batch[0][1])
-            images = [image for _, image in batch]
-            logits, boxes, embeds = _detect(self._model, images, self._variants[0], self._resize, self._detector)
-            for index, (number, image) in enumerate(batch):
-                if self._on_detections is not None:
-                    self._on_detections(number, size, logits[index], boxes[index])
-                tracks = [each.update(logits[index], boxes[index], embeds[index]) for each in self._trackers]
-                self._numbers.append(number)
-                self._tracked.append(tracks)
-                self._seconds = time.perf_counter() - started
-                yield number, image, tracks
+        for number, image in _checked(frames):
+            size = self._image_size or self._prepare(image)
+            logits, boxes, embeds = _detect(self._model, image, self._variants[0], self._detector)
+            if self._on_detections is not None:
+                self._on_detections(number, size, logits, boxes)
+            tracks = [each.update(logits, boxes, embeds) for each in self._trackers]
+            self._tracked.append((number, tracks))
+            self._seconds = time.perf_counter() - started
+            yield number, image, tracks
         self._seconds = time.perf_counter() - started
 
     def results(self) -> list[TrackResult]:
         """Tracks of each variant in the frames so far."""
         results = []
         for index in range(len(self._variants)):
-            own = [tracks[index] for tracks in self._tracked]
-            pairs = list(zip(self._numbers, own, strict=True))
-            rows, frame_class_ids = _collect(pairs, self._model.spec.num_classes)
+            own = [(number, tracks[index]) for number, tracks in self._tracked]
+            rows, frame_class_ids = _collect(own, self._model.spec.num_classes)
             results.append(
                 TrackResult(
                     rows=rows,
@@ -384,19 +360,17 @@ def resize_frame(image: Tensor, settings: TrackerSettings) -> Tensor:
 
 @torch.inference_mode()
 def _detect(
-    model: MOTIP, images: list[np.ndarray], settings: TrackerSettings, resize: Resize | None, detector: Detector
+    model: MOTIP, image: np.ndarray, settings: TrackerSettings, detector: Detector
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(Q, C) logits, (Q, 4) cxcywh boxes in 0..1 and (Q, D) embeddings of one frame."""
     device = next(model.parameters()).device
-    resized = []
-    for image in images:
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)
-        resized.append(resize(pixels) if resize is not None else resize_frame(pixels, settings))
-    batch = torch.stack(resized)
-    mask = torch.zeros(len(batch), *batch.shape[-2:], dtype=torch.bool, device=device)
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)
+    batch = resize_frame(pixels, settings)[None]
+    mask = torch.zeros(1, *batch.shape[-2:], dtype=torch.bool, device=device)
     dtype = _AUTOCAST.get(settings.dtype)
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         output = detector(normalise(batch, mask), mask)
-    return output.pred_logits, output.pred_boxes, output.outputs
+    return output.pred_logits[0], output.pred_boxes[0], output.outputs[0]
 
 
 def _checked(frames: NumberedFrames) -> Iterator[tuple[int, np.ndarray]]:
@@ -425,11 +399,6 @@ def _checked(frames: NumberedFrames) -> Iterator[tuple[int, np.ndarray]]:
             raise MotipError("frames are out of order", where=where, found=number, expected=f"more than {previous}")
         size, previous = image.shape[:2], number
         yield number, image
-
-
-def _batches(frames: Iterator[tuple[int, np.ndarray]], size: int) -> Iterator[list[tuple[int, np.ndarray]]]:
-    while batch := list(islice(frames, size)):
-        yield batch
 
 
 def _collect(tracked: list[tuple[int, FrameTracks]], num_classes: int) -> tuple[TrackRows, np.ndarray]:

@@ -12,6 +12,9 @@ from scipy.optimize import linear_sum_assignment
 
 from motip.errors import MotipError
 
+MOMENTUM = 0.9
+"""Weight of the old feature in the running mean of a track's unit features."""
+
 
 @dataclass
 class _Lost:
@@ -27,23 +30,21 @@ class LongTermMemory:
         patience: frames a lost track stays, 1 or more.
         similarity: smallest cosine similarity of a match, -1..1.
         capacity: largest number of tracks, 1 or more; beyond it the one lost longest ago is removed.
-        momentum: weight of the old feature in the running mean of a track's unit features, in [0, 1).
 
     Raises:
         MotipError: a value is out of range.
     """
 
-    def __init__(self, patience: int, similarity: float = 0.85, capacity: int = 1000, momentum: float = 0.9) -> None:
-        if patience < 1 or capacity < 1 or not -1.0 <= similarity <= 1.0 or not 0.0 <= momentum < 1.0:
+    def __init__(self, patience: int, similarity: float = 0.85, capacity: int = 1000) -> None:
+        if patience < 1 or capacity < 1 or not -1.0 <= similarity <= 1.0:
             raise MotipError(
                 "invalid options of the long-term memory",
-                found=f"patience {patience}, similarity {similarity}, capacity {capacity}, momentum {momentum}",
-                expected="patience and capacity of 1 or more, similarity in -1..1, momentum in [0, 1)",
+                found=f"patience {patience}, similarity {similarity}, capacity {capacity}",
+                expected="patience and capacity of 1 or more, similarity in -1..1",
             )
         self.patience = patience
         self.similarity = similarity
         self.capacity = capacity
-        self.momentum = momentum
         self._seen: dict[int, np.ndarray] = {}
         self._lost: list[_Lost] = []
 
@@ -54,7 +55,7 @@ class LongTermMemory:
         """Update the running features of the (n,) tracks of this frame with their (n, D) features."""
         for track_id, feature in zip(track_ids.tolist(), _unit(features), strict=True):
             old = self._seen.get(track_id)
-            mixed = feature if old is None else self.momentum * old + (1.0 - self.momentum) * feature
+            mixed = feature if old is None else MOMENTUM * old + (1.0 - MOMENTUM) * feature
             self._seen[track_id] = _unit(mixed[None])[0]
 
     def lose(self, track_ids: np.ndarray, frame: int) -> None:

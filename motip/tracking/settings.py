@@ -4,34 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from motip.errors import MotipError
 
 if TYPE_CHECKING:
     from motip.config import Config
-
-ASSIGNMENT_PROTOCOLS = ("hungarian", "object-max", "id-max")
-DTYPES = ("FP32", "FP16", "BF16")
-
-_CONFIG_KEYS = {
-    "det_thresh": "DET_THRESH",
-    "newborn_thresh": "NEWBORN_THRESH",
-    "id_thresh": "ID_THRESH",
-    "area_thresh": "AREA_THRESH",
-    "miss_tolerance": "MISS_TOLERANCE",
-    "assignment_protocol": "ASSIGNMENT_PROTOCOL",
-    "memory_rule": "MEMORY_RULE",
-    "newborn_order": "NEWBORN_ORDER",
-    "mask_unused_labels": "MASK_UNUSED_LABELS",
-    "use_sigmoid": "USE_FOCAL_LOSS",
-    "short_side": "INFERENCE_SHORT_SIDE",
-    "max_longer": "INFERENCE_MAX_LONGER",
-    "dtype": "INFERENCE_DTYPE",
-    "longterm_patience": "LONGTERM_PATIENCE",
-    "longterm_similarity": "LONGTERM_SIMILARITY",
-    "longterm_capacity": "LONGTERM_CAPACITY",
-}
 
 
 @dataclass(frozen=True)
@@ -75,10 +53,8 @@ class TrackerSettings:
     """Tracks in the long-term memory; beyond it the one lost longest ago is removed."""
 
     def __post_init__(self) -> None:
-        self._check_choice("assignment_protocol", ASSIGNMENT_PROTOCOLS)
-        self._check_choice("memory_rule", ("ours", "published"))
-        self._check_choice("newborn_order", ("score", "query"))
-        self._check_choice("dtype", DTYPES)
+        for name, choices in _CHOICES.items():
+            self._check(name, getattr(self, name) in choices, " | ".join(choices))
         for name in ("det_thresh", "newborn_thresh", "id_thresh"):
             self._check(name, 0.0 <= getattr(self, name) <= 1.0, "0..1")
         self._check("area_thresh", self.area_thresh >= 0.0, "0 or more square pixels")
@@ -106,9 +82,6 @@ class TrackerSettings:
         """Settings from stored configuration keys; a key missing in an older file gets its default."""
         return cls(**{name: values[key] for name, key in _CONFIG_KEYS.items() if key in values})
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        self._check(name, getattr(self, name) in choices, " | ".join(choices))
-
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
             raise MotipError(
@@ -118,6 +91,15 @@ class TrackerSettings:
                 expected=expected,
                 fix=f"set {_CONFIG_KEYS[name]} to one of the expected values",
             )
+
+
+_CONFIG_KEYS = {name: name.upper() for name in TrackerSettings.__dataclass_fields__} | {
+    "use_sigmoid": "USE_FOCAL_LOSS",
+    "short_side": "INFERENCE_SHORT_SIDE",
+    "max_longer": "INFERENCE_MAX_LONGER",
+    "dtype": "INFERENCE_DTYPE",
+}
+_CHOICES = {name: get_args(hint) for name, hint in get_type_hints(TrackerSettings).items() if get_args(hint)}
 
 
 def check_setting_names(names: Iterable[str]) -> None:

@@ -198,12 +198,7 @@ class Tracker:
         corner = centre - size / 2
         pixels = torch.cat([corner, size], dim=-1) * self._image_scale.to(boxes.device)
         table = torch.cat([scores[:, None], classes[:, None].float(), pixels], dim=-1).cpu().numpy()  # one transfer
-        if not np.isfinite(table).all():
-            raise MotipError(
-                "the detector's output is not finite",
-                where=f"frame {self._frame} of the sequence",
-                fix="the weights have diverged or do not fit this precision: try INFERENCE_DTYPE: FP32",
-            )
+        self._check_finite(table, "detector")
         sizes = table[:, 4:]
         large = sizes[:, 0] * sizes[:, 1] > self.settings.area_thresh
         queries = np.flatnonzero((table[:, 0] > self.settings.det_thresh) & large)
@@ -234,12 +229,7 @@ class Tracker:
             torch.from_numpy(unused).to(device) if self.settings.mask_unused_labels else None,
         ).float()
         scores = (logits.sigmoid() if self.settings.use_sigmoid else logits.softmax(dim=-1)).cpu().numpy()
-        if not np.isfinite(scores).all():
-            raise MotipError(
-                "the ID decoder's output is not finite",
-                where=f"frame {self._frame} of the sequence",
-                fix="the weights have diverged or do not fit this precision: try INFERENCE_DTYPE: FP32",
-            )
+        self._check_finite(scores, "ID decoder")
         return self._assign(scores, tracked, self.settings.id_thresh)
 
     def _fits_vocabulary(self, newborn: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -324,6 +314,14 @@ class Tracker:
             warnings.warn(note, stacklevel=3)
             self.notes.append(note)
         return oldest
+
+    def _check_finite(self, values: np.ndarray, source: str) -> None:
+        if not np.isfinite(values).all():
+            raise MotipError(
+                f"the {source}'s output is not finite",
+                where=f"frame {self._frame} of the sequence",
+                fix="the weights have diverged or do not fit this precision: try INFERENCE_DTYPE: FP32",
+            )
 
     def _check_shapes(self, logits: Tensor, boxes: Tensor, embeds: Tensor) -> None:
         classes, width = self._votes.shape[1], self.decoder.spec.feature_dim

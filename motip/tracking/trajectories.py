@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from motip.model.fast.frame_decoder import HistoryTokens
@@ -18,8 +17,7 @@ class TokenHistory:
     """
 
     def __init__(self) -> None:
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._buffer: Tensor | None = None  # (2, layers, heads, capacity, head_dim): keys and values
         self._start = 0  # of the zero token
         self._end = 1
         self.frames = np.zeros(0, np.int64)
@@ -33,9 +31,8 @@ class TokenHistory:
     def append(self, tokens: HistoryTokens, labels: np.ndarray, frame: int) -> None:
         """Append the tokens of the n objects of one frame, with their (n,) labels."""
         count = len(labels)
-        keys, values = self._reserve(tokens, count)
-        keys[:, :, self._end : self._end + count] = tokens.keys[:, :, 1:]
-        values[:, :, self._end : self._end + count] = tokens.values[:, :, 1:]
+        for stored, added in zip(self._reserve(tokens, count), tokens, strict=True):
+            stored[:, :, self._end : self._end + count] = added[:, :, 1:]
         self._end += count
         self.frames = np.append(self.frames, np.full(count, frame))
         self.labels = np.append(self.labels, labels)
@@ -43,10 +40,9 @@ class TokenHistory:
     def forget_before(self, frame: int) -> None:
         """Drop the tokens of frames earlier than `frame`."""
         old = int(np.searchsorted(self.frames, frame))
-        if old and self._keys is not None and self._values is not None:
+        if old and self._buffer is not None:
             self._start += old
-            self._keys[:, :, self._start] = 0.0
-            self._values[:, :, self._start] = 0.0
+            self._buffer[..., self._start, :] = 0.0
         self.frames, self.labels = self.frames[old:], self.labels[old:]
 
     def drop_labels(self, labels: np.ndarray) -> None:
@@ -55,24 +51,19 @@ class TokenHistory:
 
     def tokens(self) -> HistoryTokens:
         """Views of the zero token and all S tokens, masked ones included (``labels == -1``)."""
-        assert self._keys is not None and self._values is not None
-        return HistoryTokens(self._keys[:, :, self._start : self._end], self._values[:, :, self._start : self._end])
+        assert self._buffer is not None
+        return HistoryTokens(*self._buffer[..., self._start : self._end, :])
 
-    def _reserve(self, like: HistoryTokens, count: int) -> tuple[Tensor, Tensor]:
-        """Both buffers, with capacity for `count` more tokens after the last."""
-        old_keys, old_values, rows = self._keys, self._values, self._end - self._start
-        if old_keys is not None and old_values is not None and self._end + count <= old_keys.shape[2]:
-            return old_keys, old_values
-        keys, values = old_keys, old_values
+    def _reserve(self, like: HistoryTokens, count: int) -> Tensor:
+        """The buffer, with capacity for `count` more tokens after the last."""
+        old, rows = self._buffer, self._end - self._start
+        if old is not None and self._end + count <= old.shape[-2]:
+            return old
+        buffer = old
         # Reuse the buffer unless source and target overlap: an allocation costs more than the copy.
-        if keys is None or values is None or rows > self._start or rows + count > keys.shape[2]:
+        if buffer is None or rows > self._start or rows + count > buffer.shape[-2]:
             layers, heads, _, head_dim = like.keys.shape
-            keys = like.keys.new_empty(layers, heads, 2 * (rows + count) + 64, head_dim)
-            values = torch.empty_like(keys)
-        if old_keys is None or old_values is None:
-            keys[:, :, 0], values[:, :, 0] = 0.0, 0.0
-        else:
-            keys[:, :, :rows] = old_keys[:, :, self._start : self._end]
-            values[:, :, :rows] = old_values[:, :, self._start : self._end]
-        self._keys, self._values, self._start, self._end = keys, values, 0, rows
-        return keys, values
+            buffer = like.keys.new_empty(2, layers, heads, 2 * (rows + count) + 64, head_dim)
+        buffer[..., :rows, :] = 0.0 if old is None else old[..., self._start : self._end, :]
+        self._buffer, self._start, self._end = buffer, 0, rows
+        return buffer

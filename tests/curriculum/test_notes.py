@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from motip.curriculum.stage_recorder import StageRecorder
 
 import motip.train.step as train_step
-from motip.curriculum.stage_recorder import StageRecorder
 from motip.lineage import Lineage
 from motip.report.stage_history import epochs_synced
 from motip.storage.paths import write_json

@@ -11,9 +11,9 @@ from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
+from motip.curriculum.records import InUse, acquire_lock, release_lock
 
 from motip.curriculum import stage as stage_module
-from motip.curriculum.records import InUse, acquire_lock, release_lock
 from motip.errors import MotipError, exit_on_error, find_motip_error
 from motip.lineage import Lineage
 from tests.helpers.null_lineage import NullLineage

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +19,18 @@ from motip.data.manifest import Manifest
 from motip.data.sequence import ClassMap
 from motip.errors import MotipError
 from motip.evaluation.checkpoint import EvaluateOptions, device_of_workers, evaluate_checkpoint
-from motip.evaluation.evaluator import EvalJob, Evaluation, ModelUnderTest, evaluate_videos, evaluation_folder
+from motip.evaluation.evaluator import (
+    EvalJob,
+    Evaluation,
+    ModelUnderTest,
+    VideoTracker,
+    evaluate_videos,
+    evaluation_folder,
+    map_videos,
+)
 from motip.evaluation.scores import Scores
 from motip.tracking.loading import load
+from motip.tracking.settings import TrackerSettings
 from tests.helpers.small_dataset import FRAMES, write_checkpoint, write_curriculum, write_dance_dataset
 
 CLASSES = {"pedestrian": ("pedestrian",), "car": ("car",)}
@@ -118,6 +131,76 @@ def test_device_of_actors_follows_the_cluster_not_this_process(monkeypatch: pyte
 def test_evaluation_folder_is_named_by_the_digest(tmp_path: Path) -> None:
     folder = tmp_path / "evaluations" / "0123456789ab"
     assert evaluation_folder(tmp_path, "0123456789abcdef") == evaluation_folder(str(tmp_path), "0123456789ab") == folder
+
+
+class FakeRay(ModuleType):
+    """Ray with actors that answer at once, in order of submission; ``dies`` lists the calls during which one dies."""
+
+    def __init__(self, dies: dict[str, int]) -> None:
+        super().__init__("ray")
+        self.exceptions = SimpleNamespace(RayActorError=type("RayActorError", (Exception,), {}))
+        self.dies, self.alive, self.started = Counter(dies), 0, 0
+
+    def remote(self, **_: object) -> Callable[[type], object]:
+        def start(*_: object) -> object:
+            self.alive, self.started = self.alive + 1, self.started + 1
+            return SimpleNamespace(
+                __ray_ready__=SimpleNamespace(remote=lambda: _Reference("start")),
+                track=SimpleNamespace(remote=lambda video: _Reference(video.video)),
+            )
+
+        return lambda worker: SimpleNamespace(remote=start)
+
+    def put(self, value: object) -> object:
+        return value
+
+    def wait(self, references: list[_Reference], num_returns: int) -> tuple[list[_Reference], list[_Reference]]:
+        return references[:num_returns], references[num_returns:]
+
+    def get(self, reference: _Reference) -> tuple[str, dict[str, object]]:
+        if self.dies[reference.call] > 0:
+            self.dies[reference.call] -= 1
+            raise self.exceptions.RayActorError("out of memory")
+        return reference.call, {}
+
+    def kill(self, actor: object) -> None:
+        self.alive -= 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    call: str
+
+
+def _on_fake_ray(monkeypatch: pytest.MonkeyPatch, dies: dict[str, int], storage: Path) -> tuple[FakeRay, list[str]]:
+    fake = FakeRay(dies)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    videos = Manifest.load(storage).of("dance", "val")
+    job = EvalJob(videos, str(storage), storage, cluster=Cluster(2, 0, 1, True))
+    model = ModelUnderTest(None, "0", TrackerSettings())  # type: ignore[arg-type]
+    try:
+        return fake, [video.video for video, _, _ in map_videos(VideoTracker, model, videos, job)]
+    finally:
+        assert fake.alive == 0, "every actor ends with the evaluation"
+
+
+def test_a_worker_that_dies_is_replaced(monkeypatch: pytest.MonkeyPatch, storage: Path) -> None:
+    fake, done = _on_fake_ray(monkeypatch, {"v0": 2, "start": 1}, storage)
+    assert sorted(done) == ["v0", "v1"] and fake.started == 2 + 3
+
+
+@pytest.mark.parametrize(
+    ("dies", "message"),
+    [
+        ({"v1": 3}, r"3 workers died on the same video\n.*dance/v1\n.*out of memory"),
+        ({"start": 3}, r"3 workers died while starting\n.*worker start-up\n"),
+    ],
+)
+def test_the_third_death_is_an_error_that_names_the_video(
+    monkeypatch: pytest.MonkeyPatch, storage: Path, dies: dict[str, int], message: str
+) -> None:
+    with pytest.raises(MotipError, match=message):
+        _on_fake_ray(monkeypatch, dies, storage)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from trackeval.metrics import Identity
 
 from motip.errors import MotipError
-from motip.evaluation.metrics import SparseIdentity, _clean, _trackeval_data, combine, score, score_sequence
+from motip.evaluation.metrics import SparseIdentity, _class_data, _clean, combine, score, score_sequence
 from motip.evaluation.protocols import ScoredSequence, find_protocol
 from motip.evaluation.scores import PERCENTAGES, Scores
 from tests.helpers.track_rows import disturbed, random_rows, rows
@@ -126,10 +127,9 @@ def test_sparse_identity_equals_trackeval(seed: int) -> None:
     truth = random_rows(seed, frames=15, objects=12, size=90.0)
     sequence = ScoredSequence("s", truth, disturbed(truth, seed, shift=15, switch=0.3))
     rules = find_protocol("plain")
-    removed: dict[str, int] = {}
-    sequence = _clean(sequence, 2, rules, removed)  # type: ignore[arg-type]
-    frames = np.unique(sequence.gt.frames)
-    data = _trackeval_data(np.arange(int(frames.max()) + 1), sequence.gt, sequence.pred, sequence, rules, removed)  # type: ignore[arg-type]
+    frames = np.arange(int(truth.frames.max()) + 1)
+    sequence = _clean(replace(sequence, frames=frames), 2, rules, Counter())
+    _, _, data = _class_data(sequence, None, rules, Counter())
     expected = Identity({"PRINT_CONFIG": False}).eval_sequence(data)
     found = SparseIdentity({"PRINT_CONFIG": False}).eval_sequence(data)
     assert expected["IDTP"] > 0

@@ -8,6 +8,7 @@ import pytest
 from motip.evaluation.metrics import score
 from motip.evaluation.outcomes import box_outcomes
 from motip.evaluation.protocols import ScoredSequence
+from motip.evaluation.regions import distance_to_border
 from tests.helpers.track_rows import disturbed, random_rows, rows
 
 CLASSES = ("pedestrian", "car")
@@ -68,5 +69,6 @@ def test_ignored_predictions_are_counted_separately() -> None:
 def test_border_distance_and_density() -> None:
     truth = rows((0, 1, 5, 20, 15, 30, 0), (0, 2, -3, 20, 8, 30, 0), (1, 1, 60, 60, 99, 97, 0))
     errors = box_outcomes(ScoredSequence("s", truth, rows()), ("car",))["car"]
-    assert errors.distance_to_border(100, 100).tolist() == [5, 0, 1]
-    assert errors.density().tolist() == [2, 2, 1]
+    assert distance_to_border(errors.gt.boxes_xyxy, 100, 100).tolist() == [5, 0, 1]
+    assert errors.density(errors.gt.frames).tolist() == [2, 2, 1]
+    assert errors.density(np.array([1, 2, 0])).tolist() == [1, 0, 2]

@@ -51,16 +51,12 @@ def _seen(image: np.ndarray, channel: int) -> list[float]:
     return [(left + right) / 2 / WIDTH, (top + bottom) / 2 / HEIGHT, (right - left) / WIDTH, (bottom - top) / HEIGHT]
 
 
-def _scripted(_model: object, images: list[np.ndarray], *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    logits, boxes = [], []
-    for image in images:
-        table = torch.full((4, 2), -10.0)
-        for query, (score, class_id) in enumerate(((PERSON, 0), (CAR, 1), (FALSE, 0), (FALSE, 1))):
-            table[query, class_id] = float(np.log(score / (1 - score)))
-        logits.append(table)
-        false_boxes = [[0.8, 0.15, 0.1, 0.2], [0.15, 0.85, 0.1, 0.2]]
-        boxes.append(torch.tensor([_seen(image, 0), _seen(image, 2), *false_boxes]))
-    return torch.stack(logits), torch.stack(boxes), torch.stack([features(4)] * len(images))
+def _scripted(_model: object, image: np.ndarray, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    logits = torch.full((4, 2), -10.0)
+    for query, (score, class_id) in enumerate(((PERSON, 0), (CAR, 1), (FALSE, 0), (FALSE, 1))):
+        logits[query, class_id] = float(np.log(score / (1 - score)))
+    false_boxes = [[0.8, 0.15, 0.1, 0.2], [0.15, 0.85, 0.1, 0.2]]
+    return logits, torch.tensor([_seen(image, 0), _seen(image, 2), *false_boxes]), features(4)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from motip.lineage.delivery import send_entries
 
 from motip.config import load_curriculum
 from motip.curriculum import Options
@@ -19,7 +20,6 @@ from motip.data.convert import convert
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
 from motip.errors import MotipError
 from motip.lineage import DataUsed, Lineage
-from motip.lineage.delivery import send_entries
 from motip.lineage.export_record import write_export_record
 from motip.lineage.record_file import parse_record, read_record, record_export, record_fresh, record_path_of
 from motip.lineage.steps import CheckpointLocation, LineageStep, current_environment

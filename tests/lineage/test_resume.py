@@ -15,11 +15,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from motip.lineage.driver_process import driver_is_alive, this_driver
+from motip.lineage.spool import Spool
 
 from motip.errors import MotipError
 from motip.lineage import Lineage
-from motip.lineage.driver_process import driver_is_alive, this_driver
-from motip.lineage.spool import Spool
 from motip.lineage.store import Store, Unreachable
 from motip.lineage.tags import MAX_VALUE, Tag, join_params
 from tests.lineage.test_recorder import CONFIG, DIGEST, client_of

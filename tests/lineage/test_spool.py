@@ -18,10 +18,10 @@ from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import ClientError
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, UNAUTHENTICATED
+from motip.lineage.spool import Spool
 
 from motip.errors import MotipError
 from motip.lineage import Lineage
-from motip.lineage.spool import Spool
 
 RUN, OTHER = "a" * 32, "b" * 32
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from motip.curriculum.stage_dashboard import StageDashboard
 
 from motip.cli.main import main
-from motip.curriculum.stage_dashboard import StageDashboard
 from motip.errors import MotipError
 from motip.report.dashboard import COLOURS, LOWEST, dashboard, draw_dashboard
 from motip.report.stage_history import STEPS_KEPT, History

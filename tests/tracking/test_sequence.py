@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from motip.errors import MotipError
 from motip.tracking.api import TrackResult, inference_size, resize_frame, track_sequence
 from motip.tracking.settings import TrackerSettings
+from motip.tracking.tracker import FrameTracks
 from tests.helpers.scripted_model import following_model
 from tests.parity.recipe import image
 
@@ -21,9 +23,9 @@ def _frames(count: int = 5, height: int = 90, width: int = 120) -> list[tuple[in
     return [(10 + number, image(number, height, width)) for number in range(count)]
 
 
-def _track(**changes: object) -> TrackResult:
+def _track(on_frame: Callable[[int, FrameTracks], None] | None = None) -> TrackResult:
     torch.manual_seed(0)
-    return track_sequence(following_model(vocabulary=20), _frames(), SETTINGS, **changes)  # type: ignore[arg-type]
+    return track_sequence(following_model(vocabulary=20), _frames(), SETTINGS, on_frame)
 
 
 def test_inference_sizes_equal_recorded_ones(reference_dir: Path) -> None:
@@ -81,22 +83,10 @@ def test_rows_are_sorted_and_unique_with_one_class_per_track() -> None:
         assert len(set(rows.class_ids[rows.track_ids == track_id].tolist())) == 1, "one class per track"
 
 
-def test_detector_batch_size_does_not_change_tracks() -> None:
-    one, three = _track(), _track(batch_size=3)
-    assert one.rows.track_ids.tolist() == three.rows.track_ids.tolist()
-    np.testing.assert_allclose(one.rows.boxes_xyxy, three.rows.boxes_xyxy, atol=1e-3)
-
-
-def test_resize_and_progress_callbacks_are_called() -> None:
-    sizes, seen = [], []
-
-    def half(pixels: torch.Tensor) -> torch.Tensor:
-        sizes.append(tuple(pixels.shape))
-        return pixels[:, ::2, ::2]
-
-    _track(resize=half, on_frame=lambda number, tracks: seen.append((number, len(tracks))))
-    assert sizes == [(3, 90, 120)] * 5
-    assert [number for number, _ in seen] == [10, 11, 12, 13, 14]
+def test_progress_callback_is_called_after_each_frame() -> None:
+    seen: list[int] = []
+    _track(on_frame=lambda number, _: seen.append(number))
+    assert seen == [10, 11, 12, 13, 14]
 
 
 def test_bfloat16_detector_gives_finite_tracks() -> None:

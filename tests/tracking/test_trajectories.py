@@ -36,8 +36,8 @@ def test_history_equals_a_list_after_every_append_and_move() -> None:
         assert torch.equal(history.tokens().values, torch.cat([zero, *(each.values[:, :, 1:] for _, each in kept)], 2))
         assert len(history) == sum(len(each) for _, each in kept) == len(history.frames) == len(history.labels)
         assert history.frames.tolist() == [number for number, tokens in kept for _ in range(len(tokens))]
-        assert history._keys is not None
-        buffers.add(history._keys.data_ptr())
+        assert history._buffer is not None
+        buffers.add(history._buffer.data_ptr())
     assert moved > len(buffers) > 1, "the buffer must have moved in place and grown"
 
 
