@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -82,16 +81,6 @@ class ClipRef:
     @property
     def name(self) -> str:
         return f"{self.source}/{self.video} frames {','.join(map(str, self.frame_numbers))}"
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> ClipRef:
-        fields = json.loads(text)
-        fields["positions"] = tuple(fields["positions"])
-        fields["frame_numbers"] = tuple(fields["frame_numbers"])
-        return ClipRef(**fields)
 
 
 @dataclass(frozen=True)

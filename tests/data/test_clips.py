@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motip.data.clips import ClipRef, PlanVideo, pad_to, plan_clips, rank_rows
+from motip.data.clips import PlanVideo, pad_to, plan_clips, rank_rows
 from motip.errors import MotipError
 
 
@@ -197,10 +197,3 @@ def test_labels_without_objects_are_an_error() -> None:
 def test_inconsistent_mixes_are_errors(videos: list[PlanVideo], weights: dict[str, float] | None, match: str) -> None:
     with pytest.raises(MotipError, match=match):
         plan_clips(videos, SETS, epoch=0, seed=0, weights=weights)
-
-
-def test_clip_references_round_trip_through_json() -> None:
-    clips = plan_clips(VIDEOS, SETS, epoch=0, seed=0).clips
-    assert clips
-    for clip in clips:
-        assert ClipRef.from_json(clip.to_json()) == clip
