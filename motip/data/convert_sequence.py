@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import cv2
 
 from motip.data.formats.common import RawSequence
 from motip.data.formats.registry import reader
 from motip.data.image_check import image_hash, image_problem, sampled_positions
-from motip.data.manifest import VideoEntry, make_entry, summarise_labels
+from motip.data.manifest import SequenceEntry, VideoEntry, make_entry, summarise_labels
 from motip.data.selection import MIN_SEGMENT_FRAMES, Segment
 from motip.data.sequence import Frame, ReadReport, Sequence
 from motip.data.shards import (
@@ -60,37 +59,15 @@ class SequenceJob:
 
 
 @dataclass(frozen=True)
-class FrameCount:
-    """Number of frames of a sequence that have labels and a listed image."""
-
-    source: str
-    split: str
-    sequence: str
-    frames: int
-
-
-@dataclass(frozen=True)
 class SequenceResult:
-    """Manifest entries of a converted sequence and the counts of its label rows.
+    """Manifest entries of a converted sequence and of its videos.
 
     ``written`` counts the shards that this conversion wrote; the others were up to date.
     """
 
-    source: str
-    split: str
-    sequence: str
+    sequence: SequenceEntry
     entries: tuple[VideoEntry, ...]
-    report: ReadReport
     written: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "split": self.split,
-            "sequence": self.sequence,
-            "videos": [entry.video for entry in self.entries],
-            "rows": self.report.to_dict(),
-        }
 
 
 def read(job: SequenceJob) -> tuple[Sequence, ReadReport]:
@@ -100,10 +77,10 @@ def read(job: SequenceJob) -> tuple[Sequence, ReadReport]:
     return replace(sequence, split=job.split), report
 
 
-def count_frames(job: SequenceJob) -> FrameCount:
-    """Read the labels of a sequence and count its frames."""
+def count_frames(job: SequenceJob) -> tuple[str, int]:
+    """Name of a sequence and its number of frames that have labels and a listed image."""
     sequence, _ = read(job)
-    return FrameCount(job.source, job.split, job.raw.name, len(sequence.frames))
+    return job.raw.name, len(sequence.frames)
 
 
 def convert_sequence(job: SequenceJob) -> SequenceResult:
@@ -138,7 +115,9 @@ def convert_sequence(job: SequenceJob) -> SequenceResult:
     _count_unselected(report, sequence, segments)
     report.kept = sum(sum(entry.boxes.values()) for entry in entries)
     report.check(job.raw.labels)
-    return SequenceResult(job.source, job.split, sequence.name, tuple(entries), report, written)
+    videos = tuple(entry.video for entry in entries)
+    converted = SequenceEntry(job.source, job.split, sequence.name, videos, report)
+    return SequenceResult(converted, tuple(entries), written)
 
 
 def video_name(video: Sequence, segment: Segment) -> str:
