@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import contextlib
 import re
 from abc import ABC, abstractmethod
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from motip.data.decode import decode_rgb
-from motip.data.formats.common import IMAGE_SUFFIXES
+from motip.data.formats.common import IMAGE_SUFFIXES, read_seqinfo
 from motip.errors import MotipError
 
 IMAGE_FPS = Fraction(30)
@@ -197,14 +196,8 @@ def _stated_rate(folder: Path) -> Fraction | None:
     info = folder.parent / "seqinfo.ini"
     if not info.is_file():
         return None
-    parser = configparser.ConfigParser()
-    try:
-        parser.read_string(info.read_text())
-        return _checked_rate(float(parser["Sequence"]["frameRate"]))
-    except (configparser.Error, KeyError, ValueError) as error:
-        raise MotipError(
-            f"seqinfo.ini cannot be read: {error}", where=info, expected="[Sequence] with frameRate", fix="set --fps"
-        ) from error
+    (rate,) = read_seqinfo(info, {"frameRate": float}, fix="set --fps")
+    return _checked_rate(rate)
 
 
 def _checked_rate(fps: float) -> Fraction:

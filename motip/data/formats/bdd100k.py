@@ -19,9 +19,8 @@ from motip.data.formats.common import (
     UNLABELLED,
     RawSequence,
     Rows,
-    build_frames,
+    build_sequence,
     check_images_match_labels,
-    check_rows,
     count,
     files_with,
     first_size,
@@ -98,20 +97,8 @@ def read_sequence(raw: RawSequence) -> tuple[Sequence, ReadReport]:
     if raw.images is not None:
         rows = rows.keep(np.isin(rows.frames, list(images)), NO_IMAGE, report)
         count(report, "label frame without an image, left out", len(set(numbers) - set(images)))
-    rows = check_rows(rows, size, report)
-    report.kept = len(rows)
-    report.check(raw.labels)
-    kept_numbers = [number for number in numbers if raw.images is None or number in images]
-    sequence = Sequence(
-        name=raw.name,
-        dataset=DATASET,
-        split=raw.split,
-        fps=raw.fps or FPS,
-        width=size[0],
-        height=size[1],
-        frames=build_frames(rows, kept_numbers, images),
-        track_names=names,
-    )
+        numbers = [number for number in numbers if number in images]
+    sequence = build_sequence(raw, rows, numbers, images, size, report, dataset=DATASET, fps=FPS, track_names=names)
     return sequence, report
 
 
