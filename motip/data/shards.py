@@ -13,7 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -246,6 +246,12 @@ class Shard:
             MotipError: a position outside the video.
         """
         return self._frames(list(positions), FRAME_COLUMNS)
+
+    def __iter__(self) -> Iterator[Frame]:
+        """All frames with image bytes, in order, one row group in memory."""
+        rows = self.header.rows_per_group
+        for begin in range(0, len(self), rows):
+            yield from self.read_frames(range(begin, min(begin + rows, len(self))))
 
     def read_labels(self) -> Sequence:
         """The video's labels without its images (no image byte is read); ``name`` is the video's name."""
