@@ -19,7 +19,6 @@ from motip.data.manifest import Manifest, VideoEntry, manifest_path
 from motip.data.overlay import write_overlays
 from motip.data.selection import (
     Segment,
-    common_names,
     cut_segments,
     segment_limit_for,
     selection_key,
@@ -109,20 +108,21 @@ def convert(
     notes = [note for plan in plans for note in plan.notes]
     notes += _seed_notes(seed, previous)
 
-    # Merge with the manifest on disk and check it.
-    def merged(stored: Manifest) -> Manifest:
-        if seed is None:
-            _check_same_seed(stored, order)
-        _check_same_locks(stored, plans)
-        return _build_manifest(plans, results, stored, order)
-
-    def check(manifest: Manifest) -> list[str]:
-        found = check_leakage(manifest, [plan.name for plan in plans], strict=strict)
-        found += check_classes(curriculum, manifest)
-        _check_requests(curriculum, manifest, allow_fewer)
-        return found
-
-    manifest, found = _merge_and_save(storage, merged, check)
+    # Merge with the manifest that other conversions have stored, check and save.
+    with exclusive_lock(storage / "shards" / ".manifest.lock", "another conversion into this storage"):
+        while True:
+            stored = _load_manifest(storage)
+            if seed is None:
+                _check_same_seed(stored, order)
+            _check_same_locks(stored, plans)
+            manifest = _build_manifest(plans, results, stored, order)
+            found = check_leakage(manifest, [plan.name for plan in plans], strict=strict)
+            found += check_classes(curriculum, manifest)
+            _check_requests(curriculum, manifest, allow_fewer)
+            # The checks take seconds and object stores have no lock, so look for a concurrent change before saving.
+            if _load_manifest(storage) == stored:
+                manifest.save(storage)
+                break
 
     # Report.
     notes += found + _unused_shard_notes(manifest, storage)
@@ -134,26 +134,6 @@ def convert(
 
 def _load_manifest(storage: Location) -> Manifest:
     return Manifest.load(storage) if manifest_path(storage).is_file() else Manifest(())
-
-
-def _merge_and_save(
-    storage: Location, merged: Callable[[Manifest], Manifest], check: Callable[[Manifest], list[str]]
-) -> tuple[Manifest, list[str]]:
-    """Merge with the manifest that concurrent conversions have stored, check and save.
-
-    Args:
-        merged: maps the stored manifest to the one to save.
-        check: raises MotipError if it must not be saved; its notes are returned.
-    """
-    with exclusive_lock(storage / "shards" / ".manifest.lock", "another conversion into this storage"):
-        while True:
-            stored = _load_manifest(storage)
-            manifest = merged(stored)
-            notes = check(manifest)
-            # The checks take seconds and object stores have no lock, so look for a concurrent change before saving.
-            if _load_manifest(storage) == stored:
-                manifest.save(storage)
-                return manifest, notes
 
 
 def _seed_notes(seed: int | None, previous: Manifest) -> list[str]:
@@ -288,9 +268,10 @@ class _SourcePlan:
         self.found["train"] = len(raws)
 
         # No sequence may be in train and in an evaluation split.
-        leaked = {role: common_names(raws, names) for role, names in self.locked.items() if common_names(raws, names)}
-        if leaked:
-            role, names = next(iter(leaked.items()))
+        for role, locked in self.locked.items():
+            names = sorted(set(raws) & set(locked))
+            if not names:
+                continue
             raise MotipError(
                 f"{len(names)} {role} sequences of source {self.name!r} are also in train, such as {names[0]}",
                 where=self.root,
@@ -366,8 +347,7 @@ def _select_segments(segments: SequenceOf[Segment], requested: int, budget: int,
     frames = [segment.frames for segment in segments]
     by_count = take_first(segments, frames, videos=requested, frame_budget=None)
     by_budget = take_first(segments, frames, videos=None, frame_budget=budget) if budget else []
-    # Both are prefixes of the same list, so the longer one contains the other.
-    return max(by_count, by_budget, key=len)
+    return max(by_count, by_budget, key=len)  # Both are prefixes of the same list.
 
 
 def _check_disjoint_sources(plans: list[_SourcePlan]) -> None:

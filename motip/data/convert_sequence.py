@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -141,8 +142,9 @@ def _shard(
     existing = _existing(job, path, relative, header.inputs, newest=max(time for _, time in images))
     if existing is not None:
         return existing, False
-    bad = _write(job, path, header, video, segment.index)
-    if len(bad) == len(video.frames):
+    try:
+        _write(job, path, header, video, segment.index)
+    except _NoIntactImage:
         return None, False
     return _entry(path, relative), True
 
@@ -180,46 +182,38 @@ class _NoIntactImage(Exception):
     """No frame of a video has an intact image; raised inside the writer so that no empty shard is published."""
 
 
-def _write(job: SequenceJob, path: Location, header: ShardHeader, video: Sequence, index: int) -> list[str]:
-    """Write one shard; returns its broken images as "name: defect"."""
+def _write(job: SequenceJob, path: Location, header: ShardHeader, video: Sequence, index: int) -> None:
+    """Write one shard; its broken images are listed in the summary as "name: defect"."""
     bad: list[str] = []
-    hashes: dict[int, str] = {}
+    hashes: list[str] = []
     sampled = sampled_positions(len(video.frames))
-    try:
-        with ShardWriter(path, header) as writer:
-            for position, frame in enumerate(_intact_frames(video, bad)):
-                writer.add(frame)
-                if position in sampled and isinstance(frame.image, bytes):
-                    hashes[position] = image_hash(frame.image)
-            if bad and job.strict:
-                raise MotipError(
-                    f"{len(bad)} images of {video.name} are broken, such as {bad[0]}",
-                    where=job.raw.images,
-                    expected="intact images of one size (--strict)",
-                    fix="download them again, or convert without --strict: they are then left out and counted",
-                )
-            if not writer.frames:
-                raise _NoIntactImage
-            writer.summary = {
-                **summarise_labels(writer.frames),
-                "segment": index,
-                "bad_images": bad,
-                "image_hashes": [hashes[position] for position in sorted(hashes)],
-            }
-    except _NoIntactImage:
-        return bad
-    return bad
+    with ShardWriter(path, header) as writer:
+        for position, (frame, data) in enumerate(_intact_frames(video, bad)):
+            writer.add(frame)
+            if position in sampled:
+                hashes.append(image_hash(data))
+        if bad and job.strict:
+            raise MotipError(
+                f"{len(bad)} images of {video.name} are broken, such as {bad[0]}",
+                where=job.raw.images,
+                expected="intact images of one size (--strict)",
+                fix="download them again, or convert without --strict: they are then left out and counted",
+            )
+        if not writer.frames:
+            raise _NoIntactImage
+        labels = summarise_labels(writer.frames)
+        writer.summary = {**labels, "segment": index, "bad_images": bad, "image_hashes": hashes}
 
 
-def _intact_frames(video: Sequence, bad: list[str]) -> Iterator[Frame]:
-    """Frames with their image bytes; broken images are appended to ``bad`` instead."""
+def _intact_frames(video: Sequence, bad: list[str]) -> Iterator[tuple[Frame, bytes]]:
+    """Frames with their images, and the images; broken images are appended to ``bad`` instead."""
     for frame in video.frames:
         data = image_bytes(frame) or b""
         problem = image_problem(data, (video.width, video.height))
         if problem:
             bad.append(f"{_file_name(frame)}: {problem}")
         else:
-            yield replace(frame, image=data)
+            yield replace(frame, image=data), data
 
 
 def _file_name(frame: Frame) -> str:
@@ -254,13 +248,10 @@ def _count_bad_images(job: SequenceJob, report: ReadReport, video: Sequence, ent
 def _count_unselected(report: ReadReport, sequence: Sequence, segments: tuple[Segment, ...]) -> None:
     """Count the label rows outside the converted segments, by reason."""
     inside = {position for segment in segments for position in range(segment.start, segment.stop)}
-    counts: dict[str, int] = {}
+    lost: Counter[str] = Counter()
     last = max(segment.stop for segment in segments)
     has_last = any(segment.index == segment.count - 1 for segment in segments)
     for position, frame in enumerate(sequence.frames):
         if position not in inside:
-            reason = TAIL if has_last and position >= last else NOT_SELECTED
-            counts[reason] = counts.get(reason, 0) + len(frame.categories)
-    for reason, rows in counts.items():
-        if rows:
-            report.dropped[reason] += rows
+            lost[TAIL if has_last and position >= last else NOT_SELECTED] += len(frame.categories)
+    report.dropped.update(+lost)

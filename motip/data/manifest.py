@@ -252,6 +252,7 @@ def summarise_labels(frames: SequenceOf[Frame]) -> dict[str, Any]:
                 ids_by_category.setdefault(category, set()).add(int(track_id))
         ids_by_frame.append(set(frame.track_ids[tracked].tolist()))
         objects.append(int(tracked.sum()))
+    windows = (ids_by_frame[begin : begin + WINDOW_FRAMES] for begin in range(len(ids_by_frame)))
     return {
         "boxes": dict(sorted(boxes.items())),
         "ignored": dict(sorted(ignored.items())),
@@ -259,25 +260,11 @@ def summarise_labels(frames: SequenceOf[Frame]) -> dict[str, Any]:
         "track_count": len(set().union(*ids_by_frame)),
         "objects": sum(objects),
         "max_objects": max(objects, default=0),
-        "max_window_ids": _max_window_ids(ids_by_frame, WINDOW_FRAMES),
+        "max_window_ids": max((len(set().union(*window)) for window in windows), default=0),
         "empty_frames": sum(count == 0 for count in objects),
         "first_frame": int(frames[0].number) if frames else 0,
         "last_frame": int(frames[-1].number) if frames else 0,
     }
-
-
-def _max_window_ids(ids_by_frame: SequenceOf[set[int]], window: int) -> int:
-    counts: Counter[int] = Counter()
-    maximum = 0
-    for index, ids in enumerate(ids_by_frame):
-        counts.update(ids)
-        if index >= window:
-            for expired in ids_by_frame[index - window]:
-                counts[expired] -= 1
-                if not counts[expired]:
-                    del counts[expired]
-        maximum = max(maximum, len(counts))
-    return maximum
 
 
 def make_entry(header: ShardHeader, *, shard: str, shard_sha256: str, shard_bytes: int) -> VideoEntry:

@@ -209,19 +209,12 @@ def _rows(
             columns["truncation"].append(_flag(attributes, "truncated"))
     # Arrays.
     try:
-        boxes = np.array(columns["boxes_xyxy"], dtype=np.float64).reshape(-1, 4)
+        boxes = np.array(columns.pop("boxes_xyxy"), dtype=np.float64).reshape(-1, 4)
     except (TypeError, ValueError) as error:
         raise MotipError(f"a box2d value is not a number: {error}", where=raw.labels, fix="repair the file") from error
-    rows = Rows(
-        frames=np.array(columns["frames"], dtype=np.int64),
-        boxes_xyxy=boxes,
-        track_ids=np.array(columns["track_ids"], dtype=np.int64),
-        categories=np.array(columns["categories"], dtype=object),
-        ignore=np.array(columns["ignore"], dtype=bool),
-        occlusion=np.array(columns["occlusion"], dtype=np.int8),
-        truncation=np.array(columns["truncation"], dtype=np.int8),
-    )
-    return rows, tuple(ids)
+    categories = np.array(columns.pop("categories"), dtype=object)
+    numbers_and_flags = {name: np.array(values, dtype=np.int64) for name, values in columns.items()}
+    return Rows(boxes_xyxy=boxes, categories=categories, **numbers_and_flags), tuple(ids)
 
 
 def _flag(attributes: dict[str, Any], name: str) -> bool:
