@@ -156,10 +156,10 @@ def draw_augmentation(
         crop = _draw_crop(settings, first_hw, rng)
         crop_hw = crop[3] - crop[1], crop[2] - crop[0]
         crop_size_hw = resize_size(*crop_hw, short, settings.max_size)
-        source = _crop_in_source(crop, first_hw, view_hw, flip, crop_size_hw, coarse=not cropped)
-        candidate = np.tile(views[:, :2], (1, 2)) + source.window
+        window, coarse = _crop_in_source(crop, first_hw, view_hw, flip, crop_size_hw, coarse=not cropped)
+        candidate = np.tile(views[:, :2], (1, 2)) + window
         if _objects_remain(boxes_xyxy, candidate):
-            windows, size_hw, reduction, cropped = candidate, crop_size_hw, source.reduction, True
+            windows, size_hw, reduction, cropped = candidate, crop_size_hw, coarse, True
         else:  # the published order still resizes twice
             size_hw = resize_size(*first_hw, short, settings.max_size)
             reduction = 1 if cropped else reduction_for(view_hw, size_hw)
@@ -269,12 +269,6 @@ def _draw_crop(settings: AugmentSettings, size_hw: tuple[int, int], rng: np.rand
     return x0, y0, x0 + lengths[0], y0 + lengths[1]
 
 
-@dataclass(frozen=True)
-class _SourceCrop:
-    window: np.ndarray
-    reduction: int
-
-
 def _crop_in_source(
     crop_xyxy: tuple[int, ...],
     first_hw: tuple[int, int],
@@ -282,8 +276,8 @@ def _crop_in_source(
     flip: bool,
     target_hw: tuple[int, int],
     coarse: bool,
-) -> _SourceCrop:
-    """The crop of the (flipped) resized image, mapped to a window of the source view in integer source pixels.
+) -> tuple[np.ndarray, int]:
+    """The crop of the (flipped) resized image as a window of the source view in integer pixels, and its reduction.
 
     The window is snapped to the grid of the reduced decoding; boxes use the snapped window, so they stay exact.
     """
@@ -302,7 +296,7 @@ def _crop_in_source(
 
     left, right = snapped(x0 * scale_x, x1 * scale_x, view_hw[1])
     top, bottom = snapped(y0 * scale_y, y1 * scale_y, view_hw[0])
-    return _SourceCrop(np.array([left, top, right, bottom], dtype=np.int64), reduction)
+    return np.array([left, top, right, bottom], dtype=np.int64), reduction
 
 
 def _objects_remain(boxes_xyxy: Sequence[np.ndarray], windows_xyxy: np.ndarray) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,6 @@ class IdSlots:
     unknown_labels: Tensor
     unknown_masks: Tensor
     unknown_ann: Tensor
-
-    def to(self, device: torch.device | str) -> IdSlots:
-        return IdSlots(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
 
 @dataclass
@@ -64,18 +62,16 @@ class ClipBatch:
     dropped: int = 0
 
     def to(self, device: torch.device | str) -> ClipBatch:
-        def moved(nested: list[list[Tensor]]) -> list[list[Tensor]]:
-            return [[t.to(device, non_blocking=True) for t in clip] for clip in nested]
+        moved: ClipBatch = _moved(self, device)
+        return moved
 
-        return ClipBatch(
-            images=self.images.to(device, non_blocking=True),
-            masks=self.masks.to(device, non_blocking=True),
-            boxes_cxcywh=moved(self.boxes_cxcywh),
-            classes=moved(self.classes),
-            ignore_cxcywh=moved(self.ignore_cxcywh),
-            slots=None if self.slots is None else self.slots.to(device),
-            names=self.names,
-            weights=self.weights.to(device, non_blocking=True),
-            distractors=self.distractors,
-            dropped=self.dropped,
-        )
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """``value`` with all its tensors on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [_moved(item, device) for item in value]
+    if isinstance(value, ClipBatch | IdSlots):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    return value

@@ -150,11 +150,9 @@ def read_video_frames(entry: VideoEntry, storage: Location | str) -> Iterator[tu
     Raises:
         MotipError: the shard is missing or a frame cannot be decoded.
     """
-    shard = open_shard(shard_path(storage, entry.shard))
-    for begin in range(0, entry.frames, entry.rows_per_group):
-        for frame in shard.read_frames(range(begin, min(begin + entry.rows_per_group, entry.frames))):
-            where = f"{entry.source}/{entry.video} frame {frame.number}"
-            yield frame.number, decode_rgb(_encoded(frame, where), where=where)
+    for frame in open_shard(shard_path(storage, entry.shard)):
+        where = f"{entry.source}/{entry.video} frame {frame.number}"
+        yield frame.number, decode_rgb(_encoded(frame, where), where=where)
 
 
 def local_batches(

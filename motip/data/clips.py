@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from motip.errors import MotipError
 
+if TYPE_CHECKING:
+    from motip.config import ClipSchedule, Config
+
 ROW_STRIDE = 1 << 32
 """Start frames are encoded as video index * ROW_STRIDE + row; larger than the number of rows of any video."""
-
-
-class Schedule(Protocol):
-    """Clip lengths and intervals of one epoch (`Config.clip_schedule`); one of the two interval fields is set."""
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Clip lengths in frames; each clip samples one."""
-
-    @property
-    def intervals(self) -> tuple[int, ...] | None:
-        """Intervals in rows; each clip samples one of those that fit."""
-
-    @property
-    def max_interval(self) -> int | None:
-        """Published rule: each clip samples an interval uniformly from 1 to this, cut to what fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +69,6 @@ class ClipRef:
     def name(self) -> str:
         return f"{self.source}/{self.video} frames {','.join(map(str, self.frame_numbers))}"
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> ClipRef:
-        fields = json.loads(text)
-        fields["positions"] = tuple(fields["positions"])
-        fields["frame_numbers"] = tuple(fields["frame_numbers"])
-        return ClipRef(**fields)
-
 
 @dataclass(frozen=True)
 class ClipPlan:
@@ -133,7 +109,7 @@ class ClipPlan:
 
 def plan_clips(
     videos: Iterable[PlanVideo],
-    schedule: Schedule,
+    schedule: ClipSchedule,
     *,
     epoch: int,
     seed: int,
@@ -141,7 +117,6 @@ def plan_clips(
     weights: Mapping[str, float] | None = None,
     max_clips: int | None = None,
     length_per_iteration: int | None = None,
-    interval_seconds: Sequence[float] | None = None,
 ) -> ClipPlan:
     """Plan one epoch: one clip per start frame that fits, shuffled, batched by length.
 
@@ -154,7 +129,6 @@ def plan_clips(
         max_clips: maximum number of clips; a random subset is kept.
         length_per_iteration: published key: keep a random subset of total // (length // length_per_iteration) clips
             (the published sampler keeps the head of the directory listing).
-        interval_seconds: intervals in seconds, converted with each video's fps; replaces the schedule's intervals.
 
     Raises:
         MotipError: no clip fits, no video has an object, two videos have one name, or a weight is not positive.
@@ -163,7 +137,7 @@ def plan_clips(
     ordered = sorted(videos, key=lambda video: video.key)
     _check_names(ordered)
     counts: Counter[str] = Counter(videos=len(ordered), frames=sum(len(video.frame_numbers) for video in ordered))
-    choices = [_intervals(video, schedule, interval_seconds) for video in ordered]
+    choices = [_intervals(video, schedule) for video in ordered]
     starts = _start_frames(ordered, choices, min(schedule.lengths), counts)
     if not len(starts):
         raise _no_clip_error(ordered, choices, schedule)
@@ -209,6 +183,49 @@ def pad_to(plan: ClipPlan, multiple: int) -> ClipPlan:
     return replace(plan, clips=plan.clips + padding, counts=counts)
 
 
+def divided_among(plan: ClipPlan, world_size: int) -> ClipPlan:
+    """The same steps of the same clips for another number of ranks; uneven shares are padded with weight-0 repeats."""
+    per_rank = -(-plan.global_batch // world_size)
+    if per_rank * world_size == plan.global_batch:
+        return plan
+    clips: list[ClipRef] = []
+    for begin in range(0, len(plan.clips), plan.global_batch):
+        step = plan.clips[begin : begin + plan.global_batch]
+        missing = per_rank * world_size - len(step)
+        clips += [*step, *(replace(step[i % len(step)], weight=0) for i in range(missing))]
+    counts = {**plan.counts, "padding_for_workers": len(clips) - len(plan.clips)}
+    return replace(plan, clips=tuple(clips), counts=counts, global_batch=per_rank * world_size)
+
+
+def plan_epoch(
+    videos: Iterable[PlanVideo],
+    weights: Mapping[str, float],
+    config: Config,
+    world_size: int,
+    initial_world_size: int | None,
+    epoch: int,
+) -> ClipPlan:
+    """The padded clip plan of one epoch of a stage for a number of ranks.
+
+    Args:
+        world_size: ranks of this attempt.
+        initial_world_size: ranks at the start of a resumed run, whose global batches are kept; None: ``world_size``.
+    """
+    global_batch = (initial_world_size or world_size) * config.BATCH_SIZE
+    schedule = config.clip_schedule(epoch)
+    plan = plan_clips(
+        videos,
+        schedule,
+        epoch=epoch,
+        seed=config.SEED,
+        global_batch=global_batch,
+        weights=weights,
+        max_clips=config.CLIPS_PER_EPOCH,
+        length_per_iteration=config.LENGTH_PER_ITERATION,
+    )
+    return divided_among(pad_to(plan, global_batch), world_size)
+
+
 def rank_rows(plan: ClipPlan, world_size: int, rank: int, batch_size: int) -> list[ClipRef]:
     """The clips of one rank in order: the ``rank``-th block of ``batch_size`` clips of every global batch.
 
@@ -234,10 +251,10 @@ def _check_names(ordered: Sequence[PlanVideo]) -> None:
         )
 
 
-def _intervals(video: PlanVideo, schedule: Schedule, seconds: Sequence[float] | None) -> tuple[int, ...] | None:
+def _intervals(video: PlanVideo, schedule: ClipSchedule) -> tuple[int, ...] | None:
     """Intervals in rows for this video, ascending, or None for the published uniform sampling."""
-    if seconds:
-        return tuple(sorted({max(1, round(value * video.fps)) for value in seconds}))
+    if schedule.interval_seconds:
+        return tuple(sorted({max(1, round(value * video.fps)) for value in schedule.interval_seconds}))
     return tuple(sorted(set(schedule.intervals))) if schedule.intervals else None
 
 
@@ -299,7 +316,7 @@ def _apply_weights(
     return np.concatenate(weighted)
 
 
-def _limit(total: int, schedule: Schedule, max_clips: int | None, length_per_iteration: int | None) -> int:
+def _limit(total: int, schedule: ClipSchedule, max_clips: int | None, length_per_iteration: int | None) -> int:
     limit = total
     if length_per_iteration:
         longest = max(schedule.lengths)
@@ -315,7 +332,7 @@ def _limit(total: int, schedule: Schedule, max_clips: int | None, length_per_ite
 
 
 def _sample_clip(
-    video: PlanVideo, start: int, intervals: tuple[int, ...] | None, schedule: Schedule, draw: np.random.Generator
+    video: PlanVideo, start: int, intervals: tuple[int, ...] | None, schedule: ClipSchedule, draw: np.random.Generator
 ) -> ClipRef:
     """A clip from ``start`` with random length and interval."""
     available = len(video.frame_numbers) - 1 - start
@@ -326,8 +343,7 @@ def _sample_clip(
     if intervals:
         interval = int(draw.choice([value for value in intervals if (length - 1) * value <= available]))
     else:
-        if schedule.max_interval is None:
-            raise ValueError("a clip schedule needs intervals or max_interval")
+        assert schedule.max_interval is not None
         interval = int(draw.integers(1, schedule.max_interval + 1))
         if length > 1:  # published rule: an interval that does not fit is cut, not sampled again
             interval = min(interval, available // (length - 1))
@@ -388,7 +404,7 @@ def _count_contents(
 
 
 def _no_clip_error(
-    ordered: Sequence[PlanVideo], choices: Sequence[tuple[int, ...] | None], schedule: Schedule
+    ordered: Sequence[PlanVideo], choices: Sequence[tuple[int, ...] | None], schedule: ClipSchedule
 ) -> MotipError:
     shortest = min(schedule.lengths)
     smallest = min((intervals[0] if intervals else 1 for intervals in choices), default=1)

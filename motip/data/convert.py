@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from motip.data.convert_report import ConvertReport, build_report, check_classes, check_leakage
-from motip.data.convert_sequence import FrameCount, SequenceJob, SequenceResult, convert_sequence, count_frames
+from motip.data.convert_sequence import SequenceJob, SequenceResult, convert_sequence, count_frames
 from motip.data.formats.common import RawSequence, files_with
 from motip.data.formats.registry import reader
 from motip.data.manifest import Manifest, VideoEntry, manifest_path
 from motip.data.overlay import write_overlays
 from motip.data.selection import (
     Segment,
-    common_names,
     cut_segments,
     segment_limit_for,
     selection_key,
@@ -47,24 +45,8 @@ MapFn = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 """Applies a function to jobs and yields the results, in any order."""
 Progress = Callable[[str, int, int], None]
 """Called with the name of the phase, the number of finished jobs and the number of all jobs."""
-
-
-@dataclass
-class SourcePlan:
-    """Conversion plan of one source.
-
-    Attributes:
-        locked: split -> names of the sequences locked for evaluation.
-        found: split -> number of source sequences, for the splits that this conversion handles.
-        limit: maximum length of a training segment in frames, 0 without training videos.
-    """
-
-    name: str
-    jobs: list[SequenceJob] = field(default_factory=list)
-    locked: dict[str, list[str]] = field(default_factory=dict)
-    found: dict[str, int] = field(default_factory=dict)
-    limit: int = 0
-    notes: list[str] = field(default_factory=list)
+RunJobs = Callable[[Callable[[Any], Any], list[SequenceJob], str], list[Any]]
+"""Applies a function to the jobs of a phase and returns the results, in any order."""
 
 
 def convert(
@@ -93,8 +75,17 @@ def convert(
         MotipError: missing or unreadable data, fewer videos than requested, val sequences in train, classes without
             a label, or a seed changed by a concurrent conversion. Finished shards are kept and reused.
     """
-    map_fn = map_fn or (lambda function, jobs: map(function, jobs))
+    map_fn = map_fn or map
     progress = progress or (lambda _phase, _done, _total: None)
+
+    def run(function: Callable[[Any], Any], jobs: list[SequenceJob], phase: str) -> list[Any]:
+        results = []
+        progress(phase, 0, len(jobs))
+        for result in map_fn(function, jobs):
+            results.append(result)
+            progress(phase, len(results), len(jobs))
+        return results
+
     # Workers have other working directories, so relative paths are resolved here.
     data_root, storage = absolute(data_root), absolute(storage)
     check_data_root(data_root)
@@ -104,36 +95,34 @@ def convert(
     order = previous.seed if seed is None else seed
 
     # Plan the jobs of every source.
-    plans = []
-    for source in curriculum.sources.values():
-        planner = _SourcePlanner(source, data_root, storage, previous, strict)
-        plan = SourcePlan(source.name)
-        evaluation = planner.evaluation_jobs(plan)
-        training = planner.training_jobs(plan, _mixes(curriculum, source.name), order, allow_fewer, map_fn, progress)
-        plan.jobs = evaluation + training
-        plans.append(plan)
+    plans = [_SourcePlan(source, data_root, storage, previous, strict) for source in curriculum.sources.values()]
+    for plan in plans:
+        plan.add_evaluation_jobs()
+        plan.add_training_jobs(_mixes(curriculum, plan.name), order, allow_fewer, run)
     _check_disjoint_sources(plans)
 
     # Run them.
     jobs = [job for plan in plans for job in plan.jobs]
-    results = _run_jobs(map_fn, convert_sequence, jobs, "converting", progress)
+    results: list[SequenceResult] = run(convert_sequence, jobs, "converting")
+    results.sort(key=lambda result: result.sequence.identity)
     notes = [note for plan in plans for note in plan.notes]
     notes += _seed_notes(seed, previous)
 
-    # Merge with the manifest on disk and check it.
-    def merged(stored: Manifest) -> Manifest:
-        if seed is None:
-            _check_same_seed(stored, order)
-        _check_same_locks(stored, plans)
-        return _build_manifest(plans, results, stored, order)
-
-    def check(manifest: Manifest) -> list[str]:
-        found = check_leakage(manifest, [plan.name for plan in plans], strict=strict)
-        found += check_classes(curriculum, manifest)
-        _check_requests(curriculum, manifest, allow_fewer)
-        return found
-
-    manifest, found = _merge_and_save(storage, merged, check)
+    # Merge with the manifest that other conversions have stored, check and save.
+    with exclusive_lock(storage / "shards" / ".manifest.lock", "another conversion into this storage"):
+        while True:
+            stored = _load_manifest(storage)
+            if seed is None:
+                _check_same_seed(stored, order)
+            _check_same_locks(stored, plans)
+            manifest = _build_manifest(plans, results, stored, order)
+            found = check_leakage(manifest, [plan.name for plan in plans], strict=strict)
+            found += check_classes(curriculum, manifest)
+            _check_requests(curriculum, manifest, allow_fewer)
+            # The checks take seconds and object stores have no lock, so look for a concurrent change before saving.
+            if _load_manifest(storage) == stored:
+                manifest.save(storage)
+                break
 
     # Report.
     notes += found + _unused_shard_notes(manifest, storage)
@@ -145,26 +134,6 @@ def convert(
 
 def _load_manifest(storage: Location) -> Manifest:
     return Manifest.load(storage) if manifest_path(storage).is_file() else Manifest(())
-
-
-def _merge_and_save(
-    storage: Location, merged: Callable[[Manifest], Manifest], check: Callable[[Manifest], list[str]]
-) -> tuple[Manifest, list[str]]:
-    """Merge with the manifest that concurrent conversions have stored, check and save.
-
-    Args:
-        merged: maps the stored manifest to the one to save.
-        check: raises MotipError if it must not be saved; its notes are returned.
-    """
-    with exclusive_lock(storage / "shards" / ".manifest.lock", "another conversion into this storage"):
-        while True:
-            stored = _load_manifest(storage)
-            manifest = merged(stored)
-            notes = check(manifest)
-            # The checks take seconds and object stores have no lock, so look for a concurrent change before saving.
-            if _load_manifest(storage) == stored:
-                manifest.save(storage)
-                return manifest, notes
 
 
 def _seed_notes(seed: int | None, previous: Manifest) -> list[str]:
@@ -187,7 +156,7 @@ def _check_same_seed(stored: Manifest, seed: int) -> None:
         )
 
 
-def _check_same_locks(stored: Manifest, plans: list[SourcePlan]) -> None:
+def _check_same_locks(stored: Manifest, plans: list[_SourcePlan]) -> None:
     """The first conversion locks; of two concurrent ones, that is the first to save."""
     for plan in plans:
         for split, names in stored.locked.get(plan.name, {}).items():
@@ -215,26 +184,33 @@ def _mixes(curriculum: Curriculum, source: str) -> list[Mix]:
     return [mix for stage in curriculum.stages for mix in stage.data if mix.source == source]
 
 
-def _source_root(source: Source, data_root: Location) -> Location:
-    return location(source.root) if "://" in source.root else data_root / source.root
+class _SourcePlan:
+    """Conversion plan of one source.
 
-
-class _SourcePlanner:
-    """Plans the conversion jobs of one source."""
+    Attributes:
+        locked: split -> names of the sequences locked for evaluation.
+        found: split -> number of source sequences, for the splits that this conversion handles.
+        limit: maximum length of a training segment in frames, 0 without training videos.
+    """
 
     def __init__(
         self, source: Source, data_root: Location, storage: Location, previous: Manifest, strict: bool
     ) -> None:
-        self.source = source
-        self.root = _source_root(source, data_root)
+        self.source, self.name = source, source.name
+        self.root = location(source.root) if "://" in source.root else data_root / source.root
         self.storage = storage
         self.strict = strict
         self.reader = reader(source.format)
-        self.locked_before = previous.locked.get(source.name, {})
         self.known: dict[tuple[str, str], list[VideoEntry]] = {}
         for entry in previous.videos:
             if entry.source == source.name:
                 self.known.setdefault((entry.split, entry.sequence), []).append(entry)
+        self.locked_before = previous.locked.get(source.name, {})
+        self.locked = {role: list(names) for role, names in self.locked_before.items()}
+        self.jobs: list[SequenceJob] = []
+        self.found: dict[str, int] = {}
+        self.limit = 0
+        self.notes: list[str] = []
         if not self.root.is_dir():
             raise MotipError(
                 f"the data of source {source.name!r} is missing",
@@ -252,20 +228,18 @@ class _SourcePlanner:
         missing = sorted(set(listed) - {raw.name for raw in raws})
         if missing:
             raise MotipError(
-                f"{len(missing)} {role} sequences of source {self.source.name!r} are missing, such as {missing[0]}",
+                f"{len(missing)} {role} sequences of source {self.name!r} are missing, such as {missing[0]}",
                 where=self.root / self.source.splits[role],
                 expected=f"the {len(listed)} sequences that are listed for it",
                 fix="correct the list (a sequence map, or `sequences:` of the source), or download the missing data",
             )
         return [raw for raw in raws if raw.name in listed]
 
-    def evaluation_jobs(self, plan: SourcePlan) -> list[SequenceJob]:
+    def add_evaluation_jobs(self) -> None:
         """Uncut sequences of every split except train; the first conversion locks their names.
 
         Locks of splits that only earlier conversions handled stay unchanged.
         """
-        jobs = []
-        plan.locked = {role: list(names) for role, names in self.locked_before.items()}
         for role in sorted(set(self.source.splits) - {"train"}):
             # Every locked sequence must still exist.
             by_name = {raw.name: raw for raw in self.raw_sequences(role)}
@@ -273,7 +247,7 @@ class _SourcePlanner:
             gone = sorted(set(names) - set(by_name))
             if gone:
                 raise MotipError(
-                    f"{len(gone)} locked {role} sequences of source {self.source.name!r} are gone, such as {gone[0]}",
+                    f"{len(gone)} locked {role} sequences of source {self.name!r} are gone, such as {gone[0]}",
                     where=self.root,
                     expected=f"the {len(names)} sequences that the first conversion locked",
                     fix="restore them, or use a new --storage: scores on other sequences are not comparable",
@@ -281,33 +255,25 @@ class _SourcePlanner:
             # New ones are left out.
             new = sorted(set(by_name) - set(names))
             if new:
-                plan.notes.append(f"{self.source.name}: {len(new)} new {role} sequences are not locked, left out")
-            plan.locked[role] = sorted(names)
-            plan.found[role] = len(by_name)
-            jobs += [self.job(by_name[name], role, None) for name in plan.locked[role]]
-        return jobs
+                self.notes.append(f"{self.name}: {len(new)} new {role} sequences are not locked, left out")
+            self.locked[role] = sorted(names)
+            self.found[role] = len(by_name)
+            self.jobs += [self.job(by_name[name], role, None) for name in self.locked[role]]
 
-    def training_jobs(
-        self,
-        plan: SourcePlan,
-        mixes: list[Mix],
-        seed: int,
-        allow_fewer: bool,
-        map_fn: MapFn,
-        progress: Progress,
-    ) -> list[SequenceJob]:
+    def add_training_jobs(self, mixes: list[Mix], seed: int, allow_fewer: bool, run: RunJobs) -> None:
         """Segments of the training sequences, as many as the largest request of a stage."""
         if not mixes:
-            return []
+            return
         raws = {raw.name: raw for raw in self.raw_sequences("train")}
-        plan.found["train"] = len(raws)
+        self.found["train"] = len(raws)
 
         # No sequence may be in train and in an evaluation split.
-        leaked = {role: common_names(raws, names) for role, names in plan.locked.items() if common_names(raws, names)}
-        if leaked:
-            role, names = next(iter(leaked.items()))
+        for role, locked in self.locked.items():
+            names = sorted(set(raws) & set(locked))
+            if not names:
+                continue
             raise MotipError(
-                f"{len(names)} {role} sequences of source {self.source.name!r} are also in train, such as {names[0]}",
+                f"{len(names)} {role} sequences of source {self.name!r} are also in train, such as {names[0]}",
                 where=self.root,
                 expected="disjoint splits: scores on training videos are meaningless",
                 fix="correct the source's root and splits, or remove the sequences from one split; locks of an earlier "
@@ -319,7 +285,7 @@ class _SourcePlanner:
         requested = max((mix.videos for mix in mixes if mix.videos), default=0)
         budget = max((mix.frame_budget for mix in mixes if mix.frame_budget), default=0)
         everything = any(mix.videos is None and mix.frame_budget is None for mix in mixes)
-        lengths = self.lengths([raws[name] for name in ordered], requested, budget, everything, map_fn, progress)
+        lengths = self.lengths([raws[name] for name in ordered], requested, budget, everything, run)
 
         # The segment length that yields enough videos.
         most = self.source.max_frames_per_video
@@ -329,31 +295,21 @@ class _SourcePlanner:
             required = 0 if allow_fewer else max((mix.videos or 0 for mix in mixes if not mix.allow_fewer), default=0)
             limit = segment_limit_for(lengths, required, most)
             if limit is None:
-                raise too_few_videos(self.source.name, required, lengths, most, where=self.root)
-            plan.notes.append(
-                f"{self.source.name}: {requested} videos were requested, fewer are available; all are taken"
-            )
+                raise too_few_videos(self.name, required, lengths, most, where=self.root)
+            self.notes.append(f"{self.name}: {requested} videos were requested, fewer are available; all are taken")
         if limit < most:
-            plan.notes.append(shortage_note(self.source.name, requested, lengths, most, limit))
-        plan.limit = limit
+            self.notes.append(shortage_note(self.name, requested, lengths, most, limit))
+        self.limit = limit
 
         # Select segments; one job per sequence.
         segments = [segment for name, length in lengths.items() for segment in cut_segments(name, length, most, limit)]
         segments.sort(key=lambda segment: selection_key(segment.sequence, segment.index, seed))
         selected = _select_segments(segments, requested, budget, everything)
-        return [
-            self.job(raws[name], "train", [s for s in selected if s.sequence == name])
-            for name in sorted({segment.sequence for segment in selected})
-        ]
+        for name in sorted({segment.sequence for segment in selected}):
+            self.jobs.append(self.job(raws[name], "train", [s for s in selected if s.sequence == name]))
 
     def lengths(
-        self,
-        raws: list[RawSequence],
-        requested: int,
-        budget: int,
-        everything: bool,
-        map_fn: MapFn,
-        progress: Progress,
+        self, raws: list[RawSequence], requested: int, budget: int, everything: bool, run: RunJobs
     ) -> dict[str, int]:
         """Frames by sequence in selection order; reads no more sequences than the request can need."""
         lengths: dict[str, int] = {}
@@ -366,17 +322,14 @@ class _SourcePlanner:
             batch = len(remaining) if everything else max(requested - have, 16 if budget else 1)
             now, remaining = remaining[:batch], remaining[batch:]
             jobs = [self.job(raw, "train", []) for raw in now]
-            counted: list[FrameCount] = _run_jobs(
-                map_fn, count_frames, jobs, f"reading labels of {self.source.name}", progress
-            )
-            by_name = {item.sequence: item.frames for item in counted}
-            lengths |= {raw.name: by_name[raw.name] for raw in now}
+            counted = dict(run(count_frames, jobs, f"reading labels of {self.name}"))
+            lengths |= {raw.name: counted[raw.name] for raw in now}
         return lengths
 
     def job(self, raw: RawSequence, role: str, segments: list[Segment] | None) -> SequenceJob:
         """The job of one sequence; ``segments`` None converts it uncut, as one video."""
         return SequenceJob(
-            source=self.source.name,
+            source=self.name,
             format=self.source.format,
             raw=raw,
             split=role,
@@ -394,11 +347,10 @@ def _select_segments(segments: SequenceOf[Segment], requested: int, budget: int,
     frames = [segment.frames for segment in segments]
     by_count = take_first(segments, frames, videos=requested, frame_budget=None)
     by_budget = take_first(segments, frames, videos=None, frame_budget=budget) if budget else []
-    # Both are prefixes of the same list, so the longer one contains the other.
-    return max(by_count, by_budget, key=len)
+    return max(by_count, by_budget, key=len)  # Both are prefixes of the same list.
 
 
-def _check_disjoint_sources(plans: list[SourcePlan]) -> None:
+def _check_disjoint_sources(plans: list[_SourcePlan]) -> None:
     """Raise MotipError if one source trains on sequences that another source evaluates."""
     for plan in plans:
         training = {(job.format, job.raw.name) for job in plan.jobs if job.split == "train"}
@@ -415,18 +367,7 @@ def _check_disjoint_sources(plans: list[SourcePlan]) -> None:
                 )
 
 
-def _run_jobs(
-    map_fn: MapFn, function: Callable[[Any], Any], jobs: list[Any], phase: str, progress: Progress
-) -> list[Any]:
-    results = []
-    progress(phase, 0, len(jobs))
-    for result in map_fn(function, jobs):
-        results.append(result)
-        progress(phase, len(results), len(jobs))
-    return sorted(results, key=lambda result: (result.source, result.split, result.sequence))
-
-
-def _build_manifest(plans: list[SourcePlan], results: list[SequenceResult], previous: Manifest, seed: int) -> Manifest:
+def _build_manifest(plans: list[_SourcePlan], results: list[SequenceResult], previous: Manifest, seed: int) -> Manifest:
     """The converted videos, merged with the parts of the stored manifest that this conversion did not handle.
 
     Those are other sources, other evaluation splits, and the training videos of a source that this curriculum only
@@ -439,14 +380,14 @@ def _build_manifest(plans: list[SourcePlan], results: list[SequenceResult], prev
 
     entries = [entry for result in results for entry in result.entries]
     entries += [entry for entry in previous.videos if stays(entry.source, entry.split)]
-    sequences = [result.to_dict() for result in results]
-    sequences += [item for item in previous.sequences if stays(item["source"], item["split"])]
+    sequences = [result.sequence for result in results]
+    sequences += [item for item in previous.sequences if stays(item.source, item.split)]
     locked = previous.locked | {plan.name: previous.locked.get(plan.name, {}) | plan.locked for plan in plans}
     limits = {**previous.settings.get("limits", {}), **{plan.name: plan.limit for plan in plans if plan.limit}}
     return Manifest(
         tuple(sorted(entries, key=lambda entry: entry.identity)),
         locked,
-        tuple(sorted(sequences, key=lambda item: (item["source"], item["split"], item["sequence"]))),
+        tuple(sorted(sequences, key=lambda item: item.identity)),
         {"seed": seed, "rows_per_group": ROWS_PER_GROUP, "shard_version": SHARD_VERSION, "limits": limits},
     )
 
@@ -500,15 +441,15 @@ def process_map(workers: int) -> MapFn:
     return run
 
 
-def ray_map(cpus_per_task: float = 1.0) -> MapFn:
-    """A ``map_fn`` that runs jobs as Ray tasks on the connected cluster, ``cpus_per_task`` CPUs each."""
+def ray_map() -> MapFn:
+    """A ``map_fn`` that runs jobs as Ray tasks on the connected cluster, one CPU each."""
 
     def run(function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:
         import ray
 
-        task = ray.remote(num_cpus=cpus_per_task)(function)
+        task = ray.remote(num_cpus=1)(function)
         # Twice the tasks that can run keep every CPU busy; more only cost scheduler memory.
-        max_pending = max(2, int(2 * ray.cluster_resources().get("CPU", 1) / cpus_per_task))
+        max_pending = max(2, int(2 * ray.cluster_resources().get("CPU", 1)))
         remaining = list(jobs)
         running: list[Any] = []
         while remaining or running:

@@ -66,9 +66,6 @@ class ConvertReport:
         line = f"shards: {videos} videos, {frames} frames ({self.written} videos written, the others were up to date)"
         return f"{line}; {dropped} label rows dropped, {len(self.notes)} notes (shards/report.json)"
 
-    def table(self) -> Table:
-        return report_table(self.splits)
-
 
 def build_report(
     curriculum: Curriculum,
@@ -84,12 +81,13 @@ def build_report(
         found: source -> split -> number of sequences in the raw data; rows of unselected ones do not count as dropped.
     """
     splits: dict[str, dict[str, dict[str, Any]]] = {}
+    sequences = [result.sequence for result in results]
     for name, source in curriculum.sources.items():
         for split in sorted(found.get(name, {})):
-            chosen = [result for result in results if (result.source, result.split) == (name, split)]
+            chosen = [each for each in sequences if (each.source, each.split) == (name, split)]
             rows = ReadReport()
-            for result in chosen:
-                rows.add(result.report)
+            for sequence in chosen:
+                rows.add(sequence.rows)
             rows.check(f"all label files of {name}/{split}")
             counts = describe_split(manifest.of(name, split), source.classes, rows)
             counts["sequences_read"] = len(chosen)
@@ -150,7 +148,7 @@ def check_classes(curriculum: Curriculum, manifest: Manifest) -> list[str]:
     notes = []
     for stage in curriculum.stages:
         notes += _check_stage_classes(curriculum, stage, manifest)
-    boxes = {name: _boxes(manifest.of(name, "train")) for name in curriculum.sources}
+    boxes = {name: count_boxes(manifest.of(name, "train")) for name in curriculum.sources}
     for name in sorted({mix.source for stage in curriculum.stages for mix in stage.data}):
         mapped = {raw for raws in curriculum.sources[name].classes.values() for raw in raws}
         absent = sorted(raw for raw in mapped if not boxes[name][raw])
@@ -167,7 +165,7 @@ def _check_stage_classes(curriculum: Curriculum, stage: Stage, manifest: Manifes
         chosen = manifest.select(
             mix.source, "train", videos=mix.videos, frame_budget=mix.frame_budget, allow_fewer=True
         )
-        boxes[mix.source] = boxes.get(mix.source, Counter()) + _boxes(chosen)
+        boxes[mix.source] = boxes.get(mix.source, Counter()) + count_boxes(chosen)
     notes = []
     for class_name in stage.config.class_names:
         raws = {(name, raw) for name in boxes for raw in curriculum.sources[name].classes.get(class_name, ())}
@@ -188,11 +186,12 @@ def _check_stage_classes(curriculum: Curriculum, stage: Stage, manifest: Manifes
     return notes
 
 
-def _boxes(entries: SequenceOf[VideoEntry]) -> Counter[str]:
+def count_boxes(entries: SequenceOf[VideoEntry]) -> Counter[str]:
+    """Boxes by raw category, without those the format marks as ignored."""
     total: Counter[str] = Counter()
     for entry in entries:
         total.update({name: count - entry.ignored.get(name, 0) for name, count in entry.boxes.items()})
-    return total
+    return +total
 
 
 def _listed(boxes: Mapping[str, int]) -> str:
@@ -270,7 +269,7 @@ class ConversionUi:
             self.console.print(f"{phase}: {'' if begins else f'{done} of '}{total} sequences", highlight=False)
 
     def show(self, report: ConvertReport) -> None:
-        self.console.print(report.table())
+        self.console.print(report_table(report.splits))
         for note in report.notes:
             self.console.print(f"note: {note}", highlight=False)
         for source, path in report.overlays.items():
@@ -323,18 +322,8 @@ def inspect_shards(manifest: Manifest, classes: Mapping[str, Mapping[str, Sequen
         entries = manifest.of(source, split)
         rows = ReadReport()
         for sequence in manifest.sequences:
-            if (sequence["source"], sequence["split"]) == (source, split):
-                rows.add(_read_report(sequence["rows"]))
+            if (sequence.source, sequence.split) == (source, split):
+                rows.add(sequence.rows)
         raw = {name: (name,) for entry in entries for name in entry.boxes}
         splits.setdefault(source, {})[split] = describe_split(entries, (classes or {}).get(source, raw), rows)
     return report_table(splits)
-
-
-def _read_report(values: Mapping[str, Any]) -> ReadReport:
-    return ReadReport(
-        values["raw"],
-        values["kept"],
-        Counter(values["dropped"]),
-        Counter(values["repaired"]),
-        list(values["notes"]),
-    )

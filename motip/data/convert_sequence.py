@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import cv2
 
 from motip.data.formats.common import RawSequence
 from motip.data.formats.registry import reader
 from motip.data.image_check import image_hash, image_problem, sampled_positions
-from motip.data.manifest import VideoEntry, make_entry, summarise_labels
+from motip.data.manifest import SequenceEntry, VideoEntry, make_entry, summarise_labels
 from motip.data.selection import MIN_SEGMENT_FRAMES, Segment
 from motip.data.sequence import Frame, ReadReport, Sequence
 from motip.data.shards import (
@@ -60,37 +60,15 @@ class SequenceJob:
 
 
 @dataclass(frozen=True)
-class FrameCount:
-    """Number of frames of a sequence that have labels and a listed image."""
-
-    source: str
-    split: str
-    sequence: str
-    frames: int
-
-
-@dataclass(frozen=True)
 class SequenceResult:
-    """Manifest entries of a converted sequence and the counts of its label rows.
+    """Manifest entries of a converted sequence and of its videos.
 
     ``written`` counts the shards that this conversion wrote; the others were up to date.
     """
 
-    source: str
-    split: str
-    sequence: str
+    sequence: SequenceEntry
     entries: tuple[VideoEntry, ...]
-    report: ReadReport
     written: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "split": self.split,
-            "sequence": self.sequence,
-            "videos": [entry.video for entry in self.entries],
-            "rows": self.report.to_dict(),
-        }
 
 
 def read(job: SequenceJob) -> tuple[Sequence, ReadReport]:
@@ -100,10 +78,10 @@ def read(job: SequenceJob) -> tuple[Sequence, ReadReport]:
     return replace(sequence, split=job.split), report
 
 
-def count_frames(job: SequenceJob) -> FrameCount:
-    """Read the labels of a sequence and count its frames."""
+def count_frames(job: SequenceJob) -> tuple[str, int]:
+    """Name of a sequence and its number of frames that have labels and a listed image."""
     sequence, _ = read(job)
-    return FrameCount(job.source, job.split, job.raw.name, len(sequence.frames))
+    return job.raw.name, len(sequence.frames)
 
 
 def convert_sequence(job: SequenceJob) -> SequenceResult:
@@ -138,7 +116,9 @@ def convert_sequence(job: SequenceJob) -> SequenceResult:
     _count_unselected(report, sequence, segments)
     report.kept = sum(sum(entry.boxes.values()) for entry in entries)
     report.check(job.raw.labels)
-    return SequenceResult(job.source, job.split, sequence.name, tuple(entries), report, written)
+    videos = tuple(entry.video for entry in entries)
+    converted = SequenceEntry(job.source, job.split, sequence.name, videos, report)
+    return SequenceResult(converted, tuple(entries), written)
 
 
 def video_name(video: Sequence, segment: Segment) -> str:
@@ -162,8 +142,9 @@ def _shard(
     existing = _existing(job, path, relative, header.inputs, newest=max(time for _, time in images))
     if existing is not None:
         return existing, False
-    bad = _write(job, path, header, video, segment.index)
-    if len(bad) == len(video.frames):
+    try:
+        _write(job, path, header, video, segment.index)
+    except _NoIntactImage:
         return None, False
     return _entry(path, relative), True
 
@@ -201,46 +182,38 @@ class _NoIntactImage(Exception):
     """No frame of a video has an intact image; raised inside the writer so that no empty shard is published."""
 
 
-def _write(job: SequenceJob, path: Location, header: ShardHeader, video: Sequence, index: int) -> list[str]:
-    """Write one shard; returns its broken images as "name: defect"."""
+def _write(job: SequenceJob, path: Location, header: ShardHeader, video: Sequence, index: int) -> None:
+    """Write one shard; its broken images are listed in the summary as "name: defect"."""
     bad: list[str] = []
-    hashes: dict[int, str] = {}
+    hashes: list[str] = []
     sampled = sampled_positions(len(video.frames))
-    try:
-        with ShardWriter(path, header) as writer:
-            for position, frame in enumerate(_intact_frames(video, bad)):
-                writer.add(frame)
-                if position in sampled and isinstance(frame.image, bytes):
-                    hashes[position] = image_hash(frame.image)
-            if bad and job.strict:
-                raise MotipError(
-                    f"{len(bad)} images of {video.name} are broken, such as {bad[0]}",
-                    where=job.raw.images,
-                    expected="intact images of one size (--strict)",
-                    fix="download them again, or convert without --strict: they are then left out and counted",
-                )
-            if not writer.frames:
-                raise _NoIntactImage
-            writer.summary = {
-                **summarise_labels(writer.frames),
-                "segment": index,
-                "bad_images": bad,
-                "image_hashes": [hashes[position] for position in sorted(hashes)],
-            }
-    except _NoIntactImage:
-        return bad
-    return bad
+    with ShardWriter(path, header) as writer:
+        for position, (frame, data) in enumerate(_intact_frames(video, bad)):
+            writer.add(frame)
+            if position in sampled:
+                hashes.append(image_hash(data))
+        if bad and job.strict:
+            raise MotipError(
+                f"{len(bad)} images of {video.name} are broken, such as {bad[0]}",
+                where=job.raw.images,
+                expected="intact images of one size (--strict)",
+                fix="download them again, or convert without --strict: they are then left out and counted",
+            )
+        if not writer.frames:
+            raise _NoIntactImage
+        labels = summarise_labels(writer.frames)
+        writer.summary = {**labels, "segment": index, "bad_images": bad, "image_hashes": hashes}
 
 
-def _intact_frames(video: Sequence, bad: list[str]) -> Iterator[Frame]:
-    """Frames with their image bytes; broken images are appended to ``bad`` instead."""
+def _intact_frames(video: Sequence, bad: list[str]) -> Iterator[tuple[Frame, bytes]]:
+    """Frames with their images, and the images; broken images are appended to ``bad`` instead."""
     for frame in video.frames:
         data = image_bytes(frame) or b""
         problem = image_problem(data, (video.width, video.height))
         if problem:
             bad.append(f"{_file_name(frame)}: {problem}")
         else:
-            yield replace(frame, image=data)
+            yield replace(frame, image=data), data
 
 
 def _file_name(frame: Frame) -> str:
@@ -275,13 +248,10 @@ def _count_bad_images(job: SequenceJob, report: ReadReport, video: Sequence, ent
 def _count_unselected(report: ReadReport, sequence: Sequence, segments: tuple[Segment, ...]) -> None:
     """Count the label rows outside the converted segments, by reason."""
     inside = {position for segment in segments for position in range(segment.start, segment.stop)}
-    counts: dict[str, int] = {}
+    lost: Counter[str] = Counter()
     last = max(segment.stop for segment in segments)
     has_last = any(segment.index == segment.count - 1 for segment in segments)
     for position, frame in enumerate(sequence.frames):
         if position not in inside:
-            reason = TAIL if has_last and position >= last else NOT_SELECTED
-            counts[reason] = counts.get(reason, 0) + len(frame.categories)
-    for reason, rows in counts.items():
-        if rows:
-            report.dropped[reason] += rows
+            lost[TAIL if has_last and position >= last else NOT_SELECTED] += len(frame.categories)
+    report.dropped.update(+lost)

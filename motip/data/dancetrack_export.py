@@ -5,37 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from motip.data.formats.dancetrack_writer import seqmap_path, write_dancetrack, write_seqmap
-from motip.data.manifest import Manifest, VideoEntry, entry_path
-from motip.data.sequence import ClassMap, Sequence
+from motip.data.manifest import Manifest, entry_path
+from motip.data.sequence import ClassMap
 from motip.data.shards import Shard
 from motip.errors import MotipError
 from motip.storage.paths import Location
-
-
-@dataclass(frozen=True)
-class ShardImage:
-    """An image that is read from its shard on demand, so that a video never has to fit in memory."""
-
-    shard: Shard
-    position: int
-
-    @property
-    def name(self) -> str:
-        return f"row {self.position}"
-
-    def read_bytes(self) -> bytes:
-        image = self.shard.read_frames([self.position])[0].image
-        if not isinstance(image, bytes):
-            raise MotipError(
-                "the shard has no image for a frame",
-                where=f"{self.shard.path}, row {self.position}",
-                fix="convert the sequence again with its images",
-            )
-        return image
 
 
 def export_dancetrack(
@@ -72,17 +50,11 @@ def export_dancetrack(
     for entry in chosen:
         is_shared = shared[entry.split, entry.video] > 1
         name = f"{entry.source}_{entry.video}" if is_shared else entry.video
+        shard = Shard(entry_path(storage, entry))
         class_map = ClassMap.among(tuple(class_names), classes[entry.source])
-        counts = write_dancetrack(_sequence(entry, storage, name), root, entry.split, class_map)
+        counts = write_dancetrack(replace(shard.read_labels(), name=name), root, entry.split, class_map, shard)
         written.setdefault(entry.split, Counter()).update({"videos": 1, **counts})
         names.setdefault(entry.split, []).append(name)
     for split, videos in names.items():
         write_seqmap(seqmap_path(root, split), videos)
     return {split: dict(counts) for split, counts in written.items()}
-
-
-def _sequence(entry: VideoEntry, storage: Location | str, name: str) -> Sequence:
-    shard = Shard(entry_path(storage, entry))
-    labels = shard.read_labels()
-    frames = tuple(replace(frame, image=ShardImage(shard, position)) for position, frame in enumerate(labels.frames))
-    return replace(labels, name=name, frames=frames)

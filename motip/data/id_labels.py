@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,14 +62,7 @@ class ClipSlots:
     dropped: int = 0
 
 
-SLOT_FIELDS = (
-    "trajectory_labels",
-    "trajectory_masks",
-    "trajectory_ann",
-    "unknown_labels",
-    "unknown_masks",
-    "unknown_ann",
-)
+SLOT_FIELDS = tuple(each.name for each in fields(ClipSlots) if each.default is MISSING)
 
 
 def draw_id_slots(track_ids: Sequence[np.ndarray], settings: IdSettings, rng: np.random.Generator) -> ClipSlots:

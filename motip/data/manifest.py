@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from motip.data.selection import selection_key, take_first
-from motip.data.sequence import UNTRACKED, Frame
+from motip.data.sequence import UNTRACKED, Frame, ReadReport
 from motip.data.shards import ShardHeader, shard_path
 from motip.errors import MotipError
 from motip.storage.atomic import digest
@@ -86,19 +88,34 @@ def entries_digest(entries: Iterable[VideoEntry]) -> str:
 
 
 @dataclass(frozen=True)
+class SequenceEntry:
+    """One converted source sequence: its videos and the counts of its label rows."""
+
+    source: str
+    split: str
+    sequence: str
+    videos: tuple[str, ...]
+    rows: ReadReport
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        return self.source, self.split, self.sequence
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All videos of a shard set.
 
     Attributes:
         videos: sorted by source, split and video.
         locked: source -> split -> names of the source sequences locked for evaluation.
-        sequences: per converted source sequence, its videos and the counts of its label rows.
+        sequences: sorted by source, split and name.
         settings: conversion settings (seed, rows per group, frame limits).
     """
 
     videos: tuple[VideoEntry, ...]
     locked: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    sequences: tuple[dict[str, Any], ...] = ()
+    sequences: tuple[SequenceEntry, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -158,43 +175,29 @@ class Manifest:
             )
         return take_first(entries, [entry.frames for entry in entries], videos=videos, frame_budget=frame_budget)
 
-    def boxes(self, source: str) -> Counter[str]:
-        """Boxes by raw category over all videos of a source, without those the format marks as ignored."""
-        total: Counter[str] = Counter()
-        for entry in self.videos:
-            if entry.source == source:
-                total.update({name: count - entry.ignored.get(name, 0) for name, count in entry.boxes.items()})
-        return +total
-
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "version": MANIFEST_VERSION,
-            "digest": self.digest(),
-            "settings": self.settings,
-            "locked": self.locked,
-            "videos": [asdict(entry) for entry in sorted(self.videos, key=lambda entry: entry.identity)],
-            "sequences": list(self.sequences),
-        }
+        ordered = replace(self, videos=tuple(sorted(self.videos, key=lambda entry: entry.identity)))
+        return {"version": MANIFEST_VERSION, "digest": self.digest(), **_MANIFEST.dump_python(ordered)}
 
     @staticmethod
-    def from_dict(values: dict[str, Any], where: object = "manifest.json") -> Manifest:
+    def from_dict(values: Any, where: object = "manifest.json") -> Manifest:
         """Parse a manifest; raises MotipError for another version, missing fields or a wrong digest."""
         if not isinstance(values, dict) or values.get("version") != MANIFEST_VERSION:
-            found = values.get("version") if isinstance(values, dict) else type(values).__name__
             raise MotipError(
                 "not a manifest of this version",
                 where=where,
-                found=found,
+                found=values.get("version") if isinstance(values, dict) else type(values).__name__,
                 expected=MANIFEST_VERSION,
                 fix="delete it and run the conversion again (up-to-date shards are kept)",
             )
-        names = {item.name for item in fields(VideoEntry)}
         try:
-            entries = tuple(_entry({key: entry[key] for key in names}) for entry in values["videos"])
-            manifest = Manifest(entries, values["locked"], tuple(values["sequences"]), values["settings"])
-        except (KeyError, TypeError) as error:
+            manifest = _MANIFEST.validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
             raise MotipError(
-                f"the manifest is corrupt: {error}", where=where, fix="delete it and run the conversion again"
+                f"the manifest is corrupt: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+                where=where,
+                fix="delete it and run the conversion again",
             ) from error
         if manifest.digest() != values.get("digest"):
             raise MotipError(
@@ -219,9 +222,7 @@ class Manifest:
         return Manifest.from_dict(read_json(path), path)
 
 
-def _entry(values: dict[str, Any]) -> VideoEntry:
-    lists = {name: tuple(values[name]) for name in ("bad_images", "image_hashes")}
-    return VideoEntry(**{**values, **lists})
+_MANIFEST, _ENTRY = TypeAdapter(Manifest), TypeAdapter(VideoEntry)
 
 
 def manifest_path(storage: Location | str) -> Location:
@@ -251,6 +252,7 @@ def summarise_labels(frames: SequenceOf[Frame]) -> dict[str, Any]:
                 ids_by_category.setdefault(category, set()).add(int(track_id))
         ids_by_frame.append(set(frame.track_ids[tracked].tolist()))
         objects.append(int(tracked.sum()))
+    windows = (ids_by_frame[begin : begin + WINDOW_FRAMES] for begin in range(len(ids_by_frame)))
     return {
         "boxes": dict(sorted(boxes.items())),
         "ignored": dict(sorted(ignored.items())),
@@ -258,25 +260,11 @@ def summarise_labels(frames: SequenceOf[Frame]) -> dict[str, Any]:
         "track_count": len(set().union(*ids_by_frame)),
         "objects": sum(objects),
         "max_objects": max(objects, default=0),
-        "max_window_ids": _max_window_ids(ids_by_frame, WINDOW_FRAMES),
+        "max_window_ids": max((len(set().union(*window)) for window in windows), default=0),
         "empty_frames": sum(count == 0 for count in objects),
         "first_frame": int(frames[0].number) if frames else 0,
         "last_frame": int(frames[-1].number) if frames else 0,
     }
-
-
-def _max_window_ids(ids_by_frame: SequenceOf[set[int]], window: int) -> int:
-    counts: Counter[int] = Counter()
-    maximum = 0
-    for index, ids in enumerate(ids_by_frame):
-        counts.update(ids)
-        if index >= window:
-            for expired in ids_by_frame[index - window]:
-                counts[expired] -= 1
-                if not counts[expired]:
-                    del counts[expired]
-        maximum = max(maximum, len(counts))
-    return maximum
 
 
 def make_entry(header: ShardHeader, *, shard: str, shard_sha256: str, shard_bytes: int) -> VideoEntry:
@@ -285,25 +273,5 @@ def make_entry(header: ShardHeader, *, shard: str, shard_sha256: str, shard_byte
         raise MotipError(
             "the shard header has no label summary", where=shard, fix="delete it and run the conversion again"
         )
-    summary = dict(header.summary)
-    return VideoEntry(
-        source=header.source,
-        dataset=header.dataset,
-        split=header.split,
-        sequence=header.sequence,
-        video=header.video,
-        frames=header.frames,
-        fps=header.fps,
-        width=header.width,
-        height=header.height,
-        labels_sha256=header.labels_sha256,
-        images_sha256=header.images_sha256,
-        shard=shard,
-        shard_sha256=shard_sha256,
-        shard_bytes=shard_bytes,
-        rows_per_group=header.rows_per_group,
-        inputs=header.inputs,
-        bad_images=tuple(summary.pop("bad_images", ())),
-        image_hashes=tuple(summary.pop("image_hashes", ())),
-        **summary,
-    )
+    stored = {"shard": shard, "shard_sha256": shard_sha256, "shard_bytes": shard_bytes}
+    return _ENTRY.validate_python({**asdict(header), **header.summary, **stored})

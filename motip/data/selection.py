@@ -14,7 +14,7 @@ segment. A few videos thus come from many scenes, and the first 56 of 150 videos
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TypeVar
@@ -134,8 +134,3 @@ def shortage_note(source: str, requested: int, lengths: Mapping[str, int], max_f
         f"{max_frames} frames; {requested} were requested, so sequences are cut at {limit} frames "
         f"instead, which makes {after}"
     )
-
-
-def common_names(names: Iterable[str], locked: Iterable[str]) -> list[str]:
-    """Sequence names in both lists, sorted."""
-    return sorted(set(names) & set(locked))

@@ -8,8 +8,10 @@ header (:class:`ShardHeader`). Any Parquet tool can read the files.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -34,7 +36,9 @@ ROWS_PER_GROUP = 8
 
 METADATA_KEY = b"motip"
 IMAGE = "image"
-LABEL_COLUMNS = ("frame_number", "boxes_xyxy", "track_ids", "categories", "ignore", "occlusion", "truncation")
+LABEL_DTYPES = {"boxes_xyxy": "<f4", "track_ids": "<i8", "ignore": "?", "occlusion": "i1", "truncation": "i1"}
+"""Numeric label columns, in the order of the digest."""
+LABEL_COLUMNS = ("frame_number", "categories", *LABEL_DTYPES)
 FRAME_COLUMNS = (*LABEL_COLUMNS, IMAGE)
 
 SCHEMA = pa.schema(
@@ -108,14 +112,8 @@ def labels_digest(frames: Iterable[Frame]) -> str:
     total = hashlib.sha256()
     for frame in frames:
         total.update(json.dumps([int(frame.number), len(frame.categories), *frame.categories]).encode())
-        for values, dtype in (
-            (frame.boxes_xyxy, "<f4"),
-            (frame.track_ids, "<i8"),
-            (frame.ignore, "u1"),
-            (frame.occlusion, "i1"),
-            (frame.truncation, "i1"),
-        ):
-            total.update(np.ascontiguousarray(values, dtype=np.dtype(dtype)).tobytes())
+        for name, dtype in LABEL_DTYPES.items():
+            total.update(np.ascontiguousarray(getattr(frame, name), dtype).tobytes())
     return total.hexdigest()
 
 
@@ -142,19 +140,28 @@ class ShardWriter:
         self._pending: list[Frame] = []
         self._images = hashlib.sha256()
         self._target = atomic_output(path)
-        self._writer: pq.ParquetWriter | None = None
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> ShardWriter:
-        temporary = self._target.__enter__()
-        self._writer = pq.ParquetWriter(
-            temporary,
-            SCHEMA,
-            compression={name: "none" if name == IMAGE else "snappy" for name in SCHEMA.names},
-            use_dictionary=[name for name in _SMALL_COLUMNS if pa.types.is_string(SCHEMA.field(name).type)],
-            write_statistics=["frame_number", "position"],
-            store_schema=True,
-        )
+        with self._stack:
+            temporary = self._stack.enter_context(self._target)
+            writer = pq.ParquetWriter(
+                temporary,
+                SCHEMA,
+                compression={name: "none" if name == IMAGE else "snappy" for name in SCHEMA.names},
+                use_dictionary=[name for name in _SMALL_COLUMNS if pa.types.is_string(SCHEMA.field(name).type)],
+                write_statistics=["frame_number", "position"],
+                store_schema=True,
+            )
+            self._writer = self._stack.enter_context(writer)
+            self._stack.push(self._finish)
+            self._stack = self._stack.pop_all()
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
 
     def add(self, frame: Frame) -> None:
         """Append a frame (image as bytes, a file to read, or None)."""
@@ -176,29 +183,17 @@ class ShardWriter:
         )
 
     def _flush(self) -> None:
-        assert self._writer is not None
         if self._pending:
             first = len(self.frames) - len(self._pending)
             table = _table(self.header, self._pending, first)
             self._writer.write_table(table, row_group_size=len(self._pending))
             self._pending = []
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._writer is not None
+    def _finish(self, kind: type[BaseException] | None, *_error: object) -> None:
         if kind is None:
-            try:
-                self._flush()
-                text = json.dumps(asdict(self.finished_header()), sort_keys=True)
-                self._writer.add_key_value_metadata({METADATA_KEY: text.encode()})
-                self._writer.close()
-            except BaseException as failure:
-                self._target.__exit__(type(failure), failure, failure.__traceback__)
-                raise
-        else:
-            self._writer.close()
-        self._target.__exit__(kind, error, trace)
+            self._flush()
+            text = json.dumps(asdict(self.finished_header()), sort_keys=True)
+            self._writer.add_key_value_metadata({METADATA_KEY: text.encode()})
 
 
 def write_shard(
@@ -227,12 +222,9 @@ def _table(header: ShardHeader, frames: SequenceOf[Frame], first_position: int) 
     columns["frame_number"] = [int(frame.number) for frame in frames]
     columns["position"] = list(range(first_position, first_position + count))
     columns[IMAGE] = [frame.image for frame in frames]
-    columns["boxes_xyxy"] = [np.asarray(frame.boxes_xyxy, np.float32).reshape(-1) for frame in frames]
-    columns["track_ids"] = [np.asarray(frame.track_ids, np.int64) for frame in frames]
     columns["categories"] = [list(frame.categories) for frame in frames]
-    columns["ignore"] = [np.asarray(frame.ignore, bool) for frame in frames]
-    columns["occlusion"] = [np.asarray(frame.occlusion, np.int8) for frame in frames]
-    columns["truncation"] = [np.asarray(frame.truncation, np.int8) for frame in frames]
+    for name, dtype in LABEL_DTYPES.items():
+        columns[name] = [np.asarray(getattr(frame, name), dtype).reshape(-1) for frame in frames]
     return pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
@@ -254,6 +246,12 @@ class Shard:
             MotipError: a position outside the video.
         """
         return self._frames(list(positions), FRAME_COLUMNS)
+
+    def __iter__(self) -> Iterator[Frame]:
+        """All frames with image bytes, in order, one row group in memory."""
+        rows = self.header.rows_per_group
+        for begin in range(0, len(self), rows):
+            yield from self.read_frames(range(begin, min(begin + rows, len(self))))
 
     def read_labels(self) -> Sequence:
         """The video's labels without its images (no image byte is read); ``name`` is the video's name."""
@@ -282,51 +280,31 @@ class Shard:
         groups = sorted({position // rows_per_group for position in positions})
         if not groups:
             return []
-        table = self._file.read_row_groups(groups, columns=list(columns), use_threads=False).combine_chunks()
+        table = self._file.read_row_groups(groups, columns=list(columns), use_threads=False)
         # Groups are read in ascending order and all but the last are full, so a position's row follows from its group.
         row_of_group = {group: index * rows_per_group for index, group in enumerate(groups)}
         rows = [row_of_group[position // rows_per_group] + position % rows_per_group for position in positions]
-        decoded = dict(_decode_rows(table, sorted(set(rows))))
-        return [decoded[row] for row in rows]
+        chosen, index_of = np.unique(rows, return_inverse=True)
+        frames = _decode(table.take(chosen).combine_chunks())
+        return [frames[index] for index in index_of]
 
 
-def _decode_rows(table: pa.Table, rows: SequenceOf[int]) -> Iterator[tuple[int, Frame]]:
-    """Row number and frame of the given rows of a table with LABEL_COLUMNS and perhaps IMAGE."""
-    columns = {name: _plain(table.column(name)) for name in table.column_names}
-    images = columns.get(IMAGE)
-    numbers = columns["frame_number"].to_numpy()
-    offsets = {name: columns[name].offsets.to_numpy() for name in LABEL_COLUMNS[1:]}
-    values = {
-        name: columns[name].values.to_numpy(zero_copy_only=False) for name in LABEL_COLUMNS[1:] if name != "categories"
-    }
-    categories = columns["categories"].values.to_pylist()
+def _decode(table: pa.Table) -> list[Frame]:
+    """The frames of a table of LABEL_COLUMNS and perhaps IMAGE, at least one, with one chunk per column."""
 
-    def part(name: str, row: int) -> np.ndarray:
-        # Copied, so that a frame does not keep its row group in memory.
-        return values[name][offsets[name][row] : offsets[name][row + 1]].copy()
+    def arrays(name: str) -> list[np.ndarray]:
+        lists = table.column(name).chunk(0)
+        values = np.array(lists.values)
+        return [values[begin:end] for begin, end in itertools.pairwise(lists.offsets.tolist())]
 
-    for row in rows:
-        spans = offsets["categories"]
-        yield (
-            row,
-            Frame(
-                number=int(numbers[row]),
-                image=images[row].as_py() if images is not None else None,
-                boxes_xyxy=part("boxes_xyxy", row).reshape(-1, 4),
-                track_ids=part("track_ids", row),
-                categories=tuple(categories[spans[row] : spans[row + 1]]),
-                ignore=part("ignore", row),
-                occlusion=part("occlusion", row),
-                truncation=part("truncation", row),
-            ),
+    images = table.column(IMAGE).to_pylist() if IMAGE in table.column_names else [None] * len(table)
+    columns = [table.column("frame_number").to_pylist(), images, table.column("categories").to_pylist()]
+    return [
+        Frame(number, image, boxes.reshape(-1, 4), track_ids, tuple(categories), *flags)
+        for number, image, categories, boxes, track_ids, *flags in zip(
+            *columns, *map(arrays, LABEL_DTYPES), strict=True
         )
-
-
-def _plain(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # zero chunks or more than one after combining an empty column
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
-    return array
+    ]
 
 
 def _header(file: pq.ParquetFile, path: Location) -> ShardHeader:

@@ -5,13 +5,13 @@ dataset over the ranks, so that the plan alone assigns clips to ranks. Ray's own
 arrival, drops those that do not divide evenly, and is fixed before the first epoch, while every epoch has a different
 plan. A dataset may contain the rows of several epochs, which saves restarting the decoding actors.
 
-Actors read and decode the encoded frames. Two buffers per clip pass through the object store without pickle (uint8
-pixels, and the ragged labels packed into one); the training worker reads them in place.
+Actors read and decode the encoded frames. Two buffers per clip pass through the object store: its uint8 pixels, which
+the training worker reads in place, and its small labels.
 """
 
 from __future__ import annotations
 
-import json
+import pickle
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,6 @@ import pyarrow as pa
 from motip.data.clip_loader import ClipLoader, ClipSample, collate
 from motip.data.clips import ClipRef
 from motip.data.host_memory import keep_freed_memory
-from motip.data.id_labels import SLOT_FIELDS, ClipSlots
 from motip.errors import MotipError, find_motip_error
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ YIELD_BYTES = 24 << 20
 """Pixels that an actor collects before it yields a table; each yield costs Ray a few milliseconds of CPU."""
 MIN_CPU_SHARE = 0.1
 """Minimum CPUs per process; more than ten processes per core only queue."""
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -133,15 +131,14 @@ def clip_dataset(
         object_store_memory=limit
     )
 
-    # References as input, decoded clips as output.
+    # Row numbers as input, decoded clips as output.
     blocks = [
-        pa.table({"row": range(begin, end), "clip": [clip.to_json() for clip in rows[begin:end]]})
-        for begin, end in ((b, min(b + per_block, len(rows))) for b in range(0, len(rows), per_block))
+        pa.table({"row": range(begin, min(begin + per_block, len(rows)))}) for begin in range(0, len(rows), per_block)
     ]
     with ray.data.DataContext.current(context):
         return ray.data.from_arrow(blocks).map_batches(
             _DecodeActor,
-            fn_constructor_kwargs={"loader": loader},
+            fn_constructor_kwargs={"loader": loader, "rows": rows},
             batch_size=None,  # a complete block; its clips are yielded a few at a time
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=actors),
@@ -240,83 +237,32 @@ def _iter_buffers(column: pa.ChunkedArray) -> Iterator[pa.Buffer]:
 
 
 def pack(sample: ClipSample) -> tuple[np.ndarray, np.ndarray]:
-    """Serialise a clip to two flat uint8 arrays: its pixels, and everything else.
-
-    Layout of the latter: int64 length of the header, JSON header, then the arrays, each aligned to 64 bytes.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    for name in ("boxes_cxcywh", "classes", "ignore_cxcywh"):
-        parts: list[np.ndarray] = getattr(sample, name)
-        arrays[name] = np.concatenate(parts)
-        arrays[f"{name}_counts"] = np.array([len(part) for part in parts], dtype=np.int64)
-    if sample.slots is not None:
-        arrays |= {name: getattr(sample.slots, name) for name in SLOT_FIELDS}
-
-    entries, offset = [], 0
-    for name, array in arrays.items():
-        entries.append((name, array.dtype.str, array.shape, offset))
-        offset += _aligned(array.nbytes)
-    header = {
-        "name": sample.name,
-        "weight": sample.weight,
-        "slots": sample.slots and (sample.slots.distractors, sample.slots.dropped),
-        "pixels": sample.images.shape,
-        "arrays": entries,
-    }
-    text = json.dumps(header).encode()
-    begin = _aligned(8 + len(text))
-    packed = np.zeros(begin + offset, dtype=np.uint8)
-    packed[:8].view(np.int64)[0] = len(text)
-    packed[8 : 8 + len(text)] = np.frombuffer(text, np.uint8)
-    for (_, _, _, at), array in zip(entries, arrays.values(), strict=True):
-        packed[begin + at : begin + at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return np.ascontiguousarray(sample.images).reshape(-1), packed
+    """Serialise a clip to two flat uint8 arrays: its pixels, and everything else."""
+    labels = {name: value for name, value in vars(sample).items() if name != "images"}
+    text = pickle.dumps((sample.images.shape, labels), protocol=5)
+    return np.ascontiguousarray(sample.images).reshape(-1), np.frombuffer(text, np.uint8)
 
 
 def unpack(pixels: Any, packed: Any) -> ClipSample:
-    """Inverse of `pack`; the arrays are read-only views of the two buffers."""
-    raw = np.frombuffer(packed, np.uint8)
-    length = int(raw[:8].view(np.int64)[0])
-    header = json.loads(raw[8 : 8 + length].tobytes())
-    begin = _aligned(8 + length)
-    arrays: dict[str, np.ndarray] = {}
-    for name, dtype, shape, at in header["arrays"]:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        arrays[name] = raw[begin + at : begin + at + size].view(dtype).reshape(shape)
-
-    def ragged(name: str) -> list[np.ndarray]:
-        return np.split(arrays[name], np.cumsum(arrays[f"{name}_counts"])[:-1])
-
-    slots = None
-    if header["slots"] is not None:
-        distractors, dropped = header["slots"]
-        labels: dict[str, Any] = {name: arrays[name] for name in SLOT_FIELDS}
-        slots = ClipSlots(**labels, distractors=distractors, dropped=dropped)
-    return ClipSample(
-        images=np.frombuffer(pixels, np.uint8).reshape(header["pixels"]),
-        boxes_cxcywh=ragged("boxes_cxcywh"),
-        classes=ragged("classes"),
-        ignore_cxcywh=ragged("ignore_cxcywh"),
-        slots=slots,
-        name=header["name"],
-        weight=header["weight"],
-    )
+    """Inverse of `pack`; the images are a read-only view of ``pixels``."""
+    shape, labels = pickle.loads(packed)  # noqa: S301 - written by `pack` in this run
+    return ClipSample(images=np.frombuffer(pixels, np.uint8).reshape(shape), **labels)
 
 
 class _DecodeActor:
     """Ray actor that decodes clips; keeps shards open between blocks."""
 
-    def __init__(self, loader: ClipLoader) -> None:
+    def __init__(self, loader: ClipLoader, rows: Sequence[ClipRef]) -> None:
         import cv2
 
         cv2.setNumThreads(1)  # actors are the parallelism; more threads would compete with the training worker
         keep_freed_memory()
-        self.loader = loader
+        self.loader, self.rows = loader, rows
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         ready: list[tuple[int, np.ndarray, np.ndarray]] = []
-        for row, clip in zip(block["row"].to_pylist(), block["clip"].to_pylist(), strict=True):
-            ready.append((row, *pack(self.loader.load(ClipRef.from_json(clip)))))
+        for row in block["row"].to_pylist():
+            ready.append((row, *pack(self.loader.load(self.rows[row]))))
             if sum(pixels.nbytes for _, pixels, _ in ready) >= YIELD_BYTES:
                 yield _clip_table(ready)
                 ready = []
@@ -347,10 +293,6 @@ def _wrong_rows_error(found: str, rows: Sequence[ClipRef]) -> MotipError:
         expected=f"rows 0..{len(rows) - 1}, each once and in order",
         fix="report this with your Ray version; --set NUM_WORKERS=0 decodes without Ray Data",
     )
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _share_per_node(node_cpus: Sequence[float], processes: int) -> float:

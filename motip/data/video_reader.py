@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import contextlib
 import re
 from abc import ABC, abstractmethod
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from motip.data.decode import decode_rgb
-from motip.data.formats.common import IMAGE_SUFFIXES
+from motip.data.formats.common import IMAGE_SUFFIXES, read_seqinfo, trailing_number
 from motip.errors import MotipError
 
 IMAGE_FPS = Fraction(30)
@@ -166,8 +165,8 @@ def _numbered_files(path: Path) -> list[tuple[int, Path]]:
     if path.is_dir():
         folder = path / "img1" if (path / "img1").is_dir() else path
         files = sorted(file for file in folder.iterdir() if file.suffix in IMAGE_SUFFIXES)
-        numbers = [re.search(r"(\d+)$", file.stem) for file in files]
-        found = [(int(match[1]), file) for match, file in zip(numbers, files, strict=True) if match]
+        numbers = [(trailing_number(file.stem), file) for file in files]
+        found = [(number, file) for number, file in numbers if number is not None]
         if len({number for number, _ in found}) < len(files):  # names without numbers, or duplicate numbers
             found = list(enumerate(files, start=1))
     else:
@@ -197,14 +196,8 @@ def _stated_rate(folder: Path) -> Fraction | None:
     info = folder.parent / "seqinfo.ini"
     if not info.is_file():
         return None
-    parser = configparser.ConfigParser()
-    try:
-        parser.read_string(info.read_text())
-        return _checked_rate(float(parser["Sequence"]["frameRate"]))
-    except (configparser.Error, KeyError, ValueError) as error:
-        raise MotipError(
-            f"seqinfo.ini cannot be read: {error}", where=info, expected="[Sequence] with frameRate", fix="set --fps"
-        ) from error
+    (rate,) = read_seqinfo(info, {"frameRate": float}, fix="set --fps")
+    return _checked_rate(rate)
 
 
 def _checked_rate(fps: float) -> Fraction:

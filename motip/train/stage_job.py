@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 from motip.config import Config
-from motip.data.clips import ClipPlan, ClipRef, PlanVideo, pad_to, plan_clips
+from motip.data.clips import ClipPlan, PlanVideo, plan_epoch
 from motip.data.manifest import VideoEntry
 from motip.data.sequence import ClassMap
 
@@ -63,52 +64,11 @@ class StageJob:
 
 
 class EpochPlans:
-    """The clip plan of each epoch for a given number of ranks, with a cache of the epochs in use.
-
-    Args:
-        world_size: ranks of this attempt.
-        initial_world_size: ranks at the start of a resumed run, whose global batches are kept; None: ``world_size``.
-    """
+    """The clip plan of each epoch for a given number of ranks (`plan_epoch`), with a cache of the epochs in use."""
 
     def __init__(self, job: StageJob, config: Config, world_size: int, initial_world_size: int | None = None) -> None:
-        self._job = job
-        self._config = config
-        self._world_size = world_size
-        self._global_batch = (initial_world_size or world_size) * config.BATCH_SIZE
-        self._cache: dict[int, ClipPlan] = {}
+        plan = partial(plan_epoch, job.train, job.weights, config, world_size, initial_world_size)
+        self._plan = lru_cache(maxsize=2)(plan)
 
     def __call__(self, epoch: int) -> ClipPlan:
-        if epoch not in self._cache:
-            self._cache = {number: plan for number, plan in self._cache.items() if number >= epoch - 1}
-            self._cache[epoch] = self._make(epoch)
-        return self._cache[epoch]
-
-    def _make(self, epoch: int) -> ClipPlan:
-        config = self._config
-        schedule = config.clip_schedule(epoch)
-        plan = plan_clips(
-            self._job.train,
-            schedule,
-            epoch=epoch,
-            seed=config.SEED,
-            global_batch=self._global_batch,
-            weights=self._job.weights,
-            max_clips=config.CLIPS_PER_EPOCH,
-            length_per_iteration=config.LENGTH_PER_ITERATION,
-            interval_seconds=schedule.interval_seconds,
-        )
-        return divided_among(pad_to(plan, self._global_batch), self._world_size)
-
-
-def divided_among(plan: ClipPlan, world_size: int) -> ClipPlan:
-    """The same steps of the same clips for another number of ranks; uneven shares are padded with weight-0 repeats."""
-    per_rank = -(-plan.global_batch // world_size)
-    if per_rank * world_size == plan.global_batch:
-        return plan
-    clips: list[ClipRef] = []
-    for begin in range(0, len(plan.clips), plan.global_batch):
-        step = plan.clips[begin : begin + plan.global_batch]
-        missing = per_rank * world_size - len(step)
-        clips += [*step, *(replace(step[i % len(step)], weight=0) for i in range(missing))]
-    counts = {**plan.counts, "padding_for_workers": len(clips) - len(plan.clips)}
-    return replace(plan, clips=tuple(clips), counts=counts, global_batch=per_rank * world_size)
+        return self._plan(epoch)

@@ -243,8 +243,8 @@ def test_splits_that_a_conversion_does_not_handle_stay_locked(bdd: Path, tmp_pat
     second = convert(plan(4, splits={"train": "train"}), bdd, store)
     assert second.manifest.locked == first.manifest.locked == {"bdd": {"val": ["val0", "val1"]}}
     assert second.manifest.of("bdd", "val") == first.manifest.of("bdd", "val")
-    assert [item for item in second.manifest.sequences if item["split"] == "val"] == [
-        item for item in first.manifest.sequences if item["split"] == "val"
+    assert [item for item in second.manifest.sequences if item.split == "val"] == [
+        item for item in first.manifest.sequences if item.split == "val"
     ]
     assert {entry.sequence for entry in second.manifest.of("bdd", "train")}.isdisjoint({"val0", "val1"})
     with pytest.raises(MotipError, match="2 val sequences of source 'bdd' are also in train, such as val0"):

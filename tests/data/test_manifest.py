@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from motip.data.convert_report import count_boxes
 from motip.data.manifest import Manifest, VideoEntry, entries_digest, entry_path, manifest_path, summarise_labels
 from motip.data.selection import (
     MIN_SEGMENT_FRAMES,
@@ -137,7 +138,7 @@ def test_request_for_too_many_videos_is_an_error_with_the_counts() -> None:
 
 
 def test_boxes_exclude_those_the_format_ignores() -> None:
-    assert manifest([entry("a"), entry("b")]).boxes("bdd") == {"car": 10}
+    assert count_boxes([entry("a"), entry("b")]) == {"car": 10}
 
 
 @given(st.integers(1, 3000), st.integers(MIN_SEGMENT_FRAMES, 300))

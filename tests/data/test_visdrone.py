@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 from motip.data.formats import visdrone
-from motip.data.formats.common import CLASS_CHANGE, CROSSES, DUPLICATE, NO_IMAGE, UNLABELLED, ZERO_AREA, RawSequence
-from motip.data.formats.motlike import FROM_ZERO
+from motip.data.formats.common import (
+    CLASS_CHANGE,
+    CROSSES,
+    DUPLICATE,
+    FROM_ZERO,
+    NO_IMAGE,
+    UNLABELLED,
+    ZERO_AREA,
+    RawSequence,
+)
 from motip.data.sequence import UNTRACKED, ReadReport, Sequence
 from motip.errors import MotipError
 from tests.helpers.raw_datasets import write_images, write_table, write_visdrone

@@ -19,9 +19,8 @@ from motip.data.formats.common import (
     UNLABELLED,
     RawSequence,
     Rows,
-    build_frames,
+    build_sequence,
     check_images_match_labels,
-    check_rows,
     count,
     files_with,
     first_size,
@@ -98,20 +97,8 @@ def read_sequence(raw: RawSequence) -> tuple[Sequence, ReadReport]:
     if raw.images is not None:
         rows = rows.keep(np.isin(rows.frames, list(images)), NO_IMAGE, report)
         count(report, "label frame without an image, left out", len(set(numbers) - set(images)))
-    rows = check_rows(rows, size, report)
-    report.kept = len(rows)
-    report.check(raw.labels)
-    kept_numbers = [number for number in numbers if raw.images is None or number in images]
-    sequence = Sequence(
-        name=raw.name,
-        dataset=DATASET,
-        split=raw.split,
-        fps=raw.fps or FPS,
-        width=size[0],
-        height=size[1],
-        frames=build_frames(rows, kept_numbers, images),
-        track_names=names,
-    )
+        numbers = [number for number in numbers if number in images]
+    sequence = build_sequence(raw, rows, numbers, images, size, report, dataset=DATASET, fps=FPS, track_names=names)
     return sequence, report
 
 
@@ -222,19 +209,12 @@ def _rows(
             columns["truncation"].append(_flag(attributes, "truncated"))
     # Arrays.
     try:
-        boxes = np.array(columns["boxes_xyxy"], dtype=np.float64).reshape(-1, 4)
+        boxes = np.array(columns.pop("boxes_xyxy"), dtype=np.float64).reshape(-1, 4)
     except (TypeError, ValueError) as error:
         raise MotipError(f"a box2d value is not a number: {error}", where=raw.labels, fix="repair the file") from error
-    rows = Rows(
-        frames=np.array(columns["frames"], dtype=np.int64),
-        boxes_xyxy=boxes,
-        track_ids=np.array(columns["track_ids"], dtype=np.int64),
-        categories=np.array(columns["categories"], dtype=object),
-        ignore=np.array(columns["ignore"], dtype=bool),
-        occlusion=np.array(columns["occlusion"], dtype=np.int8),
-        truncation=np.array(columns["truncation"], dtype=np.int8),
-    )
-    return rows, tuple(ids)
+    categories = np.array(columns.pop("categories"), dtype=object)
+    numbers_and_flags = {name: np.array(values, dtype=np.int64) for name, values in columns.items()}
+    return Rows(boxes_xyxy=boxes, categories=categories, **numbers_and_flags), tuple(ids)
 
 
 def _flag(attributes: dict[str, Any], name: str) -> bool:

@@ -1,14 +1,16 @@
-"""Shared parts of the dataset readers: the reader interface, images by number, image sizes, comma-separated tables.
+"""Shared parts of the dataset readers: interface, numbered images, comma-separated tables, checks of label rows.
 
 Readers use only the methods that local and S3 paths share, so raw data may be in a local folder or in S3.
 """
 
 from __future__ import annotations
 
+import configparser
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from motip.data.decode import image_height_width
 from motip.data.sequence import UNTRACKED, Frame, ReadReport, Sequence
 from motip.errors import MotipError
+from motip.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from motip.storage.paths import Location
@@ -30,6 +33,7 @@ NO_IMAGE = "no image for the frame"
 CROSSES = "box crosses the border, kept as it is"
 CLASS_CHANGE = "track changes its category midway, kept"
 UNLABELLED = "image outside the labelled frames, left out"
+FROM_ZERO = "image names count from 0, labels from 1: images renumbered"
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,22 @@ def read_table(path: Location, columns: range, refusals: Mapping[int, MotipError
     return np.array(rows, dtype=np.float64).reshape(len(rows), width or columns.start)
 
 
+def read_seqinfo(path: Location, keys: Mapping[str, Callable[[str], float]], fix: str) -> list[float]:
+    """Values of a MOTChallenge ``seqinfo.ini``; raises MotipError for a missing or unreadable one."""
+    parser = configparser.ConfigParser()
+    try:
+        parser.read_string(path.read_bytes().decode())
+        return [parse(parser["Sequence"][key]) for key, parse in keys.items()]
+    except (configparser.Error, KeyError, ValueError) as error:
+        expected = f"[Sequence] with {' and '.join(keys)}"
+        raise MotipError(f"seqinfo.ini cannot be read: {error}", where=path, expected=expected, fix=fix) from error
+
+
+def table_boxes(table: np.ndarray) -> np.ndarray:
+    """(R, 4) float64 ``xyxy`` of a table's columns 2 to 5: left, top, width, height."""
+    return np.hstack([table[:, 2:4], table[:, 2:4] + table[:, 4:6]])
+
+
 def integer_column(values: np.ndarray, what: str, path: object, *, at_least: int) -> np.ndarray:
     """A column as int64; raises MotipError for fractions, NaN and values below ``at_least``."""
     bad = ~(np.isfinite(values) & (values == np.round(values)) & (values >= at_least) & (values < 2**53))
@@ -256,12 +276,75 @@ def _tracks_with_several(rows: Rows) -> int:
     return sum(names > 1 for names in Counter(track_id for track_id, _ in pairs).values())
 
 
-def build_frames(rows: Rows, numbers: list[int], images: Mapping[int, Location]) -> tuple[Frame, ...]:
-    """Frames in the order of ``numbers``; a number without rows is a frame without objects."""
+def zero_based_images(raw: RawSequence, report: ReadReport) -> dict[int, Location]:
+    """Images by 0-based frame number; file names count from 1 unless one has number 0."""
+    if raw.images is None:
+        return {}
+    by_name = numbered_images(raw.images, report)
+    if not by_name:
+        raise MotipError(
+            f"sequence {raw.name} has no images",
+            where=raw.images,
+            expected="numbered .jpg or .png files",
+            fix="download the images of this sequence, or remove its labels",
+        )
+    first = 0 if 0 in by_name else 1
+    if first == 0:
+        count(report, FROM_ZERO, len(by_name))
+    return {number - first: image for number, image in by_name.items()}
+
+
+def assemble(
+    raw: RawSequence, rows: Rows, images: dict[int, Location], report: ReadReport, *, dataset: str, fps: float
+) -> Sequence:
+    """Build a sequence from the rows of a text table and a folder of numbered images.
+
+    A frame within the labelled range that has an image but no row is a frame without objects. Images before the
+    first and after the last labelled frame are left out and counted, since they are unlabelled rather than empty
+    (the VisDrone toolkit cuts results there too).
+
+    Raises:
+        MotipError: no label rows, labels and images of different videos, or no readable image.
+    """
+    if not len(rows):
+        raise MotipError(
+            f"sequence {raw.name} has no label rows",
+            where=raw.labels,
+            fix="download its labels, or remove the sequence",
+        )
+    check_images_match_labels(rows, images, raw)
+    size = first_size(images, raw.images) if images else (0, 0)
+    numbers = list(range(int(rows.frames.min()), int(rows.frames.max()) + 1))
+    if images:
+        labelled, rows = numbers, rows.keep(np.isin(rows.frames, list(images)), NO_IMAGE, report)
+        numbers = [number for number in labelled if number in images]
+        count(report, "frame number without an image, left out", len(labelled) - len(numbers))
+        count(report, UNLABELLED, len(images) - len(numbers))
+    return build_sequence(raw, rows, numbers, images, size, report, dataset=dataset, fps=fps)
+
+
+def build_sequence(
+    raw: RawSequence,
+    rows: Rows,
+    numbers: list[int],
+    images: Mapping[int, Location],
+    size: tuple[int, int],
+    report: ReadReport,
+    *,
+    dataset: str,
+    fps: float,
+    track_names: tuple[str, ...] = (),
+) -> Sequence:
+    """Check the rows and divide them into the frames ``numbers``; a number without rows is a frame without objects.
+
+    Args:
+        size: (width, height) in pixels, (0, 0) if unknown.
+    """
+    rows = check_rows(rows, size, report)
+    report.kept = len(rows)
+    report.check(raw.labels)
     order = np.argsort(rows.frames, kind="stable")
-    sorted_frames = rows.frames[order]
-    starts = np.searchsorted(sorted_frames, numbers, side="left")
-    stops = np.searchsorted(sorted_frames, numbers, side="right")
+    starts, stops = (np.searchsorted(rows.frames[order], numbers, side=side) for side in ("left", "right"))
     frames = []
     for number, start, stop in zip(numbers, starts, stops, strict=True):
         chosen = order[start:stop]
@@ -277,7 +360,7 @@ def build_frames(rows: Rows, numbers: list[int], images: Mapping[int, Location])
                 truncation=rows.truncation[chosen].astype(np.int8),
             )
         )
-    return tuple(frames)
+    return Sequence(raw.name, dataset, raw.split, raw.fps or fps, *size, tuple(frames), track_names)
 
 
 def check_images_match_labels(rows: Rows, images: Mapping[int, Location], where: RawSequence) -> None:
@@ -290,3 +373,9 @@ def check_images_match_labels(rows: Rows, images: Mapping[int, Location], where:
             f"{min(images) + 1}..{max(images) + 1} in {where.images} (both counted from 1)",
             fix="check that both are of the same video and release, and of videos (MOT), not of single images",
         )
+
+
+def write_lines(path: Path | str, lines: Iterable[str]) -> None:
+    """Write a text file atomically, each line with its newline."""
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines))

@@ -7,22 +7,25 @@ Boxes of unmapped categories go to ``gt/ignore.txt``, which the published tools 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from motip.data.decode import image_height_width
-from motip.data.sequence import ClassMap, Sequence
+from motip.data.formats.common import write_lines
+from motip.data.sequence import ClassMap, Frame, Sequence
+from motip.data.shards import image_bytes
 from motip.errors import MotipError
 from motip.storage.atomic import atomic_write
 
 
-def write_dancetrack(sequence: Sequence, root: Path | str, split: str, class_map: ClassMap) -> dict[str, int]:
+def write_dancetrack(
+    sequence: Sequence, root: Path | str, split: str, class_map: ClassMap, frames: Iterable[Frame] | None = None
+) -> dict[str, int]:
     """Write one sequence.
 
     Args:
-        sequence: with images as files or bytes.
         class_map: raw categories that are objects, and the order of the class numbers.
+        frames: the sequence's frames with images as files or bytes, read one at a time (default: those it holds).
 
     Returns:
         number of ``frames``, ``objects`` and ``ignored`` boxes written.
@@ -35,14 +38,14 @@ def write_dancetrack(sequence: Sequence, root: Path | str, split: str, class_map
     ignored: list[str] = []
     suffix = ".jpg"
     size = (sequence.width, sequence.height)
-    for position, frame in enumerate(sequence.frames, start=1):
-        if frame.image is None:
+    for position, frame in enumerate(frames or sequence.frames, start=1):
+        data = image_bytes(frame)
+        if data is None:
             raise MotipError(
                 f"frame {frame.number} of {sequence.name} has no image",
                 where=folder,
                 fix="a DanceTrack folder needs images: export from shards or raw data with images",
             )
-        data = frame.image if isinstance(frame.image, bytes) else frame.image.read_bytes()
         if not all(size):
             height, width = image_height_width(data, sequence.name)
             size = (width, height)
@@ -58,9 +61,9 @@ def write_dancetrack(sequence: Sequence, root: Path | str, split: str, class_map
             )
         for x0, y0, x1, y1 in labels.ignore_xyxy.tolist():
             ignored.append(f"{position},-1,{x0:.4f},{y0:.4f},{x1 - x0:.4f},{y1 - y0:.4f},0,-1,-1")
-    _write_text(folder / "gt" / "gt.txt", objects)
-    _write_text(folder / "gt" / "ignore.txt", ignored)
-    _write_text(folder / "gt" / "labels.txt", list(class_map.names))
+    write_lines(folder / "gt" / "gt.txt", objects)
+    write_lines(folder / "gt" / "ignore.txt", ignored)
+    write_lines(folder / "gt" / "labels.txt", class_map.names)
     write_seqinfo(folder / "seqinfo.ini", sequence.name, sequence.fps, len(sequence.frames), size, suffix=suffix)
     return {"frames": len(sequence.frames), "objects": len(objects), "ignored": len(ignored)}
 
@@ -69,32 +72,23 @@ def write_seqinfo(
     path: Path | str, name: str, fps: float, length: int, size: tuple[int, int], *, suffix: str = ".jpg"
 ) -> None:
     """Write ``seqinfo.ini``; ``size`` is (width, height)."""
-    rate = int(fps) if fps == int(fps) else fps
-    _write_text(
-        path,
-        [
-            "[Sequence]",
-            f"name={name}",
-            "imDir=img1",
-            f"frameRate={rate}",
-            f"seqLength={length}",
-            f"imWidth={size[0]}",
-            f"imHeight={size[1]}",
-            f"imExt={suffix}",
-        ],
-    )
+    values = {
+        "name": name,
+        "imDir": "img1",
+        "frameRate": int(fps) if fps == int(fps) else fps,
+        "seqLength": length,
+        "imWidth": size[0],
+        "imHeight": size[1],
+        "imExt": suffix,
+    }
+    write_lines(path, ["[Sequence]", *(f"{key}={value}" for key, value in values.items())])
 
 
 def write_seqmap(path: Path | str, names: Iterable[str]) -> None:
     """Write a sequence map: a header line ``name``, then one sequence per line, sorted."""
-    _write_text(path, ["name", *sorted(names)])
+    write_lines(path, ["name", *sorted(names)])
 
 
 def seqmap_path(root: Path | str, split: str) -> Path:
     """Path of a split's sequence map."""
-    return Path(os.fspath(root)) / f"{split}_seqmap.txt"
-
-
-def _write_text(path: Path | str, lines: list[str]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines))
+    return Path(root) / f"{split}_seqmap.txt"

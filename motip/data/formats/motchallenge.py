@@ -8,7 +8,6 @@ classes; the default is the names of MOT17.
 
 from __future__ import annotations
 
-import configparser
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,13 +15,16 @@ import numpy as np
 from motip.data.formats.common import (
     RawSequence,
     Rows,
+    assemble,
     count,
     integer_column,
+    read_seqinfo,
     read_table,
     require_folder,
     subfolders,
+    table_boxes,
+    zero_based_images,
 )
-from motip.data.formats.motlike import assemble, zero_based_images
 from motip.data.sequence import ReadReport, Sequence
 from motip.errors import MotipError
 
@@ -112,11 +114,9 @@ def _rows(table: np.ndarray, raw: RawSequence, names: tuple[str, ...]) -> Rows:
     lookup = {
         number: names[number - 1] if number <= len(names) else f"class {number}" for number in set(numbers.tolist())
     }
-    boxes = table[:, 2:6].copy()
-    boxes[:, 2:] += boxes[:, :2]
     return Rows(
         frames=frames,
-        boxes_xyxy=boxes,
+        boxes_xyxy=table_boxes(table),
         track_ids=track_ids,
         categories=np.array([lookup[number] for number in numbers.tolist()], dtype=object),
         ignore=table[:, 6] == 0 if columns > 6 else np.zeros(len(table), dtype=bool),
@@ -145,18 +145,7 @@ def _frame_rate(raw: RawSequence, images: int, report: ReadReport) -> float:
         if raw.fps is None:
             report.notes.append(f"{raw.name}: {NO_SEQINFO} {FPS}")
         return FPS
-    parser = configparser.ConfigParser()
-    try:
-        parser.read_string(raw.info.read_bytes().decode())
-        section = parser["Sequence"]
-        fps, length = float(section["frameRate"]), int(section["seqLength"])
-    except (configparser.Error, KeyError, ValueError) as error:
-        raise MotipError(
-            f"seqinfo.ini cannot be read: {error}",
-            where=raw.info,
-            expected="[Sequence] with frameRate and seqLength",
-            fix="repair or remove it",
-        ) from error
+    fps, length = read_seqinfo(raw.info, {"frameRate": float, "seqLength": int}, fix="repair or remove it")
     if not fps > 0:
         raise MotipError("frameRate is not positive", where=raw.info, found=fps, fix="correct the rate")
     if images and length != images:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from motip.config import DatasetFormat
 from motip.data.formats import bdd100k, motchallenge, visdrone
 from motip.data.formats.common import RawSequence, Reader
 from motip.errors import MotipError
 
-READERS: dict[DatasetFormat, Reader] = {
+READERS: dict[str, Reader] = {
     "bdd100k": bdd100k,
     "visdrone": visdrone,
     "motchallenge": motchallenge,
@@ -23,12 +22,11 @@ def reader(name: str) -> Reader:
     Raises:
         MotipError: unknown format.
     """
-    found = next((each for format, each in READERS.items() if format == name), None)
-    if found is None:
+    if name not in READERS:
         raise MotipError(
             f"unknown data format {name!r}",
             where="format of a source",
             expected="one of " + ", ".join(READERS),
             fix="DanceTrack and MOT17 are 'motchallenge'",
         )
-    return found
+    return READERS[name]

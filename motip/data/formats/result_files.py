@@ -1,4 +1,4 @@
-"""Result files: readers and writers of MOTChallenge rows, BDD100K (Scalabel) JSON and VisDrone's 10 columns.
+"""Result files: MOTChallenge rows, BDD100K (Scalabel) JSON and VisDrone's 10 columns.
 
 Frames, ids and classes count from 1 on disk (MOTChallenge, VisDrone) and from 0 in memory. A file that counts from 0
 is an error: read with an offset, it would lower the tracker's scores.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from motip.data.formats.common import integer_column, read_table
+from motip.data.formats.common import integer_column, read_table, table_boxes, write_lines
 from motip.data.sequence import TrackRows
 from motip.errors import MotipError
 from motip.storage.atomic import atomic_write
@@ -22,7 +23,7 @@ from motip.storage.atomic import atomic_write
 
 def write_mot(path: Path | str, rows: TrackRows) -> None:
     """Write ``frame,id,x,y,w,h,score,class,-1``, 1-based frame, id and class, sorted by frame and id."""
-    _write_lines(path, [f"{line},-1" for line in _lines(rows, rows.class_ids + 1)])
+    write_lines(path, [f"{line},-1" for line in _lines(rows, rows.class_ids + 1)])
 
 
 def read_mot(path: Path | str, *, default_class: int | None = None) -> TrackRows:
@@ -36,7 +37,9 @@ def read_mot(path: Path | str, *, default_class: int | None = None) -> TrackRows
         MotipError: frames, ids or classes below 1, or another table.
     """
     path = Path(path)
-    table = _table(path, range(6, 11))
+    if not path.is_file():
+        raise MotipError("no such file of tracks", where=path)
+    table = read_table(path, range(6, 11))
     scores = table[:, 6] if table.shape[1] > 6 else np.ones(len(table))
     named = table[:, 7] if table.shape[1] in (8, 9) else np.full(len(table), -1.0)
     if (named == -1).any():
@@ -48,7 +51,17 @@ def read_mot(path: Path | str, *, default_class: int | None = None) -> TrackRows
                 fix="write the class (1-based), or give the class of such rows",
             )
         named = np.where(named == -1, default_class + 1, named)
-    return _rows(path, table, np.where(scores == -1, 1.0, scores), integer_column(named, "class", path, at_least=1) - 1)
+    classes = integer_column(named, "class", path, at_least=1) - 1
+    rows = TrackRows(
+        integer_column(table[:, 0], "frame number", path, at_least=1) - 1,
+        integer_column(table[:, 1], "track id", path, at_least=1) - 1,
+        table_boxes(table).astype(np.float32),
+        np.where(scores == -1, 1.0, scores).astype(np.float32),
+        classes,
+    )
+    _check_rows(rows, path)
+    order = np.argsort(rows.frames, kind="stable")
+    return TrackRows(*(getattr(rows, each.name)[order] for each in fields(rows)))
 
 
 def write_visdrone(path: Path | str, rows: TrackRows, categories: SequenceOf[int]) -> None:
@@ -57,32 +70,15 @@ def write_visdrone(path: Path | str, rows: TrackRows, categories: SequenceOf[int
     Args:
         categories: VisDrone's category number (1..10) of each class.
     """
-    _check_categories(categories, path)
-    numbers = np.asarray(categories, np.int64)[rows.class_ids] if len(rows) else rows.class_ids
-    _write_lines(path, [f"{line},-1,-1" for line in _lines(rows, numbers)])
-
-
-def read_visdrone(path: Path | str, categories: SequenceOf[int]) -> TrackRows:
-    """Read what :func:`write_visdrone` writes.
-
-    Raises:
-        MotipError: another layout, frames or ids below 1, or a category outside ``categories``.
-    """
-    path = Path(path)
-    _check_categories(categories, path)
-    table = _table(path, range(10, 11))
-    numbers = integer_column(table[:, 7], "category", path, at_least=1)
-    unknown = sorted(set(numbers.tolist()) - set(categories))
-    if unknown:
+    if not all(1 <= number <= 10 for number in categories) or len(set(categories)) != len(categories):
         raise MotipError(
-            f"category {unknown[0]} is not one of the classes",
+            "VisDrone results have categories 1 to 10, each for one class",
             where=path,
-            expected=f"one of {list(categories)}",
-            fix="list all categories of the results",
+            found=list(categories),
+            fix="0 (ignored regions) and 11 (others) are never predicted",
         )
-    class_of = {category: index for index, category in enumerate(categories)}
-    classes = np.array([class_of[number] for number in numbers.tolist()], dtype=np.int64)
-    return _rows(path, table, table[:, 6], classes)
+    numbers = np.asarray(categories, np.int64)[rows.class_ids] if len(rows) else rows.class_ids
+    write_lines(path, [f"{line},-1,-1" for line in _lines(rows, numbers)])
 
 
 def write_bdd100k(
@@ -120,48 +116,6 @@ def write_bdd100k(
         temporary.write_text(json.dumps(frames, indent=1) + "\n")
 
 
-def read_bdd100k(path: Path | str, class_names: SequenceOf[str]) -> dict[str, TrackRows]:
-    """Read what :func:`write_bdd100k` writes: tracks by video name.
-
-    Raises:
-        MotipError: another file, a category outside ``class_names``, or ids that are not integers >= 1.
-    """
-    try:
-        frames = json.loads(Path(path).read_bytes())
-        columns: dict[str, list[tuple[int, int, list[float], float, int]]] = {}
-        for frame in frames:
-            rows = columns.setdefault(frame["videoName"], [])
-            for label in frame["labels"] or ():
-                box = [float(label["box2d"][key]) for key in ("x1", "y1", "x2", "y2")]
-                class_id = class_names.index(label["category"])
-                rows.append((frame["frameIndex"], int(label["id"]) - 1, box, float(label.get("score", 1.0)), class_id))
-    except FileNotFoundError as error:
-        raise MotipError("no such file", where=path) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise MotipError(
-            f"not a readable tracking result: {error}",
-            where=path,
-            expected=f"Scalabel frames with categories of {list(class_names)} and ids from 1 on",
-            fix="write it with `motip results export`",
-        ) from error
-    return {video: _from_columns(rows, path) for video, rows in columns.items()}
-
-
-def _from_columns(rows: list[tuple[int, int, list[float], float, int]], path: object) -> TrackRows:
-    if not rows:
-        return TrackRows.empty()
-    frames, ids, boxes, scores, classes = zip(*rows, strict=True)
-    result = TrackRows(
-        np.array(frames, np.int64),
-        np.array(ids, np.int64),
-        np.array(boxes, np.float32).reshape(-1, 4),
-        np.array(scores, np.float32),
-        np.array(classes, np.int64),
-    )
-    _check_rows(result, path)
-    return result
-
-
 def _check_rows(rows: TrackRows, path: object) -> None:
     """Raise MotipError for rows that could not be read back: negative numbers, non-finite boxes or scores."""
     for what, values in (("frame", rows.frames), ("id", rows.track_ids), ("class", rows.class_ids)):
@@ -184,42 +138,3 @@ def _lines(rows: TrackRows, classes: np.ndarray) -> list[str]:
         f"{sizes[i, 0]:.4f},{sizes[i, 1]:.4f},{rows.scores[i]:.6f},{classes[i]}"
         for i in _order(rows)
     ]
-
-
-def _write_lines(path: Path | str, lines: list[str]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines))
-
-
-def _table(path: Path, columns: range) -> np.ndarray:
-    if not path.is_file():
-        raise MotipError("no such file of tracks", where=path)
-    return read_table(path, columns)
-
-
-def _rows(path: Path, table: np.ndarray, scores: np.ndarray, classes: np.ndarray) -> TrackRows:
-    frames = integer_column(table[:, 0], "frame number", path, at_least=1) - 1
-    track_ids = integer_column(table[:, 1], "track id", path, at_least=1) - 1
-    boxes = table[:, 2:6].copy()
-    boxes[:, 2:] += boxes[:, :2]
-    order = np.argsort(frames, kind="stable")
-    rows = TrackRows(
-        frames[order],
-        track_ids[order],
-        boxes[order].astype(np.float32),
-        scores[order].astype(np.float32),
-        classes[order].astype(np.int64),
-    )
-    _check_rows(rows, path)
-    return rows
-
-
-def _check_categories(categories: SequenceOf[int], path: object) -> None:
-    bad = [number for number in categories if not 1 <= number <= 10]
-    if bad or len(set(categories)) != len(categories):
-        raise MotipError(
-            "VisDrone results have categories 1 to 10, each for one class",
-            where=path,
-            found=list(categories),
-            fix="0 (ignored regions) and 11 (others) are never predicted",
-        )

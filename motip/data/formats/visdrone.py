@@ -14,13 +14,15 @@ import numpy as np
 from motip.data.formats.common import (
     RawSequence,
     Rows,
+    assemble,
     files_with,
     integer_column,
     read_table,
     require_folder,
     subfolders,
+    table_boxes,
+    zero_based_images,
 )
-from motip.data.formats.motlike import assemble, zero_based_images
 from motip.data.sequence import UNTRACKED, ReadReport, Sequence
 from motip.errors import MotipError
 
@@ -121,11 +123,9 @@ def _rows(table: np.ndarray, path: object) -> Rows:
             fix="check the columns: the category is the eighth",
         )
     is_region = numbers == IGNORED_REGION
-    boxes = table[:, 2:6].copy()
-    boxes[:, 2:] += boxes[:, :2]
     return Rows(
         frames=frames,
-        boxes_xyxy=boxes,
+        boxes_xyxy=table_boxes(table),
         # All regions have id 0 (or -1) and no identity.
         track_ids=np.where(is_region | (track_ids < 0), UNTRACKED, track_ids),
         categories=np.array(CATEGORIES, dtype=object)[numbers],
