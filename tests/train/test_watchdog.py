@@ -19,15 +19,16 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import motip.train.loop as loop
-from motip.config import Config
 from motip.errors import MotipError
-from motip.train.batch_sources import LocalBatchSource
+from motip.events import EventLog, Note
+from motip.train.checkpoint_stores import FolderStore
 from motip.train.collectives import SingleProcess, current_process_group
-from motip.train.ray_train import FolderReporter
 from motip.train.run_channel import RunChannel
+from motip.train.stage_job import StageJob
 from motip.train.state import Run
 from motip.train.watchdog import EXIT_STATUS, Heartbeat, StallTimer, Watchdog, WorkerLost
 from tests.helpers.small_training import small_config
+from tests.helpers.training_run import train_in_process
 from tests.train.test_loop import SETTINGS, job_of, write_video
 
 STATUS = "stage two, validation after epoch 3"
@@ -175,23 +176,20 @@ def test_two_ranks_of_which_one_is_slow_and_then_hangs(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- a rank that hangs by itself
 
 
-def _job(folder: Path, **changes: Any) -> tuple[Config, Any]:
-    config = small_config(**SETTINGS, **{"EPOCHS": 1, "PROGRESS_TIMEOUT_S": 2, "LOG_EVERY_STEPS": 1, **changes})
-    return config, job_of(config, folder, [write_video(folder, "v")])
+def _job(folder: Path) -> StageJob:
+    config = small_config(**SETTINGS, EPOCHS=1, PROGRESS_TIMEOUT_S=2, LOG_EVERY_STEPS=1)
+    return job_of(config, folder, [write_video(folder, "v")])
+
+
+def _notes(folder: Path) -> list[str]:
+    return [event.text for event in EventLog(folder) if isinstance(event, Note)]
 
 
 def _train(folder: str, hang: Callable[[], None]) -> None:
     torch.set_num_threads(1)
-    config, job = _job(Path(folder))
+    job = _job(Path(folder))
     hang()
-    notes = Path(folder, "notes")
-
-    def record(kind: str, values: dict[str, Any]) -> None:
-        if kind == "note":
-            notes.write_text(values["text"])
-
-    reporter = FolderReporter(Path(folder, "out"), record)
-    loop.train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, torch.device("cpu"))
+    train_in_process(job, Path(folder, "out"), lambda event: None)
     os._exit(1)  # not reached: the training hangs
 
 
@@ -208,12 +206,12 @@ class _Video:
 
 
 def _the_storage_hangs() -> None:
-    def folder(self: FolderReporter, name: str) -> Path:
+    def folder(self: FolderStore, name: str) -> Path:
         threading.Event().wait()
         raise AssertionError(name)
 
     loop.validate = lambda run, epoch: {}
-    FolderReporter.folder = folder  # type: ignore[method-assign]
+    FolderStore.folder = folder  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +230,7 @@ def test_process_that_hangs_alone_exits_and_reports_where(tmp_path: Path, hang: 
     process.kill()
     assert not alive, "the process does not exit"
     assert process.exitcode == EXIT_STATUS
-    note = (tmp_path / "notes").read_text()
+    (note,) = _notes(tmp_path / "out")
     assert "rank 0 of 1 has made no progress for 2 s" in note and f"where:    {where}" in note
     assert "tests/train" not in note and "it is at motip/train/" in note
 
@@ -241,30 +239,27 @@ def test_process_that_hangs_alone_exits_and_reports_where(tmp_path: Path, hang: 
 
 
 def test_channel_keeps_the_first_lost_worker_report_of_an_attempt(tmp_path: Path) -> None:
-    channel = RunChannel()
+    channel = RunChannel(str(tmp_path))
     assert channel.worker_started() and channel.lost() is None
     for rank in (0, 1):
         channel.report_lost(MotipError(f"rank 2 hangs, reported by rank {rank}"))
-    assert [values["text"] for _, values in channel.drain()] == ["rank 2 hangs, reported by rank 0"]
+    assert _notes(tmp_path) == ["rank 2 hangs, reported by rank 0"]
     assert str(channel.lost()) == "rank 2 hangs, reported by rank 0"
     assert channel.worker_started() and channel.lost() is None, "a report of an earlier attempt"
     channel.report_lost(MotipError("again"))
-    assert [values["text"] for _, values in channel.drain()] == ["again"]
+    assert _notes(tmp_path) == ["rank 2 hangs, reported by rank 0", "again"]
 
 
 def test_lost_rank_is_reported_and_ends_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, job = _job(tmp_path)
     lost = MotipError("rank 1 hangs")
 
     def validate(run: Run, epoch: int) -> dict[str, float]:
         raise WorkerLost(lost)
 
     monkeypatch.setattr(loop, "validate", validate)
-    notes: list[str] = []
-    reporter = FolderReporter(tmp_path / "out", lambda kind, values: notes.append(values.get("text", "")))
     with pytest.raises(WorkerLost, match="rank 1 hangs"):
-        loop.train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, torch.device("cpu"))
-    assert "rank 1 hangs" in notes
+        train_in_process(_job(tmp_path), tmp_path / "out", lambda event: None)
+    assert "rank 1 hangs" in _notes(tmp_path / "out")
 
 
 def test_changing_the_timeouts_does_not_make_a_stage_stale() -> None:

@@ -1,0 +1,55 @@
+"""Training of a stage in the test's process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import motip.train.loop as loop
+from motip.config import Config
+from motip.events import Event
+from motip.stage_folder import StageFolder
+from motip.train.batch_sources import LocalBatchSource
+from motip.train.checkpoint_stores import FolderStore
+from motip.train.collectives import SingleProcess
+from motip.train.retention import Retention
+from motip.train.run_channel import RunChannel
+from motip.train.stage_job import StageJob
+
+
+class CallbackChannel(RunChannel):
+    """Channel of a training in this process that calls a function with every event, after it is in the log."""
+
+    def __init__(self, folder: Path | str, on_event: Callable[[Event], None]) -> None:
+        super().__init__(str(folder))
+        self._on_event = on_event
+
+    def send(self, event: Event) -> None:
+        super().send(event)
+        self._on_event(event)
+
+
+def folder_store(folder: Path | str, retention: Retention | None = None) -> FolderStore:
+    return FolderStore(StageFolder(folder), retention)
+
+
+def train_in_process(
+    job: StageJob,
+    folder: Path | str,
+    on_event: Callable[[Event], None],
+    *,
+    channel: RunChannel | None = None,
+    store: FolderStore | None = None,
+) -> None:
+    """Train a stage on one rank with the batches of this process."""
+    config = Config.from_dict(job.config)
+    loop.train_stage_on_worker(
+        job,
+        SingleProcess(),
+        LocalBatchSource(job, config),
+        channel or CallbackChannel(folder, on_event),
+        store or folder_store(folder),
+        torch.device("cpu"),
+    )
