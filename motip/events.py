@@ -215,8 +215,7 @@ class EventLog:
         self._pending = b""
         self._segment: tuple[Location, bytes] | None = None
         self._lock = threading.Lock()
-        self._retry_at = 0.0
-        self._failing = False
+        self._retry_at = 0.0  # 0: the last attempt did not fail
 
     def send(self, event: Event) -> None:
         """Append an event; it is in the storage on return, unless the storage fails, which `close` raises.
@@ -234,12 +233,10 @@ class EventLog:
                 return
             try:
                 self._write()
-                self._failing = False
             except (MotipError, OSError) as error:
-                self._retry_at = clock.monotonic() + RETRY_AFTER * (clock.monotonic() - begin)
-                if not self._failing:
+                if not self._retry_at:
                     self._on_failure(f"the event log cannot be written yet: {str(error).splitlines()[0]}")
-                self._failing = True
+                self._retry_at = clock.monotonic() + RETRY_AFTER * (clock.monotonic() - begin)
 
     def send_changed(self, event: Event) -> None:
         """Append an event unless the last one of its kind and subject has the same values."""
@@ -303,7 +300,7 @@ class EventLog:
             content = written + self._pending
             write_bytes(path, content)
             self._segment = None if len(content) >= SEGMENT_BYTES else (path, content)
-        self._pending = b""
+        self._pending, self._retry_at = b"", 0.0
 
     def _new_segment(self) -> Location:
         """An object whose name is greater than all others, also if this machine's clock is behind."""
