@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from motip.errors import MotipError
@@ -20,6 +21,21 @@ _THREADS = 16
 """Calls that the actor handles at a time: a stop request does not wait for an event that a slow storage holds."""
 _NAME_TAKEN_S = 30.0
 """Time for which the start of an actor waits until the one of an earlier attempt with the same name has ended."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Status that a rank sends for the others.
+
+    Attributes:
+        status: what the rank does; a rank whose status changes makes progress.
+        code_line: line of the program that its training thread executes.
+        arrived: number of `all_gather` calls that it has entered.
+    """
+
+    status: str = ""
+    code_line: str = ""
+    arrived: int = 0
 
 
 class RunChannel:
@@ -38,6 +54,7 @@ class RunChannel:
         self._failure: tuple[MotipError, str] | None = None
         self._lost: MotipError | None = None
         self._initial_world_size: int | None = None
+        self._heartbeats: dict[int, Heartbeat] = {}
         self._stop = False
         self._progress = "no step was completed yet"
 
@@ -45,7 +62,8 @@ class RunChannel:
 
     def worker_started(self) -> bool:
         """Called by each worker first; False: it must not train, because a restart cannot fix the reported failure."""
-        self._lost = None
+        # Of an earlier attempt. All workers start before one of them trains, so nothing of this attempt is removed.
+        self._lost, self._heartbeats = None, {}
         return self._failure is None
 
     def initial_world_size(self, world_size: int) -> int:
@@ -58,6 +76,13 @@ class RunChannel:
         if isinstance(event, StepLogged):
             self._progress = f"the last step that the workers reported was {event.position}"
         self._log.send(event)
+
+    def heartbeat(self, rank: int, heartbeat: Heartbeat) -> None:
+        self._heartbeats[rank] = heartbeat
+
+    def heartbeats(self) -> dict[int, Heartbeat]:
+        """The last heartbeat of each rank that has sent one."""
+        return dict(self._heartbeats)
 
     def stop_requested(self) -> bool:
         return self._stop
@@ -174,6 +199,10 @@ class RemoteChannel:
 
         with contextlib.suppress(Exception):  # Ray may have been shut down
             ray.kill(self._actor)
+
+    def heartbeat(self, rank: int, heartbeat: Heartbeat) -> None:
+        """Send it without waiting: a channel that does not answer must not stop the watchdog."""
+        self._actor.heartbeat.remote(rank, heartbeat)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):  # looked up while an instance is unpickled

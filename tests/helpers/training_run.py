@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 import motip.train.loop as loop
 from motip.config import Config
@@ -15,7 +20,7 @@ from motip.train.batch_sources import LocalBatchSource
 from motip.train.checkpoint_stores import FolderStore
 from motip.train.collectives import SingleProcess
 from motip.train.retention import Retention
-from motip.train.run_channel import RunChannel
+from motip.train.run_channel import Heartbeat, RunChannel
 from motip.train.stage_job import StageJob
 
 
@@ -29,6 +34,21 @@ class CallbackChannel(RunChannel):
     def send(self, event: Event) -> None:
         super().send(event)
         self._on_event(event)
+
+    def heartbeat(self, rank: int, heartbeat: Heartbeat) -> None:
+        """Through the store of torch.distributed, if several ranks train."""
+        if dist.is_initialized():
+            _store().set(str(rank), json.dumps(asdict(heartbeat)))
+
+    def heartbeats(self) -> dict[int, Heartbeat]:
+        sent = [rank for rank in range(dist.get_world_size()) if _store().check([str(rank)])]
+        return {rank: Heartbeat(**json.loads(_store().get(str(rank)))) for rank in sent}
+
+
+@functools.cache
+def _store() -> dist.Store:
+    # A separate connection: a call through the group's own would queue behind its blocking calls.
+    return dist.PrefixStore("heartbeats", _get_default_store().clone())
 
 
 def folder_store(folder: Path | str, retention: Retention | None = None) -> FolderStore:
