@@ -7,6 +7,8 @@ result, because every event carries its time.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import threading
@@ -22,6 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from motip.errors import MotipError
 from motip.storage.paths import Location, create_folder, files_under, write_bytes
+from motip.storage.redaction import redact
 
 Metrics = dict[str, float]
 
@@ -206,7 +209,8 @@ class EventSink(Protocol):
 class EventLog:
     """The append-only log in a run's folder: ``events.jsonl``; on an object store ``events/<time>-<id>.jsonl``.
 
-    One process writes at a time; any process reads at any time.
+    Any process may write and read at any time; on an object store one process writes at a time. Secrets in addresses
+    and under the names of secrets are replaced before an event is written.
 
     Args:
         on_failure: called with a line when an event cannot be written; it is kept and written with the next one.
@@ -218,22 +222,29 @@ class EventLog:
         self._pending = b""
         self._segment: tuple[Location, bytes] | None = None
         self._lock = threading.Lock()
+        self._indexed = START
+        self._last: dict[tuple[Any, ...], dict[str, Any]] = {}  # subject -> values of the last event, up to _indexed
 
     def send(self, event: Event) -> None:
         """Append an event; it is in the storage on return, unless the storage fails, which `close` raises."""
-        line = json.dumps({"kind": event.kind, **vars(event)}).encode() + b"\n"
         with self._lock:
-            self._pending += line
+            self._pending += _line(event)
             try:
                 self._write()
             except (MotipError, OSError) as error:
                 self._on_failure(f"the event log cannot be written yet: {str(error).splitlines()[0]}")
 
     def send_changed(self, event: Event) -> None:
-        """Append an event unless the last one of its kind and subject has the same values."""
-        same = [each for each in self if _subject(each) == _subject(event)]
-        if not same or {**vars(same[-1]), "time": 0} != {**vars(event), "time": 0}:
+        """Append an event unless the last one of the same subject has the same values."""
+        for each, offset in self.read(self._indexed):
+            self._last[_subject(each)], self._indexed = _values(each), offset
+        if self._last.get(_subject(event)) != redact(_values(event)):
             self.send(event)
+
+    def create(self, events: Iterable[Event]) -> None:
+        """Write a log that does not exist yet, completely or not at all."""
+        path = self.folder / FILE if isinstance(self.folder, Path) else self._new_segment()
+        write_bytes(path, b"".join(map(_line, events)))
 
     def close(self) -> None:
         """Write what could not be written before; on an object store a later event begins a new object.
@@ -294,22 +305,27 @@ class EventLog:
         self._pending = b""
 
     def _new_segment(self) -> Location:
-        return self.folder / SEGMENTS / f"{clock.time_ns():020d}-{uuid.uuid4().hex[:8]}.jsonl"
+        # After the last one, whose writer's clock may be ahead.
+        last = max((int(name.partition("-")[0]) for name, _ in self._files()), default=0)
+        return self.folder / SEGMENTS / f"{max(clock.time_ns(), last + 1):020d}-{uuid.uuid4().hex[:8]}.jsonl"
 
 
 def _append(path: Path, lines: bytes) -> None:
-    """Append complete lines; a half line left by a killed process is removed first."""
-    with path.open("ab+") as stream:
+    """Append complete lines, all or none; a half line left by a killed process is removed first."""
+    with path.open("ab+", buffering=0) as stream:
+        with contextlib.suppress(OSError):  # a mount without locks; usually one process writes
+            fcntl.flock(stream, fcntl.LOCK_EX)
         size = stream.seek(0, os.SEEK_END)
         if size:
             stream.seek(size - 1)
             if stream.read(1) != b"\n":
                 stream.seek(0)
-                size = stream.read().rfind(b"\n") + 1
+                size = stream.readall().rfind(b"\n") + 1
                 stream.truncate(size)
         try:
-            stream.write(lines)
-            stream.flush()
+            written = 0
+            while written < len(lines):
+                written += stream.write(lines[written:])
             os.fsync(stream.fileno())
         except OSError:
             stream.truncate(size)  # of a full disk: nothing of it, rather than half
@@ -326,17 +342,34 @@ def _complete_lines(path: Location, position: int) -> list[bytes]:
     return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
+def _line(event: Event) -> bytes:
+    return json.dumps(redact({"kind": event.kind, **vars(event)})).encode() + b"\n"
+
+
 def _parse(line: bytes) -> Event | None:
     try:
-        return _EVENTS.validate_python(json.loads(line))
-    except (ValueError, ValidationError):
+        return _EVENTS.validate_json(line)
+    except ValidationError:
         return None
 
 
+def _values(event: Event) -> dict[str, Any]:
+    return {name: value for name, value in vars(event).items() if name != "time"}
+
+
 def _subject(event: Event) -> tuple[Any, ...]:
-    """What an event is about: the kind, the step, and the names or the path it sets."""
-    names = getattr(event, "tags", None) or getattr(event, "metrics", None) or {}
-    return event.kind, getattr(event, "step", None), getattr(event, "path", ""), *sorted(names)
+    """What an event replaces: the state of the run, a point of metrics, tags, the best checkpoint, or an artifact."""
+    match event:
+        case Resumed() | Ended():
+            return ("state",)
+        case MetricsLogged():
+            return event.kind, event.step, *sorted(event.metrics)
+        case TagsSet():
+            return event.kind, *sorted(event.tags)
+        case TextWritten() | TableWritten() | ArtifactWritten():
+            return event.kind, event.path
+        case _:
+            return (event.kind,)
 
 
 def notes_text(events: Iterable[Event]) -> str:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from motip.errors import MotipError
-from motip.lineage.provenance import COMMIT_VARIABLE, provenance, redact
+from motip.lineage.provenance import COMMIT_VARIABLE, provenance
+from motip.storage.redaction import redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobStatus, JobSubmissionClient
