@@ -117,8 +117,9 @@ class MlflowRecorder:
 
     @staticmethod
     def attached(store: Store) -> list[str]:
-        """Ids of all runs that have a recorder."""
-        return sorted(path.stem for path in _readers(store).glob("*.json"))
+        """Ids of all runs whose log is delivered."""
+        own_logs = (store.folder / "logs").glob("*")  # also those of which nothing was delivered yet
+        return sorted({path.stem for path in [*_readers(store).glob("*.json"), *own_logs]})
 
     @property
     def rejected(self) -> Path:
