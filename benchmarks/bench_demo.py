@@ -32,6 +32,8 @@ from benchmarks.machine import cores_allowed
 from benchmarks.records import Recorder, add_flags, quantity
 from benchmarks.results import ROOT
 from benchmarks.targets import STAGE, WORKERS
+from motip.events import EpochDone, Event, StepLogged
+from motip.stage_folder import stage_folders
 
 STAGE_NAME = "Vis-Adaptation"
 DEMO = "make demo"
@@ -95,9 +97,8 @@ def train(folder: Path, name: str, workers: int, clips: int, cores: list[int], q
 
 def last_epoch(storage: Path, name: str) -> dict[str, float]:
     """Recorded metrics of the last epoch of the stage."""
-    (history,) = (storage / "curricula" / name / STAGE_NAME).glob("*/history.json")
-    epochs: dict[str, dict[str, float]] = json.loads(history.read_text())["epochs"]
-    return epochs[max(epochs, key=int)]
+    (stage,) = stage_folders(storage / "curricula" / name / STAGE_NAME)
+    return [event.metrics for event in stage.events() if isinstance(event, EpochDone)][-1]
 
 
 def compare_workers(args: argparse.Namespace, folder: Path, recorder: Recorder) -> None:
@@ -153,11 +154,11 @@ class Stamps:
     def stage_begins(self, stage: Any, job: Any, folder: str) -> None:
         self.seconds["begin"] = (Path(folder) / "job.json").stat().st_mtime
 
-    def record(self, kind: str, values: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Timestamp of the first `transfer` (a worker has its model) and of the first `step`."""
-        if kind == "step" and "step" not in self.seconds:
-            self.first = values["metrics"]
-        self.seconds.setdefault(kind, time.time())
+        if isinstance(event, StepLogged) and "step" not in self.seconds:
+            self.first = event.metrics
+        self.seconds.setdefault(event.kind, event.time)
 
     def stage_ends(self, record: Any) -> None:
         return

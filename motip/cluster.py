@@ -55,7 +55,8 @@ def connect(num_cpus: int | None = None) -> Cluster:
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
-                    include_dashboard=False,
+                    # Ray Train queries it at the end of each run, and waits for seconds where there is none.
+                    include_dashboard=True,
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                 )

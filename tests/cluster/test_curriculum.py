@@ -35,8 +35,9 @@ def test_four_stages_with_two_workers_then_skipped(tmp_path: Path, local_ray: Cl
     assert [step.stage for step in steps] == STAGES
     assert all(step.status == "FINISHED" for step in steps)
     assert all("HOTA" in step.scores for step in steps)
-    # The cleaner waits 12 s at the end of each stage for a dashboard that does not run here.
-    assert found_in(Path(ray._private.worker._global_node.get_logs_dir_path()), ["PlacementGroupCleaner"]) == []
+    # Ray Train stops its cleaner without waiting for a timeout.
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    assert found_in(logs, ["Failed to stop PlacementGroupCleaner"]) == []
 
 
 def test_error_in_a_worker_is_one_message(tmp_path: Path) -> None:
