@@ -24,6 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from motip.errors import MotipError
 from motip.storage.paths import Location, create_folder, files_under, write_bytes
+from motip.storage.redaction import redact
 
 Metrics = dict[str, float]
 
@@ -210,9 +211,10 @@ class EventSink(Protocol):
 class EventLog:
     """The append-only log in a run's folder: ``events.jsonl``; on an object store ``events/<time>-<id>.jsonl``.
 
-    One process writes at a time; any process reads at any time. An event that cannot be written is kept and written
-    with a later one. After a failure no attempt is made for several times its duration, so that a storage that answers
-    late does not stop the writer.
+    Any process may write and read at any time; on an object store one process writes at a time. Secrets in addresses
+    and under the names of secrets are replaced before an event is written. An event that cannot be written is kept and
+    written with a later one. After a failure no attempt is made for several times its duration, so that a storage that
+    answers late does not stop the writer.
 
     Args:
         on_failure: called with a line at the first of several failures in a row.
@@ -225,6 +227,8 @@ class EventLog:
         self._segment: tuple[Location, bytes] | None = None
         self._lock = threading.Lock()
         self._retry_at = 0.0  # 0: the last attempt did not fail
+        self._indexed = START
+        self._last: dict[tuple[Any, ...], dict[str, Any]] = {}  # subject -> values of the last event, up to _indexed
 
     def send(self, event: Event) -> None:
         """Append an event; it is in the storage on return, unless the storage fails, which `close` raises.
@@ -232,7 +236,7 @@ class EventLog:
         Raises:
             TypeError, ValueError: the event has a value that cannot be read again, a defect of the program.
         """
-        line = json.dumps({"kind": event.kind, **vars(event)}).encode() + b"\n"
+        line = _line(event)
         if _parse(line) is None:
             raise ValueError(f"not a valid event: {event}")
         with self._lock:
@@ -248,10 +252,16 @@ class EventLog:
                 self._retry_at = clock.monotonic() + RETRY_AFTER * (clock.monotonic() - begin)
 
     def send_changed(self, event: Event) -> None:
-        """Append an event unless the last one of its kind and subject has the same values."""
-        same = [each for each in self if _subject(each) == _subject(event)]
-        if not same or {**vars(same[-1]), "time": 0} != {**vars(event), "time": 0}:
+        """Append an event unless the last one of the same subject has the same values."""
+        for each, offset in self.read(self._indexed):
+            self._last[_subject(each)], self._indexed = _values(each), offset
+        if self._last.get(_subject(event)) != redact(_values(event)):
             self.send(event)
+
+    def create(self, events: Iterable[Event]) -> None:
+        """Write a log that does not exist yet, completely or not at all."""
+        path = self.folder / FILE if isinstance(self.folder, Path) else self._new_segment()
+        write_bytes(path, b"".join(map(_line, events)))
 
     def close(self) -> None:
         """Write what could not be written before; on an object store a later event begins a new object.
@@ -329,7 +339,7 @@ def _append(path: Path, lines: bytes) -> None:
             stream.seek(size - 1)
             if stream.read(1) != b"\n":
                 stream.seek(0)
-                size = stream.read().rfind(b"\n") + 1
+                size = stream.readall().rfind(b"\n") + 1
                 stream.truncate(size)
         try:
             rest = memoryview(lines)
@@ -351,17 +361,34 @@ def _complete_lines(path: Location, position: int) -> list[bytes]:
     return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
+def _line(event: Event) -> bytes:
+    return json.dumps(redact({"kind": event.kind, **vars(event)})).encode() + b"\n"
+
+
 def _parse(line: bytes) -> Event | None:
     try:
-        return _EVENTS.validate_python(json.loads(line))
-    except (ValueError, ValidationError):
+        return _EVENTS.validate_json(line)
+    except ValidationError:
         return None
 
 
+def _values(event: Event) -> dict[str, Any]:
+    return {name: value for name, value in vars(event).items() if name != "time"}
+
+
 def _subject(event: Event) -> tuple[Any, ...]:
-    """What an event is about: the kind, the step, and the names or the path it sets."""
-    names = getattr(event, "tags", None) or getattr(event, "metrics", None) or {}
-    return event.kind, getattr(event, "step", None), getattr(event, "path", ""), *sorted(names)
+    """What an event replaces: the state of the run, a point of metrics, tags, the best checkpoint, or an artifact."""
+    match event:
+        case Resumed() | Ended():
+            return ("state",)
+        case MetricsLogged():
+            return event.kind, event.step, *sorted(event.metrics)
+        case TagsSet():
+            return event.kind, *sorted(event.tags)
+        case TextWritten() | TableWritten() | ArtifactWritten():
+            return event.kind, event.path
+        case _:
+            return (event.kind,)
 
 
 def notes_text(events: Iterable[Event]) -> str:

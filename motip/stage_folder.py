@@ -309,10 +309,8 @@ class StageFolder(_LockedFolder):
     def complete_log(self) -> None:
         """Add to the log the finished epochs it lacks: of version 0.1, or of a time when it could not be written."""
         log = self.log()
-        if not log.exists():
-            for event in self._events_v0_1():
-                log.send(event)
-            log.send(Imported())
+        if not log.exists() and (earlier := list(self._events_v0_1())):
+            log.create([*earlier, Imported()])
         logged = {event.epoch for event in log if isinstance(event, EpochDone)}
         for each in self.checkpoints().epochs:
             if each.epoch not in logged:

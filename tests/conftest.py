@@ -70,7 +70,7 @@ def motip(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 @pytest.fixture
 def other_driver() -> Iterator[str]:
     """Driver name of another live process."""
-    code = "from motip.lineage.driver_process import this_driver; print(this_driver(), flush=True); input()"
+    code = "from motip.storage.driver_process import this_driver; print(this_driver(), flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

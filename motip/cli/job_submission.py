@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 from pathspec import PathSpec
 
 from motip.errors import MotipError
-from motip.lineage.provenance import COMMIT_VARIABLE, provenance, redact
+from motip.lineage.provenance import COMMIT_VARIABLE, provenance
+from motip.storage.redaction import redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobStatus, JobSubmissionClient

@@ -17,10 +17,9 @@ from motip.curriculum.stage_readers import StageReaders, transfer_summary
 from motip.data.convert import ConvertReport
 from motip.data.manifest import Manifest, VideoEntry, entries_digest
 from motip.errors import MotipError
-from motip.events import Event, Resumed
+from motip.events import Event
 from motip.lineage import Lineage
 from motip.stage_folder import StageFolder, StageRecord, best_first
-from motip.storage.driver_process import this_driver
 from motip.storage.paths import download, location, sha256
 from motip.train.ray_train import FitResult, ResourcePlan, fit, plan_resources
 from motip.train.stage_job import EpochPlans, Parent, StageJob
@@ -110,23 +109,18 @@ def start_stage_run(
         name: of the run; default: the stage's.
         tags: besides the stage's inputs.
     """
-    resumed = folder.run_id()
     run_id = lineage.start_stage(
         parent_run_id,
         name or stage.name,
         stage.config.to_dict(),
         entries_digest([*train, *job.val]),
         None if job.parent is None else job.parent.to_dict(),
-        resumed,
+        folder.run_id(),
         folder=folder.path,
         datasets=datasets(train, job.val),
         tags={"motip.stage_inputs": job.inputs, **(tags or {})},
         resumable_keys=RESUMABLE_KEYS,
     )
-    if resumed is not None:
-        log = folder.log()
-        log.send(Resumed(this_driver()))
-        log.close()
     folder.start(run_id, parent_run_id, inputs=job.inputs)
     folder.write_job(stage.config.to_dict(), job_facts(job))
     return run_id

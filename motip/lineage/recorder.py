@@ -6,6 +6,8 @@ beginning, with the same result: MLflow ignores a point of the same metric, step
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import posixpath
@@ -39,13 +41,14 @@ from motip.events import (
     WeightsTransferred,
     notes_text,
 )
-from motip.lineage.provenance import redact
 from motip.lineage.registered_model import find_run, register
-from motip.lineage.store import Store, Unreachable
+from motip.lineage.store import Store, Unreachable, reason_of
 from motip.lineage.tags import MAX_TAG, Tag
 from motip.stage_folder import StageFolder
 from motip.storage.atomic import write_json_atomic
-from motip.storage.paths import Location, download, exclusive_lock, location, read_json
+from motip.storage.paths import Location, download, location, read_json
+from motip.storage.redaction import redact
+from motip.storage.retries import is_transient
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,15 +60,16 @@ BATCH_POINTS = 1000
 
 
 class Outage:
-    """A time in which MLflow accepts nothing; shared by the recorders of one process.
+    """A time in which MLflow accepts nothing, or nothing of one run.
 
     Args:
+        where: what accepts nothing, for the log.
         retry_interval: seconds without another attempt.
     """
 
-    def __init__(self, store: Store, retry_interval: float) -> None:
-        self.store = store
+    def __init__(self, where: str, retry_interval: float) -> None:
         self.reason = ""
+        self._where = where
         self._retry_interval = retry_interval
         self._retry_at = 0.0
 
@@ -77,15 +81,15 @@ class Outage:
     def waiting(self) -> bool:
         return time.monotonic() < self._retry_at
 
-    def begin(self, error: Unreachable) -> None:
+    def begin(self, reason: str) -> None:
         """Warn once per outage, and wait for the retry interval."""
         if not self.reason:
             logger.warning(
-                "MLflow at %s cannot be used now; the events stay in the event logs and are recorded later (%s)",
-                self.store.shown_uri,
-                str(error)[:200],
+                "%s cannot be used now; the events stay in the event logs and are recorded later (%s)",
+                self._where,
+                reason[:200],
             )
-        self.reason = str(error)
+        self.reason = reason or "no answer"
         self._retry_at = time.monotonic() + self._retry_interval
 
     def over(self) -> None:
@@ -93,67 +97,90 @@ class Outage:
 
 
 class MlflowRecorder:
-    """Delivers a run's event log to its MLflow run, in order. What MLflow refuses is set aside with the reason."""
+    """Delivers a run's event log to its MLflow run, in order. What MLflow refuses is set aside with the reason.
 
-    def __init__(self, outage: Outage, run_id: str) -> None:
+    Args:
+        outage: of MLflow; shared by all recorders of a process.
+    """
+
+    def __init__(self, store: Store, outage: Outage, run_id: str, retry_interval: float) -> None:
         self.run_id = run_id
-        self._outage = outage
-        self._store = outage.store
-        self._state = _readers(self._store) / f"{run_id}.json"
-        stored = read_json(self._state) if self._state.is_file() else {}
-        recorded = stored.get("folder", f"mlflow/logs/{run_id}")
+        self._store = store
+        self._outages = outage, Outage(f"MLflow at {store.shown_uri} for run {run_id}", retry_interval)
+        self._state = _readers(store) / f"{run_id}.json"
+        self._warned: set[str] = set()
+        recorded = self._stored().get("folder", f"mlflow/logs/{run_id}")
         # A folder in the storage is recorded by its relative path, so that the storage can be moved.
         folder = location(recorded)
         relative = isinstance(folder, Path) and not folder.is_absolute()
-        self.log = EventLog(self._store.storage / recorded if relative else folder)
-
-    @classmethod
-    def attach(cls, outage: Outage, run_id: str, folder: Location) -> MlflowRecorder:
-        """The recorder of a run whose event log is in `folder`."""
-        recorder = cls(outage, run_id)
-        if recorder.log.folder != folder:
-            recorder.log = EventLog(folder)
-            recorder._save(START)
-        return recorder
+        self.log = EventLog(store.storage / recorded if relative else folder)
 
     @staticmethod
     def attached(store: Store) -> list[str]:
-        """Ids of all runs that have a recorder."""
-        return sorted(path.stem for path in _readers(store).glob("*.json"))
+        """Ids of all runs whose log is delivered."""
+        own_logs = (store.folder / "logs").glob("*")  # also those of which nothing was delivered yet
+        return sorted({path.stem for path in [*_readers(store).glob("*.json"), *own_logs]})
 
     @property
     def rejected(self) -> Path:
         """File of the run's refused events, each with the reason."""
         return self._state.with_suffix(".rejected.jsonl")
 
-    def catch_up(self) -> int:
-        """Deliver the events behind the offset; returns the number of events that remain. Raises nothing."""
+    def attach(self, folder: Location) -> None:
+        """Deliver the log in `folder` from now on; from its beginning, unless that was done before."""
+        if self.log.folder == folder and self.log.exists():
+            return
+        rest = [] if self.log.folder == folder else [event for event, _ in self.log.read(self._offset())]
+        self.log = EventLog(folder)
+        for event in rest:  # of a queue of version 0.1, while MLflow was away
+            self.log.send(event)
+        self.log.close()
+        self._save(START)
+        # A run that was deleted in MLflow and whose stage continues in this one.
+        for path in _readers(self._store).glob("*.json"):
+            if path != self._state and _content(path).get("folder") == self._stored()["folder"]:
+                path.unlink(missing_ok=True)
+
+    def catch_up(self) -> None:
+        """Deliver the events behind the offset, if MLflow accepts them now. Raises nothing."""
+        everything, this_run = self._outages
+        if everything.waiting or this_run.waiting:
+            return
         try:
-            if not self._outage.waiting:
-                self._state.parent.mkdir(parents=True, exist_ok=True)
-                with exclusive_lock(self._state.with_suffix(".lock"), f"the delivery of run {self.run_id}"):
-                    self._deliver_new()
+            self._state.parent.mkdir(parents=True, exist_ok=True)
+            with self._state.with_suffix(".lock").open("a") as lock:
+                with contextlib.suppress(OSError):  # a mount without locks: an event delivered twice does no harm
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                self._deliver_new()
         except Unreachable as error:
-            self._outage.begin(error)
-        except (MotipError, OSError) as error:
-            self._outage.begin(Unreachable(str(error).splitlines()[0]))
+            (this_run if error.server_up else everything).begin(str(error))
+        except Exception as error:
+            this_run.begin(reason_of(error))
+
+    @property
+    def reason(self) -> str:
+        """Why events remain."""
+        return next((outage.reason for outage in self._outages if outage.reason), "")
+
+    def remaining(self) -> int:
+        """Number of events behind the offset."""
         try:
             return sum(1 for _ in self.log.read(self._offset()))
         except (MotipError, OSError) as error:
-            self._outage.begin(Unreachable(str(error).splitlines()[0]))
+            self._outages[1].begin(reason_of(error))
             return 1
 
     # ---- offset
 
+    def _stored(self) -> dict[str, Any]:
+        return _content(self._state)
+
     def _offset(self) -> Offset:
-        if not self._state.is_file():
-            return START
-        stored = read_json(self._state)
-        return stored["file"], stored["position"]
+        stored = self._stored()
+        return stored.get("file", ""), stored.get("position", 0)
 
     def _save(self, offset: Offset) -> None:
         folder = str(self.log.folder).removeprefix(f"{self._store.storage}/")
-        self._state.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(self._state, {"folder": folder, "file": offset[0], "position": offset[1]})
 
     # ---- delivery
@@ -165,12 +192,23 @@ class MlflowRecorder:
             imported = [index for index, (event, _) in enumerate(entries) if isinstance(event, Imported)]
             entries = entries[max(imported, default=-1) + 1 :]
             self.rejected.unlink(missing_ok=True)
+        # Before the offset is saved: a process killed here attaches the files again.
+        for event in self._files_of([event for event, _ in entries]):
+            self._deliver([event])
         for batch, offset in _batches(entries):
             self._deliver(batch)
             self._save(offset)
         if entries:
-            self._deliver_files([event for event, _ in entries])
-            self._outage.over()
+            for outage in self._outages:
+                outage.over()
+
+    def _files_of(self, events: list[Event]) -> Iterator[Event]:
+        """Attachments that are derived from the complete log: notes and dashboard."""
+        if any(isinstance(event, Note) for event in events):
+            yield TextWritten("notes.txt", notes_text(self.log))
+        dashboard = StageFolder(self.log.folder).dashboard
+        if any(isinstance(event, EpochDone | Ended) for event in events) and dashboard.is_file():
+            yield ArtifactWritten(dashboard.name, dashboard.name)
 
     def _deliver(self, batch: list[Event]) -> None:
         """Deliver one event, or several with metrics; set aside what MLflow refuses.
@@ -182,18 +220,20 @@ class MlflowRecorder:
             with self._store.errors():
                 self._send(batch)
             return
-        except Unreachable:
-            raise
         except Exception as error:
-            self._store.probe()
-            reason = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
-        parts = [] if self._run_is_gone() else _parts(batch)
-        if parts:
-            for part in parts:
-                self._deliver([part])
+            if not isinstance(error, Unreachable) or error.server_up:
+                self._store.probe()  # raises Unreachable if MLflow accepts nothing at all
+            if isinstance(error, Unreachable):
+                raise
+            reason = reason_of(error)
+        halves = _halves(batch)
+        if halves and not self._run_is_gone():
+            for half in halves:
+                self._deliver(half)
             return
-        reason = str(redact(reason))[:500]
-        logger.warning("MLflow refuses an event of run %s, set aside in %s: %s", self.run_id, self.rejected, reason)
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning("MLflow refuses events of run %s, set aside in %s: %s", self.run_id, self.rejected, reason)
         with self.rejected.open("a") as stream:
             stream.writelines(json.dumps({**vars(event), "reason": reason}) + "\n" for event in batch)
 
@@ -226,16 +266,11 @@ class MlflowRecorder:
                 register(self._store, run_id, event.uri, event.sha256, event.step)
             case Ended():
                 client.set_terminated(run_id, event.status, int(event.time * 1000))
-            case Note() | Resumed() | Imported():
+            case Resumed():
+                client.update_run(run_id, status="RUNNING")
+                client.set_tag(run_id, Tag.DRIVER, event.driver)
+            case Note() | Imported():
                 pass  # the notes are one file, attached once per reading
-
-    def _deliver_files(self, events: list[Event]) -> None:
-        """Attach the files that are derived from the complete log: notes and dashboard."""
-        if any(isinstance(event, Note) for event in events):
-            self._deliver([TextWritten("notes.txt", str(redact(notes_text(self.log))))])
-        dashboard = StageFolder(self.log.folder).dashboard
-        if any(isinstance(event, EpochDone | Ended) for event in events) and dashboard.is_file():
-            self._deliver([ArtifactWritten(dashboard.name, dashboard.name)])
 
     def _attach_json(self, value: Any, path: str) -> None:
         self._store.client().log_text(self.run_id, json_text(value), path)
@@ -257,11 +292,18 @@ class MlflowRecorder:
         source = location(event.file)
         if isinstance(source, Path) and not source.is_absolute():
             source = self.log.folder / event.file
-        if not source.is_file():
-            raise MotipError("the file of this artifact is missing", where=source)
+            if not source.is_file():
+                source = self._store.storage / event.file
         folder, name = posixpath.split(event.path)
         with tempfile.TemporaryDirectory(prefix="motip-") as temporary:
-            file = download(source, Path(temporary) / name)
+            try:
+                if not source.is_file():
+                    raise MotipError("the file of this artifact is missing", where=source)
+                file = download(source, Path(temporary) / name)
+            except MotipError as error:
+                if is_transient(error):
+                    raise Unreachable(error.what, server_up=True) from error
+                raise
             self._store.client().log_artifact(self.run_id, str(file), folder or None)
 
 
@@ -274,12 +316,22 @@ def _readers(store: Store) -> Path:
     return store.folder / "readers"
 
 
+def _content(path: Path) -> dict[str, Any]:
+    """Folder and offset of a reader; empty if there are none, or damaged ones: its log is then delivered again."""
+    with contextlib.suppress(MotipError, OSError):
+        return dict(read_json(path))
+    return {}
+
+
+_WithMetrics = StepLogged | EpochDone | MetricsLogged
+
+
 def _batches(entries: Iterable[tuple[Event, Offset]]) -> Iterator[tuple[list[Event], Offset]]:
     """Consecutive events with metrics in batches that fit one request, other events singly; with the offset behind."""
     batch: list[Event] = []
     points, end = 0, START
     for event, offset in entries:
-        own = len(event.metrics) if isinstance(event, StepLogged | EpochDone | MetricsLogged) else BATCH_POINTS
+        own = len(event.metrics) if isinstance(event, _WithMetrics) else BATCH_POINTS
         if batch and points + own > BATCH_POINTS:
             yield batch, end
             batch, points = [], 0
@@ -289,15 +341,13 @@ def _batches(entries: Iterable[tuple[Event, Offset]]) -> Iterator[tuple[list[Eve
         yield batch, end
 
 
-def _parts(batch: list[Event]) -> list[MetricsLogged]:
-    """The single points of refused metrics; empty for one point, and for other events."""
-    points = [
-        MetricsLogged({name: value}, event.step, time=event.time)
-        for event in batch
-        if isinstance(event, StepLogged | EpochDone | MetricsLogged)
-        for name, value in event.metrics.items()
-    ]
-    return points if len(points) > 1 else []
+def _halves(batch: list[Event]) -> list[list[Event]]:
+    """Two halves of refused events, or of the metrics of one; empty for a single point, and for other events."""
+    parts = batch
+    if len(batch) == 1 and isinstance(event := batch[0], _WithMetrics):
+        parts = [MetricsLogged({name: value}, event.step, time=event.time) for name, value in event.metrics.items()]
+    middle = len(parts) // 2
+    return [parts[:middle], parts[middle:]] if middle else []
 
 
 def _log_points(client: MlflowClient, run_id: str, batch: list[Event]) -> None:
@@ -306,7 +356,7 @@ def _log_points(client: MlflowClient, run_id: str, batch: list[Event]) -> None:
     points = [
         Metric(name, value, int(event.time * 1000), event.step)
         for event in batch
-        if isinstance(event, StepLogged | EpochDone | MetricsLogged)
+        if isinstance(event, _WithMetrics)
         for name, value in event.metrics.items()
     ]
     for begin in range(0, len(points), BATCH_POINTS):

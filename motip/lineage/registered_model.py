@@ -45,44 +45,40 @@ def register(store: Store, run_id: str, uri: str, sha256: str, step: int) -> Non
 
     Idempotent: a repeated call completes an interrupted one and creates no second model.
     """
+    from mlflow.entities import LoggedModelOutput
+
     client = store.client()
     run = client.get_run(run_id)
     stage = run.data.tags.get(Tag.STAGE, run.info.run_name)
-    model = _existing(client, run.data.tags.get(Tag.MODEL, ""), sha256)
+    models = client.search_logged_models([store.experiment_id], filter_string=f"source_run_id = '{run_id}'")
+    model = next((each for each in models if each.params.get("sha256") == sha256), None)
     if model is None:
-        model = _create(store, client, run_id, stage, uri, sha256)
-        client.set_tag(run_id, Tag.MODEL, model.model_id)
+        model = client.create_logged_model(
+            store.experiment_id,
+            name=alias_of(stage),
+            source_run_id=run_id,
+            params={"uri": uri, "sha256": sha256},
+            tags={"mlflow.model.isExternal": "true", Tag.STAGE: stage},
+            model_type="motip-checkpoint",
+        )
+    _complete(client, model)
+    client.set_tag(run_id, Tag.MODEL, model.model_id)
     outputs = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
     if model.model_id not in outputs:
-        from mlflow.entities import LoggedModelOutput
-
         client.log_outputs(run_id, [LoggedModelOutput(model_id=model.model_id, step=step)])
     _set_alias(store, client, run_id, stage, model, sha256)
 
 
-def _existing(client: MlflowClient, model_id: str, sha256: str) -> LoggedModel | None:
-    if not model_id:
-        return None
-    model = client.get_logged_model(model_id)
-    return model if model.params.get("sha256") == sha256 else None
-
-
-def _create(store: Store, client: MlflowClient, run_id: str, stage: str, uri: str, sha256: str) -> LoggedModel:
-    """Same as ``mlflow.create_external_model``, which would use MLflow's global tracking address, with this client."""
+def _complete(client: MlflowClient, model: LoggedModel) -> None:
+    """The rest of ``mlflow.create_external_model``, which would use MLflow's global tracking address."""
     from mlflow.models.utils import get_external_mlflow_model_spec
 
-    model = client.create_logged_model(
-        store.experiment_id,
-        name=alias_of(stage),
-        source_run_id=run_id,
-        params={"uri": uri, "sha256": sha256},
-        tags={"mlflow.model.isExternal": "true", Tag.STAGE: stage},
-        model_type="motip-checkpoint",
-    )
+    if model.status == "READY":
+        return
     with tempfile.TemporaryDirectory() as folder:
         get_external_mlflow_model_spec(model).save(str(Path(folder) / "MLmodel"))
         client.log_model_artifacts(model.model_id, folder)
-    return client.finalize_logged_model(model.model_id, "READY")
+    client.finalize_logged_model(model.model_id, "READY")
 
 
 def _set_alias(store: Store, client: MlflowClient, run_id: str, stage: str, model: LoggedModel, sha256: str) -> None:

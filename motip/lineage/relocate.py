@@ -114,7 +114,7 @@ def link_previous(old: Path, new: Path) -> Path:
     """
     if not (new / "mlflow" / "mlflow.db").is_file():
         raise MotipError("no storage with an MLflow database", where=new, expected="a folder with mlflow/mlflow.db")
-    if _same(old, new):
+    if os.path.exists(old) and os.path.samefile(old, new):
         return old
     if old.is_symlink():
         old.unlink()  # of an earlier move

@@ -19,12 +19,13 @@ from motip.events import (
     Ended,
     Event,
     MetricsLogged,
+    Resumed,
     TableWritten,
     TagsSet,
     TextWritten,
 )
 from motip.lineage import chain as chains
-from motip.lineage.provenance import provenance, redact
+from motip.lineage.provenance import provenance
 from motip.lineage.record_file import read_record, record_json, record_line
 from motip.lineage.recorded_scores import RunScores, read_recorded_scores
 from motip.lineage.recorder import MlflowRecorder, Outage, json_text
@@ -37,6 +38,7 @@ from motip.lineage.verify import FileCheck, verify_chain
 from motip.storage.atomic import digest
 from motip.storage.driver_process import driver_is_alive, this_driver
 from motip.storage.paths import Location
+from motip.storage.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +70,10 @@ class Lineage:
         patience: float = 120.0,
         retry_interval: float = 15.0,
     ) -> None:
-        self._store = Store(tracking_uri, storage, experiment)
+        self._store = Store(tracking_uri, storage, experiment, patience)
         self._shards = storage
-        self._patience = patience
-        self._outage = Outage(self._store, retry_interval)
+        self._retry_interval = retry_interval
+        self._outage = Outage(f"MLflow at {self.shown_uri}", retry_interval)
         self._recorders: dict[str, MlflowRecorder] = {}
         self._foreign_runs: set[str] = set()
 
@@ -111,11 +113,11 @@ class Lineage:
             MotipError: the server does not answer within ``patience``, or refuses.
         """
         inputs = digest([name, redact(config)])
-        self._store.retry(self._store.check_location, self._patience)
+        self._store.retry(self._store.check_location)
         self.deliver_all()
 
         def start() -> str:
-            client = self._store.client()
+            self._outage.over()
             earlier = self._find_runs(f"tags.`{Tag.INPUTS}` = '{inputs}' and tags.`{Tag.KIND}` = '{kind}'")
             for run in earlier:
                 if run.info.status == "FINISHED" and not reopen_finished:
@@ -127,23 +129,12 @@ class Lineage:
                     # Shared with the other process, which alone ends it.
                     self._foreign_runs.add(run.info.run_id)
                 else:
-                    self.catch_up(run.info.run_id)
-                    self._reopen(run.info.run_id)
+                    self._send(run.info.run_id, Resumed(this_driver()))
                 return str(run.info.run_id)
-            created = client.create_run(
-                self._store.experiment_id,
-                run_name=name,
-                tags={
-                    Tag.KIND: kind,
-                    Tag.CURRICULUM: name,
-                    Tag.INPUTS: inputs,
-                    Tag.DRIVER: this_driver(),
-                    **clean_tags(tags),
-                },
-            )
-            return str(created.info.run_id)
+            facts = {Tag.KIND: kind, Tag.CURRICULUM: name, Tag.INPUTS: inputs, Tag.DRIVER: this_driver()}
+            return self._create_run(name, {**facts, **clean_tags(tags)})
 
-        run_id = self._store.retry(start, self._patience)
+        run_id = self._store.retry(start)
         self.log_dict(run_id, config, f"{kind}.json")
         return run_id
 
@@ -192,15 +183,12 @@ class Lineage:
 
         # run
         def start() -> str:
+            self._outage.over()
             run_id = self._existing(resume_run_id) or self._unfinished_stage(parent_run_id, inputs)
             if run_id:
-                self.catch_up(run_id)  # the end of an earlier attempt, before the run is reopened
-                self._resume(run_id, config, resumable_keys)
-                return run_id
-            created = self._store.client().create_run(
-                self._store.experiment_id,
-                run_name=stage,
-                tags={
+                self._tag_resume(run_id, config, resumable_keys)
+            else:
+                tags_at_start = {
                     Tag.PARENT_RUN: parent_run_id,
                     Tag.KIND: "stage",
                     Tag.STAGE: stage,
@@ -212,17 +200,21 @@ class Lineage:
                     **provenance_tags(),
                     **({Tag.SEED: str(config["SEED"])} if "SEED" in config else {}),
                     **clean_tags(tags),
-                },
-            )
-            return str(created.info.run_id)
+                }
+                run_id = self._create_run(stage, tags_at_start)
+            recorder = self._recorder(run_id)
+            if folder is not None:
+                recorder.attach(folder)
+            if recorder.log.exists():
+                # Behind the end of the earlier attempt, so that a late delivery of it does not end this one.
+                self._send(run_id, Resumed(this_driver()))
+            return run_id
 
-        run_id = self._store.retry(start, self._patience)
-        if folder is not None:
-            self._recorders[run_id] = MlflowRecorder.attach(self._outage, run_id, folder)
+        run_id = self._store.retry(start)
         # parameters and inputs; again on a resume, since an attempt may be interrupted after creating the run
-        self._store.retry(lambda: self._log_params(run_id, config, resumable_keys), self._patience)
+        self._store.retry(lambda: self._log_params(run_id, config, resumable_keys))
         used = tuple(datasets) or (DataUsed(f"{stage}-data", data_digest),)
-        self._store.retry(lambda: self._log_inputs(run_id, used, parent), self._patience)
+        self._store.retry(lambda: self._log_inputs(run_id, used, parent))
         self.log_dict(run_id, config, "config.json")
         if record:
             self.log_dict(run_id, record_json(record), "weights_lineage.json")
@@ -234,7 +226,7 @@ class Lineage:
             raise MotipError("unknown end state of a run", where=run_id, found=status, expected=", ".join(END_STATES))
         if self._is_foreign(run_id):
             return
-        self._send(run_id, Ended(status), always=True)
+        self._send(run_id, Ended(status))
 
     def mark_interrupted(self, run_id: str) -> None:
         """End an interrupted run as KILLED, with the time in its tag."""
@@ -282,8 +274,12 @@ class Lineage:
         """Attach a file that stays where it is, as ``path`` (default: its name) among the run's artifacts."""
         if not file.is_file():
             raise MotipError("a file to attach to a run is missing", where=file, fix="check that it was written")
-        address = str(file).removeprefix(f"{self._recorder(run_id).log.folder}/")
-        self._send(run_id, ArtifactWritten(address, path or file.name), always=True)  # the content may have changed
+        recorder = self._recorder(run_id)
+        # Relative, so that the storage can be moved.
+        address = str(file).removeprefix(f"{recorder.log.folder}/").removeprefix(f"{self._store.storage}/")
+        recorder.log.send(ArtifactWritten(address, path or file.name))  # always: the content may have changed
+        recorder.log.close()
+        recorder.catch_up()
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
         """Attach ``text`` as the file ``name``, which may contain folders."""
@@ -300,9 +296,9 @@ class Lineage:
         """
         self._send(run_id, TableWritten(name, list(header), [list(row) for row in rows]))
 
-    def catch_up(self, run_id: str) -> int:
-        """Deliver what is new in a run's event log; returns the number of events that remain. Raises nothing."""
-        return self._recorder(run_id).catch_up()
+    def catch_up(self, run_id: str) -> None:
+        """Deliver what is new in a run's event log. Raises nothing."""
+        self._recorder(run_id).catch_up()
 
     def deliver_all(self) -> int:
         """Deliver the remaining events of all runs of this storage; returns how many remain.
@@ -311,33 +307,37 @@ class Lineage:
         """
         import_spool(self._store.folder)
         self._outage.over()
-        remaining = sum(self.catch_up(run_id) for run_id in MlflowRecorder.attached(self._store))
+        remaining, reason = 0, ""
+        for recorder in map(self._recorder, MlflowRecorder.attached(self._store)):
+            recorder.catch_up()
+            if count := recorder.remaining():
+                remaining, reason = remaining + count, reason or recorder.reason
         if remaining:
             logger.warning(
                 "%d earlier events are not recorded yet: MLflow at %s cannot accept them now (%s)",
                 remaining,
                 self.shown_uri,
-                self._outage.reason[:300],
+                reason[:300],
             )
         return remaining
 
-    def _send(self, run_id: str, event: Event, *, always: bool = False) -> None:
-        """Append an event of the driver and deliver it; an equal one of the same subject is not repeated."""
+    def _send(self, run_id: str, event: Event) -> None:
+        """Append an event of the driver, unless it repeats the last one of its subject, and deliver it."""
         recorder = self._recorder(run_id)
-        (recorder.log.send if always else recorder.log.send_changed)(event)
+        recorder.log.send_changed(event)
         recorder.log.close()  # an event of the driver that cannot be written is an error
         recorder.catch_up()
 
     def _recorder(self, run_id: str) -> MlflowRecorder:
         if run_id not in self._recorders:
-            self._recorders[run_id] = MlflowRecorder(self._outage, run_id)
+            self._recorders[run_id] = MlflowRecorder(self._store, self._outage, run_id, self._retry_interval)
         return self._recorders[run_id]
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
     def chain(self, run_id: str) -> list[LineageStep]:
         """The steps that led to a run, oldest first; see ``motip.lineage.chain.read_chain``."""
-        return self._store.retry(lambda: chains.read_chain(self._store, run_id), self._patience)
+        return self._store.retry(lambda: chains.read_chain(self._store, run_id))
 
     def verify(self, run_id: str, *, data: bool = True) -> list[FileCheck]:
         """Recompute the digests of all weights and data in the run's chain; see ``motip.lineage.verify``."""
@@ -345,11 +345,11 @@ class Lineage:
 
     def curriculum_of(self, run_id: str) -> str:
         """Name of the curriculum of a run, or of a stage's parent run."""
-        return self._store.retry(lambda: chains.curriculum_of(self._store, run_id), self._patience)
+        return self._store.retry(lambda: chains.curriculum_of(self._store, run_id))
 
     def scores(self, run_id: str) -> RunScores:
         """Scores of every epoch of a stage; see ``motip.lineage.recorded_scores``."""
-        return self._store.retry(lambda: read_recorded_scores(self._store, run_id), self._patience)
+        return self._store.retry(lambda: read_recorded_scores(self._store, run_id))
 
     def compare_url_hint(self, run_ids: SequenceOf[str], port: int = 5000) -> tuple[str, str]:
         """Command that starts the MLflow UI here ("" for a server), and URL of the page comparing the runs."""
@@ -357,7 +357,7 @@ class Lineage:
         if not self._store.is_server:
             command = f"mlflow ui --backend-store-uri {shlex.quote(self.shown_uri)} --host 127.0.0.1 --port {port}"
             base = f"http://127.0.0.1:{port}"
-        experiments = [self._store.retry(lambda: self._store.experiment_id, self._patience)]
+        experiments = [self._store.retry(lambda: self._store.experiment_id)]
         runs, experiments_text = (
             urllib.parse.quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), experiments)
         )
@@ -396,14 +396,18 @@ class Lineage:
             return run_id or ""
         logger.warning(
             "the run %s of this stage is not in MLflow at %s any more (moved or deleted); the stage continues in a new "
-            "run, without the curves of earlier epochs",
+            "run",
             run_id,
             self.shown_uri,
         )
         return ""
 
-    def _resume(self, run_id: str, config: Mapping[str, Any], resumable_keys: Collection[str]) -> None:
-        """Reopen a stage's run and tag the resume; MotipError if parameters outside ``resumable_keys`` differ."""
+    def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
+        created = self._store.client().create_run(self._store.experiment_id, run_name=name, tags=dict(tags))
+        return str(created.info.run_id)
+
+    def _tag_resume(self, run_id: str, config: Mapping[str, Any], resumable_keys: Collection[str]) -> None:
+        """Tag the resume of a stage's run; MotipError if parameters outside ``resumable_keys`` differ."""
         client = self._store.client()
         run = client.get_run(run_id)
         logged, wanted = join_params(run.data.params), join_params(split_params(config))
@@ -421,15 +425,8 @@ class Lineage:
         resume = {**provenance()["git"], "time": datetime.now(UTC).isoformat()}
         if changed:
             resume["changed"] = [f"{key} {logged[key][:100]} -> {wanted.get(key, 'unset')[:100]}" for key in changed]
-        self._reopen(run_id)
         client.set_tag(run_id, Tag.RESUMED, str(times))
         client.set_tag(run_id, f"{Tag.RESUMED}.{times}", json.dumps(resume))
-
-    def _reopen(self, run_id: str) -> None:
-        """Make this process the driver of an earlier run."""
-        client = self._store.client()
-        client.update_run(run_id, status="RUNNING")
-        client.set_tag(run_id, Tag.DRIVER, this_driver())
 
     def _log_params(self, run_id: str, config: Mapping[str, Any], resumable_keys: Collection[str]) -> None:
         from mlflow.entities import Param

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from motip.errors import MotipError
-from motip.lineage.provenance import redact
 from motip.lineage.relocate import artifact_path, previous_location, relocating_client
+from motip.storage.redaction import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,21 +42,9 @@ _TRANSIENT_STATUS = (401, 408, 425, 429)
 _TRANSIENT_S3 = ("ExpiredToken", "RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling")
 """HTTP statuses below 500, and codes of object stores, of transient errors."""
 
-_PERMANENT_OS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EINVAL,
-    errno.EFBIG,
-}
+_PERMANENT_OS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_PERMANENT_ERRNO = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EFBIG)
 """File system errors that are permanent; others are transient, such as those of a full, read-only or absent disk."""
-
-_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""Errors of writing to a readable file system."""
 
 _TRANSPORTS = ("requests", "urllib3", "botocore", "boto3", "google", "azure")
 """Packages whose errors mean that the connection to a server or artifact store failed."""
@@ -82,11 +70,12 @@ class Store:
     Picklable; each process creates its own client.
     """
 
-    def __init__(self, tracking_uri: str | None, storage: Path | str, experiment: str) -> None:
+    def __init__(self, tracking_uri: str | None, storage: Path | str, experiment: str, patience: float = 120.0) -> None:
         self.storage = local_storage(storage)
         self.folder = self.storage / "mlflow"
         self.uri = _absolute(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None, self.storage)
         self.experiment = experiment
+        self._patience = patience
         self._artifacts = self.folder / "artifacts"
         self._client: MlflowClient | None = None
         self._experiment_id = ""
@@ -130,12 +119,16 @@ class Store:
         return self._client
 
     def check_location(self) -> None:
-        """Warn if MLflow's own pages look for artifacts in another folder, since the storage was moved or copied.
+        """Check that the database can be written, before a start.
+
+        Warns if MLflow's own pages look for artifacts in another folder, since the storage was moved or copied.
 
         Raises:
-            Unreachable, MotipError: as ``client``.
+            Unreachable, MotipError: as ``client``; or the folder is not writable.
         """
         client = self.client()
+        if self._database is not None and not os.access(self._database.parent, os.W_OK):
+            raise _not_writable(self._database.parent, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
         if self._database is None or self._database.parent != self.folder:
             return
         with self.errors():
@@ -162,19 +155,17 @@ class Store:
         try:
             with self.errors():
                 self.client().get_experiment(self.experiment_id)
-        except Unreachable:
-            raise
         except Exception as error:
-            reason = error.what if isinstance(error, MotipError) else f"{type(error).__name__}: {error}"
-            raise Unreachable(f"it refuses every request: {reason}") from error
+            refusal = "" if isinstance(error, Unreachable) else "it refuses every request: "
+            raise Unreachable(refusal + reason_of(error)) from error
 
-    def retry(self, action: Callable[[], Result], patience: float) -> Result:
-        """The result of ``action``, retried for ``patience`` seconds while the server is unreachable.
+    def retry(self, action: Callable[[], Result]) -> Result:
+        """The result of ``action``, retried for the patience while the server is unreachable.
 
         Raises:
             MotipError: the server stays unreachable, refuses the request, or refuses the credentials (no retries).
         """
-        deadline, pause = time.monotonic() + patience, 0.5
+        deadline, pause = time.monotonic() + self._patience, 0.5
         while True:
             try:
                 with self.errors():
@@ -192,7 +183,7 @@ class Store:
                         "MLflow cannot be reached",
                         where=self.shown_uri,
                         found=str(redact(str(error)))[:300],
-                        expected=f"an answer within {patience:g} s",
+                        expected=f"an answer within {self._patience:g} s",
                         fix="start the server, correct MLFLOW_TRACKING_URI, or unset it to use a database "
                         f"under {self.folder}",
                     ) from error
@@ -201,26 +192,16 @@ class Store:
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Translate errors of MLflow and its transports into Unreachable or MotipError."""
+        """Translate errors of MLflow and its transports into Unreachable or MotipError; others stay unchanged."""
         try:
             yield
         except (Unreachable, MotipError):
             raise
         except Exception as error:
-            text = str(redact(str(error)))
-            transient = _is_transient(error)
-            if transient is None:
+            translated = _translate(error, self.shown_uri)
+            if translated is error:
                 raise
-            if transient:
-                login = _is_login(error)
-                raise Unreachable(text, server_up=_server_up(error) and not login, login=login) from error
-            raise MotipError(
-                f"MLflow refuses: {text[:500]}",
-                where=self.shown_uri,
-                found=getattr(error, "error_code", None) or type(error).__name__,
-                fix="check the address and the rights of MLFLOW_TRACKING_URI (or the database file, and the artifacts "
-                "beside it); a run that was deleted in MLflow cannot be continued",
-            ) from error
+            raise translated from error
 
     def _find_experiment(self, client: MlflowClient) -> str:
         found = client.get_experiment_by_name(self.experiment)
@@ -249,11 +230,10 @@ class Store:
         return artifact_path(recorded, self._artifacts)
 
     @contextlib.contextmanager
-    def _creation_lock(self, *, reading: bool = True) -> Iterator[None]:
+    def _creation_lock(self) -> Iterator[None]:
         """Lock for creating the schema: simultaneous migrations of a new database corrupt it.
 
-        Args:
-            reading: an existing database in a read-only folder is used without the lock.
+        An existing database in a read-only folder is used without the lock.
 
         Raises:
             MotipError: the folder is not writable.
@@ -261,27 +241,16 @@ class Store:
         if self.is_server:
             yield
             return
-        # lock file
-        folder = self.folder
-        if self._database is not None:
-            folder = self._database.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stream = (folder / ".first-start.lock").open("w")
-        except OSError as error:
-            exists = self._database is not None and self._database.is_file()
-            if not (reading and exists and error.errno in _READ_ONLY):
-                raise MotipError(
-                    f"cannot write the MLflow database here: {error.strerror or error}",
-                    where=folder,
-                    expected="a writable folder",
-                    fix="choose another --storage, or set MLFLOW_TRACKING_URI to a server",
-                ) from error
-            stream = None
-        # lock
-        with stream or contextlib.nullcontext():
-            if stream is not None:
+        folder = self.folder if self._database is None else self._database.parent
+        with contextlib.ExitStack() as opened:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stream = opened.enter_context((folder / ".first-start.lock").open("w"))
                 fcntl.flock(stream, fcntl.LOCK_EX)
+            except OSError as error:
+                exists = self._database is not None and self._database.is_file()
+                if not exists or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise _not_writable(folder, error) from error
             yield
 
 
@@ -332,60 +301,68 @@ def _absolute(uri: str | None, storage: Path) -> str:
     return uri
 
 
-def _is_transient(error: Exception) -> bool | None:
-    """Whether a retry may succeed; None for errors that come neither from MLflow nor from the connection."""
-    code, status = getattr(error, "error_code", None), _http_status(error)
+def _not_writable(folder: Path, error: OSError) -> MotipError:
+    return MotipError(
+        f"cannot write the MLflow database here: {error.strerror or error}",
+        where=folder,
+        expected="a writable folder",
+        fix="choose another --storage, or set MLFLOW_TRACKING_URI to a server",
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """An error as one line without secrets."""
+    text = error.what if isinstance(error, MotipError) else str(error)
+    if not isinstance(error, (MotipError, Unreachable)):
+        text = f"{type(error).__name__}: {text}"
+    return str(redact(text)).partition("\n")[0][:500]
+
+
+def _translate(error: Exception, where: str) -> Exception:
+    """Unreachable if a retry may succeed, MotipError if MLflow refuses; the error itself if it is neither's."""
+    status, s3_code = _answer(error)
+    code, module = getattr(error, "error_code", None), type(error).__module__
+    lost = isinstance(error, (ConnectionError, TimeoutError)) or module.split(".")[0] in _TRANSPORTS
     if status is not None:
-        return status >= 500 or status in _TRANSIENT_STATUS or _s3_code(error) in _TRANSIENT_S3
-    if code is not None:
-        return code in _TRANSIENT
-    module, name = type(error).__module__, type(error).__name__
-    if module.startswith("sqlalchemy."):
-        return name in ("OperationalError", "TimeoutError")
-    if isinstance(error, (ConnectionError, TimeoutError)) or module.split(".")[0] in _TRANSPORTS:
-        return True
-    return error.errno not in _PERMANENT_OS if isinstance(error, OSError) else None
+        transient = status >= 500 or status in _TRANSIENT_STATUS or s3_code in _TRANSIENT_S3
+    elif code is not None:
+        transient = code in _TRANSIENT
+    elif module.startswith("sqlalchemy."):
+        transient = type(error).__name__ in ("OperationalError", "TimeoutError")
+    elif lost:
+        transient = True
+    elif isinstance(error, OSError):
+        transient = not isinstance(error, _PERMANENT_OS) and error.errno not in _PERMANENT_ERRNO
+    else:
+        return error
+    text = str(redact(str(error)))
+    if transient:
+        login = status == 401 or (status is None and code in _LOGIN)
+        answers = status is not None or (isinstance(error, OSError) and not lost)
+        return Unreachable(text, server_up=answers and not login, login=login)
+    return MotipError(
+        f"MLflow refuses: {text[:500]}",
+        where=where,
+        found=code or type(error).__name__,
+        fix="check the address and the rights of MLFLOW_TRACKING_URI (or the database file, and the artifacts "
+        "beside it); a run that was deleted in MLflow cannot be continued",
+    )
 
 
-def _is_login(error: Exception) -> bool:
-    status = _http_status(error)
-    return status == 401 or (status is None and getattr(error, "error_code", None) in _LOGIN)
-
-
-def _server_up(error: Exception) -> bool:
-    """Whether the error comes from a reachable server (it has a status) or from a local file system."""
-    if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] in _TRANSPORTS:
-        return _http_status(error) is not None
-    return isinstance(error, OSError) or _http_status(error) is not None
-
-
-def _http_status(error: BaseException) -> int | None:
-    """HTTP status of an error from a server or object store, also if a transport wrapped it in its own error."""
-    if hasattr(error, "error_code"):
-        # MLflow reports a status that has no error code, such as 413 from a proxy, as an internal error.
-        match = re.search(r"failed with error code (\d{3}) ", str(error))
-        return int(match[1]) if match else None
-    response = getattr(error, "response", None)
-    facts = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-    for status in (
-        getattr(response, "status_code", None),
-        facts.get("HTTPStatusCode"),
-        getattr(error, "status_code", None),
-        getattr(error, "code", None),
-    ):
-        if isinstance(status, int) and 400 <= status < 600:
-            return int(status)
-    before = error.__cause__ or error.__context__
-    wrapped = type(error).__module__.split(".")[0] in _TRANSPORTS and before is not None
-    return _http_status(before) if wrapped and before is not None else None
-
-
-def _s3_code(error: BaseException | None) -> str:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # an error re-raised while handled is its own context
-        seen.add(id(error))
+def _answer(error: BaseException | None) -> tuple[int | None, str]:
+    """HTTP status and error code in the answer of a server or object store, also if a transport wrapped the error."""
+    seen: list[BaseException] = []
+    while error is not None and not any(error is each for each in seen):  # an error may be its own context
+        if hasattr(error, "error_code"):
+            # MLflow reports a status that has no error code, such as 413 from a proxy, as an internal error.
+            match = re.search(r"failed with error code (\d{3}) ", str(error))
+            return (int(match[1]) if match else None), ""
         response = getattr(error, "response", None)
         if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status, str(response.get("Error", {}).get("Code", ""))
+        if response is not None:
+            return getattr(response, "status_code", None), ""
+        seen.append(error)
         error = error.__cause__ or error.__context__
-    return ""
+    return None, ""

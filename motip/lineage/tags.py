@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from motip.lineage.provenance import redact
+from motip.storage.redaction import redact
 
 MAX_VALUE = 6000
 """Maximum characters of a parameter's value; MLflow truncates longer ones without an error."""

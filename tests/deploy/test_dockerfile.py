@@ -103,7 +103,7 @@ def test_environment_equals_the_cluster_and_has_no_secret() -> None:
     (exported,) = [line for line in lines if "motip-settings" in line]
     for name, value in re.findall(r"((?:RAY|MLFLOW)_\w+)=(\w+)", exported):
         assert settings[name] == value
-    from motip.lineage.provenance import redact
+    from motip.storage.redaction import redact
 
     assert redact(settings) == settings
     assert not [name for name, _ in instructions() if name == "ARG"]

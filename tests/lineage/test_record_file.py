@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from motip.lineage.delivery import send_entries
 
 from motip.config import load_curriculum
 from motip.curriculum import Options
@@ -26,6 +25,7 @@ from motip.lineage.steps import CheckpointLocation, LineageStep, current_environ
 from motip.lineage.tags import Tag
 from motip.storage.atomic import sha256_file
 from motip.weights.export import export_safetensors
+from tests.helpers.mlflow_database import lineage_on
 from tests.helpers.raw_datasets import bdd_video, curriculum, mix, source
 from tests.helpers.small_curriculum import write_files
 from tests.helpers.small_dataset import write_checkpoint, write_curriculum
@@ -47,7 +47,7 @@ def storage(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def lineage(storage: Path) -> Lineage:
-    return Lineage(None, storage, patience=2, retry_interval=0.2)
+    return lineage_on(storage, patience=2, retry_interval=0.2)
 
 
 def given_weights(folder: Path, config: dict[str, str]) -> dict[str, str | None]:
@@ -321,9 +321,9 @@ def test_the_list_of_tables_fits_in_a_tag(lineage: Lineage) -> None:
     def tables() -> str:
         return client_of(lineage).get_run(run_id).data.tags[Tag.TABLES]
 
-    names = [f"evaluation/{'long ' * 200}{number}.json" for number in range(10)]
+    names = [f"evaluation/{'long/' * 200}{number}.json" for number in range(10)]
     for name in names:
-        send_entries(lineage._store, lineage._spool, run_id, [{"kind": "table", "name": name}])
+        lineage.log_table(run_id, ["class"], [["car"]], name)
     assert [table["path"] for table in json.loads(tables())] == names[:7]
     short = "evaluation/short.json"
     lineage.log_table(run_id, ["class"], [["car"]], short)
@@ -333,7 +333,7 @@ def test_the_list_of_tables_fits_in_a_tag(lineage: Lineage) -> None:
     client_of(lineage).set_tag(run_id, Tag.TABLES, tables()[:50])
     for unreadable in (tables(), "7", "[7]"):
         client_of(lineage).set_tag(run_id, Tag.TABLES, unreadable)
-        lineage.log_table(run_id, ["class"], [["car"]], "evaluation/next.json")
+        lineage.log_table(run_id, ["class"], [[unreadable]], "evaluation/next.json")
         assert tables() == unreadable
     assert Path(client_of(lineage).download_artifacts(run_id, "evaluation/next.json")).is_file()
 

@@ -15,13 +15,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from motip.lineage.driver_process import driver_is_alive, this_driver
-from motip.lineage.spool import Spool
 
 from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.lineage.store import Store, Unreachable
 from motip.lineage.tags import MAX_VALUE, Tag, join_params
+from motip.storage.driver_process import driver_is_alive, this_driver
+from tests.helpers.mlflow_database import lineage_on
 from tests.lineage.test_recorder import CONFIG, DIGEST, client_of
 
 
@@ -37,8 +37,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lineage(storage: Path) -> Lineage:
-    """Shares one database among all tests: creating it takes seconds. Each test has its own curriculum."""
-    return Lineage(None, storage, patience=2, retry_interval=0.2)
+    """Shares one database among all tests. Each test has its own curriculum."""
+    return lineage_on(storage, patience=2, retry_interval=0.2)
 
 
 def test_a_resume_may_change_resumable_keys_and_records_them(lineage: Lineage, storage: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_zombie_is_not_alive() -> None:
         [
             sys.executable,
             "-c",
-            "from motip.lineage.driver_process import this_driver; print(this_driver(), flush=True); input()",
+            "from motip.storage.driver_process import this_driver; print(this_driver(), flush=True); input()",
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -153,9 +153,9 @@ def test_a_zombie_is_not_alive() -> None:
 
 def test_without_proc_a_driver_has_no_start_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     full = this_driver()
-    monkeypatch.setattr("motip.lineage.driver_process._PROC", tmp_path)
+    monkeypatch.setattr("motip.storage.driver_process._PROC", tmp_path)
     assert this_driver() == f"{socket.gethostname()}/{os.getpid()}/"
-    monkeypatch.setattr("motip.lineage.driver_process._command", lambda pid: "/usr/bin/Python -m pytest")
+    monkeypatch.setattr("motip.storage.driver_process._command", lambda pid: "/usr/bin/Python -m pytest")
     assert driver_is_alive(this_driver())
     assert not driver_is_alive(full), "the start time cannot be compared"
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -167,7 +167,7 @@ def test_without_proc_a_driver_has_no_start_time(monkeypatch: pytest.MonkeyPatch
 def test_without_proc_a_reused_pid_of_another_program_is_not_alive(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("motip.lineage.driver_process._PROC", tmp_path)
+    monkeypatch.setattr("motip.storage.driver_process._PROC", tmp_path)
     python = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     sleep = subprocess.Popen(["sleep", "60"])
     try:
@@ -186,7 +186,7 @@ def test_without_proc_a_reused_pid_of_another_program_is_not_alive(
 
 
 def test_start_time_of_a_process_with_a_non_utf8_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("motip.lineage.driver_process._PROC", tmp_path)
+    monkeypatch.setattr("motip.storage.driver_process._PROC", tmp_path)
     (tmp_path / "77").mkdir()
     fields = " ".join(str(number) for number in range(4, 53))
     (tmp_path / "77" / "stat").write_bytes(b"77 (a\xff\xfe) b) S " + fields.encode() + b"\n")
@@ -235,7 +235,7 @@ def test_a_parent_run_of_a_live_process_is_ended_by_that_process_only(lineage: L
     assert client.get_run(parent).info.status == "FINISHED"
 
 
-def test_a_spooled_end_does_not_end_a_resumed_run(
+def test_a_late_end_does_not_end_a_resumed_run(
     lineage: Lineage, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow is unreachable at the end of one job and at the start of the next, and back within its patience."""
@@ -252,26 +252,30 @@ def test_a_spooled_end_does_not_end_a_resumed_run(
         lineage.finish(parent, "FAILED")
     again = Lineage(None, storage, patience=5, retry_interval=0.1)
     with monkeypatch.context() as patched:
-        patched.setattr(again, "flush", lambda: 2)  # still unreachable
+        patched.setattr(again, "deliver_all", lambda: 2)  # still unreachable
         assert again.start_curriculum("late end", {}) == parent
         assert again.start_stage(parent, "a", CONFIG, DIGEST, None, resume_run_id=run_id) == run_id
     again.log_metrics(run_id, {"loss": 1.0}, 1)
     again.log_metrics(parent, {"loss": 1.0}, 1)
     assert [client_of(again).get_run(each).info.status for each in (parent, run_id)] == ["RUNNING", "RUNNING"]
     assert Path(client_of(again).download_artifacts(run_id, "late.txt")).read_text() == "kept"
+    # Also if the logs are delivered from their beginnings.
+    shutil.rmtree(storage / "mlflow" / "readers")
+    assert Lineage(None, storage).deliver_all() == 0
+    assert [client_of(again).get_run(each).info.status for each in (parent, run_id)] == ["RUNNING", "RUNNING"]
 
 
-def test_an_unusable_queue_does_not_prevent_a_start(
+def test_a_log_that_cannot_be_delivered_does_not_prevent_a_start(
     lineage: Lineage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parent = lineage.start_curriculum("no queue", {})
+    parent = lineage.start_curriculum("no delivery", {})
+    run_id = lineage.start_stage(parent, "a", CONFIG, DIGEST, None)
 
-    def read_only(*_: object) -> bool:
+    def read_only(*_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Spool, "withdraw", read_only)
-    monkeypatch.setattr(Spool, "has_entries", lambda *_: True)
-    lineage._find_runs("")  # creates the client
-    lineage._reopen(parent)
+    monkeypatch.setattr("motip.lineage.recorder.write_json_atomic", read_only)
+    assert lineage.start_curriculum("no delivery", {}) == parent
+    assert lineage.start_stage(parent, "a", CONFIG, DIGEST, None) == run_id
     assert "Read-only file system" in caplog.text
-    assert client_of(lineage).get_run(parent).info.status == "RUNNING"
+    assert client_of(lineage).get_run(run_id).info.status == "RUNNING"

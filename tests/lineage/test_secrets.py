@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from motip.errors import MotipError
-from motip.lineage.provenance import redact
 from motip.storage import paths
+from motip.storage.redaction import redact
 from motip.storage.retries import with_retries
 from tests.helpers.small_curriculum import write_files
 

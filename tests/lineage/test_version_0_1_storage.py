@@ -20,9 +20,11 @@ from motip.cluster import Cluster
 from motip.config import Config, load_config, load_curriculum
 from motip.curriculum import Options
 from motip.evaluation.score_files import load_scores
+from motip.events import EpochDone, StepLogged
 from motip.lineage import Lineage
 from motip.lineage.record_file import read_record
-from motip.report.stage_history import History, epochs_synced
+from motip.report.stage_history import History
+from motip.stage_folder import StageFolder
 from motip.storage.atomic import sha256_file
 from motip.tracking.loading import load
 from motip.tune import Tuning, run_sweep
@@ -81,7 +83,7 @@ def test_finished_stages_stay_finished(folder: Path) -> None:
     result, ui, _ = run(folder / "curriculum.yaml", storage, lineage=lineage)
     assert ui.begun == []
     for record in result.records:
-        assert record.skipped and record.mlflow_synced
+        assert record.skipped
         assert record.inputs == before[record.stage]["inputs"] and record.metrics == before[record.stage]["metrics"]
         assert Path(record.checkpoint).is_relative_to(storage) and sha256_file(record.checkpoint) == record.sha256
         assert record_of(folder, "small", record.stage) == before[record.stage], "not written again"
@@ -103,12 +105,12 @@ def test_an_unfinished_stage_resumes_inside_its_epoch(folder: Path) -> None:
     lineage = Lineage(storage=storage)
     result, ui, _ = run(folder / "halted.yaml", storage, lineage=lineage)
     assert ui.begun == ["Street"]
-    steps = [(values["epoch"], values["index"]) for kind, values in ui.records if kind == "step"]
+    steps = [(event.epoch, event.index) for event in ui.events if isinstance(event, StepLogged)]
     assert steps == [(1, 2), (2, 0), (2, 1), (2, 2)], "two of three steps of the second epoch were done"
     (record,) = result.records
     assert (record.inputs, record.run_id) == (before["inputs"], before["run_id"]), "the same stage and MLflow run"
     after = record_of(folder, "halted", "Street")
-    assert after["status"] == "finished" and after["mlflow_synced"] is True and "told" not in after
+    assert after["status"] == "finished" and "told" not in after
     # the spool of version 0.1 was delivered
     run_id = str(record.run_id)
     recorded = runs(lineage)["Street"]
@@ -116,7 +118,7 @@ def test_an_unfinished_stage_resumes_inside_its_epoch(folder: Path) -> None:
     assert recorded.data.tags["motip.resumed"] == "1"
     history = lineage._store.client().get_metric_history(run_id, "train/loss")
     assert len({point.step for point in history}) == 3
-    assert not lineage._spool.runs() and lineage.flush() == 0
+    assert not list((storage / "mlflow" / "spool").glob("*.jsonl")) and lineage.deliver_all() == 0
     assert set(lineage.scores(run_id).files) == {f"epoch_{epoch:03d}.json" for epoch in range(3)}
 
 
@@ -129,8 +131,9 @@ def test_history_and_configuration_of_a_stage_are_read(
 ) -> None:
     found = stage_folder(unpacked, curriculum, stage)
     history = History.load(found)
-    assert (history.stage, set(history.epochs)) == (stage, epochs)
-    assert epochs_synced(found) == epochs
+    assert (history.stage, set(history.epochs)) == (stage, epochs) and history.steps
+    events = StageFolder(found).events()
+    assert {event.epoch for event in events if isinstance(event, EpochDone)} == epochs
     config = Config.from_dict(json.loads((found / "config.json").read_text()))
     file = "aerial.yaml" if stage == "Aerial" else "ground.yaml"
     assert config.to_dict() == load_config(unpacked / file).to_dict(), "no key was added or removed"
