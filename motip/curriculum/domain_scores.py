@@ -13,9 +13,10 @@ from motip.curriculum.stage import Session
 from motip.data.manifest import Manifest, VideoEntry
 from motip.data.sequence import ClassMap
 from motip.evaluation.domain_matrix import subsample
-from motip.evaluation.evaluator import EvalJob, ModelUnderTest, evaluate_videos, evaluation_folder, has_labels
+from motip.evaluation.evaluator import EvalJob, ModelUnderTest, evaluate_videos, has_labels
 from motip.evaluation.protocols import protocol_for
 from motip.evaluation.scores import Scores
+from motip.stage_folder import evaluation_folder
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, read_json, write_json
 from motip.tracking.settings import TrackerSettings

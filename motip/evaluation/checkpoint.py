@@ -16,9 +16,10 @@ from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap
 from motip.data.shards import read_labels
 from motip.errors import MotipError
-from motip.evaluation.evaluator import EvalJob, Evaluation, ModelUnderTest, evaluate_videos, evaluation_folder
+from motip.evaluation.evaluator import EvalJob, Evaluation, ModelUnderTest, evaluate_videos
 from motip.evaluation.outcome_summary import OutcomeSummary, summarise_outcomes
 from motip.evaluation.protocols import protocol_for, scored_sequence
+from motip.stage_folder import evaluation_folder
 from motip.storage.atomic import write_json_atomic
 from motip.storage.named_folders import checked_data_root, checked_storage
 from motip.storage.paths import Location, write_json

@@ -23,7 +23,7 @@ from motip.evaluation.scores import Scores
 from motip.evaluation.validation import score_videos
 from motip.model import MOTIP
 from motip.storage.atomic import digest
-from motip.storage.paths import Location, RemotePath, atomic_output, download, location, read_json, write_json
+from motip.storage.paths import Location, RemotePath, atomic_output, download, read_json, write_json
 from motip.tracking.api import track_sequence
 from motip.tracking.settings import TrackerSettings
 from motip.weights.class_names import canonical_name
@@ -217,11 +217,6 @@ def track_missing(model: ModelUnderTest, job: EvalJob) -> int:
         if job.on_video is not None:
             job.on_video(video, done, len(job.videos))
     return reused
-
-
-def evaluation_folder(storage: Location | str, sha256: str) -> Location:
-    """Evaluation folder of the weights file with this hex sha256: ``<storage>/evaluations/<first 12 digits>``."""
-    return location(storage) / "evaluations" / sha256[:12]
 
 
 def track_paths(folder: Location, video: VideoEntry) -> tuple[Location, Location]:

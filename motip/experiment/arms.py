@@ -13,8 +13,9 @@ from motip.curriculum.run import CurriculumResult
 from motip.curriculum.stage_inputs import NON_IDENTITY_KEYS
 from motip.data.manifest import Manifest
 from motip.errors import MotipError
-from motip.evaluation.evaluator import evaluation_folder, track_paths
+from motip.evaluation.evaluator import track_paths
 from motip.evaluation.scores import Scores
+from motip.stage_folder import evaluation_folder
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, location, read_json, write_json
 

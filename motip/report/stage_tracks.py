@@ -11,7 +11,6 @@ from motip.errors import MotipError
 from motip.evaluation.evaluator import (
     EvalJob,
     ModelUnderTest,
-    evaluation_folder,
     is_tracked,
     read_tracks,
     track_missing,
@@ -19,6 +18,7 @@ from motip.evaluation.evaluator import (
 )
 from motip.report.page_facts import PageFacts, StageFacts
 from motip.report.side_by_side import Tile
+from motip.stage_folder import evaluation_folder
 from motip.storage.paths import Location, local_copy, location
 from motip.weights.export import load_for_tracking
 

@@ -21,7 +21,6 @@ from motip.errors import MotipError
 from motip.evaluation.evaluator import (
     EvalJob,
     ModelUnderTest,
-    evaluation_folder,
     is_tracked,
     read_tracks,
     track_missing,
@@ -34,7 +33,7 @@ from motip.report.failures import write_failures
 from motip.report.page_facts import sheets_in, stored_row
 from motip.report.stage_list import read_stage_list
 from motip.report.tracked_video import check_folder
-from motip.stage_folder import StageFolder, scores_file
+from motip.stage_folder import StageFolder, evaluation_folder, scores_file
 from motip.storage.paths import Location, absolute, local_copy, location, read_json
 from motip.tracking.loading import LoadedModel, load, resolve_device
 from motip.tracking.settings import TrackerSettings

@@ -25,10 +25,10 @@ from motip.evaluation.evaluator import (
     ModelUnderTest,
     VideoTracker,
     evaluate_videos,
-    evaluation_folder,
     map_videos,
 )
 from motip.evaluation.scores import Scores
+from motip.stage_folder import evaluation_folder
 from motip.tracking.loading import load
 from motip.tracking.settings import TrackerSettings
 from tests.helpers.small_dataset import FRAMES, write_checkpoint, write_curriculum, write_dance_dataset
