@@ -294,7 +294,7 @@ def test_results_export_reads_back_in_each_format(motip, tmp_path: Path) -> None
     frames = json.loads((tmp_path / "r.json").read_text())
     labels = [label for frame in frames if frame["videoName"] == "a" for label in frame["labels"] or ()]
     assert [label["category"] for label in labels] == ["pedestrian", "car", "car"]
-    assert labels[0]["box2d"] == {"x1": 10.5, "y1": 20.0, "x2": 50.5, "y2": 80.0}
+    assert labels[0]["box2d"] == {"x1": 10.5, "y1": 20.0, "x2": 40.0, "y2": 60.0}
     assert motip("results", "export", "--format", "visdrone", tmp_path / "in", tmp_path / "v.zip").status == 0
     with zipfile.ZipFile(tmp_path / "v.zip") as archive:
         assert sorted(archive.namelist()) == ["a.txt", "b.txt"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import re
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from motip.cli.console import console, note
 from motip.data import convert_report
+from motip.events import EpochDone, Event, StepLogged
 from motip.report import progress
 from motip.report.progress import DriverUi, wide_console
 
@@ -68,7 +68,7 @@ def test_brackets_and_colons_are_printed_literally(text: str, capsys: pytest.Cap
 # ---- a stage in training --------------------------------------------------------------------------------------------
 
 
-def step(epoch: int, index: int, of: int = 100, step_s: float = 2.0, skipped: float = 0.0) -> dict[str, Any]:
+def step(epoch: int, index: int, of: int = 100, step_s: float = 2.0, skipped: float = 0.0) -> StepLogged:
     metrics = {
         "step/loss": 12.3456,
         "step/clips_per_s": 3.21,
@@ -78,10 +78,10 @@ def step(epoch: int, index: int, of: int = 100, step_s: float = 2.0, skipped: fl
         "step/time/forward_s": 0.75 * step_s,
         "step/time/other_s": 0.25 * step_s,
     }
-    return {"epoch": epoch, "index": index, "of": of, "step": epoch * of + index + 1, "metrics": metrics}
+    return StepLogged(epoch, index, of, epoch * of + index + 1, metrics)
 
 
-def epoch(number: int, **more: float) -> dict[str, Any]:
+def epoch(number: int, **more: float) -> EpochDone:
     metrics = {
         "train/loss": 12.0,
         "train/detr_loss": 10.0,
@@ -92,7 +92,7 @@ def epoch(number: int, **more: float) -> dict[str, Any]:
         "device/memory_gib": 1.25,
         "clips_skipped": 0.0,
     }
-    return {"epoch": number, "step": 100 * (number + 1), "metrics": metrics | more}
+    return EpochDone(number, 100 * (number + 1), metrics | more)
 
 
 class Screen:
@@ -107,49 +107,49 @@ class Screen:
         stage = SimpleNamespace(name="Vis", config=SimpleNamespace(EPOCHS=10))
         self.ui.stage_begins(stage, job, "there")
 
-    def line(self, kind: str, values: dict[str, Any], after: float = 20.0) -> str:
-        """Output of a record that arrives ``after`` seconds after the previous one."""
+    def line(self, event: Event, after: float = 20.0) -> str:
+        """Output of an event that arrives ``after`` seconds after the previous one."""
         self.now += after
         before = len(self.stream.getvalue())
-        self.ui.record(kind, values)
+        self.ui.event(event)
         return self.stream.getvalue()[before:]
 
 
 def test_step_is_one_plain_line_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(monkeypatch)
-    assert screen.line("step", step(0, 49)) == (
+    assert screen.line(step(0, 49)) == (
         "Vis: epoch 1/10 · step 50/100 · loss 12.346 · 3.2 clips/s · waiting 4 % · 1.2 GiB · 31 min 40 s left\n"
     )
-    assert screen.line("step", step(0, 59), after=1.0) == "", "a log is not flooded"
-    assert " · 1.2 GiB · 1 clip skipped · " in screen.line("step", step(0, 69, skipped=1.0))
-    assert " · 1.2 GiB · 7 clips skipped · " in screen.line("step", step(0, 79, skipped=7.0))
+    assert screen.line(step(0, 59), after=1.0) == "", "a log is not flooded"
+    assert " · 1.2 GiB · 1 clip skipped · " in screen.line(step(0, 69, skipped=1.0))
+    assert " · 1.2 GiB · 7 clips skipped · " in screen.line(step(0, 79, skipped=7.0))
     assert "\x1b" not in screen.stream.getvalue()
 
 
 def test_time_left_is_extrapolated_from_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(monkeypatch)
     # The start of the workers does not count; the first line uses the step time: 950 steps of 2 s.
-    assert screen.line("step", step(0, 49), after=3000.0).endswith("31 min 40 s left\n")
+    assert screen.line(step(0, 49), after=3000.0).endswith("31 min 40 s left\n")
     # Then the clock, with validation and checkpoints: one epoch in 600 s, eight and a half left.
-    assert screen.line("step", step(1, 49), after=600.0).endswith("1 h 25 min left\n")
+    assert screen.line(step(1, 49), after=600.0).endswith("1 h 25 min left\n")
 
 
 def test_resumed_stage_does_not_count_earlier_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(monkeypatch)
-    assert screen.line("step", step(8, 49)).endswith("5 min 00 s left\n")
-    assert screen.line("step", step(8, 99), after=300.0).endswith("10 min 00 s left\n")
+    assert screen.line(step(8, 49)).endswith("5 min 00 s left\n")
+    assert screen.line(step(8, 99), after=300.0).endswith("10 min 00 s left\n")
     # Restarted workers begin at an earlier step: the rate is measured again.
-    assert screen.line("step", step(8, 49), after=50.0).endswith("5 min 00 s left\n")
-    assert screen.line("step", step(8, 99), after=100.0).endswith("3 min 20 s left\n")
+    assert screen.line(step(8, 49), after=50.0).endswith("5 min 00 s left\n")
+    assert screen.line(step(8, 99), after=100.0).endswith("3 min 20 s left\n")
 
 
 def test_epoch_has_a_summary_line(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(monkeypatch)
-    assert screen.line("epoch", epoch(0)) == (
+    assert screen.line(epoch(0)) == (
         "Vis: epoch 1/10 done in 1 min 05 s · loss 12.000 (detection 10.000, ID 2.000) · 3.2 clips/s · waiting 4 % · "
         "1.2 GiB · not scored\n"
     )
-    line = screen.line("epoch", epoch(1, HOTA=51.26, IDF1=60.0, clips_skipped=3.0))
+    line = screen.line(epoch(1, HOTA=51.26, IDF1=60.0, clips_skipped=3.0))
     assert line.endswith("1.2 GiB · 3 clips skipped · HOTA 51.3 · IDF1 60.0\n")
 
 
@@ -157,7 +157,7 @@ def test_narrow_terminal_wraps_the_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("COLUMNS", "50")
     screen = Screen(monkeypatch, is_terminal=True, width=140)
     before = len(screen.stream.getvalue())
-    screen.line("step", step(0, 49))
+    screen.line(step(0, 49))
     screen.ui.close()  # draws once more
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.stream.getvalue()[before:])
     rows = [row.strip() for row in shown.splitlines() if "Vis:" in row or "left" in row or "clips/s" in row]
