@@ -10,30 +10,6 @@ from pydantic import BeforeValidator, Field
 
 from motip.config.block import Block
 
-WITHOUT_EFFECT: dict[str, str] = {
-    "INFERENCE_MODEL": "pass the checkpoint to motip track or ray_jobs/evaluate.py on the command line",
-    "INFERENCE_DATASET": "the curriculum's sources are evaluated",
-    "INFERENCE_SPLIT": "stages are validated on the val split; ray_jobs/evaluate.py takes --split",
-    "INFERENCE_MODE": "labelled splits are scored, unlabelled ones only tracked",
-    "INFERENCE_GROUP": "results are written to the stage's folder",
-    "INFERENCE_ONLY_DETR": "use motip track with any checkpoint that contains the ID decoder",
-    "RESUME_MODEL": "an interrupted stage resumes automatically; DETR_PRETRAIN names weights to start from",
-    "RESUME_STATES": "an interrupted stage resumes its position automatically",
-    "USE_WANDB": "runs are recorded in MLflow",
-    "EXP_OWNER": "runs are recorded in MLflow",
-    "EXP_PROJECT": "runs are recorded in MLflow",
-    "EXP_GROUP": "runs are recorded in MLflow",
-    "EXP_NAME": "the run is named after curriculum and stage",
-    "GIT_VERSION": "the commit is recorded automatically",
-    "MULTI_LAST_CHECKPOINTS": "`EPOCH_CHECKPOINTS_KEPT` is the number of epochs whose weights are kept",
-    "USE_PREVIOUS_CHECKPOINT": "the published loader of older files is not required",
-    "USE_ACCELERATE_CLIP_NORM": "clipping is the same with one worker or many",
-    "AUG_COLOR_JITTER_V2": "there is one colour jitter",
-    "DETR_FRAMEWORK": "there is one detector, Deformable-DETR",
-    "BENCHMARK": "results are recorded in MLflow",
-}
-"""Keys that are accepted so that published files run unchanged, and why they have no effect."""
-
 
 def _yaml_no(value: Any) -> Any:
     """False to "no": YAML parses a bare `no` as false."""
@@ -54,6 +30,7 @@ class ValConfig(Block):
     CLASS_NAME_TO_ID: dict[str, int] | None = None
     "Class name to its id in result files, 1-based."
     BENCHMARK: str | None = None
+    "No effect: results are recorded in MLflow."
 
 
 class Keys(Block):
@@ -131,6 +108,7 @@ class Keys(Block):
     AUG_HUE: float = Field(0.2, ge=0, le=0.5)
     "Largest hue shift, in turns of the colour circle."
     AUG_COLOR_JITTER_V2: bool = False
+    "No effect: there is one colour jitter."
     AUG_NUM_GROUPS: int = Field(6, ge=1)
     "Number of random assignments of ID labels per clip that the ID decoder is trained on."
     AUG_TRAJECTORY_OCCLUSION_PROB: float = Field(0.5, ge=0, le=1)
@@ -152,6 +130,7 @@ class Keys(Block):
     NUM_ID_VOCABULARY: int = Field(50, ge=1)
     "Number of ID labels, the maximum number of concurrent tracks. May grow between stages."
     DETR_FRAMEWORK: Literal["deformable_detr"] = "deformable_detr"
+    "No effect: there is one detector, Deformable-DETR."
     FEATURE_DIM: int = 256
     "Width of a detection's feature; equals DETR_HIDDEN_DIM."
     FFN_DIM_RATIO: int = Field(2, ge=1)
@@ -273,6 +252,7 @@ class Keys(Block):
     SEPARATE_CLIP_NORM: bool = True
     "Clip the detector's gradients and the other gradients separately."
     USE_ACCELERATE_CLIP_NORM: bool = True
+    "No effect: clipping is the same with one worker or many."
     DETR_NUM_TRAIN_FRAMES: int = Field(4, ge=0)
     "Frames of a clip whose detection gets a gradient; 0 freezes the detector."
     DETR_NUM_CHECKPOINT_FRAMES: int = Field(5, ge=0)
@@ -323,19 +303,27 @@ class Keys(Block):
     PRETRAIN_SKIP: tuple[str, ...] = ()
     "Tensors that are not transferred although they match, so that this part is trained from scratch: keys or patterns."
     RESUME_MODEL: str | None = None
+    "No effect: an interrupted stage resumes automatically; DETR_PRETRAIN names weights to start from."
     RESUME_OPTIMIZER: bool = True
     "Resume the optimiser state, if DETR_PRETRAIN is a checkpoint of the same configuration."
     RESUME_SCHEDULER: bool = True
     "Resume the position in the schedule, under the same condition."
     RESUME_STATES: bool = True
+    "No effect: an interrupted stage resumes its position automatically."
 
     # Tracking and evaluation
     INFERENCE_MODEL: str | None = None
+    "No effect: pass the checkpoint to motip track or ray_jobs/evaluate.py on the command line."
     INFERENCE_DATASET: str | None = None
+    "No effect: the curriculum's sources are evaluated."
     INFERENCE_SPLIT: str | None = None
+    "No effect: stages are validated on the val split; ray_jobs/evaluate.py takes --split."
     INFERENCE_MODE: str | None = None
+    "No effect: labelled splits are scored, unlabelled ones only tracked."
     INFERENCE_GROUP: str | None = None
+    "No effect: results are written to the stage's folder."
     INFERENCE_ONLY_DETR: bool | None = None
+    "No effect: use motip track with any checkpoint that contains the ID decoder."
     INFERENCE_SHORT_SIDE: int = Field(800, ge=32)
     "Short side of the frames in pixels for tracking ..."
     INFERENCE_MAX_LONGER: int = Field(1440, ge=32)
@@ -378,12 +366,29 @@ class Keys(Block):
     val_config: ValConfig = ValConfig()
     "Block with the validation data, see below."
 
-    # Accepted without effect (WITHOUT_EFFECT)
+    # Accepted without effect
     USE_WANDB: bool = False
+    "No effect: runs are recorded in MLflow."
     EXP_OWNER: str | None = None
+    "No effect: runs are recorded in MLflow."
     EXP_PROJECT: str | None = None
+    "No effect: runs are recorded in MLflow."
     EXP_GROUP: str | None = None
+    "No effect: runs are recorded in MLflow."
     EXP_NAME: str | None = None
+    "No effect: the run is named after curriculum and stage."
     GIT_VERSION: str | None = None
+    "No effect: the commit is recorded automatically."
     MULTI_LAST_CHECKPOINTS: int = 0
+    "No effect: `EPOCH_CHECKPOINTS_KEPT` is the number of epochs whose weights are kept."
     USE_PREVIOUS_CHECKPOINT: bool = False
+    "No effect: the published loader of older files is not required."
+
+
+WITHOUT_EFFECT = {
+    name: field.description.removeprefix("No effect: ").rstrip(".")
+    for model in (Keys, ValConfig)
+    for name, field in model.model_fields.items()
+    if field.description is not None and field.description.startswith("No effect: ")
+}
+"""Keys that are accepted so that published files run unchanged, and why they have no effect."""

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from motip.config.block import Block
 from motip.config.curriculum_file import Curriculum, Domains, Mix, Source, Stage, Synthetic
-from motip.config.fields import WITHOUT_EFFECT, Keys, ValConfig
+from motip.config.fields import Keys, ValConfig
 from motip.config.keys import Config
 from motip.config.sweep_file import SweepFile
 
@@ -96,10 +96,10 @@ def _rows(model: type[Block]) -> dict[str, dict[str, str]]:
     for line in inspect.getsource(model).splitlines():
         name = line.strip().partition(":")[0]
         if line.startswith("    # "):
-            group = line.strip("# ").replace(" (WITHOUT_EFFECT)", "")
+            group = line.strip("# ")
         elif line.startswith(f"    {name}:") and name in model.model_fields:
             field = model.model_fields[name]
-            cells = (f"`{name}`", _type_text(field), _default_text(field), _meaning(name, field))
+            cells = (f"`{name}`", _type_text(field), _default_text(field), " ".join((field.description or "").split()))
             escaped = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
             groups.setdefault(group, {})[name] = f"| {' | '.join(escaped)} |"
     return groups
@@ -107,11 +107,6 @@ def _rows(model: type[Block]) -> dict[str, dict[str, str]]:
 
 def _table(title: str, rows: Iterable[str]) -> str:
     return "\n".join([f"{title}\n\n| key | type | default | meaning |\n|---|---|---|---|", *rows, ""])
-
-
-def _meaning(name: str, field: FieldInfo) -> str:
-    without = f"No effect: {WITHOUT_EFFECT[name]}." if name in WITHOUT_EFFECT else ""
-    return " ".join((field.description or without).replace("``", "`").split())
 
 
 def _type_text(field: FieldInfo) -> str:
