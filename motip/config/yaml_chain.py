@@ -101,7 +101,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for file in files:
-        _merge(values, origins, file.values, file.path, {key: f"{file.path}:{file.lines[key]}" for key in file.values})
+        _merge(values, origins, file.values, file.path, file.lines)
     _merge(values, origins, parse_overrides(overrides), "--set")
     return _build(values, origins, leaf)
 
@@ -209,15 +209,11 @@ def _merge(
     origins: dict[str, str],
     layer: Mapping[str, Any],
     where: object,
-    lines: Mapping[str, str] | None = None,
+    lines: Mapping[str, int] | None = None,
 ) -> None:
-    """Check a layer of values and merge it into `values`; a key of the layer unsets its equivalent keys.
-
-    Args:
-        where: source of the layer, a key's origin unless `lines` has it.
-    """
+    """Check a layer of values and merge it into `values`; a key of the layer unsets its equivalent keys."""
     # keys
-    own = {key: (lines or {}).get(key, str(where)) for key in layer}
+    own = {key: f"{where}:{lines[key]}" if lines else str(where) for key in layer}
     for key in layer:
         check_is_key(key, own[key])
     block = layer.get("val_config") or {}
@@ -229,10 +225,10 @@ def _merge(
     # values
     for pair in EQUIVALENT_KEYS:
         for key, equivalent in (pair, pair[::-1]):
+            if layer.get(key) is not None and layer.get(equivalent) is not None:
+                what = f"{' and '.join(pair)} are the same setting"
+                raise MotipError(what, where=where, fix="keep one of them")
             if layer.get(key) is not None:
-                if layer.get(equivalent) is not None:
-                    one, other = pair
-                    raise MotipError(f"{one} and {other} are the same setting", where=where, fix="keep one of them")
                 values[equivalent] = None
     values |= {**layer, "val_config": {**(values.get("val_config") or {}), **block}}
     origins |= own
