@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 
 class MotipError(Exception):
@@ -54,6 +55,46 @@ class MotipError(Exception):
 
 def _rebuild(what: str, where: object, found: object, expected: object, fix: str | None) -> MotipError:
     return MotipError(what, where=where, found=found, expected=expected, fix=fix)
+
+
+def check_known(
+    names: str | Iterable[str],
+    known: Collection[str],
+    what: str,
+    *,
+    where: object = None,
+    fix: str | None = None,
+) -> None:
+    """Check that names are known; the error lists the known ones.
+
+    Args:
+        names: one name (`expected: one of …`), or several (`expected: some of …`).
+        known: all allowed names, in the order of the list.
+        what: first line of the error; `{name}` or `{name!r}` stands for the unknown name. Without either the name is
+            the error's `found`.
+
+    Raises:
+        MotipError: for the first name that is not in ``known``.
+    """
+    quantity, each = ("one", [names]) if isinstance(names, str) else ("some", names)
+    unknown = next((name for name in each if name not in known), None)
+    if unknown is None:
+        return
+    text = what.replace("{name!r}", repr(unknown)).replace("{name}", unknown)
+    raise MotipError(
+        text,
+        where=where,
+        found=unknown if text == what else None,
+        expected=f"{quantity} of {', '.join(known) or 'none'}",
+        fix=fix,
+    )
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str | None:
+    """Text for an error's `fix` that suggests the closest known name, case ignored, or None if none is similar."""
+    folded = {each.lower(): each for each in known}
+    matches = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{folded[matches[0]]}?" if matches else None
 
 
 def find_motip_error(error: BaseException | None) -> MotipError | None:

@@ -1,7 +1,7 @@
 """Configuration: the only package that reads YAML; stage configurations, curriculum, experiment and sweep files."""
 
 from motip.config.curriculum_file import Curriculum, DatasetFormat, Domains, Mix, Source, Stage, load_curriculum
-from motip.config.keys import ClipSchedule, Config, record_reads
+from motip.config.keys import ClipSchedule, Config
 from motip.config.yaml_chain import load_config, without_effect_message
 
 __all__ = [
@@ -15,6 +15,5 @@ __all__ = [
     "Stage",
     "load_config",
     "load_curriculum",
-    "record_reads",
     "without_effect_message",
 ]

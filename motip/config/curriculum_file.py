@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from motip.config.keys import Config, describe
+from motip.config.block import Block, Name, check_keys
+from motip.config.keys import Config
 from motip.config.sweep_file import SweepFile, check_sweep, find_sweep
 from motip.config.tuned import with_overlay
 from motip.config.yaml_chain import find_relative, load_config, read_yaml
-from motip.errors import MotipError
+from motip.errors import MotipError, check_known
 
 DatasetFormat = Literal["bdd100k", "visdrone", "motchallenge"]
 """Raw dataset formats; each has a reader in `motip.data.formats.registry`."""
+
+Domain = Literal["dance", "ground", "aerial"]
 
 DEFAULT_CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
     "bdd100k": {"pedestrian": ("pedestrian",), "car": ("car",)},
@@ -38,14 +41,15 @@ DEFAULT_FPS = {"bdd100k": 5.0, "visdrone": 30.0}
 """BDD100K box-track labels are at 5 frames per second; VisDrone does not state a rate, its videos have about 30."""
 
 
-class Synthetic(BaseModel):
+class Synthetic(Block):
     """A synthetic dataset, rendered in the raw format of its source (the demo's input)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    domain: Literal["dance", "ground", "aerial"]
+    domain: Domain
+    "Type of the scenes."
     seed: int = 7
-    sequences: dict[str, int] = {"train": 8, "val": 4}
+    "Seed of the scenes."
+    sequences: dict[str, int] = Field({"train": 8, "val": 4})
+    "Sequences per split."
     frames: int | dict[str, int] = 24
     "Frames of each sequence, at least 2; one number for all splits, or one per split."
     size: tuple[int, int] = (128, 224)
@@ -70,48 +74,55 @@ class Synthetic(BaseModel):
         return self.frames[split] if isinstance(self.frames, dict) else self.frames
 
 
-class Source(BaseModel):
+class Source(Block):
     """One raw dataset on disk."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     format: DatasetFormat
+    "Reader of the raw dataset; DanceTrack and MOT17 are `motchallenge`."
     root: str
     "Folder of the raw dataset, relative to the data root."
-    domain: Literal["dance", "ground", "aerial"]
+    domain: Domain
+    "Domain of its sequences."
     splits: dict[str, str] = DEFAULT_SPLITS
     "Split (train, val, test) to the folder name on disk."
-    sequences: dict[str, tuple[str, ...]] = {}
+    sequences: dict[str, tuple[str, ...]] = Field({})
     "Split to the subset of its sequences to use; a split without an entry is used completely."
-    classes: dict[str, tuple[str, ...]] = {}
+    classes: dict[str, tuple[str, ...]] = Field({})
+    """Class name to the raw categories that count as it; all others are ignore regions. Default for bdd100k and
+    visdrone: pedestrian and car."""
     fps: float | None = Field(None, gt=0)
+    "Frame rate; null = the format's or dataset's."
     max_frames_per_video: int = Field(200, ge=2)
+    "Longer training sequences are cut into segments of at most this many frames."
     synthetic: Synthetic | None = None
+    "Generate a synthetic dataset instead of reading data from disk."
 
 
-class Mix(BaseModel):
+class Mix(Block):
     """A share of a stage's training clips."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     source: str
+    "Name of a source."
     videos: int | None = Field(None, ge=1)
+    "Number of training videos; set either this or frame_budget."
     frame_budget: int | None = Field(None, ge=1)
+    "As many training videos as fit this many frames, at least one."
     weight: float = Field(1.0, gt=0)
     "Clips per start frame of this source, relative to the other sources."
     allow_fewer: bool = False
     "Use all videos, instead of an error, if the source has fewer than configured."
 
 
-class Stage(BaseModel):
+class Stage(Block):
     """One stage of the curriculum."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Name
+    "Name of the MLflow run and of the stage's folder."
     config: Config
+    "YAML file of the stage's configuration; the path is resolved like SUPER_CONFIG_PATH."
     data: tuple[Mix, ...] = Field(min_length=1)
+    "Sources of the training clips."
     val: tuple[str, ...] | None = None
     "Sources whose val split the stage is validated on; null = those it trains on."
     weights: str | None = None
@@ -133,10 +144,8 @@ class Stage(BaseModel):
         return tuple(dict.fromkeys(mix.source for mix in self.data)) if self.val is None else self.val
 
 
-class Domains(BaseModel):
+class Domains(Block):
     """Scoring of the domains after every stage, to measure forgetting, and the reaction to a loss."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     score: Literal["seen", "all", "none"] = "seen"
     "Domains scored after each stage: those its model was trained on, all of the file (zero-shot included), or none."
@@ -150,19 +159,21 @@ class Domains(BaseModel):
     "Apply the limit to every class of such a domain too, since the mean over classes can hide the loss of one."
     on_loss: Literal["warn", "stop"] = "warn"
     "On a larger loss: warn, or stop the curriculum; the stage counts as finished."
-    base: tuple[Literal["dance", "ground", "aerial"], ...] | None = None
+    base: tuple[Domain, ...] | None = None
     "Domains the base weights were trained on; null = those that no stage has as the first entry of its data."
 
 
-class Curriculum(BaseModel):
+class Curriculum(Block):
     """Stages in order, over named sources."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Name
+    "Name of the curriculum's MLflow run and of the folder under the storage."
     sources: dict[str, Source]
+    "Name to raw dataset."
     stages: tuple[Stage, ...] = Field(min_length=1)
+    "Stages in order."
     domains: Domains = Domains()
+    "Scoring of the domains after every stage, to measure forgetting."
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
@@ -189,9 +200,8 @@ def load_curriculum(path: str | Path, overrides: Sequence[str] = (), *, tune: bo
     """
     # sources and stages
     file = read_yaml(Path(path).expanduser())
-    _refuse_unknown(file.values, {"name", "sources", "stages", "domains"}, file.path)
-    common, by_stage = _split_overrides(overrides)
-    named, listed = file.values.get("sources") or {}, file.values.get("stages") or []
+    raw = check_keys(file.values, Curriculum.model_fields, file.path)
+    named, listed = raw.get("sources") or {}, raw.get("stages") or []
     if not isinstance(named, dict):
         raise MotipError(
             "sources: must be a block that maps the name of each source to its settings", where=file.path, found=named
@@ -199,62 +209,31 @@ def load_curriculum(path: str | Path, overrides: Sequence[str] = (), *, tune: bo
     if not isinstance(listed, list):
         raise MotipError("stages: must be a list, one `- name: …` for each stage", where=file.path, found=listed)
     sources = {str(key): _source(str(key), value, file.path) for key, value in named.items()}
-    stages = [_stage(number, raw, file.path, common, by_stage, tune) for number, raw in enumerate(listed)]
-    unknown = sorted(set(by_stage) - {stage.name for stage in stages})
-    if unknown:
-        raise MotipError(
-            f"--set names a stage that does not exist: {unknown[0]}",
-            where="--set",
-            expected="one of " + ", ".join(stage.name for stage in stages),
-        )
+    common, by_stage = _split_overrides(overrides)
+    stages = [_stage(number, each, file.path, common, by_stage, tune) for number, each in enumerate(listed)]
+    for name in sorted(by_stage):
+        what = "--set names a stage that does not exist: {name}"
+        check_known(name, [stage.name for stage in stages], what, where="--set")
 
     # domains and the curriculum
-    raw_domains = file.values.get("domains")
-    domains = _domains({} if raw_domains is None else raw_domains, file.path)
-    try:
-        curriculum = Curriculum(
-            name=file.values.get("name", file.path.stem), sources=sources, stages=tuple(stages), domains=domains
-        )
-    except ValidationError as error:
-        raise MotipError(describe(error), where=file.path) from None
+    domains = _domains({} if raw.get("domains") is None else raw["domains"], f"{file.path}, domains")
+    values = {"name": file.path.stem, **raw, "sources": sources, "stages": stages, "domains": domains}
+    curriculum = Curriculum.checked(values, file.path)
     _check(curriculum, file.path)
     return curriculum
 
 
-def _refuse_unknown(raw: Any, known: set[str], where: object) -> None:
-    if not isinstance(raw, dict):
-        raise MotipError("this must be a block of `key: value` lines", where=where, found=raw)
-    unknown = sorted(set(map(str, raw)) - known)
-    if unknown:
-        raise MotipError(f"unknown key {unknown[0]}", where=where, expected="some of " + ", ".join(sorted(known)))
-
-
 def _source(name: str, raw: Any, path: Path) -> Source:
     where = f"{path}, sources.{name}"
-    _refuse_unknown(raw, set(Source.model_fields) - {"name"}, where)
-    values = dict(raw)
-    values.setdefault("classes", DEFAULT_CLASSES.get(str(values.get("format")), {}))
-    values.setdefault("fps", DEFAULT_FPS.get(str(values.get("format"))))
-    try:
-        return Source(name=name, **values)
-    except ValidationError as error:
-        raise MotipError(describe(error), where=where) from None
+    given = check_keys(raw, Source.model_fields.keys() - {"name"}, where)
+    kind = str(given.get("format"))
+    values = {"classes": DEFAULT_CLASSES.get(kind, {}), "fps": DEFAULT_FPS.get(kind), **given, "name": name}
+    return Source.checked(values, where)
 
 
-def _domains(raw: Any, path: Path) -> Domains:
-    where = f"{path}, domains"
-    _refuse_unknown(raw, set(Domains.model_fields), where)
-    try:
-        domains = Domains(**raw)
-    except ValidationError as error:
-        raise MotipError(describe(error), where=where) from None
-    if domains.metric not in BEST_METRICS:
-        raise MotipError(
-            "unknown metric for the domains",
-            where=f"{where}, metric",
-            found=domains.metric,
-            expected="one of " + ", ".join(BEST_METRICS),
-        )
+def _domains(raw: Any, where: str) -> Domains:
+    domains = Domains.checked(check_keys(raw, Domains.model_fields, where), where)
+    check_known(domains.metric, BEST_METRICS, "unknown metric for the domains", where=f"{where}, metric")
     return domains
 
 
@@ -262,8 +241,7 @@ def _stage(
     number: int, raw: Any, path: Path, common: list[str], by_stage: dict[str, list[str]], tune: bool | str
 ) -> Stage:
     where = f"{path}, stage {number + 1}"
-    _refuse_unknown(raw, set(Stage.model_fields), where)
-    values = dict(raw)
+    values = check_keys(raw, Stage.model_fields, where)
     if "config" not in values or "name" not in values:
         raise MotipError("a stage must have a name and a config", where=where, found=sorted(values))
 
@@ -283,10 +261,7 @@ def _stage(
         values["initialise"] = str(find_relative(str(values["initialise"]), path))
     if number > 0 and "weights" not in values and "initialise" not in values:
         values["weights"] = "previous"
-    try:
-        return Stage(**values)
-    except ValidationError as error:
-        raise MotipError(describe(error), where=where) from None
+    return Stage.checked(values, where)
 
 
 def tuned_file(named: str, path: Path) -> Path:
@@ -327,12 +302,7 @@ def _check(curriculum: Curriculum, path: Path) -> None:
 
         # data
         for mix in stage.data:
-            if mix.source not in curriculum.sources:
-                raise MotipError(
-                    f"unknown source {mix.source}",
-                    where=where,
-                    expected="one of " + ", ".join(curriculum.sources),
-                )
+            check_known(mix.source, curriculum.sources, "unknown source {name}", where=where)
             if (mix.videos is None) == (mix.frame_budget is None):
                 raise MotipError("set either videos or frame_budget", where=f"{where}, source {mix.source}")
         for name in stage.val or ():
@@ -341,15 +311,11 @@ def _check(curriculum: Curriculum, path: Path) -> None:
         _check_best(stage, curriculum, where)
 
         # classes
-        unknown = [name for name in stage.allow_unlabelled if name not in stage.config.class_names]
-        if unknown:
-            raise MotipError(
-                f"{unknown[0]} is not a class of this stage",
-                where=f"{where}, allow_unlabelled",
-                expected="some of " + ", ".join(stage.config.class_names),
-            )
+        classes = stage.config.class_names
+        what = "{name} is not a class of this stage"
+        check_known(stage.allow_unlabelled, classes, what, where=f"{where}, allow_unlabelled")
         trained = {name for mix in stage.data for name in curriculum.sources[mix.source].classes}
-        missing = [name for name in stage.config.class_names if name not in trained]
+        missing = [name for name in classes if name not in trained]
         if missing:
             raise MotipError(
                 f"no source of this stage has labels for: {', '.join(missing)}",
@@ -364,14 +330,13 @@ def _check_domains(curriculum: Curriculum, path: Path) -> None:
             f"{BASE} is the name of the base weights in the domain matrix", where=path, fix="rename the stage"
         )
     known = {source.domain for source in curriculum.sources.values() if "val" in source.splits}
-    unknown = [name for name in curriculum.domains.base or () if name not in known]
-    if unknown:
-        raise MotipError(
-            f"no source of the domain {unknown[0]} has a val split",
-            where=f"{path}, domains.base",
-            expected="some of " + (", ".join(sorted(known)) or "none"),
-            fix="add a source of this domain with a val split; it need not be trained on",
-        )
+    check_known(
+        curriculum.domains.base or (),
+        sorted(known),
+        "no source of the domain {name} has a val split",
+        where=f"{path}, domains.base",
+        fix="add a source of this domain with a val split; it need not be trained on",
+    )
 
 
 def _check_best(stage: Stage, curriculum: Curriculum, where: str) -> None:

@@ -6,57 +6,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
+from motip.config.block import Block, Name
 from motip.config.curriculum_file import Curriculum, Domains, load_curriculum
-from motip.config.keys import describe
 from motip.config.yaml_chain import find_relative, read_yaml
-from motip.errors import MotipError
+from motip.errors import MotipError, check_known
 
 
-class Arm(BaseModel):
-    """One arm: a curriculum file and changes to it.
+class Arm(Block):
+    """One arm: a curriculum file and changes to it."""
 
-    Attributes:
-        about: what differs, for the tables.
-        curriculum: file, relative to the experiment file; null = the experiment's.
-        stages: subset of the stages to train, in the curriculum's order; the first starts from the base weights.
-            null = all.
-        initialise: configuration file whose fresh weights the first stage starts from, instead of the base weights.
-        changes: `KEY=VALUE` or `STAGE:KEY=VALUE`, as for --set (in the file: `set`).
-    """
+    model_config = ConfigDict(populate_by_name=True)
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Name
     about: str = ""
+    "What differs, for the tables."
     curriculum: str | None = None
+    "File, relative to the experiment file; null = the experiment's."
     stages: tuple[str, ...] | None = None
+    "Subset of the stages, in the curriculum's order; the first starts from the base weights. null = all."
     initialise: str | None = None
+    "Configuration file whose fresh weights the first stage starts from, instead of the base weights."
     changes: tuple[str, ...] = Field((), alias="set")
+    "`KEY=VALUE` or `STAGE:KEY=VALUE`, as for --set."
 
 
-class Experiment(BaseModel):
-    """Arms and seeds.
+class Experiment(Block):
+    """Arms and seeds."""
 
-    Attributes:
-        curriculum: file that the arms change.
-        judge: domain whose HOTA the arms are compared by.
-        seeds: values of SEED; every arm is trained with each.
-        domains: domains that are scored after every stage, in all arms.
-        overrides: of the command line, for every arm.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Name
     path: Path
     curriculum: str
+    "File that the arms change."
     judge: str
+    "Domain whose HOTA the arms are compared by."
     seeds: tuple[int, ...] = Field(min_length=1)
+    "Values of SEED; every arm is trained with each."
     arms: tuple[Arm, ...] = Field(min_length=2)
     domains: Domains = Domains(score="all")
+    "Domains that are scored after every stage, in all arms."
     overrides: tuple[str, ...] = ()
+    "Of the command line, for every arm."
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -73,10 +64,7 @@ class Experiment(BaseModel):
         curriculum = load_curriculum(file, [*arm.changes, *self.overrides, f"SEED={seed}"])
         stages = list(curriculum.stages)
         if arm.stages is not None:
-            known = [stage.name for stage in stages]
-            unknown = [name for name in arm.stages if name not in known]
-            if unknown:
-                raise MotipError(f"unknown stage {unknown[0]}", where=where, expected="some of " + ", ".join(known))
+            check_known(arm.stages, [stage.name for stage in stages], "unknown stage {name}", where=where)
             stages = [stage for stage in stages if stage.name in arm.stages]
 
         # weights of the first stage
@@ -115,29 +103,21 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     arms: Any = file.values.get("arms")
     if not isinstance(arms, dict):
         raise MotipError("arms: must be a block that maps the name of each arm to its changes", where=file.path)
-    try:
-        values = {
-            **file.values,
-            "path": file.path,
-            "overrides": tuple(overrides),
-            "arms": [_arm_values(name, raw) for name, raw in arms.items()],
-        }
-        experiment = Experiment(**values)
-    except ValidationError as error:
-        raise MotipError(describe(error), where=file.path) from None
+    values = {
+        **file.values,
+        "path": file.path,
+        "overrides": tuple(overrides),
+        "arms": [_arm_values(name, raw) for name, raw in arms.items()],
+    }
+    experiment = Experiment.checked(values, file.path)
 
     # seeds and domains
     if len(set(experiment.seeds)) < len(experiment.seeds):
         raise MotipError("a seed is listed twice", where=f"{file.path}, seeds", found=list(experiment.seeds))
     for arm in experiment.arms:
         domains = {source.domain for source in experiment.curriculum_of(arm, experiment.seeds[0]).sources.values()}
-        if experiment.judge not in domains:
-            raise MotipError(
-                "no source has the domain that the arms are compared by",
-                where=f"{file.path}, judge",
-                found=experiment.judge,
-                expected="one of " + ", ".join(sorted(domains)),
-            )
+        what = "no source has the domain that the arms are compared by"
+        check_known(experiment.judge, sorted(domains), what, where=f"{file.path}, judge")
     return experiment
 
 

@@ -1,66 +1,15 @@
-"""Configuration keys: type, default and meaning. The names are those of the training plan and the published code."""
+"""Configuration of one stage: its keys with the rules across them, and what follows from the keys."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import PrivateAttr, model_validator
 
-from motip.config.rules import check
+from motip.config.fields import Keys
 from motip.errors import MotipError
 from motip.storage.atomic import digest
-
-_active_recorders: list[set[str]] = []
-
-WITHOUT_EFFECT: dict[str, str] = {
-    "INFERENCE_MODEL": "pass the checkpoint to motip track or ray_jobs/evaluate.py on the command line",
-    "INFERENCE_DATASET": "the curriculum's sources are evaluated",
-    "INFERENCE_SPLIT": "stages are validated on the val split; ray_jobs/evaluate.py takes --split",
-    "INFERENCE_MODE": "labelled splits are scored, unlabelled ones only tracked",
-    "INFERENCE_GROUP": "results are written to the stage's folder",
-    "INFERENCE_ONLY_DETR": "use motip track with any checkpoint that contains the ID decoder",
-    "RESUME_MODEL": "an interrupted stage resumes automatically; DETR_PRETRAIN names weights to start from",
-    "RESUME_STATES": "an interrupted stage resumes its position automatically",
-    "USE_WANDB": "runs are recorded in MLflow",
-    "EXP_OWNER": "runs are recorded in MLflow",
-    "EXP_PROJECT": "runs are recorded in MLflow",
-    "EXP_GROUP": "runs are recorded in MLflow",
-    "EXP_NAME": "the run is named after curriculum and stage",
-    "GIT_VERSION": "the commit is recorded automatically",
-    "MULTI_LAST_CHECKPOINTS": "`EPOCH_CHECKPOINTS_KEPT` is the number of epochs whose weights are kept",
-    "USE_PREVIOUS_CHECKPOINT": "the published loader of older files is not required",
-    "USE_ACCELERATE_CLIP_NORM": "clipping is the same with one worker or many",
-    "AUG_COLOR_JITTER_V2": "there is one colour jitter",
-    "DETR_FRAMEWORK": "there is one detector, Deformable-DETR",
-    "BENCHMARK": "results are recorded in MLflow",
-}
-"""Keys that are accepted so that published files run unchanged, and why they have no effect."""
-
-
-def _yaml_no(value: Any) -> Any:
-    """False to "no": YAML parses a bare `no` as false."""
-    return "no" if value is False else value
-
-
-class ValConfig(BaseModel):
-    """Validation data and classes of a single stage (the ``val_config`` block of the training plan's files)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    GT_FOLDER: str | None = None
-    "DanceTrack-style folder with <sequence>/gt/gt.txt."
-    SEQMAP_FILE: str | None = None
-    "List of sequences, first line `name`."
-    SPLIT_TO_EVAL: str = "val"
-    "Recorded with the scores."
-    CLASSES_TO_EVAL: tuple[str, ...] | None = None
-    "Classes of the class-averaged scores; null means all."
-    CLASS_NAME_TO_ID: dict[str, int] | None = None
-    "Class name to its id in result files, 1-based."
-    BENCHMARK: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,254 +29,133 @@ class ClipSchedule:
     interval_seconds: tuple[float, ...] | None = None
 
 
-class Config(BaseModel):
-    """One stage's configuration: frozen, unknown keys forbidden, every value validated.
-
-    Attribute reads of keys are recorded within `record_reads`, by which a test checks that every key is used.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    # Identity and system
-    SEED: int = 29
-    DEVICE: Literal["cuda", "cpu", "auto"] = "auto"
-    "`cuda` falls back to the CPU, with a warning, if there is no CUDA device."
-    NUM_WORKERS: int = Field(4, ge=0)
-    "Decoding actors per training worker."
-    PREFETCH_FACTOR: int = Field(2, ge=0)
-    "Batches prepared ahead per training worker."
-    root_path: str = "."
-    "Data root if --data-root is not given."
-    OUTPUT_DIR: str | None = None
-    OUTPUTS_DIR: str | None = None
-    "Folder under --storage for the stage; null = curricula/<curriculum>/<stage>/<digest of its inputs>."
-
-    # Data
-    DATA_ROOT: str = "./datasets/"
-    DATASETS: tuple[str, ...] = ("DanceTrack",)
-    DATASET_SPLITS: tuple[str, ...] = ("train",)
-    DATASET_WEIGHTS: tuple[float, ...] | None = None
-    CLASSES: tuple[str, ...] | None = None
-    "Class names in the order of their ids; null = from val_config, else pedestrian and car."
-    SAMPLE_STEPS: tuple[int, ...] = (0,)
-    SAMPLE_LENGTHS: tuple[int, ...] | None = (30,)
-    SAMPLE_INTERVALS: tuple[int, ...] | None = (4,)
-    LENGTH_PER_ITERATION: int | None = None
-    sampler_lengths: tuple[int, ...] | None = None
-    sample_intervals: tuple[int, ...] | None = None
-    sample_interval_seconds: tuple[float, ...] | None = None
-    """Interval between the frames of a clip in seconds, sampled from this set and converted with each dataset's frame
-    rate. Replaces sample_intervals if a stage mixes datasets of different rates."""
-    CLIPS_PER_EPOCH: int | None = Field(None, ge=1)
-    "Maximum number of clips per epoch, sampled anew each epoch; null = one per start frame."
-
-    # Augmentation
-    AUG_RESIZE_SCALES: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    AUG_MAX_SIZE: int = Field(1440, ge=1)
-    AUG_RANDOM_RESIZE: tuple[int, ...] = (400, 500, 600)
-    AUG_RANDOM_CROP_MIN: int = Field(384, ge=1)
-    AUG_RANDOM_CROP_MAX: int = Field(600, ge=1)
-    AUG_MAX_SHIFT_RATIO: float = Field(0.06, ge=0, le=1)
-    AUG_OVERFLOW_BBOX: bool = False
-    AUG_FLIP_PROB: float = Field(0.5, ge=0, le=1)
-    AUG_BRIGHTNESS: float = Field(0.4, ge=0)
-    AUG_CONTRAST: float = Field(0.4, ge=0)
-    AUG_SATURATION: float = Field(0.4, ge=0)
-    AUG_HUE: float = Field(0.2, ge=0, le=0.5)
-    AUG_COLOR_JITTER_V2: bool = False
-    AUG_NUM_GROUPS: int = Field(6, ge=1)
-    AUG_TRAJECTORY_OCCLUSION_PROB: float = Field(0.5, ge=0, le=1)
-    AUG_TRAJECTORY_SWITCH_PROB: float = Field(0.5, ge=0, le=1)
-    NUM_TRAINING_IDS: int | None = Field(None, ge=1)
-    "Maximum number of ID labels in a training clip; null = NUM_ID_VOCABULARY."
-    SUBSET_OVERFLOW: Literal["distractor", "drop"] = "distractor"
-    """Objects beyond the vocabulary: kept as newborn detections without history (`distractor`), or dropped as in the
-    published code (`drop`). Kept by default, because crowds at inference contain objects without a label too, and the
-    decoder must learn not to assign them the label of a neighbour."""
-
-    # Network
-    ONLY_DETR: bool = False
-    NUM_CLASSES: int = Field(1, ge=1)
-    NUM_ID_VOCABULARY: int = Field(50, ge=1)
-    DETR_FRAMEWORK: Literal["deformable_detr"] = "deformable_detr"
-    FEATURE_DIM: int = 256
-    FFN_DIM_RATIO: int = Field(2, ge=1)
-    ID_DIM: int = 256
-    HEAD_DIM: int = 32
-    NUM_ID_DECODER_LAYERS: int = Field(6, ge=1)
-    ID_LOSS_WEIGHT: float = 1.0
-    REL_PE_LENGTH: int = Field(30, ge=2)
-    USE_AUX_LOSS: bool = False
-    USE_SHARED_AUX_HEAD: bool = True
-    USE_FOCAL_LOSS: bool = False
-    BACKBONE: Literal["resnet50", "tiny_gn"] = "resnet50"
-    "`tiny_gn`: small backbone with GroupNorm, for the demo and the tests."
-    DILATION: bool = False
-    DETR_NUM_QUERIES: int = Field(300, ge=1)
-    DETR_NUM_FEATURE_LEVELS: int = Field(4, ge=1, le=4)
-    DETR_AUX_LOSS: bool = True
-    DETR_WITH_BOX_REFINE: bool = True
-    DETR_TWO_STAGE: bool = False
-    DETR_HIDDEN_DIM: int = 256
-    DETR_MASKS: bool = False
-    DETR_POSITION_EMBEDDING: Literal["sine"] = "sine"
-    DETR_NUM_HEADS: int = 8
-    DETR_ENC_LAYERS: int = Field(6, ge=1)
-    DETR_DEC_LAYERS: int = Field(6, ge=1)
-    DETR_DIM_FEEDFORWARD: int = 1024
-    DETR_DROPOUT: float = 0.0
-    DETR_DEC_N_POINTS: int = 4
-    DETR_ENC_N_POINTS: int = 4
-    INIT_GRID_QUERIES: bool = False
-    "Fresh weights: initialise the queries' reference points on a grid over the image."
-    INIT_COPY_ID_DECODER: bool = False
-    "Fresh weights: initialise the ID decoder so that it copies the labels of similar tokens from the first step."
-
-    # Losses
-    DETR_CLS_LOSS_COEF: float = 2.0
-    DETR_BBOX_LOSS_COEF: float = 5.0
-    DETR_GIOU_LOSS_COEF: float = 2.0
-    DETR_FOCAL_ALPHA: float = 0.25
-    DETR_SET_COST_CLASS: float = 2.0
-    DETR_SET_COST_BBOX: float = 5.0
-    DETR_SET_COST_GIOU: float = 2.0
-    DETR_CRITERION_BATCH_LEN: int = Field(10, ge=1)
-    ID_SUPERVISION_LAYER: Literal["last", "published"] = "last"
-    """Decoder layer whose matching assigns identities to queries: the last, or the second to last as in the published
-    code. By default the last, because its embeddings are used for tracking: where the two matchings differ, the
-    published choice trains an identity on the embedding of another object."""
-    IGNORE_OVERLAP: float = Field(0.5, gt=0, le=1)
-    "Unmatched predictions with at least this fraction of their area in ignore regions are not penalised."
-
-    # Training
-    BATCH_SIZE: int = Field(1, ge=1)
-    ACCUMULATE_STEPS: int = Field(1, ge=1)
-    EPOCHS: int = Field(10, ge=1)
-    LR: float = Field(1.0e-4, ge=0)
-    LR_BACKBONE: float | None = Field(None, ge=0)
-    LR_BACKBONE_NAMES: tuple[str, ...] = ("backbone.0",)
-    LR_BACKBONE_SCALE: float | None = 0.1
-    LR_LINEAR_PROJ_NAMES: tuple[str, ...] = ("reference_points", "sampling_offsets")
-    LR_LINEAR_PROJ_SCALE: float = 0.05
-    LR_DICTIONARY_NAMES: tuple[str, ...] = ("word_to_embed", "embed_to_word")
-    LR_DICTIONARY_SCALE: float = 1.0
-    LR_WARMUP_EPOCHS: int = Field(1, ge=0)
-    LR_DROP: int | None = Field(None, ge=1)
-    SCHEDULER_MILESTONES: tuple[int, ...] | None = (6, 9)
-    SCHEDULER_GAMMA: float = 0.1
-    WEIGHT_DECAY: float = 0.0005
-    MAX_CLIP_NORM: float = Field(0.1, gt=0)
-    SEPARATE_CLIP_NORM: bool = True
-    USE_ACCELERATE_CLIP_NORM: bool = True
-    DETR_NUM_TRAIN_FRAMES: int = Field(4, ge=0)
-    DETR_NUM_CHECKPOINT_FRAMES: int = Field(5, ge=0)
-    USE_DECODER_CHECKPOINT: bool = False
-    MEMORY_EFFICIENT: bool = False
-    """A clip that does not fit GPU memory is retried with out-of-memory fallbacks: detector recomputed, one image at a
-    time, ID decoder recomputed, smaller image. False: the batch is skipped immediately. Both are logged and counted."""
-    MIXED_PRECISION: Annotated[Literal["bf16", "fp16", "no"] | None, BeforeValidator(_yaml_no)] = None
-    "null = bf16 on CUDA devices that support it, else no."
-    NONFINITE_LIMIT: int = Field(10, ge=1)
-    "Consecutive skipped batches (non-finite loss or gradient, or out of memory in every fallback) that stop training."
-    SAVE_CHECKPOINT_PER_EPOCH: int = Field(1, ge=1)
-    CHECKPOINT_EVERY_STEPS: int | None = Field(None, ge=1)
-    "Batches between two checkpoints within an epoch; null = by time only."
-    CHECKPOINT_EVERY_MINUTES: float | None = Field(5.0, gt=0)
-    "Minutes between two checkpoints within an epoch, the maximum loss by an interruption; null = not by time."
-    CHECKPOINTS_KEPT: int = Field(2, ge=1)
-    "Number of checkpoints within an epoch that are kept; the checkpoint of the finished epoch replaces them."
-    EPOCH_CHECKPOINTS_KEPT: int | None = Field(None, ge=1)
-    """Number of finished epochs whose weights are kept: the best by the stage's metric, plus the newest; null = all.
-    The scores of all epochs are kept."""
-    COLLECTIVE_TIMEOUT_S: int = Field(300, ge=1)
-    "Seconds after which workers stop waiting for a worker that does not respond."
-    PROGRESS_TIMEOUT_S: int = Field(1800, ge=1)
-    """Seconds without any progress of a worker (a step, a tracked frame, a scored video, a written file), also in
-    validation and while saving, after which the watchdog counts it as stalled and the workers exit. Slow work that
-    makes progress does not count as stalled."""
-    WORKER_RESTARTS: int = Field(8, ge=0)
-    "Maximum number of restarts per stage after a lost worker; errors of the program are not retried."
-    RESIZE_EVERY_S: int = Field(60, ge=1)
-    "With --workers MIN:MAX: seconds between two polls of how many workers fit on the cluster."
-    LOG_EVERY_STEPS: int = Field(10, ge=1)
-
-    # Weights
-    DETR_PRETRAIN: str | None = None
-    PRETRAIN_CLASSES: tuple[str, ...] | None = None
-    "Class names of the rows of DETR_PRETRAIN's class head, if the file does not contain them."
-    CLASS_INIT: dict[str, str] | None = None
-    "New class to the class whose weights it starts from, e.g. {van: car}; others start from the prior."
-    PRETRAIN_ALLOW: tuple[str, ...] = ()
-    """Tensors of DETR_PRETRAIN that may be missing, unknown or of another shape: full keys or patterns such as
-    `id_decoder.*`. Any other mismatch is an error."""
-    PRETRAIN_SKIP: tuple[str, ...] = ()
-    "Tensors that are not transferred although they match, so that this part is trained from scratch: keys or patterns."
-    RESUME_MODEL: str | None = None
-    RESUME_OPTIMIZER: bool = True
-    RESUME_SCHEDULER: bool = True
-    RESUME_STATES: bool = True
-
-    # Tracking and evaluation
-    INFERENCE_MODEL: str | None = None
-    INFERENCE_DATASET: str | None = None
-    INFERENCE_SPLIT: str | None = None
-    INFERENCE_MODE: str | None = None
-    INFERENCE_GROUP: str | None = None
-    INFERENCE_ONLY_DETR: bool | None = None
-    INFERENCE_SHORT_SIDE: int = Field(800, ge=32)
-    INFERENCE_MAX_LONGER: int = Field(1440, ge=32)
-    INFERENCE_DTYPE: Literal["FP32", "FP16", "BF16"] = "FP32"
-    ASSIGNMENT_PROTOCOL: Literal["hungarian", "object-max", "id-max"] = "object-max"
-    MISS_TOLERANCE: int = Field(30, ge=1)
-    "Maximum number of frames that an object may be missing and keep its track id."
-    MEMORY_RULE: Literal["ours", "published"] = "ours"
-    """`ours`: an object may be missing MISS_TOLERANCE frames. `published`: the memory covers MISS_TOLERANCE - 1
-    frames, so an object may be missing two frames fewer. `ours` by default, so that the key's value is the limit and
-    objects that are hidden for long are recovered."""
-    NEWBORN_ORDER: Literal["score", "query"] = "score"
-    """Order in which newborns get the free ID labels if there are too few: by score, or by query index as in the
-    published code. By score by default, because the query index carries no information about an object, and detections
-    with a high score are the most likely to be detected again."""
-    MASK_UNUSED_LABELS: bool = True
-    """Exclude ID labels without a remembered track from the softmax when tracking, since they cannot be correct;
-    `False` as in the published code. A trained decoder gives them almost no probability, so with its own vocabulary
-    the effect is small: 109 ID switches with the mask, 108 without, in 3612 boxes (a small decoder after 1200 steps on
-    synthetic objects). After growth from 50 to 300 labels, before further training: 137 switches instead of 426."""
-    DET_THRESH: float = Field(0.3, ge=0, le=1)
-    NEWBORN_THRESH: float = Field(0.6, ge=0, le=1)
-    ID_THRESH: float = Field(0.2, ge=0, le=1)
-    AREA_THRESH: float = Field(0, ge=0)
-    LONGTERM_PATIENCE: int = Field(0, ge=0)
-    "Number of frames that a lost track is remembered for re-identification; 0 = off."
-    LONGTERM_SIMILARITY: float = Field(0.85, ge=-1, le=1)
-    LONGTERM_CAPACITY: int = Field(1000, ge=1)
-    "Maximum number of lost tracks remembered for re-identification; beyond it the one lost first is removed."
-    EVALUATE_EVERY_EPOCHS: int = Field(1, ge=1)
-    val_config: ValConfig = ValConfig()
-
-    # Accepted without effect (WITHOUT_EFFECT)
-    USE_WANDB: bool = False
-    EXP_OWNER: str | None = None
-    EXP_PROJECT: str | None = None
-    EXP_GROUP: str | None = None
-    EXP_NAME: str | None = None
-    GIT_VERSION: str | None = None
-    MULTI_LAST_CHECKPOINTS: int = 0
-    USE_PREVIOUS_CHECKPOINT: bool = False
+class Config(Keys):
+    """One stage's configuration: frozen, unknown keys forbidden, every value validated."""
 
     _name: str = PrivateAttr("config")
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    RESERVED: ClassVar[frozenset[str]] = frozenset({"SUPER_CONFIG_PATH"})
+    @model_validator(mode="after")
+    def _check_clips(self) -> Self:
+        # lists
+        for key in ("AUG_RESIZE_SCALES", "AUG_RANDOM_RESIZE", "sampler_lengths", "sample_intervals", "SAMPLE_LENGTHS"):
+            values = getattr(self, key)
+            if values is not None and min(values, default=int(key == "AUG_RANDOM_RESIZE")) < 1:
+                raise MotipError("the value must be a list of positive numbers", where=key, found=list(values))
+        seconds = self.sample_interval_seconds
+        if seconds is not None and (not seconds or not all(0 < value < float("inf") for value in seconds)):
+            raise MotipError(
+                "the value must be a list of positive numbers", where="sample_interval_seconds", found=list(seconds)
+            )
 
-    def model_post_init(self, _context: Any) -> None:
-        check(self.__dict__)
+        # schedule
+        steps = list(self.SAMPLE_STEPS)
+        if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+            raise MotipError("the epochs must start at 0 and increase", where="SAMPLE_STEPS", found=steps)
+        for key, other in (("SAMPLE_LENGTHS", "sampler_lengths"), ("SAMPLE_INTERVALS", "sample_intervals")):
+            published, replacement = getattr(self, key), getattr(self, other)
+            if replacement is not None or (key == "SAMPLE_INTERVALS" and seconds is not None):
+                continue
+            if published is None:
+                raise MotipError(f"neither {key} nor {other} is set", where=key, fix=f"set {other}, e.g. [1, 2]")
+            if len(published) != len(steps):
+                raise MotipError(
+                    f"{key} must have one entry per entry of SAMPLE_STEPS",
+                    where=key,
+                    found=f"{len(published)} entries",
+                    expected=len(steps),
+                )
+        return self
 
-    def __getattribute__(self, name: str) -> Any:
-        if _active_recorders and (name.isupper() or name in _LOWER_KEYS):
-            for recorder in _active_recorders:
-                recorder.add(name)
-        return super().__getattribute__(name)
+    @model_validator(mode="after")
+    def _check_crop(self) -> Self:
+        if self.AUG_RANDOM_CROP_MIN > self.AUG_RANDOM_CROP_MAX:
+            raise MotipError(
+                "the smallest crop is larger than the largest",
+                where="AUG_RANDOM_CROP_MIN",
+                found=f"{self.AUG_RANDOM_CROP_MIN} > AUG_RANDOM_CROP_MAX {self.AUG_RANDOM_CROP_MAX}",
+                fix="lower AUG_RANDOM_CROP_MIN",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_network(self) -> Self:
+        # widths
+        if self.FEATURE_DIM != self.DETR_HIDDEN_DIM:
+            raise MotipError(
+                "the ID decoder takes the detector's outputs without a projection",
+                where="FEATURE_DIM",
+                found=f"{self.FEATURE_DIM}, DETR_HIDDEN_DIM {self.DETR_HIDDEN_DIM}",
+                expected="equal values",
+            )
+        if (self.FEATURE_DIM + self.ID_DIM) % self.HEAD_DIM:
+            raise MotipError(
+                "FEATURE_DIM + ID_DIM must be a multiple of HEAD_DIM",
+                where="HEAD_DIM",
+                found=f"{self.FEATURE_DIM} + {self.ID_DIM} with HEAD_DIM {self.HEAD_DIM}",
+            )
+        if self.DETR_HIDDEN_DIM % self.DETR_NUM_HEADS:
+            raise MotipError(
+                "DETR_HIDDEN_DIM must be a multiple of DETR_NUM_HEADS",
+                where="DETR_NUM_HEADS",
+                found=f"{self.DETR_HIDDEN_DIM} with {self.DETR_NUM_HEADS} heads",
+            )
+
+        # ID labels
+        if self.NUM_TRAINING_IDS is not None and self.NUM_TRAINING_IDS > self.NUM_ID_VOCABULARY:
+            raise MotipError(
+                "NUM_TRAINING_IDS cannot exceed NUM_ID_VOCABULARY",
+                where="NUM_TRAINING_IDS",
+                found=self.NUM_TRAINING_IDS,
+                expected=f"at most {self.NUM_ID_VOCABULARY}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        # names
+        names, key = self.CLASSES, "CLASSES"
+        table = self.val_config.CLASS_NAME_TO_ID
+        if names is None and table:
+            names, key = tuple(table), "val_config.CLASS_NAME_TO_ID"
+            if sorted(table.values()) != list(range(1, len(table) + 1)):
+                raise MotipError("class ids in result files must be 1, 2, … without gaps", where=key, found=table)
+        if names is None and self.NUM_CLASSES > 2:
+            raise MotipError(
+                f"NUM_CLASSES is {self.NUM_CLASSES}, but the classes are not named",
+                where="NUM_CLASSES",
+                fix="set CLASSES: [pedestrian, car, …] or val_config.CLASS_NAME_TO_ID",
+            )
+        if names is not None and (len(names) != self.NUM_CLASSES or len(set(names)) != len(names)):
+            raise MotipError(
+                "NUM_CLASSES does not match the class names",
+                where=key,
+                found=f"{len(names)} names ({', '.join(names)})",
+                expected=f"{self.NUM_CLASSES} different names",
+                fix="change NUM_CLASSES or the names",
+            )
+
+        # classes to evaluate
+        unknown = [name for name in self.val_config.CLASSES_TO_EVAL or () if name not in self.class_names]
+        if unknown:
+            raise MotipError(
+                f"classes to evaluate are not trained: {', '.join(unknown)}",
+                where="val_config.CLASSES_TO_EVAL",
+                expected=f"some of {', '.join(names or self.class_names)}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_clip_fits_memory(self) -> Self:
+        lengths = self.sampler_lengths or self.SAMPLE_LENGTHS or (1,)
+        if not self.ONLY_DETR and max(lengths) > self.REL_PE_LENGTH:
+            raise MotipError(
+                "clips are longer than the ID decoder's table of relative positions",
+                where="sampler_lengths" if self.sampler_lengths else "SAMPLE_LENGTHS",
+                found=f"{max(lengths)} frames, REL_PE_LENGTH {self.REL_PE_LENGTH}",
+                fix="raise REL_PE_LENGTH (the table grows by repeating its last row) or shorten the clips",
+            )
+        return self
 
     @property
     def name(self) -> str:
@@ -356,12 +184,7 @@ class Config(BaseModel):
             MotipError: a key is unknown or a value is out of range.
         """
         plain = {key: value for key, value in values.items() if key != "_name"}
-        try:
-            config = Config(**plain)
-        except ValidationError as error:
-            raise MotipError(describe(error), where=values.get("_name", "configuration")) from None
-        config._name = values.get("_name", "config")
-        return config
+        return Config.checked(plain, values.get("_name", "configuration")).named(values.get("_name", "config"), {})
 
     def replaced(self, **changes: Any) -> Config:
         """A validated copy with some keys changed."""
@@ -404,24 +227,3 @@ class Config(BaseModel):
         if self.sample_intervals is not None:
             return ClipSchedule(lengths, self.sample_intervals, None)
         return ClipSchedule(lengths, None, (self.SAMPLE_INTERVALS or (1,))[step])
-
-
-_LOWER_KEYS = frozenset(key for key in Config.model_fields if not key.isupper())
-
-
-def describe(error: ValidationError) -> str:
-    """The first validation error, in one line."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    return f"{key}: {first['msg']} (found {first.get('input')!r})"
-
-
-@contextlib.contextmanager
-def record_reads() -> Iterator[set[str]]:
-    """Collect the keys read by attribute access within the context, in this process."""
-    names: set[str] = set()
-    _active_recorders.append(names)
-    try:
-        yield names
-    finally:
-        _active_recorders.remove(names)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import NamedTuple
 
 from motip.config.curriculum_file import (
     DEFAULT_CLASSES,
     DEFAULT_FPS,
     Curriculum,
     DatasetFormat,
+    Domain,
     Domains,
     Mix,
     Source,
@@ -25,12 +25,11 @@ VALIDATION = "validation"
 """Name of the source that val_config.GT_FOLDER becomes."""
 
 
-@dataclass(frozen=True)
-class KnownDataset:
+class KnownDataset(NamedTuple):
     """A name allowed in DATASETS: its raw format, domain, and folder names."""
 
     format: DatasetFormat
-    domain: Literal["dance", "ground", "aerial"]
+    domain: Domain
     folders: tuple[str, ...]
 
 
@@ -94,19 +93,19 @@ def _search_roots(config: Config, data_root: str) -> list[Path]:
 def _datasets(config: Config) -> list[tuple[str, str, float]]:
     """(dataset, training split, weight) for each entry of DATASETS."""
     # names
-    names = config.DATASETS
+    names, where = config.DATASETS, f"DATASETS ({config.origin('DATASETS')})"
     folded = {name.lower(): name for name in KNOWN_DATASETS}
     unknown = [name for name in names if name.lower() not in folded]
     if unknown or not names:
         raise MotipError(
             f"unknown dataset {unknown[0]}" if unknown else "no dataset to train on",
-            where=f"DATASETS ({config.origin('DATASETS')})",
+            where=where,
             found=", ".join(names) or "an empty list",
             expected="some of " + ", ".join(KNOWN_DATASETS),
             fix="use a curriculum file for data in other formats or folders (see configs/curriculum.yaml)",
         )
     if len({name.lower() for name in names}) < len(names):
-        raise MotipError("a dataset is listed twice", where=f"DATASETS ({config.origin('DATASETS')})", found=names)
+        raise MotipError("a dataset is listed twice", where=where, found=names)
 
     # splits and weights
     splits = config.DATASET_SPLITS * len(names) if len(config.DATASET_SPLITS) == 1 else config.DATASET_SPLITS
@@ -143,15 +142,15 @@ def _source(
     else:
         defaults = DEFAULT_CLASSES[known.format]
         classes = {label: defaults.get(label, (label,)) for label in config.class_names}
-    values: dict[str, Any] = {
-        "format": known.format,
-        "root": str(root.resolve()),
-        "domain": known.domain,
-        "splits": splits,
-        "classes": classes,
-        "fps": DEFAULT_FPS.get(known.format),
-    }
-    return Source(name=name.lower(), **values)
+    return Source(
+        name=name.lower(),
+        format=known.format,
+        root=str(root.resolve()),
+        domain=known.domain,
+        splits=splits,
+        classes=classes,
+        fps=DEFAULT_FPS.get(known.format),
+    )
 
 
 def _validation(config: Config, data_root: Path, category_names: Sequence[str]) -> Source | None:
@@ -160,15 +159,15 @@ def _validation(config: Config, data_root: Path, category_names: Sequence[str]) 
     if not named or not (data_root / named).is_dir():
         return None
     folder = (data_root / named).resolve()
-    values: dict[str, Any] = {
-        "format": "motchallenge",
-        "root": str(folder.parent),
-        "domain": KNOWN_DATASETS[_datasets(config)[0][0]].domain,
-        "splits": {"val": folder.name},
-        "sequences": _validation_sequences(config, data_root),
-        "classes": _classes_by_number(config, [folder], category_names),
-    }
-    return Source(name=VALIDATION, **values)
+    return Source(
+        name=VALIDATION,
+        format="motchallenge",
+        root=str(folder.parent),
+        domain=KNOWN_DATASETS[_datasets(config)[0][0]].domain,
+        splits={"val": folder.name},
+        sequences=_validation_sequences(config, data_root),
+        classes=_classes_by_number(config, [folder], category_names),
+    )
 
 
 def _validation_sequences(config: Config, data_root: Path) -> dict[str, tuple[str, ...]]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
-from motip.config.keys import WITHOUT_EFFECT, Config, describe
-from motip.config.yaml_chain import find_relative, read_yaml, with_values
-from motip.errors import MotipError
+from motip.config.block import Block, describe
+from motip.config.fields import WITHOUT_EFFECT
+from motip.config.keys import Config
+from motip.config.yaml_chain import check_is_key, find_relative, read_yaml, with_values
+from motip.errors import MotipError, check_known, did_you_mean
 
 NOT_SEARCHED: dict[str, str] = {
     "SEED": "the best trial is confirmed with other seeds, so the seed cannot be part of a setting",
@@ -36,10 +36,8 @@ NOT_SEARCHED: dict[str, str] = {
 """Keys that a sweep cannot search, and why."""
 
 
-class Range(BaseModel):
+class Range(Block):
     """Numbers from ``low`` to ``high``, both included; integers for integer keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     low: float = Field(allow_inf_nan=False)
     high: float = Field(allow_inf_nan=False)
@@ -73,10 +71,8 @@ class Range(BaseModel):
         return f"{self.low:g} to {self.high:g}{scale}"
 
 
-class Choices(BaseModel):
+class Choices(Block):
     """A list of values of the key's type; lists for `sampler_lengths` and similar keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     choices: tuple[Any, ...]
 
@@ -101,20 +97,16 @@ class Choices(BaseModel):
         return "one of " + ", ".join(json.dumps(each) for each in self.choices)
 
 
-class Prune(BaseModel):
+class Prune(Block):
     """ASHA: after first, first x reduction, … epochs a trial continues if it is among the best 1 / reduction so far."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     first: int = Field(1, ge=1)
     "Minimum number of epochs of every trial."
     reduction: float = Field(2.0, gt=1, le=16)
 
 
-class Confirm(BaseModel):
+class Confirm(Block):
     """Repetition of the best trial with further seeds: the maximum of many noisy values is biased upwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     seeds: int = Field(2, ge=1, le=16)
     "Further seeds."
@@ -129,10 +121,8 @@ class Confirm(BaseModel):
         return values
 
 
-class SweepFile(BaseModel):
+class SweepFile(Block):
     """A sweep over one stage. The keys under `space:` and `set:` are configuration keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     search: Literal["tpe", "random"] = "tpe"
     trials: int = Field(16, ge=2)
@@ -143,7 +133,7 @@ class SweepFile(BaseModel):
     "Random trials before TPE starts to model the results."
     metric: str | None = None
     "Metric to maximise; null = the stage's `best`, by default class-averaged HOTA."
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field({})
     "Values for every trial, the baseline included; not part of the result."
     space: dict[str, Range | Choices]
     prune: Prune | None = Prune()
@@ -175,14 +165,10 @@ def load_sweep(path: str | Path) -> SweepFile:
     """
     # top-level keys
     file = read_yaml(Path(path).expanduser())
-    for key in file.values:
-        if key not in SweepFile.model_fields:
-            raise MotipError(
-                f"unknown key {key} in a sweep file",
-                where=f"{file.path}:{file.lines[key]}",
-                expected="some of " + ", ".join(SweepFile.model_fields),
-                fix=_closest(key, SweepFile.model_fields) or "configuration keys belong under `space:` or `set:`",
-            )
+    for key, line in file.lines.items():
+        fix = did_you_mean(key, SweepFile.model_fields) or "configuration keys belong under `space:` or `set:`"
+        what = "unknown key {name} in a sweep file"
+        check_known([key], SweepFile.model_fields, what, where=f"{file.path}:{line}", fix=fix)
 
     # search space and fixed values
     values = {key: value for key, value in file.values.items() if value is not None or key in ("prune", "metric")}
@@ -199,14 +185,11 @@ def load_sweep(path: str | Path) -> SweepFile:
     if not isinstance(fixed, dict):
         raise MotipError("set: must be a block of `KEY: value` lines", where=f"{file.path}, set", found=fixed)
     for key in fixed:
-        _check_is_known(str(key), f"{file.path}, set")
+        check_is_key(str(key), f"{file.path}, set")
     both = sorted(set(fixed) & set(space))
     if both:
         raise MotipError(f"{both[0]} is under `set:` and under `space:`", where=file.path, fix="keep one of them")
-    try:
-        return SweepFile(**values)
-    except ValidationError as error:
-        raise MotipError(describe(error), where=file.path) from None
+    return SweepFile.checked(values, file.path)
 
 
 def find_sweep(named: str, file: Path) -> SweepFile:
@@ -280,10 +263,9 @@ def _epochs(sweep: SweepFile, config: Config) -> list[int]:
 
 def _parameter(key: str, raw: Any, path: Path) -> Range | Choices:
     where = f"{path}, space.{key}"
-    _check_is_known(key, where)
+    check_is_key(key, where)
     if key in NOT_SEARCHED:
         raise MotipError(f"{key} cannot be searched: {NOT_SEARCHED[key]}", where=where)
-    kind: type[Range | Choices] = Choices if isinstance(raw, dict) and "choices" in raw else Range
     if not isinstance(raw, dict):
         raise MotipError(
             "a searched key takes a range or a list of choices",
@@ -291,13 +273,14 @@ def _parameter(key: str, raw: Any, path: Path) -> Range | Choices:
             found=raw,
             expected="{low: 1.0e-5, high: 1.0e-3, log: true} or {choices: [[2], [2, 4]]}",
         )
-    unknown = sorted(set(map(str, raw)) - set(kind.model_fields))
-    if unknown:
+    kind: type[Range | Choices] = Choices if "choices" in raw else Range
+    known = [*Range.model_fields, *Choices.model_fields]
+    for name in sorted(map(str, raw.keys() - kind.model_fields.keys())):
         raise MotipError(
-            f"unknown key {unknown[0]}",
+            f"unknown key {name}",
             where=where,
-            expected="some of " + ", ".join(itertools.chain(Range.model_fields, Choices.model_fields)),
-            fix=_closest(unknown[0], {**Range.model_fields, **Choices.model_fields}),
+            expected="some of " + ", ".join(known),
+            fix=did_you_mean(name, known),
         )
     try:
         return kind(**raw)
@@ -306,18 +289,3 @@ def _parameter(key: str, raw: Any, path: Path) -> Range | Choices:
         first = error.errors()[0]
         text = str(first["msg"]).removeprefix("Value error, ") if first["type"] == "value_error" else describe(error)
         raise MotipError(text, where=where, found=raw, expected="low < high, or a list of choices") from None
-
-
-def _check_is_known(key: str, where: str) -> None:
-    if key not in Config.model_fields:
-        raise MotipError(
-            f"unknown configuration key {key}",
-            where=where,
-            fix=_closest(key, Config.model_fields) or "see docs/configuration.md for the keys",
-        )
-
-
-def _closest(key: str, known: Mapping[str, Any]) -> str | None:
-    folded = {name.lower(): name for name in known}
-    matches = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=0.5)
-    return f"did you mean {folded[matches[0]]}?" if matches else None

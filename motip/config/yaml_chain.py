@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from motip.config.keys import WITHOUT_EFFECT, Config, ValConfig, describe
-from motip.errors import MotipError
+from motip.config.block import describe
+from motip.config.fields import WITHOUT_EFFECT, ValConfig
+from motip.config.keys import Config
+from motip.errors import MotipError, did_you_mean
 
 EQUIVALENT_KEYS: tuple[tuple[str, str], ...] = (
     ("LR_DROP", "SCHEDULER_MILESTONES"),
@@ -100,14 +101,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for file in files:
-        layer = file.values
-        _check_known(layer, file)
-        _check_equivalent_keys(layer, str(file.path))
-        _merge(values, origins, layer, {key: f"{file.path}:{file.lines[key]}" for key in layer})
-    extra = parse_overrides(overrides)
-    _check_known(extra, None)
-    _check_equivalent_keys(extra, "--set")
-    _merge(values, origins, extra, dict.fromkeys(extra, "--set"))
+        _merge(values, origins, file.values, file.path, file.lines)
+    _merge(values, origins, parse_overrides(overrides), "--set")
     return _build(values, origins, leaf)
 
 
@@ -143,14 +138,9 @@ def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config
     Raises:
         MotipError: a key is unknown, or a value is invalid.
     """
-    layer = dict(values)
-    for key in layer:
-        if key not in Config.model_fields:
-            _raise_unknown(key, tuple(Config.model_fields), None, None, where=where)
-    _check_equivalent_keys(layer, where)
     plain = {key: value for key, value in config.to_dict().items() if key != "_name"}
     origins = {key: config.origin(key) for key in Config.model_fields if config.origin(key) != "default"}
-    _merge(plain, origins, layer, dict.fromkeys(layer, where))
+    _merge(plain, origins, values, where)
     return _build(plain, origins, Path(f"{config.name}.yaml"))
 
 
@@ -203,56 +193,45 @@ def find_relative(named: str, file: Path, line: int | None = None) -> Path:
     )
 
 
-def _check_known(layer: dict[str, Any], file: YamlFile | None) -> None:
-    for key in layer:
-        if key not in Config.model_fields:
-            _raise_unknown(key, tuple(Config.model_fields), file, file.lines[key] if file else None)
-    block = layer.get("val_config") or {}
-    if not isinstance(block, dict):
-        raise MotipError("val_config must be a block of keys", where=file.path if file else "--set", found=block)
-    for key in block:
-        if key not in ValConfig.model_fields:
-            line = file.lines["val_config"] if file else None
-            _raise_unknown(key, tuple(ValConfig.model_fields), file, line, "val_config.")
-
-
-def _raise_unknown(
-    key: str,
-    known: tuple[str, ...],
-    file: YamlFile | None,
-    line: int | None,
-    prefix: str = "",
-    where: str = "--set",
-) -> NoReturn:
-    folded = {name.lower(): name for name in known}
-    matches = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=0.5)
-    raise MotipError(
-        f"unknown configuration key {prefix}{key}",
-        where=f"{file.path}:{line}" if file else where,
-        fix=f"did you mean {prefix}{folded[matches[0]]}?" if matches else "see docs/configuration.md for the keys",
-    )
-
-
-def _check_equivalent_keys(layer: dict[str, Any], where: str) -> None:
-    for one, other in EQUIVALENT_KEYS:
-        if layer.get(one) is not None and layer.get(other) is not None:
-            raise MotipError(f"{one} and {other} are the same setting", where=where, fix="keep one of them")
+def check_is_key(key: str, where: object, block: str = "") -> None:
+    """Raise MotipError if there is no such configuration key; `block`: in this block, `val_config.`."""
+    known = (ValConfig if block else Config).model_fields
+    if key not in known:
+        raise MotipError(
+            f"unknown configuration key {block}{key}",
+            where=where,
+            fix=did_you_mean(key, known, block) or "see docs/configuration.md for the keys",
+        )
 
 
 def _merge(
-    values: dict[str, Any], origins: dict[str, str], layer: dict[str, Any], layer_origins: dict[str, str]
+    values: dict[str, Any],
+    origins: dict[str, str],
+    layer: Mapping[str, Any],
+    where: object,
+    lines: Mapping[str, int] | None = None,
 ) -> None:
-    """Merge a layer into `values`; a key of the layer unsets its equivalent keys."""
-    for one, other in EQUIVALENT_KEYS:
-        for key, equivalent in ((one, other), (other, one)):
+    """Check a layer of values and merge it into `values`; a key of the layer unsets its equivalent keys."""
+    # keys
+    own = {key: f"{where}:{lines[key]}" if lines else str(where) for key in layer}
+    for key in layer:
+        check_is_key(key, own[key])
+    block = layer.get("val_config") or {}
+    if not isinstance(block, dict):
+        raise MotipError("val_config must be a block of keys", where=where, found=block)
+    for key in block:
+        check_is_key(key, own["val_config"], "val_config.")
+
+    # values
+    for pair in EQUIVALENT_KEYS:
+        for key, equivalent in (pair, pair[::-1]):
+            if layer.get(key) is not None and layer.get(equivalent) is not None:
+                what = f"{' and '.join(pair)} are the same setting"
+                raise MotipError(what, where=where, fix="keep one of them")
             if layer.get(key) is not None:
                 values[equivalent] = None
-    for key, value in layer.items():
-        if key == "val_config":
-            values[key] = {**(values.get(key) or {}), **(value or {})}
-        else:
-            values[key] = value
-        origins[key] = layer_origins[key]
+    values |= {**layer, "val_config": {**(values.get("val_config") or {}), **block}}
+    origins |= own
 
 
 def _build(values: dict[str, Any], origins: dict[str, str], leaf: Path) -> Config:

@@ -26,12 +26,7 @@ from motip.demo.dance import DanceScene
 from motip.demo.ground import FPS as GROUND_FPS
 from motip.demo.ground import GroundScene
 from motip.demo.rendering import Label
-from motip.demo.writers import (
-    Bdd100kWriter,
-    DanceTrackWriter,
-    SequenceWriter,
-    VisDroneWriter,
-)
+from motip.demo.writers import Bdd100kWriter, DanceTrackWriter, SequenceWriter, VisDroneWriter
 from motip.errors import MotipError
 from motip.storage.atomic import digest, write_json_atomic
 
@@ -291,12 +286,8 @@ def _settings(seed: int, plan: Mapping[str, Mapping[str, SplitSettings]], size: 
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise _bad("the seed of the synthetic dataset is out of range", "seed", seed, "an integer >= 0")
     if len(size) != 2 or any(not isinstance(side, int) or not SMALLEST_SIDE <= side <= 8192 for side in size):
-        raise _bad(
-            "the size of the synthetic frames is out of range",
-            "size",
-            size,
-            f"(height, width), {SMALLEST_SIDE} to 8192",
-        )
+        expected = f"(height, width), {SMALLEST_SIDE} to 8192"
+        raise _bad("the size of the synthetic frames is out of range", "size", size, expected)
     return {
         "drawing": DRAWING_VERSION,
         "seed": seed,

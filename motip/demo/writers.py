@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -34,13 +35,21 @@ TRUNCATED_BELOW = 0.98
 class SequenceWriter(ABC):
     """Writes a sequence frame by frame; ``close`` writes the annotations."""
 
+    IMAGES: ClassVar[str]
+    "Folder of the images below the root, of {split} and {name}."
+    ANNOTATIONS: ClassVar[str]
+    "File of the annotations, likewise."
+    IMAGE_NAME: ClassVar[str]
+    "File name of an image, of {name} and {number} (1-based)."
+
     def __init__(self, root: Path, split: str, name: str, fps: float, quality: int) -> None:
-        self.root, self.split, self.name = root, split, name
+        self.name = name
         self._fps, self._quality = fps, quality
         self._size = (0, 0)
         self._count = 0
-        self._images: Path
-        self._annotations: Path
+        self._images = root / self.IMAGES.format(split=split, name=name)
+        self._annotations = root / self.ANNOTATIONS.format(split=split, name=name)
+        self._rows: list[tuple[int, ...]] = []
 
     def add(self, image: np.ndarray, labels: SequenceOf[Label]) -> None:
         """Append a frame: (H, W, 3) uint8 BGR and its labels."""
@@ -61,17 +70,18 @@ class SequenceWriter(ABC):
         (self._images / self._image_name()).write_bytes(encoded.tobytes())
         self._record(labels)
 
-    @abstractmethod
     def close(self) -> None:
-        """Write the annotations: called once, after the last frame."""
+        """Write the annotations, rows sorted by track: called once, after the last frame."""
+        rows = sorted(self._rows, key=lambda row: (row[1], row[0]))
+        self._annotations.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
 
     def paths(self) -> tuple[Path, Path]:
         """The folder of the images and the file of the annotations."""
         return self._images, self._annotations
 
-    @abstractmethod
     def _image_name(self) -> str:
         """File name of the current frame."""
+        return self.IMAGE_NAME.format(name=self.name, number=self._count)
 
     @abstractmethod
     def _record(self, labels: SequenceOf[Label]) -> None:
@@ -81,14 +91,13 @@ class SequenceWriter(ABC):
 class Bdd100kWriter(SequenceWriter):
     """BDD100K MOT 2020: ``images/track/<split>/<video>/`` and one Scalabel JSON per video."""
 
+    IMAGES = "images/track/{split}/{name}"
+    ANNOTATIONS = "labels/box_track_20/{split}/{name}.json"
+    IMAGE_NAME = "{name}-{number:07d}.jpg"
+
     def __init__(self, root: Path, split: str, name: str, fps: float, quality: int) -> None:
         super().__init__(root, split, name, fps, quality)
-        self._images = root / "images" / "track" / split / name
-        self._annotations = root / "labels" / "box_track_20" / split / f"{name}.json"
         self._frames: list[dict[str, object]] = []
-
-    def _image_name(self) -> str:
-        return f"{self.name}-{self._count:07d}.jpg"
 
     def _record(self, labels: SequenceOf[Label]) -> None:
         rows = []
@@ -122,15 +131,9 @@ class VisDroneWriter(SequenceWriter):
     Columns: frame, id, left, top, width, height, score (0 = not evaluated), category, truncation, occlusion.
     """
 
-    def __init__(self, root: Path, split: str, name: str, fps: float, quality: int) -> None:
-        super().__init__(root, split, name, fps, quality)
-        folder = root / f"VisDrone2019-MOT-{split}"
-        self._images = folder / "sequences" / name
-        self._annotations = folder / "annotations" / f"{name}.txt"
-        self._rows: list[tuple[int, ...]] = []
-
-    def _image_name(self) -> str:
-        return f"{self._count:07d}.jpg"
+    IMAGES = "VisDrone2019-MOT-{split}/sequences/{name}"
+    ANNOTATIONS = "VisDrone2019-MOT-{split}/annotations/{name}.txt"
+    IMAGE_NAME = "{number:07d}.jpg"
 
     def _record(self, labels: SequenceOf[Label]) -> None:
         for label in labels:
@@ -145,23 +148,13 @@ class VisDroneWriter(SequenceWriter):
                 )
             )
 
-    def close(self) -> None:
-        rows = sorted(self._rows, key=lambda row: (row[1], row[0]))
-        self._annotations.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
-
 
 class DanceTrackWriter(SequenceWriter):
     """DanceTrack: ``<split>/<sequence>/{img1,gt/gt.txt,seqinfo.ini}``, rows of 9 columns, pedestrians only."""
 
-    def __init__(self, root: Path, split: str, name: str, fps: float, quality: int) -> None:
-        super().__init__(root, split, name, fps, quality)
-        self._folder = root / split / name
-        self._images = self._folder / "img1"
-        self._annotations = self._folder / "gt" / "gt.txt"
-        self._rows: list[tuple[int, ...]] = []
-
-    def _image_name(self) -> str:
-        return f"{self._count:08d}.jpg"
+    IMAGES = "{split}/{name}/img1"
+    ANNOTATIONS = "{split}/{name}/gt/gt.txt"
+    IMAGE_NAME = "{number:08d}.jpg"
 
     def _record(self, labels: SequenceOf[Label]) -> None:
         for label in labels:
@@ -169,8 +162,7 @@ class DanceTrackWriter(SequenceWriter):
             self._rows.append((self._count, label.track_id, x1, y1, x2 - x1, y2 - y1, 1, 1, 1))
 
     def close(self) -> None:
-        rows = sorted(self._rows, key=lambda row: (row[1], row[0]))
-        self._annotations.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+        super().close()
         info = {
             "name": self.name,
             "imDir": "img1",
@@ -181,4 +173,4 @@ class DanceTrackWriter(SequenceWriter):
             "imExt": ".jpg",
         }
         lines = [f"{key}={value}" for key, value in info.items()]
-        (self._folder / "seqinfo.ini").write_text("\n".join(["[Sequence]", *lines, ""]))
+        (self._images.parent / "seqinfo.ini").write_text("\n".join(["[Sequence]", *lines, ""]))

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from motip.storage.atomic import atomic_write
-from motip.storage.paths import s3
+from motip.storage.paths import RemotePath, s3, write_bytes
 from motip.storage.retries import with_retries
 
 Result = TypeVar("Result")
@@ -93,16 +92,7 @@ class AtomicFilesystem(pafs.FileSystemHandler):
         return pa.PythonFile(_WriteOnClose(lambda data: self._write(path, data)), mode="w")
 
     def _write(self, path: str, data: bytes) -> None:
-        if not self._remote:
-            with atomic_write(Path(path)) as temporary:
-                temporary.write_bytes(data)
-            return
-
-        def upload(files: pafs.FileSystem) -> None:
-            with files.open_output_stream(path) as stream:
-                stream.write(data)
-
-        self._request("writing", path, upload)
+        write_bytes(RemotePath("s3://" + path) if self._remote else Path(path), data)
 
 
 class _WriteOnClose(io.BytesIO):

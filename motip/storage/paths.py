@@ -22,14 +22,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from motip.errors import MotipError
-from motip.storage.atomic import atomic_write
+from motip.storage.atomic import atomic_write, sha256_file
 from motip.storage.retries import with_retries
 
 _log = logging.getLogger(__name__)
@@ -109,6 +109,17 @@ def _request(uri: str, verb: str, action: Callable[[], Result]) -> Result:
         return with_retries(action, f"{verb} {uri}")
 
 
+class FileStatus(NamedTuple):
+    """What :meth:`RemotePath.stat` returns of :class:`os.stat_result`."""
+
+    st_size: int
+    st_mtime: float
+
+    @classmethod
+    def of(cls, info: pafs.FileInfo) -> FileStatus:
+        return cls(int(info.size or 0), info.mtime.timestamp() if info.mtime else 0.0)
+
+
 @dataclass(frozen=True, order=True)
 class RemotePath:
     """An ``s3://bucket/key`` address with the methods of :class:`pathlib.Path` that this package uses."""
@@ -156,9 +167,17 @@ class RemotePath:
     def is_dir(self) -> bool:
         return self._info().type == pafs.FileType.Directory
 
-    def size_and_time(self) -> tuple[int, float]:
-        info = self._info()
-        return int(info.size or 0), info.mtime.timestamp() if info.mtime else 0.0
+    def stat(self) -> FileStatus:
+        return FileStatus.of(self._info())
+
+    def is_absolute(self) -> bool:
+        return True
+
+    def resolve(self) -> RemotePath:
+        return self
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """No-op: an object store has no folders."""
 
     def _listing(self, recursive: bool = False) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.key, recursive=recursive, allow_not_found=recursive)
@@ -167,17 +186,10 @@ class RemotePath:
     def iterdir(self) -> Iterator[RemotePath]:
         return iter([RemotePath("s3://" + info.path) for info in self._listing()])
 
-    def files_under(self) -> list[RemotePath]:
-        """All files below this prefix, from one listing; empty if there is none."""
-        return [RemotePath("s3://" + info.path) for info in self._listing(recursive=True) if info.is_file]
-
-    def sizes_and_times(self) -> dict[str, tuple[int, float]]:
-        """Size and modification time of every file directly under this prefix, by name, from one listing."""
-        return {
-            info.base_name: (int(info.size), info.mtime.timestamp())
-            for info in self._listing()
-            if info.type == pafs.FileType.File
-        }
+    def files(self, recursive: bool = False) -> dict[RemotePath, FileStatus]:
+        """The files directly under this prefix, or all below it (empty if there is none), from one listing."""
+        found = self._listing(recursive)
+        return {RemotePath("s3://" + info.path): FileStatus.of(info) for info in found if info.is_file}
 
     def read_bytes(self) -> bytes:
         def read() -> bytes:
@@ -254,8 +266,7 @@ def location(address: str | os.PathLike[str] | RemotePath) -> Location:
 
 def absolute(address: str | os.PathLike[str] | RemotePath) -> Location:
     """:func:`location`, with a local path resolved against the working directory (workers have another one)."""
-    found = location(address)
-    return found if isinstance(found, RemotePath) else found.resolve()
+    return location(address).resolve()
 
 
 def create_folder(folder: Location) -> None:
@@ -264,8 +275,6 @@ def create_folder(folder: Location) -> None:
     Raises:
         MotipError: it cannot be created.
     """
-    if isinstance(folder, RemotePath):
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -365,8 +374,6 @@ def open_parquet(path: Location) -> pq.ParquetFile:
 
 def size_and_time(path: Location) -> tuple[int, float]:
     """Bytes and modification time (seconds since 1970)."""
-    if isinstance(path, RemotePath):
-        return path.size_and_time()
     status = path.stat()
     return status.st_size, status.st_mtime
 
@@ -374,7 +381,7 @@ def size_and_time(path: Location) -> tuple[int, float]:
 def sizes_and_times(folder: Location) -> dict[str, tuple[int, float]]:
     """Bytes and modification time of the files directly in ``folder`` by name (one listing, also on S3)."""
     if isinstance(folder, RemotePath):
-        return folder.sizes_and_times()
+        return {path.name: status for path, status in folder.files().items()}
     with os.scandir(folder) as entries:
         return {entry.name: (entry.stat().st_size, entry.stat().st_mtime) for entry in entries if entry.is_file()}
 
@@ -382,8 +389,7 @@ def sizes_and_times(folder: Location) -> dict[str, tuple[int, float]]:
 def sha256(path: Location) -> str:
     """Hex sha256 of a file's bytes."""
     if not isinstance(path, RemotePath):
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_file(path)
     total = hashlib.sha256()
     for chunk in path.chunks():
         total.update(chunk)
@@ -408,8 +414,7 @@ def download(path: Location, target: Path) -> Path:
     with atomic_write(target) as temporary:
         if isinstance(path, RemotePath):
             with temporary.open("wb") as output:
-                for chunk in path.chunks():
-                    output.write(chunk)
+                output.writelines(path.chunks())
         else:
             shutil.copyfile(path, temporary)
     return target
@@ -436,7 +441,7 @@ def recorded_file(recorded: str, folder: Location) -> Location:
 def files_under(folder: Location) -> list[Location]:
     """All files below ``folder`` (one listing on S3), unordered; empty if there is no such folder."""
     if isinstance(folder, RemotePath):
-        return list(folder.files_under())
+        return list(folder.files(recursive=True))
     return [path for path in folder.rglob("*") if path.is_file()]
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from motip.cluster import Cluster
-from motip.config import load_config, record_reads
+from motip.config import load_config
+from motip.config.fields import WITHOUT_EFFECT
 from motip.config.keys import Config
-from motip.config.yaml_chain import WITHOUT_EFFECT
 from motip.curriculum import Options
 from motip.curriculum.base_weights import parent_of
 from motip.curriculum.stage_inputs import NON_IDENTITY_KEYS
@@ -24,6 +24,7 @@ from motip.train.ray_train import plan_resources
 from motip.train.setup import build_model_for
 from motip.train.stage_job import Parent, StageJob
 from motip.weights import load_checkpoint
+from tests.helpers.config_reads import record_reads
 from tests.helpers.small_curriculum import QuietUi, run, write_files
 
 STAGES = ["BDD-Foundation", "BDD-Refinement", "Vis-Adaptation", "Vis-Specialist"]

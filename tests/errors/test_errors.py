@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from motip.errors import MotipError, exit_on_error, find_motip_error
+from motip.errors import MotipError, check_known, did_you_mean, exit_on_error, find_motip_error
 from motip.storage.atomic import atomic_write, digest, write_json_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +20,26 @@ def test_message_has_all_parts() -> None:
     lines = str(error).splitlines()
     assert lines[0] == "too few videos"
     assert [line.split(":")[0].strip() for line in lines[1:]] == ["where", "found", "expected", "fix"]
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    check_known("dance", ["dance", "ground"], "unknown source {name}")
+    check_known([], [], "unknown source {name}")
+    with pytest.raises(MotipError) as caught:
+        check_known(["dance", "lake"], ["dance", "ground"], "unknown source {name!r}", where="a.yaml", fix="drop it")
+    assert str(caught.value) == str(
+        MotipError("unknown source 'lake'", where="a.yaml", expected="some of dance, ground", fix="drop it")
+    )
+    with pytest.raises(MotipError) as caught:
+        check_known("lake", {"dance": 1}, "no such source", where="--source")
+    assert str(caught.value) == str(
+        MotipError("no such source", where="--source", found="lake", expected="one of dance")
+    )
+
+
+def test_closest_known_name_is_suggested() -> None:
+    assert did_you_mean("numworker", ["NUM_WORKERS", "LR"], "train.") == "did you mean train.NUM_WORKERS?"
+    assert did_you_mean("zzz", ["NUM_WORKERS", "LR"]) is None
 
 
 def test_error_is_picklable() -> None:

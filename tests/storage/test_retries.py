@@ -50,8 +50,8 @@ def test_every_operation_retries_transient_errors(
     verbs = {
         "writing": lambda: path.write_bytes(b"0123"),
         "reading": lambda: path.read_bytes() == b"0123",
-        "inspecting": lambda: path.size_and_time()[0] == 4,
-        "listing": lambda: [each.name for each in path.parent.files_under()] == ["a.bin"],
+        "inspecting": lambda: path.stat().st_size == 4,
+        "listing": lambda: [each.name for each in path.parent.files(recursive=True)] == ["a.bin"],
         "storing": lambda: paths.upload(tmp_path / "source", path),
         "removing": path.unlink,
     }
@@ -135,7 +135,7 @@ def test_failed_upload_keeps_the_previous_object(
     assert path.read_bytes() == b"previous"
     store.failures.clear()
     path.upload(tmp_path / "big.pth")
-    assert path.size_and_time()[0] == 12 << 20
+    assert path.stat().st_size == 12 << 20
     (tmp_path / "empty").write_bytes(b"")
     path.upload(tmp_path / "empty")
     assert path.read_bytes() == b""
