@@ -174,8 +174,8 @@ def local_batches(
         yield collate([loader.load(clip) for clip in rows[begin : begin + batch_size]])
 
 
-def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
-    """Pad clips of one length to the largest image (and a multiple of ``divisibility``) and the most ID slots.
+def collate(samples: Sequence[ClipSample]) -> ClipBatch:
+    """Pad clips of one length to the largest image and the most ID slots.
 
     The images of a single clip that needs no padding share the sample's memory, which may be read-only.
     """
@@ -185,7 +185,7 @@ def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
 
     # Images and their masks.
     frames = samples[0].images.shape[0]
-    height, width = (-(-max(s.images.shape[i] for s in samples) // divisibility) * divisibility for i in (2, 3))
+    height, width = (max(sample.images.shape[i] for sample in samples) for i in (2, 3))
     images = _padded_images(samples, height, width)
     masks = np.zeros((len(samples), frames, height, width), dtype=bool)
     for index, sample in enumerate(samples):
@@ -196,7 +196,9 @@ def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
         return [[torch.from_numpy(array.copy()) for array in getattr(sample, name)] for sample in samples]
 
     # ID slots and counts.
-    with_slots = samples[0].slots is not None
+    slots = None
+    if samples[0].slots is not None:
+        slots = IdSlots(**{name: torch.from_numpy(_padded(samples, name)) for name in SLOT_FIELDS})
     counted = [sample.slots for sample in samples if sample.slots is not None and sample.weight]
     _allow_read_only_images()
     return ClipBatch(
@@ -205,13 +207,11 @@ def collate(samples: Sequence[ClipSample], divisibility: int = 1) -> ClipBatch:
         boxes_cxcywh=tensors("boxes_cxcywh"),
         classes=tensors("classes"),
         ignore_cxcywh=tensors("ignore_cxcywh"),
-        slots=IdSlots(**{name: torch.from_numpy(_padded(samples, name)) for name in SLOT_FIELDS})
-        if with_slots
-        else None,
+        slots=slots,
         names=[sample.name for sample in samples],
         weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
-        distractors=sum(slots.distractors for slots in counted),
-        dropped=sum(slots.dropped for slots in counted),
+        distractors=sum(each.distractors for each in counted),
+        dropped=sum(each.dropped for each in counted),
     )
 
 

@@ -92,11 +92,7 @@ class ClipPlan:
         return -(-len(self.clips) // self.global_batch)
 
     def from_step(self, step: int) -> ClipPlan:
-        """The remaining plan after ``step`` completed steps, to resume an interrupted epoch.
-
-        Raises:
-            MotipError: ``step`` is outside 0..``steps``.
-        """
+        """The remaining plan after ``step`` completed steps; raises MotipError for a step outside 0..``steps``."""
         if not 0 <= step <= self.steps:
             raise MotipError(
                 "the checkpoint's step is outside the clip plan",
@@ -370,17 +366,16 @@ def _batch_by_length(
     carried: list[ClipRef] = []
     for length in sorted(set(lengths), reverse=True):
         counts["clips_shortened_to_fill_a_step"] += len(carried)
-        pool = [_shortened(clip, length) for clip in carried]
+        pool = [
+            replace(clip, positions=clip.positions[:length], frame_numbers=clip.frame_numbers[:length])
+            for clip in carried
+        ]
         pool += [clip for clip in drafts if len(clip.positions) == length]
         complete = len(pool) // global_batch * global_batch
         batches += [pool[begin : begin + global_batch] for begin in range(0, complete, global_batch)]
         carried = pool[complete:]
     order = draw.permutation(len(batches)) if len(set(lengths)) > 1 else range(len(batches))
     return [clip for index in order for clip in batches[index]] + carried
-
-
-def _shortened(clip: ClipRef, length: int) -> ClipRef:
-    return replace(clip, positions=clip.positions[:length], frame_numbers=clip.frame_numbers[:length])
 
 
 def _clip_seed(seed: int, epoch: int, position: int) -> int:

@@ -217,11 +217,7 @@ def _intact_frames(video: Sequence, bad: list[str]) -> Iterator[tuple[Frame, byt
 
 
 def _file_name(frame: Frame) -> str:
-    """File name of a frame's image.
-
-    Raises:
-        MotipError: the reader found no image of this frame.
-    """
+    """File name of a frame's image; raises MotipError if the reader found none."""
     if frame.image is None or isinstance(frame.image, bytes):
         raise MotipError("the frame has no image file", where=f"frame {frame.number}", fix="check the image folder")
     return frame.image.name

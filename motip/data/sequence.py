@@ -17,7 +17,7 @@ UNTRACKED = -1
 
 
 class ImageFile(Protocol):
-    """An encoded image that is read on demand: :class:`pathlib.Path`, an S3 path or a row of a shard."""
+    """An encoded image that is read on demand: :class:`pathlib.Path` or an S3 path."""
 
     @property
     def name(self) -> str: ...

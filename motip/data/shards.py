@@ -240,11 +240,7 @@ class Shard:
         return self.header.frames
 
     def read_frames(self, positions: Iterable[int]) -> list[Frame]:
-        """Frames with image bytes at 0-based ``positions`` of this video, in that order (repeats allowed).
-
-        Raises:
-            MotipError: a position outside the video.
-        """
+        """Frames with image bytes at 0-based ``positions``, in that order; raises MotipError outside the video."""
         return self._frames(list(positions), FRAME_COLUMNS)
 
     def __iter__(self) -> Iterator[Frame]:

@@ -52,11 +52,7 @@ class DataResources:
 
 
 def data_resources(
-    total_cpus: float,
-    workers: int,
-    actors_per_worker: int,
-    worker_cpus: float | None = None,
-    node_cpus: Sequence[float] = (),
+    total_cpus: float, workers: int, actors_per_worker: int, node_cpus: Sequence[float] = ()
 ) -> DataResources:
     """Divide a cluster's CPUs so that all training workers and all decoding actors run concurrently.
 
@@ -68,7 +64,6 @@ def data_resources(
         total_cpus: logical CPUs of the cluster.
         workers: number of training workers.
         actors_per_worker: requested decoding actors per worker; 0 = the worker decodes itself.
-        worker_cpus: CPUs of a worker; None = an equal share of at most 1.
         node_cpus: CPUs of each node, for shares that fit without splitting a process over two nodes; empty = one node.
 
     Raises:
@@ -76,43 +71,26 @@ def data_resources(
     """
     actors_per_worker = min(actors_per_worker, max(1, int(total_cpus // workers)))
     headroom = min(0.5, total_cpus / 8)
-    available = total_cpus - headroom
-    if worker_cpus is None:
-        processes = workers * (1 + actors_per_worker)
-        worker_cpus = actor_cpus = min(
-            _floor_hundredths(available / processes), _share_per_node(node_cpus or [total_cpus], processes)
-        )
-    else:
-        left = available - workers * worker_cpus
-        actor_cpus = min(1.0, _floor_hundredths(left / (workers * actors_per_worker))) if actors_per_worker else 1.0
-        actor_cpus = -1.0 if left < 0 else actor_cpus
-    if min(worker_cpus, actor_cpus) < MIN_CPU_SHARE:
+    processes = workers * (1 + actors_per_worker)
+    even = _floor_hundredths((total_cpus - headroom) / processes)
+    share = min(even, _share_per_node(node_cpus or [total_cpus], processes))
+    if share < MIN_CPU_SHARE:
         raise MotipError(
             "the cluster has too few CPUs: training would never start",
             found=f"{total_cpus:g} CPUs, of which {headroom:g} stay free for short tasks",
-            expected=(
-                f"{workers} workers x ({worker_cpus if worker_cpus > MIN_CPU_SHARE else MIN_CPU_SHARE:g} CPU + "
-                f"{actors_per_worker} decoding actors x at least {MIN_CPU_SHARE} CPU)"
-            ),
+            expected=f"{workers} workers x ({MIN_CPU_SHARE} CPU + {actors_per_worker} decoding actors x at least "
+            f"{MIN_CPU_SHARE} CPU)",
             fix="lower NUM_WORKERS (decoding actors per training worker) or --workers, or add nodes",
         )
-    return DataResources(worker_cpus, actor_cpus if actors_per_worker else 0.0, actors_per_worker)
+    return DataResources(share, share if actors_per_worker else 0.0, actors_per_worker)
 
 
-def clip_dataset(
-    rows: Sequence[ClipRef],
-    loader: ClipLoader,
-    *,
-    actors: int,
-    actor_cpus: float,
-    object_store_bytes: int | None = None,
-) -> ray.data.Dataset:
+def clip_dataset(rows: Sequence[ClipRef], loader: ClipLoader, *, actors: int, actor_cpus: float) -> ray.data.Dataset:
     """A dataset of the given clips, in this order, decoded by a pool of actors.
 
     Args:
         rows: this rank's clips (`motip.data.clips.rank_rows`), of one epoch or several consecutive ones.
         actors, actor_cpus: size of the pool and logical CPUs of each actor (`data_resources`).
-        object_store_bytes: object store limit of this dataset; None = space for several blocks per actor.
     """
     import ray.data
 
@@ -126,9 +104,9 @@ def clip_dataset(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.target_max_block_size = YIELD_BYTES  # pass each table on unchanged and immediately
-    limit = object_store_bytes or max(256 << 20, 4 * actors * per_block * pixels)
-    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        object_store_memory=limit
+    limits = context.execution_options.resource_limits
+    context.execution_options.resource_limits = limits.copy(
+        object_store_memory=max(256 << 20, 4 * actors * per_block * pixels)  # several blocks per actor
     )
 
     # Row numbers as input, decoded clips as output.

@@ -165,8 +165,6 @@ def test_batches_are_padded_and_masked(dataset: SimpleNamespace) -> None:
             own = sample.slots.unknown_ann.shape[2]
             assert (batch.slots.unknown_labels[index, :, :, own:] == -1).all()
             assert batch.slots.unknown_masks[index, :, :, own:].all()
-    divisible = collate([dataset.loader.load(plan.clips[0])], divisibility=32)
-    assert divisible.images.shape[3] % 32 == 0 and divisible.images.shape[4] % 32 == 0
 
 
 def test_a_single_clip_is_not_copied_and_may_be_read_only(dataset: SimpleNamespace) -> None:
@@ -296,11 +294,9 @@ def test_no_process_is_split_over_two_nodes(nodes: list[float], workers: int, ac
 
 def test_infeasible_cpu_requests_are_errors_with_the_arithmetic() -> None:
     with pytest.raises(MotipError, match="too few CPUs") as caught:
-        data_resources(2, workers=2, actors_per_worker=1, worker_cpus=1)
-    assert "2 CPUs" in str(caught.value) and "2 workers x (1 CPU + 1 decoding actors" in str(caught.value)
-    with pytest.raises(MotipError, match="too few CPUs"):
         data_resources(2, workers=12, actors_per_worker=1)
-    alone = data_resources(2, workers=1, actors_per_worker=0, worker_cpus=1)
+    assert "2 CPUs" in str(caught.value) and "12 workers x (0.1 CPU + 1 decoding actors" in str(caught.value)
+    alone = data_resources(2, workers=1, actors_per_worker=0)
     assert (alone.worker_cpus, alone.actor_cpus, alone.actors_per_worker) == (1, 0.0, 0)
 
 

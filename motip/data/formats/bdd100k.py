@@ -46,11 +46,7 @@ TWICE = "frame listed twice (the first is kept)"
 
 
 def list_sequences(root: Location, split: str) -> list[RawSequence]:
-    """Videos of a split that have labels, sorted by name.
-
-    Raises:
-        MotipError: missing or empty folders, videos with images but no labels.
-    """
+    """Videos of a split that have labels, sorted by name."""
     images = root / "images" / "track" / split
     labels = root / "labels" / "box_track_20" / split
     fix = "set the source's root to the folder that contains images/track and labels/box_track_20"
@@ -81,11 +77,7 @@ def list_sequences(root: Location, split: str) -> list[RawSequence]:
 
 
 def read_sequence(raw: RawSequence) -> tuple[Sequence, ReadReport]:
-    """Read one video; without an image folder frames have no images and the size is BDD100K's 1280×720.
-
-    Raises:
-        MotipError: labels of single images, a corrupt file, labels of another video.
-    """
+    """Read one video; without an image folder the size is BDD100K's 1280×720."""
     report = ReadReport()
     listed = _videos(raw.labels).get(raw.name)
     if listed is None:

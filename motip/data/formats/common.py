@@ -63,10 +63,16 @@ class Reader(Protocol):
     """Name of the format; also the dataset name stored in shards."""
 
     def list_sequences(self, root: Location, split: str) -> list[RawSequence]:
-        """Sequences of a split, sorted by name. Raises MotipError for missing or empty folders."""
+        """Sequences of a split, sorted by name; raises MotipError for missing or empty folders, or missing labels."""
 
     def read_sequence(self, raw: RawSequence) -> tuple[Sequence, ReadReport]:
-        """Labels and image paths of one sequence; every label row is kept, or dropped for a counted reason."""
+        """Labels and image paths of one sequence; every label row is kept, or dropped for a counted reason.
+
+        Without an image folder the frames have no images.
+
+        Raises:
+            MotipError: another layout (with the name of a known one), numbers from 0, labels of another video.
+        """
 
 
 def subfolders(folder: Location) -> list[Location]:
@@ -96,11 +102,7 @@ def trailing_number(stem: str) -> int | None:
 
 
 def numbered_images(folder: Location, report: ReadReport) -> dict[int, Location]:
-    """Images by the number in their names, sorted by number.
-
-    Raises:
-        MotipError: two images with one number.
-    """
+    """Images by the number in their names, sorted; raises MotipError for two images with one number."""
     images: dict[int, Location] = {}
     unnumbered = 0
     for item in folder.iterdir():
@@ -123,11 +125,7 @@ def numbered_images(folder: Location, report: ReadReport) -> dict[int, Location]
 
 
 def first_size(images: Mapping[int, Location], where: object) -> tuple[int, int]:
-    """(width, height) of the first image with a readable header; the conversion reports broken images.
-
-    Raises:
-        MotipError: no image has a readable header.
-    """
+    """(width, height) of the first image with a readable header, the others may be broken; MotipError without one."""
     for image in images.values():
         try:
             height, width = image_height_width(image.read_bytes(), image, complete=False)

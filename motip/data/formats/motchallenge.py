@@ -54,11 +54,7 @@ WRONG_LENGTH = "seqLength differs from the number of images, images believed"
 
 
 def list_sequences(root: Location, split: str) -> list[RawSequence]:
-    """Sequences of ``<root>/<split>``, sorted by name.
-
-    Raises:
-        MotipError: missing or empty folders, a sequence without ground truth.
-    """
+    """Sequences of ``<root>/<split>``, sorted by name."""
     base = root / split
     require_folder(base, f"the split {split!r}", "set the source's root to the folder that contains train and val")
     folders = [folder for folder in subfolders(base) if (folder / "img1").is_dir()]
@@ -84,11 +80,7 @@ def list_sequences(root: Location, split: str) -> list[RawSequence]:
 
 
 def read_sequence(raw: RawSequence) -> tuple[Sequence, ReadReport]:
-    """Read one sequence; without an image folder the frames have no images and the size is 0×0.
-
-    Raises:
-        MotipError: another layout, frame numbers from 0, a detection file (ids -1), labels of another video.
-    """
+    """Read one sequence; without an image folder the size is 0×0."""
     report = ReadReport()
     table = read_table(raw.labels, range(6, 11))
     report.raw = len(table)

@@ -17,11 +17,7 @@ __all__ = ["READERS", "RawSequence", "Reader", "reader"]
 
 
 def reader(name: str) -> Reader:
-    """The reader of a format.
-
-    Raises:
-        MotipError: unknown format.
-    """
+    """The reader of a format; raises MotipError for an unknown one."""
     if name not in READERS:
         raise MotipError(
             f"unknown data format {name!r}",

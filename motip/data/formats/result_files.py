@@ -99,7 +99,7 @@ def write_bdd100k(
         _check_rows(rows, path)
         numbers = set(rows.frames.tolist()) | set((frame_numbers or {}).get(video, ()))
         by_frame: dict[int, list[dict[str, Any]]] = {int(number): [] for number in sorted(numbers)}
-        for index in _order(rows):
+        for index in np.lexsort((rows.track_ids, rows.frames)):
             x1, y1, x2, y2 = (float(value) for value in rows.boxes_xyxy[index])
             by_frame[int(rows.frames[index])].append(
                 {
@@ -125,10 +125,6 @@ def _check_rows(rows: TrackRows, path: object) -> None:
         raise MotipError("a box or score is not a finite number", where=path, fix="this is a defect of the tracker")
 
 
-def _order(rows: TrackRows) -> np.ndarray:
-    return np.lexsort((rows.track_ids, rows.frames))
-
-
 def _lines(rows: TrackRows, classes: np.ndarray) -> list[str]:
     _check_rows(rows, "track rows")
     boxes = rows.boxes_xyxy.astype(np.float64)
@@ -136,5 +132,5 @@ def _lines(rows: TrackRows, classes: np.ndarray) -> list[str]:
     return [
         f"{rows.frames[i] + 1},{rows.track_ids[i] + 1},{boxes[i, 0]:.4f},{boxes[i, 1]:.4f},"
         f"{sizes[i, 0]:.4f},{sizes[i, 1]:.4f},{rows.scores[i]:.6f},{classes[i]}"
-        for i in _order(rows)
+        for i in np.lexsort((rows.track_ids, rows.frames))
     ]

@@ -51,11 +51,7 @@ IGNORED_REGION, OTHERS = 0, 11
 
 
 def list_sequences(root: Location, split: str) -> list[RawSequence]:
-    """Sequences of ``VisDrone2019-MOT-<split>`` under ``root``, or of ``root`` itself if it contains ``sequences``.
-
-    Raises:
-        MotipError: missing or empty folders, images without labels.
-    """
+    """Sequences of ``VisDrone2019-MOT-<split>`` under ``root``, or of ``root`` itself if it contains ``sequences``."""
     base = _split_folder(root, split)
     require_folder(base / "annotations", "the folder of annotations", "unpack the complete VisDrone-MOT archive")
     labels = {item.stem: item for item in files_with(base / "annotations", ".txt")}
@@ -93,11 +89,7 @@ def _split_folder(root: Location, split: str) -> Location:
 
 
 def read_sequence(raw: RawSequence) -> tuple[Sequence, ReadReport]:
-    """Read one sequence; without an image folder the frames have no images and the size is 0×0.
-
-    Raises:
-        MotipError: a DET file (8 columns), another layout, frame numbers from 0, labels of another video.
-    """
+    """Read one sequence; without an image folder the size is 0×0."""
     report = ReadReport()
     det = MotipError(
         "this is a VisDrone-DET file (8 columns: single images, no frame and no track id), not a MOT file",
