@@ -15,6 +15,8 @@ from motip.data.host_memory import keep_freed_memory
 from motip.evaluation.validation import score_videos, track_videos
 from motip.events import EpochDone, Scored, StepLogged, WeightsTransferred
 from motip.tracking.settings import TrackerSettings
+from motip.train.batch_sources import BatchSource
+from motip.train.checkpoint_stores import CheckpointStore
 from motip.train.checkpoints import save_epoch, save_step
 from motip.train.collectives import ProcessGroup
 from motip.train.optimizer import GROUP_NAMES, LearningRates, build_optimizer
@@ -22,7 +24,7 @@ from motip.train.preemption import Stopped
 from motip.train.run_channel import RunChannel
 from motip.train.setup import build_model_for, restore_optimizer
 from motip.train.stage_job import StageJob
-from motip.train.state import BatchSource, CheckpointStore, Meter, Run, time_split
+from motip.train.state import Meter, Run, time_split
 from motip.train.step import TrainStep
 from motip.train.timing import Interval, memory_gib
 from motip.train.watchdog import Watchdog
@@ -84,7 +86,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     The last accumulation of the epoch may be incomplete; its gradients are divided by the batches it has.
     """
     # Position: a resumed run enters its epoch in the middle.
-    config, steps = run.config, run.batch_source.steps(epoch)
+    config, steps = run.config, run.batch_source.plan(epoch).steps
     run.model.train()
     meter, start = Meter.resumed(run.first_meter, run.is_main), run.first_step
     run.first_step, run.first_meter = 0, None
@@ -127,7 +129,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
         **meter.means(),
         **overflow,
         **_skip_counts(run.step),
-        **{f"plan/{name}": float(count) for name, count in run.batch_source.counts(epoch).items()},
+        **{f"plan/{name}": float(count) for name, count in run.batch_source.plan(epoch).counts.items()},
     }
 
 
@@ -299,7 +301,7 @@ def _prepare(
         device=device,
         model=model,
         optimizer=optimizer,
-        rates=LearningRates(optimizer, config, batch_source.steps(0)),
+        rates=LearningRates(optimizer, config, batch_source.plan(0).steps),
         step=TrainStep(model, config, comm),
         initial_world_size=initial_world_size,
     )

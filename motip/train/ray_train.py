@@ -24,13 +24,12 @@ from motip.events import Note
 from motip.stage_folder import StageFolder, epoch_folder, step_folder
 from motip.storage.atomic_filesystem import atomic_filesystem
 from motip.storage.paths import RemotePath, download, location, write_bytes
-from motip.train.batch_sources import LocalBatchSource, RayBatchSource
-from motip.train.checkpoint_stores import FolderStore
+from motip.train.batch_sources import BatchSource
+from motip.train.checkpoint_stores import CheckpointStore, Retention, drop_epochs, drop_steps
 from motip.train.checkpoints import store_folder
 from motip.train.collectives import SingleProcess, current_process_group
 from motip.train.loop import train_stage_on_worker
 from motip.train.preemption import GRACE_PERIOD_S, SigtermForwarder, Stopped
-from motip.train.retention import Retention, drop_epochs, drop_steps
 from motip.train.run_channel import LocalChannel, RemoteChannel, RunChannel
 from motip.train.stage_job import StageJob
 from motip.train.temp_dirs import TempDirs
@@ -142,10 +141,10 @@ def fit(
                 fix="use --workers 1 or more, or a local --storage",
             )
         config = Config.from_dict(job.config)
-        store = FolderStore(StageFolder(folder), _retention(job, config))
+        store = CheckpointStore(StageFolder(folder), _retention(job, config))
         with _closed(LocalChannel(folder, catch_up)) as local:
             train_stage_on_worker(
-                job, SingleProcess(), LocalBatchSource(job, config), local, store, device_from_config(config)
+                job, SingleProcess(), BatchSource(job, config), local, store, device_from_config(config)
             )
         catch_up()
         return completed(folder)
@@ -239,7 +238,7 @@ def _worker_main(settings: dict[str, Any]) -> None:
         comm = current_process_group(config.COLLECTIVE_TIMEOUT_S)  # initialised by Ray Train
         device = _worker_device(resources)
         # Batches from Ray Data: this rank's rows of the clip plan, in order.
-        batches = RayBatchSource(job, config, comm.rank, comm.world_size, resources.decoders, resources.decoder_cpus)
+        batches = BatchSource(job, config, comm.rank, comm.world_size, resources.decoders, resources.decoder_cpus)
         store = RayStore(channel, StageFolder(settings["folder"]), _retention(job, config))
         try:
             train_stage_on_worker(job, comm, batches, channel, store, device)
@@ -425,18 +424,12 @@ class _ReaderThread:
             _log.warning(line)
 
 
-class RayStore:
-    """Store of a Ray Train worker: checkpoints go through ray.train.report.
-
-    Args:
-        stage: Ray Train's folder of the run, where the checkpoints are stored.
-        retention: the checkpoints to keep.
-    """
+class RayStore(CheckpointStore):
+    """Store of a Ray Train worker: checkpoints go through ray.train.report to Ray Train's folder of the run."""
 
     def __init__(self, channel: RunChannel, stage: StageFolder, retention: Retention) -> None:
+        super().__init__(stage, retention)
         self._channel = channel
-        self._stage = stage
-        self._retention = retention
         self._temp_dirs = TempDirs(str(stage))
 
     @contextlib.contextmanager

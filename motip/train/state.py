@@ -1,14 +1,11 @@
-"""State of a stage in training: parts, position, epoch means; interfaces to batches, checkpoints and events."""
+"""State of a stage in training: parts, position, epoch means."""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -16,7 +13,9 @@ from motip.config import Config
 from motip.data.batch import ClipBatch
 from motip.events import Event, Note
 from motip.model import MOTIP
+from motip.train.batch_sources import BatchSource
 from motip.train.checkpoint_schedule import CheckpointSchedule
+from motip.train.checkpoint_stores import CheckpointStore
 from motip.train.collectives import ProcessGroup
 from motip.train.optimizer import LearningRates
 from motip.train.preemption import StopRequest
@@ -24,50 +23,6 @@ from motip.train.run_channel import RunChannel
 from motip.train.stage_job import StageJob
 from motip.train.step import StepLosses, TrainStep
 from motip.train.timing import PARTS, StepClock
-
-
-class BatchSource(Protocol):
-    """Batches of one rank."""
-
-    def steps(self, epoch: int) -> int:
-        """Batches of one rank in an epoch; equal on all ranks."""
-        ...
-
-    def counts(self, epoch: int) -> dict[str, int]:
-        """Clips that the clip plan of an epoch dropped or repeated, by reason."""
-        ...
-
-    def batches(self, epoch: int, start_step: int) -> Iterator[ClipBatch]:
-        """This rank's batches from ``start_step`` on."""
-        ...
-
-    def set_initial_world_size(self, initial_world_size: int) -> None:
-        """Keep the global batches of a run that began with this many ranks; called before any other method."""
-        ...
-
-
-class CheckpointStore(Protocol):
-    """Where a training's checkpoints are; independent of Ray."""
-
-    def newest(self) -> contextlib.AbstractContextManager[Path | None]:
-        """The newest checkpoint file of an interrupted run, or None; readable inside the block."""
-        ...
-
-    def folder(self, name: str) -> Path:
-        """A local folder for the files of a checkpoint; called on rank 0 only."""
-        ...
-
-    def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
-        """Store a checkpoint inside an epoch and drop the oldest; every rank calls it, rank 0 with the folder."""
-        ...
-
-    def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
-        """Store an epoch; every rank calls it, rank 0 with the folder if a checkpoint was saved."""
-        ...
-
-    def preemption(self) -> str:
-        """Why this machine will be preempted, or "". Every rank calls it equally often and gets the same answer."""
-        ...
 
 
 @dataclass

@@ -19,7 +19,7 @@ from motip.curriculum.stage_inputs import NON_IDENTITY_KEYS
 from motip.errors import MotipError
 from motip.lineage import Lineage
 from motip.storage.atomic import sha256_file
-from motip.train.batch_sources import RayBatchSource
+from motip.train.batch_sources import BatchSource
 from motip.train.ray_train import plan_resources
 from motip.train.setup import build_model_for
 from motip.train.stage_job import Parent, StageJob
@@ -48,7 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
         stage = curriculum.stages[1]
         placement = plan_resources(1, stage.config, Cluster(cpus=2, gpus=0, nodes=1, joined=False))
         job = StageJob(stage.name, stage.config.to_dict(), (), {}, (), {}, {}, "", None, "")
-        RayBatchSource(job, stage.config, 0, 1, placement.decoders, placement.decoder_cpus)
+        BatchSource(job, stage.config, 0, 1, placement.decoders, placement.decoder_cpus)
         given = stage.config.replaced(DETR_PRETRAIN=result.records[0].checkpoint)
         alone = stage.model_copy(update={"config": given, "weights": None})
         assert parent_of(curriculum, alone, [], Options(str(folder), str(folder))).sha256 == result.records[0].sha256

@@ -16,10 +16,9 @@ import motip.train.loop as loop
 from motip.config import Config
 from motip.events import Event
 from motip.stage_folder import StageFolder
-from motip.train.batch_sources import LocalBatchSource
-from motip.train.checkpoint_stores import FolderStore
+from motip.train.batch_sources import BatchSource
+from motip.train.checkpoint_stores import CheckpointStore, Retention
 from motip.train.collectives import SingleProcess
-from motip.train.retention import Retention
 from motip.train.run_channel import Heartbeat, RunChannel
 from motip.train.stage_job import StageJob
 
@@ -51,8 +50,8 @@ def _store() -> dist.Store:
     return dist.PrefixStore("heartbeats", _get_default_store().clone())
 
 
-def folder_store(folder: Path | str, retention: Retention | None = None) -> FolderStore:
-    return FolderStore(StageFolder(folder), retention)
+def folder_store(folder: Path | str, retention: Retention | None = None) -> CheckpointStore:
+    return CheckpointStore(StageFolder(folder), retention)
 
 
 def train_in_process(
@@ -61,14 +60,14 @@ def train_in_process(
     on_event: Callable[[Event], None],
     *,
     channel: RunChannel | None = None,
-    store: FolderStore | None = None,
+    store: CheckpointStore | None = None,
 ) -> None:
     """Train a stage on one rank with the batches of this process."""
     config = Config.from_dict(job.config)
     loop.train_stage_on_worker(
         job,
         SingleProcess(),
-        LocalBatchSource(job, config),
+        BatchSource(job, config),
         channel or CallbackChannel(folder, on_event),
         store or folder_store(folder),
         torch.device("cpu"),

@@ -17,7 +17,7 @@ from motip.data.clip_loader import ClipLoader, local_batches, plan_videos
 from motip.data.clips import PlanVideo, plan_clips
 from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence
 from motip.data.shards import shard_path, write_shard
-from motip.train.batch_sources import LocalBatchSource
+from motip.train.batch_sources import BatchSource
 from motip.train.collectives import SingleProcess
 from motip.train.loop import train_epoch
 from motip.train.optimizer import LearningRates, build_optimizer
@@ -105,7 +105,7 @@ def test_objects_beyond_the_vocabulary_are_epoch_metrics(
 ) -> None:
     config = small_config(**SETTINGS, NUM_ID_VOCABULARY=1, SUBSET_OVERFLOW=rule, EPOCHS=1)
     job = job_of(config, tmp_path, [write_video(tmp_path, "v")])
-    model, batch_source, comm = small_model(config), LocalBatchSource(job, config), SingleProcess()
+    model, batch_source, comm = small_model(config), BatchSource(job, config), SingleProcess()
     optimizer = build_optimizer(model, config)
     run = Run(
         job,
@@ -117,12 +117,12 @@ def test_objects_beyond_the_vocabulary_are_epoch_metrics(
         torch.device("cpu"),
         model,
         optimizer,
-        LearningRates(optimizer, config, batch_source.steps(0)),
+        LearningRates(optimizer, config, batch_source.plan(0).steps),
         TrainStep(model, config, comm),
     )
     metrics = train_epoch(run, 0)
     clips = metrics["plan/clips"]
-    assert clips == batch_source.steps(0) == 4
+    assert clips == batch_source.plan(0).steps == 4
     assert metrics["distractors"] == kept * clips
     assert metrics["objects_without_id_slot"] == dropped * clips
 

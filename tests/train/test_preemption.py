@@ -20,9 +20,9 @@ import motip.train.loop as loop
 from motip.events import EventLog, Note, StepLogged
 from motip.stage_folder import StageFolder
 from motip.train import checkpoint_schedule, preemption, ray_train
+from motip.train.checkpoint_stores import Retention
 from motip.train.preemption import SigtermForwarder, Stopped
 from motip.train.ray_train import RayStore
-from motip.train.retention import Retention
 from motip.train.run_channel import RemoteChannel, RunChannel
 from motip.train.temp_dirs import TempDirs
 from motip.weights import load_checkpoint

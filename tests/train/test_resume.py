@@ -24,7 +24,7 @@ from motip.data.clip_loader import plan_videos
 from motip.data.clips import PlanVideo
 from motip.errors import MotipError
 from motip.events import EpochDone, Event, Note, StepLogged
-from motip.train.batch_sources import RayBatchSource
+from motip.train.batch_sources import BatchSource
 from motip.train.checkpoint_schedule import CheckpointSchedule
 from motip.train.collectives import ProcessGroup, SingleProcess, current_process_group
 from motip.train.preemption import Stopped
@@ -328,7 +328,7 @@ def _rank(rank: int, world: int, folder: str, data: str, after: int | None) -> N
     config = _config(DETR_DROPOUT=0.0, AUG_RANDOM_CROP_MIN=1000, AUG_RANDOM_CROP_MAX=1000)
     job = _job_again(Path(data), config)
     records = Records(after, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    batch_source = RayBatchSource(job, config, rank, world, 0, 1.0)
+    batch_source = BatchSource(job, config, rank, world, 0, 1.0)
     channel, store = CallbackChannel(folder, records), folder_store(folder)
     loop.train_stage_on_worker(job, comm, batch_source, channel, store, torch.device("cpu"))
     if rank == 0:

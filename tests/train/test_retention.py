@@ -24,9 +24,9 @@ from motip.storage import paths, retries
 from motip.storage.atomic_filesystem import atomic_filesystem
 from motip.storage.paths import Location, location
 from motip.train import checkpoint_schedule, checkpoints, preemption
+from motip.train.checkpoint_stores import Retention, drop_epochs, drop_steps
 from motip.train.checkpoints import store_folder
 from motip.train.ray_train import RayStore, completed
-from motip.train.retention import Retention, drop_epochs, drop_steps
 from motip.train.run_channel import RunChannel
 from motip.weights import load_checkpoint
 from tests.helpers.object_store import ObjectStore, object_store

@@ -19,7 +19,7 @@ import torch.multiprocessing as multiprocessing
 import motip.train.loop as loop
 from motip.errors import MotipError
 from motip.events import EventLog, Note
-from motip.train.checkpoint_stores import FolderStore
+from motip.train.checkpoint_stores import CheckpointStore
 from motip.train.collectives import SingleProcess, current_process_group
 from motip.train.run_channel import Heartbeat, RunChannel
 from motip.train.stage_job import StageJob
@@ -215,12 +215,12 @@ class _Video:
 
 
 def _the_storage_hangs() -> None:
-    def folder(self: FolderStore, name: str) -> Path:
+    def folder(self: CheckpointStore, name: str) -> Path:
         threading.Event().wait()
         raise AssertionError(name)
 
     loop.validate = lambda run, epoch: {}
-    FolderStore.folder = folder  # type: ignore[method-assign]
+    CheckpointStore.folder = folder  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
