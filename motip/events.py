@@ -198,6 +198,8 @@ SEGMENTS = "events"
 """Folder of the log's files on an object store, whose objects cannot be appended to."""
 SEGMENT_BYTES = 256 << 10
 """Size from which on an object store the next event begins a new object."""
+RETRY_AFTER = 4
+"""Pause after a failed attempt to write, as a multiple of its duration."""
 
 
 class EventSink(Protocol):
@@ -210,10 +212,12 @@ class EventLog:
     """The append-only log in a run's folder: ``events.jsonl``; on an object store ``events/<time>-<id>.jsonl``.
 
     Any process may write and read at any time; on an object store one process writes at a time. Secrets in addresses
-    and under the names of secrets are replaced before an event is written.
+    and under the names of secrets are replaced before an event is written. An event that cannot be written is kept and
+    written with a later one. After a failure no attempt is made for several times its duration, so that a storage that
+    answers late does not stop the writer.
 
     Args:
-        on_failure: called with a line when an event cannot be written; it is kept and written with the next one.
+        on_failure: called with a line at the first of several failures in a row.
     """
 
     def __init__(self, folder: Location, on_failure: Callable[[str], None] = lambda text: None) -> None:
@@ -222,17 +226,28 @@ class EventLog:
         self._pending = b""
         self._segment: tuple[Location, bytes] | None = None
         self._lock = threading.Lock()
+        self._retry_at = 0.0  # 0: the last attempt did not fail
         self._indexed = START
         self._last: dict[tuple[Any, ...], dict[str, Any]] = {}  # subject -> values of the last event, up to _indexed
 
     def send(self, event: Event) -> None:
-        """Append an event; it is in the storage on return, unless the storage fails, which `close` raises."""
+        """Append an event; it is in the storage on return, unless the storage fails, which `close` raises.
+
+        Raises:
+            TypeError, ValueError: the event has a value that cannot be read again, a defect of the program.
+        """
+        line = _line(event)
         with self._lock:
-            self._pending += _line(event)
+            self._pending += line
+            begin = clock.monotonic()
+            if begin < self._retry_at:
+                return
             try:
                 self._write()
             except (MotipError, OSError) as error:
-                self._on_failure(f"the event log cannot be written yet: {str(error).splitlines()[0]}")
+                if not self._retry_at:
+                    self._on_failure(f"the event log cannot be written yet: {str(error).splitlines()[0]}")
+                self._retry_at = clock.monotonic() + RETRY_AFTER * (clock.monotonic() - begin)
 
     def send_changed(self, event: Event) -> None:
         """Append an event unless the last one of the same subject has the same values."""
@@ -298,22 +313,24 @@ class EventLog:
             create_folder(self.folder)
             _append(self.folder / FILE, self._pending)
         else:
-            path, written = self._segment or (self._new_segment(), b"")
-            write_bytes(path, written + self._pending)
-            full = len(written + self._pending) >= SEGMENT_BYTES
-            self._segment = None if full else (path, written + self._pending)
-        self._pending = b""
+            # Kept after a failure too: the object may have been written, and only the answer lost.
+            path, written = self._segment = self._segment or (self._new_segment(), b"")
+            content = written + self._pending
+            write_bytes(path, content)
+            self._segment = None if len(content) >= SEGMENT_BYTES else (path, content)
+        self._pending, self._retry_at = b"", 0.0
 
     def _new_segment(self) -> Location:
-        # After the last one, whose writer's clock may be ahead.
-        last = max((int(name.partition("-")[0]) for name, _ in self._files()), default=0)
-        return self.folder / SEGMENTS / f"{max(clock.time_ns(), last + 1):020d}-{uuid.uuid4().hex[:8]}.jsonl"
+        """An object whose name is greater than all others, also if this machine's clock is behind."""
+        newest = max((int(name.partition("-")[0]) for name, _ in self._files()), default=0)
+        return self.folder / SEGMENTS / f"{max(clock.time_ns(), newest + 1):020d}-{uuid.uuid4().hex[:8]}.jsonl"
 
 
 def _append(path: Path, lines: bytes) -> None:
-    """Append complete lines, all or none; a half line left by a killed process is removed first."""
+    """Append complete lines; a half line left by a killed process is removed first."""
+    # Unbuffered: after a failure nothing is left that a later flush would write again.
     with path.open("ab+", buffering=0) as stream:
-        with contextlib.suppress(OSError):  # a mount without locks; usually one process writes
+        with contextlib.suppress(OSError):  # some network mounts have no locks
             fcntl.flock(stream, fcntl.LOCK_EX)
         size = stream.seek(0, os.SEEK_END)
         if size:
@@ -323,9 +340,9 @@ def _append(path: Path, lines: bytes) -> None:
                 size = stream.readall().rfind(b"\n") + 1
                 stream.truncate(size)
         try:
-            written = 0
-            while written < len(lines):
-                written += stream.write(lines[written:])
+            rest = memoryview(lines)
+            while rest:
+                rest = rest[stream.write(rest) or 0 :]
             os.fsync(stream.fileno())
         except OSError:
             stream.truncate(size)  # of a full disk: nothing of it, rather than half
@@ -343,7 +360,10 @@ def _complete_lines(path: Location, position: int) -> list[bytes]:
 
 
 def _line(event: Event) -> bytes:
-    return json.dumps(redact({"kind": event.kind, **vars(event)})).encode() + b"\n"
+    line = json.dumps(redact({"kind": event.kind, **vars(event)})).encode() + b"\n"
+    if _parse(line) is None:
+        raise ValueError(f"not a valid event: {event}")
+    return line
 
 
 def _parse(line: bytes) -> Event | None:

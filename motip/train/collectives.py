@@ -1,4 +1,4 @@
-"""Collectives between the ranks: sums, all-gather, status texts, and the all-reduce of gradients."""
+"""Collectives between the ranks: sums, all-gather, and the all-reduce of gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _get_default_store as _default_store  # torch has no public name for it
 
 _BUCKET_BYTES = 32 * 2**20
 
@@ -31,14 +30,6 @@ class ProcessGroup(Protocol):
         """Every rank's value, in rank order, on every rank. For small results such as tracks, not for tensors."""
         ...
 
-    def publish_status(self, text: str) -> None:
-        """Publish a text for the other ranks, without waiting for them. May be called from any thread."""
-        ...
-
-    def read_status(self, rank: int) -> str:
-        """The last status the rank published, or ""."""
-        ...
-
 
 class SingleProcess:
     """Process group of one rank."""
@@ -51,12 +42,6 @@ class SingleProcess:
 
     def all_gather(self, value: Any) -> list[Any]:
         return [value]
-
-    def publish_status(self, text: str) -> None:
-        return
-
-    def read_status(self, rank: int) -> str:
-        return ""
 
 
 class TorchDistributed:
@@ -75,8 +60,6 @@ class TorchDistributed:
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self._object_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-        # A separate connection: a call through the group's own would queue behind its blocking calls.
-        self._status_store = dist.PrefixStore("motip", _default_store().clone())
 
     def sum_(self, tensor: Tensor) -> Tensor:
         on_device = self._on_group_device(tensor)
@@ -87,14 +70,6 @@ class TorchDistributed:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._object_group)
         return values
-
-    def publish_status(self, text: str) -> None:
-        self._status_store.set(str(self.rank), text)
-
-    def read_status(self, rank: int) -> str:
-        key = str(rank)
-        # `get` alone would block until the rank publishes its first status.
-        return self._status_store.get(key).decode() if self._status_store.check([key]) else ""
 
     def _on_group_device(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == self._device.type and tensor.is_contiguous():

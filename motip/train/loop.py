@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -20,12 +19,13 @@ from motip.train.checkpoints import save_epoch, save_step
 from motip.train.collectives import ProcessGroup
 from motip.train.optimizer import GROUP_NAMES, LearningRates, build_optimizer
 from motip.train.preemption import Stopped
+from motip.train.run_channel import RunChannel
 from motip.train.setup import build_model_for, restore_optimizer
 from motip.train.stage_job import StageJob
-from motip.train.state import BatchSource, Channel, CheckpointStore, Meter, Run, time_split
+from motip.train.state import BatchSource, CheckpointStore, Meter, Run, time_split
 from motip.train.step import TrainStep
 from motip.train.timing import Interval, memory_gib
-from motip.train.watchdog import Watchdog, WorkerLost
+from motip.train.watchdog import Watchdog
 from motip.weights import load_checkpoint
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def train_stage_on_worker(
     job: StageJob,
     comm: ProcessGroup,
     batch_source: BatchSource,
-    channel: Channel,
+    channel: RunChannel,
     store: CheckpointStore,
     device: torch.device,
 ) -> None:
@@ -49,22 +49,13 @@ def train_stage_on_worker(
     config = Config.from_dict(job.config)
     if device.type == "cpu":
         keep_freed_memory()
-    watchdog = Watchdog(comm, config.COLLECTIVE_TIMEOUT_S, config.PROGRESS_TIMEOUT_S)
-    with watchdog.monitored(channel.report_lost), _report_lost_worker(channel):
+    watchdog = Watchdog(comm, channel, config.COLLECTIVE_TIMEOUT_S, config.PROGRESS_TIMEOUT_S)
+    with watchdog.monitored():
         run, first_epoch = _prepare(job, config, watchdog, batch_source, channel, store, device)
         watchdog.status = lambda: run.status
         with run.stop_request:
             for epoch in range(first_epoch, config.EPOCHS):
                 _finish_epoch(run, epoch, train_epoch(run, epoch))
-
-
-@contextlib.contextmanager
-def _report_lost_worker(channel: Channel) -> Iterator[None]:
-    try:
-        yield
-    except WorkerLost as lost:
-        channel.report_lost(lost.problem)
-        raise
 
 
 def _finish_epoch(run: Run, epoch: int, metrics: dict[str, float]) -> None:
@@ -283,7 +274,7 @@ def _prepare(
     config: Config,
     comm: ProcessGroup,
     batch_source: BatchSource,
-    channel: Channel,
+    channel: RunChannel,
     store: CheckpointStore,
     device: torch.device,
 ) -> tuple[Run, int]:

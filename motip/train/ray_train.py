@@ -10,6 +10,8 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,22 +21,26 @@ from motip.config import Config
 from motip.data.stream import data_resources
 from motip.errors import MotipError, find_motip_error
 from motip.events import Note
-from motip.stage_folder import StageFolder
+from motip.stage_folder import StageFolder, epoch_folder, step_folder
 from motip.storage.atomic_filesystem import atomic_filesystem
-from motip.storage.paths import RemotePath, location, write_bytes
+from motip.storage.paths import RemotePath, download, location, write_bytes
 from motip.train.batch_sources import LocalBatchSource, RayBatchSource
-from motip.train.checkpoint_stores import FolderStore, RayStore
+from motip.train.checkpoint_stores import FolderStore
+from motip.train.checkpoints import store_folder
 from motip.train.collectives import SingleProcess, current_process_group
 from motip.train.loop import train_stage_on_worker
 from motip.train.preemption import GRACE_PERIOD_S, SigtermForwarder, Stopped
-from motip.train.retention import Retention
+from motip.train.retention import Retention, drop_epochs, drop_steps
 from motip.train.run_channel import LocalChannel, RemoteChannel, RunChannel
 from motip.train.stage_job import StageJob
+from motip.train.temp_dirs import TempDirs
 
 _log = logging.getLogger(__name__)
 
 READ_EVERY_S = 0.5
 """Seconds between two readings of the event log."""
+ANSWER_S = 120.0
+"""Time for which the driver waits for an answer of the run channel, which may wait for a slow storage."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,20 @@ def plan_resources(workers: int, config: Config, cluster: Cluster, min_workers: 
     """
     gpu = config.DEVICE != "cpu" and cluster.gpus >= 1
     if min_workers is not None:
-        return _plan_worker_range(min_workers, workers, config, cluster, gpu)
+        # Ray computes the number of workers from one worker's reservation alone, so it must include decoding.
+        units, available = ("GPUs", cluster.gpus) if gpu else ("CPUs", cluster.cpus)
+        now = max(1, min(workers, int(available)))
+        if available < min_workers:
+            why = "one GPU each" if gpu else "without GPUs each worker of a range takes one and decodes its own clips"
+            raise MotipError(
+                f"fewer {units} than the minimum number of workers",
+                where="--workers",
+                found=f"{available:g} {units}",
+                expected=f"{min_workers} ({why})",
+                fix=f"use --workers {now}:{workers} or add nodes",
+            )
+        plan = plan_resources(now, config, cluster) if gpu else ResourcePlan(workers, decoders=0)
+        return replace(plan, workers=workers, min_workers=min_workers)
     if gpu and workers > cluster.gpus:
         raise MotipError(
             "more training workers than GPUs",
@@ -91,31 +110,6 @@ def plan_resources(workers: int, config: Config, cluster: Cluster, min_workers: 
         )
     shares = data_resources(cluster.cpus, workers, config.NUM_WORKERS, node_cpus=cluster.node_cpus)
     return ResourcePlan(workers, shares.worker_cpus, shares.actors_per_worker, shares.actor_cpus, gpu)
-
-
-def _plan_worker_range(min_workers: int, max_workers: int, config: Config, cluster: Cluster, gpu: bool) -> ResourcePlan:
-    """Resources of an elastic run. Ray computes the number of workers from one worker's reservation alone, so the
-    reservation must bound it and include decoding."""
-    if not gpu:
-        if cluster.cpus < min_workers:
-            raise MotipError(
-                "fewer CPUs than the minimum number of workers",
-                where="--workers",
-                found=f"{cluster.cpus:g} CPUs",
-                expected=f"{min_workers} (without GPUs each worker of a range takes one and decodes its own clips)",
-                fix=f"use --workers {max(1, int(cluster.cpus))}:{max_workers} or add nodes",
-            )
-        return ResourcePlan(max_workers, decoders=0, min_workers=min_workers)
-    now = min(max_workers, int(cluster.gpus))
-    if now < min_workers:
-        raise MotipError(
-            "fewer GPUs than the minimum number of workers",
-            where="--workers",
-            found=f"{cluster.gpus:g} GPUs",
-            expected=f"{min_workers} (one GPU each)",
-            fix=f"use --workers {now}:{max_workers} or add nodes",
-        )
-    return replace(plan_resources(now, config, cluster), workers=max_workers, min_workers=min_workers)
 
 
 def fit(
@@ -140,21 +134,36 @@ def fit(
         MotipError: the stage's inputs are wrong, training failed, or its events cannot be written.
     """
     if resources.workers == 0:
-        _fit_in_process(job, folder, catch_up)
+        if isinstance(location(folder), RemotePath):
+            raise MotipError(
+                "without Ray workers a stage can only write to a local folder",
+                where="--storage",
+                found=folder,
+                fix="use --workers 1 or more, or a local --storage",
+            )
+        config = Config.from_dict(job.config)
+        store = FolderStore(StageFolder(folder), _retention(job, config))
+        with _closed(LocalChannel(folder, catch_up)) as local:
+            train_stage_on_worker(
+                job, SingleProcess(), LocalBatchSource(job, config), local, store, device_from_config(config)
+            )
+        catch_up()
         return completed(folder)
-    channel = RemoteChannel(_channel_actor(folder, channel_name))
-    trainer = _trainer(job, resources, channel, folder)
-    # Training, with events and signals handled in this process.
-    readers = _ReaderThread(channel, catch_up)
-    with _forward_sigterm(channel) as sigterm, readers, _sigint_as_keyboard_interrupt():
+    with contextlib.ExitStack() as stack:
+        # Training, with events and signals handled in this process.
+        channel = RemoteChannel.start(folder, channel_name, ANSWER_S)
+        stack.callback(channel.stop_actor)
+        sigterm = stack.enter_context(_forward_sigterm(channel))
+        readers = stack.enter_context(_ReaderThread(channel, catch_up))
+        stack.enter_context(_closed(channel))
+        stack.enter_context(_sigint_as_keyboard_interrupt())
         try:
-            trainer.fit()
+            _trainer(job, resources, channel.for_workers(), folder).fit()
         except Exception as error:
-            _raise_worker_failure(channel, folder)
-            failed = _training_failed(job, folder, error, str(error))  # keeps the workers' output in any case
-            raise _lost_worker_error(channel, error, failed) or failed from error
-        _raise_worker_failure(channel, folder)
-        channel.close()
+            raise _training_error(channel, job, folder, error) from error
+        failure = channel.failure()
+        if failure is not None:
+            raise _worker_failure(failure, folder)
         if sigterm.received or readers.stopped:
             raise Stopped
     return completed(folder)
@@ -164,23 +173,21 @@ def request_stop(channel_name: str) -> None:
     """Request the stop of a training of this Ray job by its `channel_name`; no-op if it has ended."""
     import ray
 
-    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
-        RemoteChannel(ray.get_actor(channel_name)).request_stop()
+    with contextlib.suppress(ValueError, MotipError):
+        RemoteChannel(ray.get_actor(channel_name), ANSWER_S).request_stop()
 
 
-def _fit_in_process(job: StageJob, folder: str, catch_up: Callable[[], None]) -> None:
-    if isinstance(location(folder), RemotePath):
-        raise MotipError(
-            "without Ray workers a stage can only write to a local folder",
-            where="--storage",
-            found=folder,
-            fix="use --workers 1 or more, or a local --storage",
-        )
-    config = Config.from_dict(job.config)
-    channel = LocalChannel(folder, catch_up)
-    store = FolderStore(StageFolder(folder), _retention(job, config))
-    batches = LocalBatchSource(job, config)
-    train_stage_on_worker(job, SingleProcess(), batches, channel, store, device_from_config(config))
+@contextlib.contextmanager
+def _closed(channel: Any) -> Iterator[Any]:
+    """Write the channel's last events on exit; after an error of the training a failure to do so is only logged."""
+    try:
+        yield channel
+    except BaseException:
+        try:
+            channel.close()
+        except MotipError as error:
+            _log.error("%s", error)
+        raise
     channel.close()
 
 
@@ -264,15 +271,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _channel_actor(folder: str, name: str | None) -> Any:
-    """The `RunChannel` actor, pinned to the driver's node: it outlives every other node and writes to its disk."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(RunChannel).options(name=name, num_cpus=0, scheduling_strategy=pinned).remote(folder)
-
-
 def _trainer(job: StageJob, resources: ResourcePlan, channel: RemoteChannel, folder: str) -> Any:
     """Ray Train's trainer of a stage.
 
@@ -340,48 +338,48 @@ def _sigint_as_keyboard_interrupt() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _raise_worker_failure(channel: RemoteChannel, folder: str) -> None:
-    """Raise the permanent error reported by a worker, if any; for a defect the traceback is written to a file."""
-    failure = channel.failure()
-    if failure is None:
-        return
+def _worker_failure(failure: tuple[MotipError, str], folder: str) -> MotipError:
+    """The permanent error that a worker reported; for a defect of the program the traceback is written to a file."""
     error, text = failure
-    if error.where is None and error.fix is None:
-        path = StageFolder(folder).failure
-        write_bytes(path, text.encode())
-        raise MotipError(error.what, where=f"{path} (traceback)", fix="this is a defect of the program: report it")
-    raise error
-
-
-def _lost_worker_error(channel: RemoteChannel, error: BaseException, failed: MotipError) -> MotipError | None:
-    """The report of a lost worker in the last attempt, or a MotipError among the causes of ``error``, if any.
-
-    A lost worker may be the consequence of another worker's failure, so the full output of the workers is named too.
-    """
-    lost: MotipError | None = channel.lost()
-    if lost is None:
-        return find_motip_error(error)
-    fix = f"read the output of the workers first: {failed.where}; {lost.fix}"
-    return MotipError(lost.what, where=lost.where, found=lost.found, expected=lost.expected, fix=fix)
-
-
-def _training_failed(job: StageJob, folder: str, error: BaseException, text: str) -> MotipError:
+    if error.where is not None or error.fix is not None:
+        return error
     path = StageFolder(folder).failure
     write_bytes(path, text.encode())
-    return MotipError(
-        f"training of stage {job.stage} failed: {_last_line(error)}",
-        where=f"{path} (full worker output)",
+    return MotipError(error.what, where=f"{path} (traceback)", fix="this is a defect of the program: report it")
+
+
+def _training_error(channel: RemoteChannel, job: StageJob, folder: str, error: Exception) -> MotipError:
+    """The error to raise after a failed training.
+
+    By precedence: a worker's permanent error; the report of a lost worker; a MotipError among the causes of ``error``;
+    the last line of ``error``. The output of the workers is written to a file, and named beside a lost worker, which
+    may be the consequence of another worker's failure.
+    """
+    lost: MotipError | None = None
+    try:
+        failure, lost = channel.failure(), channel.lost()
+        if failure is not None:
+            return _worker_failure(failure, folder)
+    except MotipError as dead:
+        _log.error("%s", dead)
+    path = StageFolder(folder).failure
+    write_bytes(path, str(error).encode())
+    output = f"{path} (full worker output)"
+    if lost is not None:
+        fix = f"read the output of the workers first: {output}; {lost.fix}"
+        return MotipError(lost.what, where=lost.where, found=lost.found, expected=lost.expected, fix=fix)
+    last_line = [type(error).__name__, *filter(None, map(str.strip, str(error).splitlines()))][-1]
+    return find_motip_error(error) or MotipError(
+        f"training of stage {job.stage} failed: {last_line}",
+        where=output,
         fix="the checkpoints so far are kept; run the same command again to resume",
     )
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
 class _ReaderThread:
     """Thread that lets the readers of the event log catch up every half second; a context manager.
+
+    A failure is logged once per reason. If the last reading fails too, the end of the block raises its error.
 
     Attributes:
         stopped: a reader raised `Stopped`, and the workers were requested to stop.
@@ -392,26 +390,136 @@ class _ReaderThread:
         self._catch_up = catch_up
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="motip-readers", daemon=True)
+        self._error: Exception | None = None
         self.stopped = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _ReaderThread:
         self._thread.start()
+        return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._over.set()
         self._thread.join()
+        if self._error is not None and error is None:
+            raise self._error
 
     def _run(self) -> None:
-        while True:
+        last = False
+        while not last:
             last = self._over.wait(READ_EVERY_S)
+            before, self._error = self._error, None
             try:
-                self._catch_up()
-                for line in self._channel.warnings():
-                    _log.warning(line)
-            except Stopped:
-                self._channel.request_stop()
-                self.stopped = True
-            except Exception:
-                _log.exception("the events of the training cannot be read; training continues")
-            if last:
-                return
+                self._read()
+            except Exception as error:
+                self._error = error
+                if repr(error) != repr(before):
+                    _log.exception("the events of the training cannot be read yet; training continues")
+
+    def _read(self) -> None:
+        try:
+            self._catch_up()
+        except Stopped:
+            self.stopped = True
+            self._channel.request_stop()
+        for line in self._channel.warnings():
+            _log.warning(line)
+
+
+class RayStore:
+    """Store of a Ray Train worker: checkpoints go through ray.train.report.
+
+    Args:
+        stage: Ray Train's folder of the run, where the checkpoints are stored.
+        retention: the checkpoints to keep.
+    """
+
+    def __init__(self, channel: RunChannel, stage: StageFolder, retention: Retention) -> None:
+        self._channel = channel
+        self._stage = stage
+        self._retention = retention
+        self._temp_dirs = TempDirs(str(stage))
+
+    @contextlib.contextmanager
+    def newest(self) -> Iterator[Path | None]:
+        """The newest complete checkpoint, downloaded inside the block if it is remote.
+
+        Rank 0 chooses for all ranks: an upload of the previous attempt may complete between the listings of two ranks.
+        """
+        import ray.train
+        import ray.train.collective
+
+        context = ray.train.get_context()
+        if context.get_local_rank() == 0:
+            self._temp_dirs.remove_stale()
+        found = self._stage.checkpoints().latest() if context.get_world_rank() == 0 else None
+        chosen = None if found is None else f"{found.parent.name}/{found.name}"
+        # The broadcast waits for all ranks: no rank creates a temporary directory before the stale ones are removed.
+        name = ray.train.collective.broadcast_from_rank_zero(chosen)
+        newest = None if name is None else self._stage.path / name
+        if newest is not None and not isinstance(newest, Path):
+            newest = download(newest, self._temp_dirs.new("resume") / newest.name)
+        yield newest
+        self.remove_local_copies()
+
+    def remove_local_copies(self) -> None:
+        """Remove this rank's temporary directories; Ray Train removes those that it still uploads."""
+        self._temp_dirs.clear()
+
+    def folder(self, name: str) -> Path:
+        return self._temp_dirs.new(name, keep=name.startswith("step_"))
+
+    def step_done(self, step: int, folder: Path | None, wait: bool) -> None:
+        import ray.train
+
+        # ASYNC uploads while training continues; Ray lists a checkpoint once complete, and removes the local copy.
+        mode = ray.train.CheckpointUploadMode.SYNC if wait else ray.train.CheckpointUploadMode.ASYNC
+        ray.train.report(
+            {"step": step},
+            checkpoint=None if folder is None else ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=step_folder(step),
+            checkpoint_upload_mode=mode,
+            checkpoint_upload_fn=self._upload,
+            delete_local_checkpoint_after_upload=True,
+        )
+        if folder is not None:
+            # The newest may still be uploading, so one more than configured is kept.
+            drop_steps(self._stage, self._retention.steps + 1)
+
+    def epoch_done(self, epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
+        import ray.train
+
+        # Every rank reports, rank 0 with the files; Ray Train lists the epoch once its folder is in the storage.
+        checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(str(folder))
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_dir_name=epoch_folder(epoch),
+            checkpoint_upload_fn=self._upload,
+        )
+        self.remove_local_copies()
+        if folder is not None:
+            drop_steps(self._stage, 1)
+            drop_epochs(self._stage, self._retention)
+
+    def preemption(self) -> str:
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        return "" if info is None else f"preemption of {', '.join(sorted(info.preempted_node_ids))}"
+
+    def _upload(self, checkpoint: Any, name: str) -> Any:
+        """Upload function for Ray Train, whose own would leave partial files after an interruption."""
+        import ray.train
+
+        try:
+            store_folder(Path(checkpoint.path), self._stage.path / name, self._log_retry)
+        except MotipError as error:
+            # Reported here too: an error in the upload thread does not reach the training loop.
+            self._channel.report_failure(error, traceback.format_exc())
+            raise
+        storage = ray.train.get_context().get_storage()
+        return ray.train.Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
+
+    def _log_retry(self, text: str) -> None:
+        _log.warning(text)
+        self._channel.send(Note(text))

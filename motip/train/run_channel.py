@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from motip.errors import MotipError
 from motip.events import Event, EventLog, Note, StepLogged
 from motip.storage.paths import location
 from motip.train.preemption import Stopped
+
+_log = logging.getLogger(__name__)
+
+_THREADS = 16
+"""Calls that the actor handles at a time: a stop request does not wait for an event that a slow storage holds."""
+_NAME_TAKEN_S = 30.0
+"""Time for which the start of an actor waits until the one of an earlier attempt with the same name has ended."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Status that a rank sends for the others.
+
+    Attributes:
+        status: what the rank does; a rank whose status changes makes progress.
+        code_line: line of the program that its training thread executes.
+        arrived: number of `all_gather` calls that it has entered.
+    """
+
+    status: str = ""
+    code_line: str = ""
+    arrived: int = 0
 
 
 class RunChannel:
@@ -22,10 +49,12 @@ class RunChannel:
 
     def __init__(self, folder: str) -> None:
         self._warnings: list[str] = []
-        self._log = EventLog(location(folder), self._warnings.append)
+        self._log = EventLog(location(folder), self._warn)
+        self._lock = threading.Lock()
         self._failure: tuple[MotipError, str] | None = None
         self._lost: MotipError | None = None
         self._initial_world_size: int | None = None
+        self._heartbeats: dict[int, Heartbeat] = {}
         self._stop = False
         self._progress = "no step was completed yet"
 
@@ -33,7 +62,8 @@ class RunChannel:
 
     def worker_started(self) -> bool:
         """Called by each worker first; False: it must not train, because a restart cannot fix the reported failure."""
-        self._lost = None
+        # Of an earlier attempt. All workers start before one of them trains, so nothing of this attempt is removed.
+        self._lost, self._heartbeats = None, {}
         return self._failure is None
 
     def initial_world_size(self, world_size: int) -> int:
@@ -47,6 +77,13 @@ class RunChannel:
             self._progress = f"the last step that the workers reported was {event.position}"
         self._log.send(event)
 
+    def heartbeat(self, rank: int, heartbeat: Heartbeat) -> None:
+        self._heartbeats[rank] = heartbeat
+
+    def heartbeats(self) -> dict[int, Heartbeat]:
+        """The last heartbeat of each rank that has sent one."""
+        return dict(self._heartbeats)
+
     def stop_requested(self) -> bool:
         return self._stop
 
@@ -56,8 +93,10 @@ class RunChannel:
 
     def report_lost(self, problem: MotipError) -> None:
         """A rank died or hangs. Every rank that waited for it reports it; the first report is kept."""
-        if self._lost is None:
-            self._lost = problem
+        with self._lock:
+            first = self._lost is None
+            self._lost = self._lost or problem
+        if first:
             self.send(Note(problem.render()))
 
     def worker_stopped(self) -> None:
@@ -83,12 +122,17 @@ class RunChannel:
 
     def warnings(self) -> list[str]:
         """Failures to write the log since the last call."""
-        found, self._warnings[:] = list(self._warnings), []
+        with self._lock:
+            found, self._warnings = self._warnings, []
         return found
 
     def close(self) -> None:
         """Write events that could not be written before; raises MotipError if that fails again."""
         self._log.close()
+
+    def _warn(self, text: str) -> None:
+        with self._lock:
+            self._warnings.append(text)
 
 
 class LocalChannel(RunChannel):
@@ -105,12 +149,60 @@ class LocalChannel(RunChannel):
         except Stopped:
             self.request_stop()
 
+    def _warn(self, text: str) -> None:
+        _log.warning(text)
+
 
 class RemoteChannel:
-    """The methods of `RunChannel`, forwarded to its actor; each call waits for the result."""
+    """The methods of `RunChannel`, forwarded to its actor; each call waits for the result.
 
-    def __init__(self, actor: Any) -> None:
+    Args:
+        timeout_s: time after which the driver stops waiting; a worker, which the watchdog ends, waits without limit.
+
+    Raises:
+        MotipError: by every method, if the actor has died or does not answer.
+    """
+
+    def __init__(self, actor: Any, timeout_s: float | None = None) -> None:
         self._actor = actor
+        self._timeout_s = timeout_s
+
+    @classmethod
+    def start(cls, folder: str, name: str | None, timeout_s: float) -> RemoteChannel:
+        """Start an actor, pinned to the driver's node: it outlives every other node and writes to its disk.
+
+        Args:
+            name: of the actor, unique among the running trainings of the Ray job; None: without a name.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"name": name, "num_cpus": 0, "max_concurrency": _THREADS, "scheduling_strategy": pinned}
+        deadline = time.monotonic() + _NAME_TAKEN_S
+        while True:
+            try:
+                return cls(ray.remote(RunChannel).options(**options).remote(folder), timeout_s)
+            except ValueError:
+                # Ray frees the name some time after the end of the earlier actor.
+                if name is None or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def for_workers(self) -> RemoteChannel:
+        """The channel as the workers use it."""
+        return RemoteChannel(self._actor)
+
+    def stop_actor(self) -> None:
+        """End the actor, so that its name is free for another attempt."""
+        import ray
+
+        with contextlib.suppress(Exception):  # Ray may have been shut down
+            ray.kill(self._actor)
+
+    def heartbeat(self, rank: int, heartbeat: Heartbeat) -> None:
+        """Send it without waiting: a channel that does not answer must not stop the watchdog."""
+        self._actor.heartbeat.remote(rank, heartbeat)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):  # looked up while an instance is unpickled
@@ -118,4 +210,22 @@ class RemoteChannel:
         import ray
 
         method = getattr(self._actor, name)
-        return lambda *args: ray.get(method.remote(*args))
+
+        def call(*args: Any) -> Any:
+            try:
+                return ray.get(method.remote(*args), timeout=self._timeout_s)
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                raise MotipError(
+                    f"the actor that records the events of the training does not answer: {_first_line(error)}",
+                    where=f"{name} of the run channel, on the driver's node",
+                    fix="check the memory and the storage of the driver's node, then run the same command again: it "
+                    "resumes",
+                ) from error
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, MotipError) else error from None
+
+        return call
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -14,13 +14,13 @@ import torch
 
 from motip.config import Config
 from motip.data.batch import ClipBatch
-from motip.errors import MotipError
 from motip.events import Event, Note
 from motip.model import MOTIP
 from motip.train.checkpoint_schedule import CheckpointSchedule
 from motip.train.collectives import ProcessGroup
 from motip.train.optimizer import LearningRates
 from motip.train.preemption import StopRequest
+from motip.train.run_channel import RunChannel
 from motip.train.stage_job import StageJob
 from motip.train.step import StepLosses, TrainStep
 from motip.train.timing import PARTS, StepClock
@@ -70,15 +70,6 @@ class CheckpointStore(Protocol):
         ...
 
 
-class Channel(Protocol):
-    """The part of :class:`motip.train.run_channel.RunChannel` that a training uses."""
-
-    def send(self, event: Event) -> None: ...
-    def initial_world_size(self, world_size: int) -> int: ...
-    def stop_requested(self) -> bool: ...
-    def report_lost(self, problem: MotipError) -> None: ...
-
-
 @dataclass
 class Run:
     """A stage in training: its parts and its position."""
@@ -87,7 +78,7 @@ class Run:
     config: Config
     comm: ProcessGroup
     batch_source: BatchSource
-    channel: Channel
+    channel: RunChannel
     store: CheckpointStore
     device: torch.device
     model: MOTIP

@@ -1,21 +1,20 @@
 """Progress watchdog.
 
-Peers raise `WorkerLost` while they wait in `all_gather` for a rank without progress; a background thread exits a
-process that stalls alone, because no exception interrupts a call that blocks in the kernel (a dead mount).
+The ranks send heartbeats to the run channel. Peers raise `WorkerLost` while they wait in `all_gather` for a rank
+without progress; a background thread exits a process that stalls alone, because no exception interrupts a call that
+blocks in the kernel (a dead mount).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import faulthandler
 import logging
 import os
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
@@ -26,10 +25,13 @@ from torch import Tensor
 
 from motip.errors import MotipError
 from motip.train.collectives import ProcessGroup
+from motip.train.run_channel import Heartbeat, RunChannel
 
-PROGRESS_TIMEOUT_S = 1800.0
 EXIT_STATUS = 70
 """Exit status of a process that ends itself because it stalls (EX_SOFTWARE of sysexits)."""
+
+STDERR = 2
+"""File descriptor to which the stacks of all threads are written before the exit."""
 
 _POLL_S = 2.0
 _REPORT_TIMEOUT_S = 10.0
@@ -49,25 +51,6 @@ class WorkerLost(RuntimeError):
     def __init__(self, problem: MotipError) -> None:
         super().__init__(problem)
         self.problem = problem
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """Status that a rank publishes for the others.
-
-    Attributes:
-        status: what the rank does; a rank whose status changes makes progress.
-        code_line: line of the program that its training thread executes.
-        arrived: number of `all_gather` calls that it has entered.
-    """
-
-    status: str = ""
-    code_line: str = ""
-    arrived: int = 0
-
-    @staticmethod
-    def parse(text: str) -> Heartbeat:
-        return Heartbeat(**json.loads(text)) if text else Heartbeat()
 
 
 class StallTimer:
@@ -100,6 +83,7 @@ class Watchdog:
 
     Args:
         inner: the ranks.
+        channel: carries the heartbeats, and the report of a rank that stalls.
         timeout_s: COLLECTIVE_TIMEOUT_S, for the messages; the process group itself enforces it.
         progress_s: PROGRESS_TIMEOUT_S.
 
@@ -107,8 +91,9 @@ class Watchdog:
         status: returns what training is doing: stage, epoch, step and clips, or the frame being tracked.
     """
 
-    def __init__(self, inner: ProcessGroup, timeout_s: float, progress_s: float = PROGRESS_TIMEOUT_S) -> None:
+    def __init__(self, inner: ProcessGroup, channel: RunChannel, timeout_s: float, progress_s: float) -> None:
         self._inner = inner
+        self._channel = channel
         self._timeout_s = timeout_s
         self._progress_s = progress_s
         self._poll_s = min(_POLL_S, progress_s / 20)
@@ -117,9 +102,7 @@ class Watchdog:
         self.status: Callable[[], str] = lambda: "before the first step"
         self._thread = threading.get_ident()
         self._waits = False
-        self._publish_lock = threading.Lock()
-        # An earlier Watchdog may have used the same ranks.
-        self._arrived = Heartbeat.parse(inner.read_status(self.rank)).arrived
+        self._arrived = 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
         with self._waiting(), self._translate_timeouts():
@@ -132,25 +115,21 @@ class Watchdog:
             with self._translate_timeouts():
                 return self._inner.all_gather(value)
 
-    def publish_status(self, text: str) -> None:
-        self._inner.publish_status(text)
-
-    def read_status(self, rank: int) -> str:
-        return self._inner.read_status(rank)
-
     @contextlib.contextmanager
-    def monitored(self, report: Callable[[MotipError], None]) -> Iterator[None]:
-        """Inside the block a thread publishes this rank's heartbeat, and exits the process if it makes no progress.
+    def monitored(self) -> Iterator[None]:
+        """Inside the block a thread sends this rank's heartbeat, and exits the process if it makes no progress.
 
-        Args:
-            report: called with the reason, in a separate thread, before the process exits.
+        A `WorkerLost` that leaves the block is reported.
         """
         over = threading.Event()
         self._thread = threading.get_ident()
-        thread = threading.Thread(target=self._monitor, args=(over, report), name="motip-watchdog", daemon=True)
+        thread = threading.Thread(target=self._monitor, args=(over,), name="motip-watchdog", daemon=True)
         thread.start()
         try:
             yield
+        except WorkerLost as lost:
+            self._channel.report_lost(lost.problem)
+            raise
         finally:
             over.set()
             thread.join(timeout=_REPORT_TIMEOUT_S)
@@ -164,12 +143,11 @@ class Watchdog:
             WorkerLost: a missing rank makes no progress.
         """
         self._arrived += 1
-        with self._translate_timeouts(alarm=False):
-            self._publish()
+        self._send_heartbeat()
         timers = {rank: StallTimer(self._poll_s) for rank in range(self.world_size) if rank != self.rank}
         begin = logged = time.monotonic()
         pause = 0.001
-        while missing := self._not_arrived(list(timers)):
+        while missing := self._not_arrived(timers):
             timers = {rank: timers[rank] for rank in missing}
             for rank, heartbeat in missing.items():
                 if timers[rank].update(heartbeat.status) >= self._progress_s:
@@ -185,10 +163,10 @@ class Watchdog:
             time.sleep(pause)
             pause = min(1.5 * pause, self._poll_s)
 
-    def _not_arrived(self, ranks: list[int]) -> dict[int, Heartbeat]:
-        with self._translate_timeouts(alarm=False):
-            heartbeats = {rank: Heartbeat.parse(self._inner.read_status(rank)) for rank in ranks}
-        return {rank: each for rank, each in heartbeats.items() if each.arrived < self._arrived}
+    def _not_arrived(self, ranks: Iterable[int]) -> dict[int, Heartbeat]:
+        heartbeats = self._channel.heartbeats()
+        found = {rank: heartbeats.get(rank, Heartbeat()) for rank in ranks}
+        return {rank: each for rank, each in found.items() if each.arrived < self._arrived}
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -199,12 +177,12 @@ class Watchdog:
             self._waits = False
 
     @contextlib.contextmanager
-    def _translate_timeouts(self, alarm: bool = True) -> Iterator[None]:
-        """Raise `WorkerLost` for an error of the process group; log shortly before the timeout if ``alarm``."""
+    def _translate_timeouts(self) -> Iterator[None]:
+        """Raise `WorkerLost` for an error of the process group; log shortly before the timeout."""
         # NCCL's watchdog may end the process without an exception; then this log line is the only message.
         timer = threading.Timer(0.9 * self._timeout_s, self._log_wait)
         timer.daemon = True
-        if self.world_size > 1 and alarm:
+        if self.world_size > 1:
             timer.start()
         begin = time.monotonic()
         try:
@@ -235,40 +213,27 @@ class Watchdog:
 
     # ----------------------------------------------------------------------------------- this rank's progress
 
-    def _monitor(self, over: threading.Event, report: Callable[[MotipError], None]) -> None:
+    def _monitor(self, over: threading.Event) -> None:
         # With several ranks the waiting ones raise first: their error has more detail than an exit status.
         limit_s = self._progress_s * (1.0 if self.world_size == 1 else 1.2)
         timer = StallTimer(self._poll_s)
-        publishes = self.world_size > 1
         while not over.wait(self._poll_s):
             # Exit without progress; waiting for other ranks counts as progress.
             status = self.status()
             if timer.update(object() if self._waits else status) >= limit_s:
                 problem = self._stall_error(self.rank, Heartbeat(status, self._code_line()), timer.seconds)
-                _log.error("%s\n%s", problem.render(), self._stack())
-                self._report(report, problem)
+                _log.error("%s", problem.render())
+                faulthandler.dump_traceback(STDERR)
+                report = threading.Thread(target=self._channel.report_lost, args=(problem,), daemon=True)
+                report.start()
+                report.join(_REPORT_TIMEOUT_S)
                 if not over.is_set():
                     os._exit(EXIT_STATUS)
-            # Publish the heartbeat.
-            try:
-                if publishes and not over.is_set():
-                    self._publish()
-            except RuntimeError as error:
-                publishes = False
-                _log.warning("rank %d cannot publish its status: %s", self.rank, str(error).splitlines()[0])
+            if self.world_size > 1 and not over.is_set():
+                self._send_heartbeat()
 
-    def _report(self, report: Callable[[MotipError], None], problem: MotipError) -> None:
-        thread = threading.Thread(target=report, args=(problem,), daemon=True)
-        thread.start()
-        thread.join(_REPORT_TIMEOUT_S)
-
-    def _publish(self) -> None:
-        # Two threads publish: without the lock an older heartbeat could replace a newer one.
-        with self._publish_lock:
-            self._inner.publish_status(self._heartbeat())
-
-    def _heartbeat(self) -> str:
-        return json.dumps(asdict(Heartbeat(self.status(), self._code_line(), self._arrived)))
+    def _send_heartbeat(self) -> None:
+        self._channel.heartbeat(self.rank, Heartbeat(self.status(), self._code_line(), self._arrived))
 
     def _stall_error(self, rank: int, heartbeat: Heartbeat, seconds: float) -> MotipError:
         since = datetime.now(UTC) - timedelta(seconds=seconds)
@@ -294,10 +259,6 @@ class Watchdog:
                 return f"{relative}:{frame.f_lineno} in {frame.f_code.co_name}"
             frame = frame.f_back
         return ""
-
-    def _stack(self) -> str:
-        frame = sys._current_frames().get(self._thread)
-        return "" if frame is None else "".join(traceback.format_stack(frame))
 
 
 def _duration(seconds: float) -> str:

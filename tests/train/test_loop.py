@@ -21,11 +21,11 @@ from motip.train.batch_sources import LocalBatchSource
 from motip.train.collectives import SingleProcess
 from motip.train.loop import train_epoch
 from motip.train.optimizer import LearningRates, build_optimizer
-from motip.train.ray_train import FolderReporter
 from motip.train.stage_job import EpochPlans, StageJob
 from motip.train.state import Run
 from motip.train.step import TrainStep
 from tests.helpers.small_training import small_config, small_model
+from tests.helpers.training_run import CallbackChannel, folder_store
 
 CLASSES = {"ground": {"pedestrian": ("pedestrian",), "car": ("car",)}}
 SETTINGS: dict[str, Any] = {
@@ -105,7 +105,6 @@ def test_objects_beyond_the_vocabulary_are_epoch_metrics(
 ) -> None:
     config = small_config(**SETTINGS, NUM_ID_VOCABULARY=1, SUBSET_OVERFLOW=rule, EPOCHS=1)
     job = job_of(config, tmp_path, [write_video(tmp_path, "v")])
-    records: list[tuple[str, dict[str, Any]]] = []
     model, batch_source, comm = small_model(config), LocalBatchSource(job, config), SingleProcess()
     optimizer = build_optimizer(model, config)
     run = Run(
@@ -113,7 +112,8 @@ def test_objects_beyond_the_vocabulary_are_epoch_metrics(
         config,
         comm,
         batch_source,
-        FolderReporter(tmp_path / "out", lambda kind, values: records.append((kind, values))),
+        CallbackChannel(tmp_path / "out", lambda event: None),
+        folder_store(tmp_path / "out"),
         torch.device("cpu"),
         model,
         optimizer,

@@ -17,17 +17,17 @@ import ray.train.collective
 import torch
 
 import motip.train.loop as loop
-from motip.config import Config
+from motip.events import EventLog, Note, StepLogged
+from motip.stage_folder import StageFolder
 from motip.train import checkpoint_schedule, preemption, ray_train
-from motip.train.batch_sources import LocalBatchSource
-from motip.train.collectives import SingleProcess
 from motip.train.preemption import SigtermForwarder, Stopped
-from motip.train.ray_train import FolderReporter, RayReporter
+from motip.train.ray_train import RayStore
 from motip.train.retention import Retention
-from motip.train.run_channel import RunChannel
+from motip.train.run_channel import RemoteChannel, RunChannel
 from motip.train.temp_dirs import TempDirs
 from motip.weights import load_checkpoint
-from tests.train.test_resume import EPOCHS, Records, _config, _job
+from tests.helpers.training_run import CallbackChannel, train_in_process
+from tests.train.test_resume import EPOCHS, Records, _config, _job, _newest
 
 
 class Actor:
@@ -41,9 +41,15 @@ class Actor:
 
 
 @pytest.fixture
-def channel(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(ray, "get", lambda answer: answer)
-    return Actor(RunChannel())
+def channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer)
+    return RemoteChannel(Actor(RunChannel(str(tmp_path / "channel"))))
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Callable[[], list[str]]:
+    """The notes that the channel recorded."""
+    return lambda: [event.text for event in EventLog(tmp_path / "channel") if isinstance(event, Note)]
 
 
 def _sigterm() -> None:
@@ -66,20 +72,19 @@ def test_sigterm_of_the_driver_stops_training_at_a_saved_position(
 
     def terminate() -> None:
         _sigterm()
-        _wait_for(channel.stop_requested.remote)
+        _wait_for(channel.stop_requested)
 
     records = Records(7, terminate)
-    reporter = FolderReporter(tmp_path / "out", records)
-    reporter.stop_requested = RayReporter(channel, str(tmp_path), Retention()).stop_requested  # type: ignore[method-assign]
+    local = CallbackChannel(tmp_path / "out", records)
+    local.stop_requested = channel.stop_requested  # type: ignore[method-assign]
     # Workers train outside the main thread. Here they do not, so the driver's signal handler must stay installed.
     monkeypatch.setattr(preemption.StopRequest, "__enter__", lambda self: self)
-    batch_source = LocalBatchSource(job, Config.from_dict(job.config))
     with ray_train._forward_sigterm(channel) as sigterm, pytest.raises(Stopped):
-        loop.train_stage_on_worker(job, SingleProcess(), batch_source, reporter, torch.device("cpu"))
+        train_in_process(job, tmp_path / "out", records, channel=local)
     assert sigterm.received and signal.getsignal(signal.SIGTERM) is before
     assert max(records.losses) == 8
     assert "SIGTERM): epoch 1, step 8 saved" in records.notes[-1] and "after the request" in records.notes[-1]
-    latest = reporter.latest()
+    latest = _newest(tmp_path / "out")
     assert latest is not None and load_checkpoint(latest)["position"]["step"] == 8
 
 
@@ -94,31 +99,31 @@ def test_stop_is_not_a_failure_that_ray_would_restart(
     resources = ray_train.ResourcePlan(workers=1)
     job = _job(tmp_path, _config())
     ray_train._worker_main({"job": job, "resources": resources, "channel": channel, "folder": str(tmp_path)})
-    assert channel.failure.remote() is None
-    assert "position is saved" in channel.progress.remote()
+    assert channel.failure() is None
+    assert "position is saved" in channel.progress()
 
 
-def test_second_sigterm_ends_the_wait(channel: Any) -> None:
+def test_second_sigterm_ends_the_wait(channel: Any, notes: Callable[[], list[str]]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped), ray_train._forward_sigterm(channel):
         _sigterm()
-        _wait_for(channel.stop_requested.remote)
-        assert channel.stop_requested.remote()
+        _wait_for(channel.stop_requested)
+        assert channel.stop_requested()
         _sigterm()
         pytest.fail("the wait continues")
     assert signal.getsignal(signal.SIGTERM) is before
-    assert channel.drain.remote() == []
+    assert notes() == []
 
 
 def test_wait_ends_after_the_grace_period_and_reports_the_progress(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, channel: Any
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, channel: Any, notes: Callable[[], list[str]]
 ) -> None:
     monkeypatch.setattr(preemption, "GRACE_PERIOD_S", 0.2)
-    channel.put.remote("step", {"epoch": 1, "index": 6, "of": 14})
+    channel.send(StepLogged(epoch=1, index=6, of=14, step=7, metrics={}))
     with caplog.at_level(logging.ERROR), pytest.raises(Stopped), ray_train._forward_sigterm(channel):
         _sigterm()
         _wait_for(lambda: False)
-    (text,) = [values["text"] for kind, values in channel.drain.remote() if kind == "note"]
+    (text,) = notes()
     assert "epoch 2, step 7/14" in text and "did not end" in text
     assert text in caplog.text
 
@@ -135,9 +140,9 @@ def test_wait_ends_if_the_workers_are_unreachable(caplog: pytest.LogCaptureFixtu
 
 def test_wait_that_ends_in_time_leaves_no_thread(monkeypatch: pytest.MonkeyPatch, channel: Any) -> None:
     timeouts: list[str] = []
-    with SigtermForwarder(channel.request_stop.remote, lambda: timeouts.append("late")) as sigterm:
+    with SigtermForwarder(channel.request_stop, lambda: timeouts.append("late")) as sigterm:
         _sigterm()
-        _wait_for(channel.stop_requested.remote)
+        _wait_for(channel.stop_requested)
     assert sigterm.received
     _wait_for(lambda: all(thread.name != "motip-stop" for thread in threading.enumerate()))
     assert all(thread.name != "motip-stop" for thread in threading.enumerate()) and timeouts == []
@@ -163,6 +168,10 @@ def test_temporary_directories_are_removed_after_use_or_by_the_next_attempt(
     assert list(tmp_path.iterdir()) == []
 
 
+def _ray_store(stage: Path) -> RayStore:
+    return RayStore(RunChannel(str(stage)), StageFolder(stage), Retention())
+
+
 def test_local_checkpoint_is_resumed_in_place_and_a_restart_removes_stale_directories(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,10 +182,9 @@ def test_local_checkpoint_is_resumed_in_place_and_a_restart_removes_stale_direct
     stage = tmp_path / "stage"
     (stage / "step_00000004").mkdir(parents=True)
     (stage / "step_00000004" / "checkpoint_step_4.pth").write_bytes(b"whole")
-    left = RayReporter(None, str(stage), Retention()).folder("epoch_000")
-    reporter = RayReporter(None, str(stage), Retention())
-    assert reporter.latest() == stage / "step_00000004" / "checkpoint_step_4.pth"
-    reporter.loaded()
+    left = _ray_store(stage).folder("epoch_000")
+    with _ray_store(stage).newest() as newest:
+        assert newest == stage / "step_00000004" / "checkpoint_step_4.pth"
     assert not left.exists() and list(tmp_path.iterdir()) == [stage]
     assert (stage / "step_00000004" / "checkpoint_step_4.pth").is_file()
 
@@ -185,8 +193,5 @@ def test_stage_trained_to_its_end_has_no_notes(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
     records = Records()
     job = _job(tmp_path, _config())
-    batch_source = LocalBatchSource(job, Config.from_dict(job.config))
-    loop.train_stage_on_worker(
-        job, SingleProcess(), batch_source, FolderReporter(tmp_path / "out", records), torch.device("cpu")
-    )
+    train_in_process(job, tmp_path / "out", records)
     assert sorted(records.epochs) == list(range(EPOCHS)) and records.notes == []

@@ -23,14 +23,16 @@ from motip.config import Config
 from motip.data.clip_loader import plan_videos
 from motip.data.clips import PlanVideo
 from motip.errors import MotipError
-from motip.train.batch_sources import LocalBatchSource, RayBatchSource
+from motip.events import EpochDone, Event, Note, StepLogged
+from motip.train.batch_sources import RayBatchSource
 from motip.train.checkpoint_schedule import CheckpointSchedule
 from motip.train.collectives import ProcessGroup, SingleProcess, current_process_group
 from motip.train.preemption import Stopped
-from motip.train.ray_train import FolderReporter, completed
+from motip.train.ray_train import completed
 from motip.train.stage_job import EpochPlans, StageJob
 from motip.weights import load_checkpoint
 from tests.helpers.small_training import small_config
+from tests.helpers.training_run import CallbackChannel, folder_store, train_in_process
 from tests.train.test_loop import CLASSES, SETTINGS, class_maps, write_video
 
 EPOCHS, CLIPS, ACCUMULATE, EVERY = 2, 14, 2, 4
@@ -69,27 +71,20 @@ class Records:
         self.notes: list[str] = []
         self._after, self._do = after, do
 
-    def __call__(self, kind: str, values: dict[str, Any]) -> None:
-        if kind == "step":
-            self.losses[values["step"]] = {k: v for k, v in values["metrics"].items() if "loss" in k or "norm" in k}
-            if values["step"] == self._after and self._do is not None:
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepLogged):
+            self.losses[event.step] = {k: v for k, v in event.metrics.items() if "loss" in k or "norm" in k}
+            if event.step == self._after and self._do is not None:
                 self._do()
-        elif kind == "epoch":
+        elif isinstance(event, EpochDone):
             timed = ("time/", "clips_per_s", "device/")
-            self.epochs[values["epoch"]] = {k: v for k, v in values["metrics"].items() if not k.startswith(timed)}
-        elif kind == "note":
-            self.notes.append(values["text"])
+            self.epochs[event.epoch] = {k: v for k, v in event.metrics.items() if not k.startswith(timed)}
+        elif isinstance(event, Note):
+            self.notes.append(event.text)
 
 
 def _interrupt() -> None:
     raise Interrupted
-
-
-def _run(job: StageJob, folder: Path, records: Records) -> None:
-    config = Config.from_dict(job.config)
-    loop.train_stage_on_worker(
-        job, SingleProcess(), LocalBatchSource(job, config), FolderReporter(folder, records), torch.device("cpu")
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +94,11 @@ def _without_validation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(completed(str(folder)).checkpoints[EPOCHS - 1])["model"]
+
+
+def _newest(folder: Path) -> Path | None:
+    with folder_store(folder).newest() as found:
+        return found
 
 
 def _assert_same_run(folder: Path, records: list[Records], full: Path, expected: Records) -> None:
@@ -115,16 +115,16 @@ def _assert_same_run(folder: Path, records: list[Records], full: Path, expected:
 def test_run_interrupted_twice_at_random_steps(tmp_path: Path) -> None:
     job = _job(tmp_path, _config())
     expected = Records()
-    _run(job, tmp_path / "full", expected)
+    train_in_process(job, tmp_path / "full", expected)
     assert sorted(expected.losses) == list(range(1, EPOCHS * CLIPS + 1))
     first, second = sorted(random.sample(range(EVERY + 1, EPOCHS * CLIPS), 2))
     parts = []
     for after in (first, second):
         parts.append(Records(after, _interrupt))
         with pytest.raises(Interrupted):
-            _run(job, tmp_path / "interrupted", parts[-1])
+            train_in_process(job, tmp_path / "interrupted", parts[-1])
     parts.append(Records())
-    _run(job, tmp_path / "interrupted", parts[-1])
+    train_in_process(job, tmp_path / "interrupted", parts[-1])
     for before, after in itertools.pairwise(parts):
         repeated = set(before.losses) & set(after.losses)
         assert len(repeated) <= EVERY, f"cut at {first} and {second}"
@@ -136,7 +136,7 @@ def test_checkpoint_inside_an_epoch_is_complete_and_the_last_two_are_kept(tmp_pa
     config = _config(SEED=5)
     job = replace(_job(tmp_path, config), run_id="run-7")
     with pytest.raises(Interrupted):
-        _run(job, tmp_path / "run", Records(CLIPS - 1, _interrupt))
+        train_in_process(job, tmp_path / "run", Records(CLIPS - 1, _interrupt))
     files = sorted((tmp_path / "run").glob("step_*/*.pth"))
     assert [file.name for file in files] == ["checkpoint_step_8.pth", "checkpoint_step_12.pth"]
     stored = load_checkpoint(files[-1])
@@ -147,38 +147,37 @@ def test_checkpoint_inside_an_epoch_is_complete_and_the_last_two_are_kept(tmp_pa
     assert stored["rng"] == {"seed": 5, "drawn_from": ["SEED", "epoch", "step"]}
     assert stored["run_id"] == "run-7" and stored["optimizer"]["state"] and stored["scheduler"]["base_lrs"]
     assert stored["scaler"]["counters"]["nonfinite_losses"] == 0
-    assert "checkpoint_step_12" in str(FolderReporter(tmp_path / "run", Records()).latest())
+    assert "checkpoint_step_12" in str(_newest(tmp_path / "run"))
 
 
 def test_partial_files_are_never_resumed(tmp_path: Path) -> None:
-    reporter = FolderReporter(tmp_path, Records())
     (tmp_path / "step_00000004").mkdir()
     (tmp_path / "step_00000004" / "checkpoint_step_4.pth").write_bytes(b"full")
     (tmp_path / "step_00000008").mkdir()
     (tmp_path / "step_00000008" / ".checkpoint_step_8.1a2b.tmp.pth").write_bytes(b"ha")
     (tmp_path / "epoch_000").mkdir()
     (tmp_path / "epoch_000" / "checkpoint_0.pth").write_bytes(b"its metrics are missing")
-    latest = reporter.latest()
+    latest = _newest(tmp_path)
     assert latest is not None and latest.name == "checkpoint_step_4.pth"
     (tmp_path / "epoch_000" / "metrics.json").write_text(json.dumps({"epoch": 0, "step": 14, "metrics": {}}))
-    latest = reporter.latest()
+    latest = _newest(tmp_path)
     assert latest is not None and latest.name == "checkpoint_0.pth"
 
 
 def test_sigterm_saves_the_position_and_stops(tmp_path: Path) -> None:
     job = _job(tmp_path, _config())
     expected = Records()
-    _run(job, tmp_path / "full", expected)
+    train_in_process(job, tmp_path / "full", expected)
     before = signal.getsignal(signal.SIGTERM)
     stopped = Records(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped):
-        _run(job, tmp_path / "interrupted", stopped)
+        train_in_process(job, tmp_path / "interrupted", stopped)
     assert signal.getsignal(signal.SIGTERM) is before
     assert max(stopped.losses) == 8, "the current accumulation is finished first"
     note = stopped.notes[-1]
     assert "SIGTERM" in note and "step 8 saved" in note and "after the request" in note
     rest = Records()
-    _run(job, tmp_path / "interrupted", rest)
+    train_in_process(job, tmp_path / "interrupted", rest)
     assert min(rest.losses) == 9, "no step is repeated"
     _assert_same_run(tmp_path / "interrupted", [stopped, rest], tmp_path / "full", expected)
 
@@ -186,7 +185,7 @@ def test_sigterm_saves_the_position_and_stops(tmp_path: Path) -> None:
 def test_sigterm_during_the_last_validation_stops_after_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = _job(tmp_path, _config())
     expected = Records()
-    _run(job, tmp_path / "full", expected)
+    train_in_process(job, tmp_path / "full", expected)
     validated = []
 
     def validate(run: Any, epoch: int) -> dict[str, float]:
@@ -198,11 +197,11 @@ def test_sigterm_during_the_last_validation_stops_after_saving(tmp_path: Path, m
     monkeypatch.setattr(loop, "validate", validate)
     first = Records()
     with pytest.raises(Stopped):
-        _run(job, tmp_path / "interrupted", first)
+        train_in_process(job, tmp_path / "interrupted", first)
     assert validated == list(range(EPOCHS))
     assert f"epoch {EPOCHS} saved" in first.notes[-1] and "after the request" in first.notes[-1]
     again = Records()
-    _run(job, tmp_path / "interrupted", again)
+    train_in_process(job, tmp_path / "interrupted", again)
     assert again.losses == {} and validated == list(range(EPOCHS)), "no epoch is left to train"
     _assert_same_run(tmp_path / "interrupted", [first], tmp_path / "full", expected)
 
@@ -217,10 +216,10 @@ def test_stop_request_around_an_epoch_without_a_checkpoint(
     job = _job(tmp_path, _config())
     job = replace(job, config={**job.config, **never, "EVALUATE_EVERY_EPOCHS": EPOCHS})
     expected = Records()
-    _run(job, tmp_path / "full", expected)
+    train_in_process(job, tmp_path / "full", expected)
     first = Records()
-    reporter = FolderReporter(tmp_path / "interrupted", first)
-    done = reporter.epoch_done
+    channel, store = CallbackChannel(tmp_path / "interrupted", first), folder_store(tmp_path / "interrupted")
+    done = store.epoch_done
 
     def epoch_done(epoch: int, metrics: dict[str, float], folder: Path | None) -> None:
         if when == "after":
@@ -230,17 +229,16 @@ def test_stop_request_around_an_epoch_without_a_checkpoint(
     def stop_requested() -> bool:
         return when == "before" and len(first.losses) == CLIPS
 
-    reporter.epoch_done = epoch_done  # type: ignore[method-assign]
-    reporter.stop_requested = stop_requested  # type: ignore[method-assign]
-    batch_source = LocalBatchSource(job, Config.from_dict(job.config))
+    store.epoch_done = epoch_done  # type: ignore[method-assign]
+    channel.stop_requested = stop_requested  # type: ignore[method-assign]
     with pytest.raises(Stopped):
-        loop.train_stage_on_worker(job, SingleProcess(), batch_source, reporter, torch.device("cpu"))
+        train_in_process(job, tmp_path / "interrupted", first, channel=channel, store=store)
     assert [path.name for path in (tmp_path / "interrupted").glob("*/*.pth")] == [
         "checkpoint_0.pth" if when == "before" else f"checkpoint_step_{CLIPS + ACCUMULATE}.pth"
     ]
     assert max(first.losses) == (CLIPS if when == "before" else CLIPS + ACCUMULATE)
     rest = Records()
-    _run(job, tmp_path / "interrupted", rest)
+    train_in_process(job, tmp_path / "interrupted", rest)
     assert min(rest.losses) == max(first.losses) + 1
     _assert_same_run(tmp_path / "interrupted", [first, rest], tmp_path / "full", expected)
 
@@ -252,7 +250,7 @@ def test_full_disk_stops_training_and_keeps_the_previous_checkpoint(
 
     job = _job(tmp_path, _config())
     expected = Records()
-    _run(job, tmp_path / "full", expected)
+    train_in_process(job, tmp_path / "full", expected)
     real = os.fsync
 
     def full(descriptor: int) -> None:
@@ -263,12 +261,12 @@ def test_full_disk_stops_training_and_keeps_the_previous_checkpoint(
     monkeypatch.setattr(checkpoint.os, "fsync", full)
     first = Records()
     with pytest.raises(MotipError, match=r"(?s)step 8 cannot be written.*No space left.*untouched"):
-        _run(job, tmp_path / "interrupted", first)
+        train_in_process(job, tmp_path / "interrupted", first)
     monkeypatch.setattr(checkpoint.os, "fsync", real)
     left = [path.name for path in (tmp_path / "interrupted").glob("step_*/*")]
     assert left == ["checkpoint_step_4.pth"], "the partial file is removed, the previous checkpoint is complete"
     rest = Records()
-    _run(job, tmp_path / "interrupted", rest)
+    train_in_process(job, tmp_path / "interrupted", rest)
     assert min(rest.losses) == 5
     _assert_same_run(tmp_path / "interrupted", [first, rest], tmp_path / "full", expected)
 
@@ -331,7 +329,8 @@ def _rank(rank: int, world: int, folder: str, data: str, after: int | None) -> N
     job = _job_again(Path(data), config)
     records = Records(after, lambda: os.kill(os.getpid(), signal.SIGKILL))
     batch_source = RayBatchSource(job, config, rank, world, 0, 1.0)
-    loop.train_stage_on_worker(job, comm, batch_source, FolderReporter(Path(folder), records), torch.device("cpu"))
+    channel, store = CallbackChannel(folder, records), folder_store(folder)
+    loop.train_stage_on_worker(job, comm, batch_source, channel, store, torch.device("cpu"))
     if rank == 0:
         torch.save(vars(records)["losses"], f"{folder}/losses_{world}_{after}.pt")
     if world > 1:
@@ -363,7 +362,7 @@ def test_two_workers_killed_and_resumed_with_two_and_with_one(tmp_path: Path) ->
     (tmp_path / "videos.json").write_text(json.dumps([asdict(video) for video in job.train]))
     _attempt(2, tmp_path / "full", tmp_path)
     _attempt(2, tmp_path / "interrupted", tmp_path, after=random.randint(EVERY + 1, CLIPS - 2))
-    position = load_checkpoint(FolderReporter(tmp_path / "interrupted", Records()).latest())["position"]
+    position = load_checkpoint(_newest(tmp_path / "interrupted"))["position"]
     assert position["world"] == 2 and position["clips"] > 0
     shutil.copytree(tmp_path / "interrupted", tmp_path / "alone")
     _attempt(2, tmp_path / "interrupted", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -12,24 +13,25 @@ from typing import Any
 
 import pytest
 import ray.train
-import torch
 
 import motip.train.loop as loop
+from motip import stage_folder
 from motip.config import Config, Stage
 from motip.curriculum.stage import choose_best_epoch
 from motip.errors import MotipError
+from motip.stage_folder import CheckpointIndex, StageFolder, best_first
 from motip.storage import paths, retries
 from motip.storage.atomic_filesystem import atomic_filesystem
 from motip.storage.paths import Location, location
-from motip.train import checkpoint_schedule, checkpoints, preemption, retention
-from motip.train.batch_sources import LocalBatchSource
+from motip.train import checkpoint_schedule, checkpoints, preemption
 from motip.train.checkpoints import store_folder
-from motip.train.collectives import SingleProcess
-from motip.train.ray_train import FolderReporter, RayReporter, completed
-from motip.train.retention import Retention, best_first, drop_epochs, drop_steps, list_checkpoints
+from motip.train.ray_train import RayStore, completed
+from motip.train.retention import Retention, drop_epochs, drop_steps
+from motip.train.run_channel import RunChannel
 from motip.weights import load_checkpoint
 from tests.helpers.object_store import ObjectStore, object_store
 from tests.helpers.small_training import small_config
+from tests.helpers.training_run import folder_store, train_in_process
 from tests.train.test_loop import SETTINGS
 from tests.train.test_resume import Records, _job
 
@@ -61,6 +63,10 @@ def _write_step(folder: Location, step: int) -> None:
     paths.write_bytes(folder / f"step_{step:08d}" / f"checkpoint_step_{step}.pth", b"weights")
 
 
+def _index(folder: Location) -> CheckpointIndex:
+    return StageFolder(folder).checkpoints()
+
+
 def _weights(folder: Location) -> list[str]:
     return sorted(path.name for path in paths.files_under(folder) if path.suffix == ".pth")
 
@@ -73,20 +79,20 @@ def _stage(**changes: Any) -> Stage:
 
 
 def test_last_steps_are_kept_and_empty_folders_stay(folder: Location) -> None:
-    assert list_checkpoints(folder).latest() is None
+    assert _index(folder).latest() is None
     for step in (2, 4, 9, 10, 100):
         _write_step(folder, step)
-    drop_steps(folder, 2)
+    drop_steps(StageFolder(folder), 2)
     assert _weights(folder) == ["checkpoint_step_10.pth", "checkpoint_step_100.pth"]
-    latest = list_checkpoints(folder).latest()
+    latest = _index(folder).latest()
     assert latest is not None and latest.name == "checkpoint_step_100.pth"
     # Ray Train rejects its list of checkpoints if a folder in it is missing.
     files = atomic_filesystem(remote=not isinstance(folder, Path))
     for step in (2, 4, 9):
         info = files.get_file_info(f"{folder}/step_{step:08d}".removeprefix("s3://"))
         assert info.type.name == "Directory", step
-    drop_steps(folder, 0)
-    assert _weights(folder) == [] and list_checkpoints(folder).steps == {}
+    drop_steps(StageFolder(folder), 0)
+    assert _weights(folder) == [] and _index(folder).steps == {}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,7 @@ def test_best_epochs_and_the_newest_are_kept(folder: Location, kept: int | None,
     folder = folder / str(kept)
     for epoch, hota in HOTA.items():
         _write_epoch(folder, epoch, {"HOTA": hota, "loss": float(epoch)})
-    drop_epochs(folder, Retention(epochs=kept))
+    drop_epochs(StageFolder(folder), Retention(epochs=kept))
     assert _weights(folder) == [f"checkpoint_{epoch}.pth" for epoch in expected]
     result = completed(str(folder))
     assert result.epochs == {epoch: {"HOTA": hota, "loss": float(epoch)} for epoch, hota in HOTA.items()}
@@ -108,7 +114,7 @@ def test_best_epochs_and_the_newest_are_kept(folder: Location, kept: int | None,
 def test_dropping_after_each_epoch_keeps_the_same_epochs(tmp_path: Path) -> None:
     for epoch, hota in HOTA.items():
         _write_epoch(tmp_path, epoch, {"HOTA": hota})
-        drop_epochs(tmp_path, Retention(epochs=2))
+        drop_epochs(StageFolder(tmp_path), Retention(epochs=2))
         assert f"checkpoint_{epoch}.pth" in _weights(tmp_path), "the newest checkpoint is kept"
     assert _weights(tmp_path) == ["checkpoint_1.pth", "checkpoint_3.pth", "checkpoint_4.pth"]
 
@@ -117,7 +123,7 @@ def test_epoch_without_a_score_is_kept_only_as_the_newest(tmp_path: Path) -> Non
     _write_epoch(tmp_path, 0, {"HOTA": 1.0})
     _write_epoch(tmp_path, 1, {"loss": 1.0})
     _write_epoch(tmp_path, 2, {"HOTA": math.nan})
-    drop_epochs(tmp_path, Retention(epochs=3))
+    drop_epochs(StageFolder(tmp_path), Retention(epochs=3))
     assert _weights(tmp_path) == ["checkpoint_0.pth", "checkpoint_2.pth"]
     assert best_first({0: {"HOTA": 1.0}, 1: {"loss": 1.0}, 2: {"HOTA": math.nan}}, "HOTA") == [0]
     assert choose_best_epoch(completed(str(tmp_path)), _stage()) == 0
@@ -131,16 +137,16 @@ def test_removed_and_partial_checkpoints_are_neither_chosen_nor_resumed(folder: 
     paths.write_bytes(folder / "step_00000040" / ".checkpoint_step_40.1a2b.tmp.pth", b"ha")
     paths.write_bytes(folder / "step_00000050" / "checkpoint_step_49.pth", b"of another step")
     paths.write_bytes(folder / "kept" / "step_00000060" / "checkpoint_step_60.pth", b"of another folder")
-    latest = list_checkpoints(folder).latest()
+    latest = _index(folder).latest()
     assert latest is not None and latest.name == "checkpoint_0.pth"
     result = completed(str(folder))
     assert sorted(result.epochs) == [0, 1] and sorted(result.checkpoints) == [0]
     assert choose_best_epoch(result, _stage()) == 0
     _write_step(folder, 15)
-    latest = list_checkpoints(folder).latest()
+    latest = _index(folder).latest()
     assert latest is not None and latest.name == "checkpoint_step_15.pth"
     _write_epoch(folder, 1, {"HOTA": 90.0}, step=15)
-    latest = list_checkpoints(folder).latest()
+    latest = _index(folder).latest()
     assert latest is not None and latest.name == "checkpoint_1.pth", "at the same step the epoch is further"
 
 
@@ -152,10 +158,10 @@ def test_failed_removal_is_logged_and_training_continues(
         _write_step(folder, step)
     monkeypatch.setattr(retries.with_retries, "__defaults__", (0.0, *retries.with_retries.__defaults__[1:]))  # type: ignore[index]
     store.fail("^DELETE", 1000)
-    drop_steps(folder, 1)
+    drop_steps(StageFolder(folder), 1)
     store.failures.clear()
     assert "checkpoint_step_1.pth: superfluous checkpoints are not removed for now" in caplog.text
-    drop_steps(folder, 1)
+    drop_steps(StageFolder(folder), 1)
     assert _weights(folder) == ["checkpoint_step_2.pth"]
 
 
@@ -166,13 +172,11 @@ def _config(**changes: Any) -> Config:
     return small_config(**{**SETTINGS, "CLIPS_PER_EPOCH": 2, "LOG_EVERY_STEPS": 1, **changes})
 
 
-def _run(job: Any, folder: Path, records: Records, kept: Retention, **methods: Any) -> FolderReporter:
-    config = Config.from_dict(job.config)
-    reporter = FolderReporter(folder, records, kept)
+def _run(job: Any, folder: Path, records: Records, kept: Retention, **methods: Any) -> None:
+    store = folder_store(folder, kept)
     for name, method in methods.items():
-        setattr(reporter, name, method)
-    loop.train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, torch.device("cpu"))
-    return reporter
+        setattr(store, name, method)
+    train_in_process(job, folder, records, store=store)
 
 
 def test_stage_keeps_its_best_and_newest_epoch_and_all_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +232,7 @@ def test_unreachable_store_is_an_error_and_leaves_no_partial_epoch(
     # Ray Train restarts the entire upload if the message contains these words.
     assert "AWS Error" not in str(failure.value) and "NETWORK_CONNECTION" in str(failure.value)
     assert lines and lines[0].startswith(f"storing {target}/metrics.json failed (try 1)")
-    assert completed(str(target.parent)).epochs == {} and list_checkpoints(target.parent).latest() is None
+    assert completed(str(target.parent)).epochs == {} and _index(target.parent).latest() is None
 
 
 def test_full_disk_while_storing_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,22 +265,24 @@ def test_checkpoints_stay_and_training_continues_if_the_store_cannot_be_listed(
 ) -> None:
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {"HOTA": HOTA[epoch]})
     config = _config(EPOCHS=2, EVALUATE_EVERY_EPOCHS=1, CHECKPOINT_EVERY_STEPS=2)
-    listed = retention.files_under
+    listed = stage_folder.files_under
 
     def away(folder: Path) -> Any:
         raise MotipError("S3 request failed: SlowDown", where=folder)
 
-    def latest() -> None:
-        monkeypatch.setattr(retention, "files_under", away)
+    @contextlib.contextmanager
+    def newest() -> Iterator[None]:
+        yield None
+        monkeypatch.setattr(stage_folder, "files_under", away)
 
     with caplog.at_level(logging.WARNING):
-        _run(_job(tmp_path, config), tmp_path / "out", Records(), Retention(steps=1, epochs=0), latest=latest)
-    monkeypatch.setattr(retention, "files_under", listed)
+        _run(_job(tmp_path, config), tmp_path / "out", Records(), Retention(steps=1, epochs=0), newest=newest)
+    monkeypatch.setattr(stage_folder, "files_under", listed)
     lines = [record.message for record in caplog.records if "are not removed for now" in record.message]
     assert lines and all("SlowDown" in text for text in lines)
     assert {"checkpoint_0.pth", "checkpoint_1.pth"} < set(_weights(tmp_path / "out")), "no checkpoint is removed"
-    drop_steps(tmp_path / "out", 0)
-    drop_epochs(tmp_path / "out", Retention(epochs=0))
+    drop_steps(StageFolder(tmp_path / "out"), 0)
+    drop_epochs(StageFolder(tmp_path / "out"), Retention(epochs=0))
     assert _weights(tmp_path / "out") == ["checkpoint_1.pth"]
 
 
@@ -303,7 +309,7 @@ def test_each_preemption_saves_one_position(tmp_path: Path, monkeypatch: pytest.
     info = PreemptionInfoStub({6: ["node-b", "node-a"], 10: ["node-a", "node-b", "node-c"]})
     monkeypatch.setattr(ray.train, "get_preemption_info", info)
     monkeypatch.setattr(checkpoint_schedule, "POLL_INTERVAL_S", 0.0)
-    ray_reporter = RayReporter(None, str(tmp_path), Retention())
+    ray_store = RayStore(RunChannel(str(tmp_path)), StageFolder(tmp_path), Retention())
     job = _job(tmp_path, _config(EPOCHS=1, CLIPS_PER_EPOCH=14, CHECKPOINT_EVERY_MINUTES=None))
     records, saved = Records(), []
     folder = tmp_path / "out"
@@ -313,7 +319,7 @@ def test_each_preemption_saves_one_position(tmp_path: Path, monkeypatch: pytest.
         position = load_checkpoint(checkpoint / f"checkpoint_step_{step}.pth")["position"]
         saved.append((step, position["step"], wait))
 
-    _run(job, folder, records, Retention(), preemption=ray_reporter.preemption, step_done=step_done)
+    _run(job, folder, records, Retention(), preemption=ray_store.preemption, step_done=step_done)
     assert info.calls == 14
     assert saved == [(6, 6, True), (10, 10, True)], "once per preemption, and synchronously"
     assert max(records.losses) == 14, "training continues until the machine is gone"
@@ -330,7 +336,7 @@ def test_slow_checkpoint_is_logged_at_the_deadline(
     monkeypatch.setattr(ray.train, "get_preemption_info", PreemptionInfoStub({1: ["node-a"]}))
     monkeypatch.setattr(checkpoint_schedule, "POLL_INTERVAL_S", 0.0)
     monkeypatch.setattr(preemption, "GRACE_PERIOD_S", 2.0)
-    ray_reporter = RayReporter(None, str(tmp_path), Retention())
+    ray_store = RayStore(RunChannel(str(tmp_path)), StageFolder(tmp_path), Retention())
     job = _job(tmp_path, _config(EPOCHS=1, CHECKPOINT_EVERY_MINUTES=None))
 
     def slow(step: int, checkpoint: Path | None, wait: bool) -> None:
@@ -339,7 +345,7 @@ def test_slow_checkpoint_is_logged_at_the_deadline(
             time.sleep(0.02)
 
     with caplog.at_level(logging.ERROR):
-        _run(job, tmp_path / "out", Records(), Retention(), preemption=ray_reporter.preemption, step_done=slow)
+        _run(job, tmp_path / "out", Records(), Retention(), preemption=ray_store.preemption, step_done=slow)
     lines = [record.message for record in caplog.records if "no checkpoint within" in record.message]
     assert len(lines) == 1
     assert "epoch 1, step 1/" in lines[0] and "storing the checkpoint" in lines[0]

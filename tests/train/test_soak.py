@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import motip.train.loop as loop
-from motip.train.batch_sources import LocalBatchSource
-from motip.train.collectives import SingleProcess
-from motip.train.ray_train import FolderReporter
+from motip.events import Event, StepLogged
 from motip.train.timing import resident_bytes
 from tests.helpers.small_training import small_config
+from tests.helpers.training_run import train_in_process
 from tests.train.test_loop import SETTINGS, job_of, write_video
 
 EPOCHS, PART = 4, 500
@@ -33,14 +31,11 @@ def test_memory_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     job = job_of(config, tmp_path, [write_video(tmp_path, f"v{n}", frames=70, region=bool(n % 2)) for n in range(8)])
     resident: list[int] = []
 
-    def sample(kind: str, values: dict[str, Any]) -> None:
-        if kind == "step":
+    def sample(event: Event) -> None:
+        if isinstance(event, StepLogged):
             resident.append(resident_bytes())
 
-    batch_source = LocalBatchSource(job, config)
-    loop.train_stage_on_worker(
-        job, SingleProcess(), batch_source, FolderReporter(tmp_path / "out", sample), torch.device("cpu")
-    )
+    train_in_process(job, tmp_path / "out", sample)
     assert len(resident) == EPOCHS * PART
     means = [sum(resident[at : at + PART]) / PART for at in range(0, len(resident), PART)]
     print("resident, mean of each 500 steps:", ", ".join(f"{mean / 2**20:.1f} MB" for mean in means))

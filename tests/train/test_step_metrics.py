@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -14,21 +14,21 @@ import motip.train.loop as loop
 import motip.train.step as train_step
 import motip.train.timing as timing
 from motip.config import Config
-from motip.train.batch_sources import LocalBatchSource
+from motip.events import EpochDone, Event, Note, StepLogged
 from motip.train.collectives import SingleProcess
 from motip.train.optimizer import GROUP_NAMES, parameter_groups
-from motip.train.ray_train import FolderReporter
 from motip.train.state import Meter
 from motip.train.step import TrainStep
 from motip.train.timing import PARTS, Interval, StepClock
 from motip.weights import load_checkpoint
 from tests.helpers.small_training import clip, small_config, small_model
+from tests.helpers.training_run import train_in_process
 from tests.train.test_loop import SETTINGS, job_of, write_video
 
 CLIPS, EVERY, ACCUMULATE = 7, 3, 2
 TIMES = {f"{name}_s" for name in ("wait", *PARTS, "other")}
 
-Records = list[tuple[str, dict[str, Any]]]
+E = TypeVar("E", bound=Event)
 
 
 def _config(**changes: Any) -> Config:
@@ -36,18 +36,16 @@ def _config(**changes: Any) -> Config:
     return small_config(**{"ACCUMULATE_STEPS": ACCUMULATE, **settings})
 
 
-def _run(config: Config, folder: Path, inspect_event: Callable[[str, dict[str, Any]], None] | None = None) -> Records:
-    records: Records = []
+def _run(config: Config, folder: Path, inspect_event: Callable[[Event], None] = lambda event: None) -> list[Event]:
+    events: list[Event] = []
 
-    def on_record(kind: str, values: dict[str, Any]) -> None:
-        records.append((kind, values))
-        if inspect_event is not None:
-            inspect_event(kind, values)
+    def on_event(event: Event) -> None:
+        events.append(event)
+        inspect_event(event)
 
     job = job_of(config, folder, [write_video(folder, "long", frames=12)])
-    reporter = FolderReporter(folder / "stage", on_record)
-    loop.train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, torch.device("cpu"))
-    return records
+    train_in_process(job, folder / "stage", on_event)
+    return events
 
 
 @pytest.fixture(autouse=True)
@@ -55,17 +53,17 @@ def _without_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
 
 
-def of(kind: str, records: Records) -> list[dict[str, Any]]:
-    return [values for found, values in records if found == kind]
+def of(kind: type[E], events: list[Event]) -> list[E]:
+    return [event for event in events if isinstance(event, kind)]
 
 
 def test_step_record_has_learning_rates_and_time_split(tmp_path: Path) -> None:
     config = _config(LR=1e-3, LR_WARMUP_EPOCHS=0, LR_LINEAR_PROJ_SCALE=0.5, LR_DICTIONARY_SCALE=0.25)
     records = _run(config, tmp_path)
-    steps = of("step", records)
-    assert [values["index"] + 1 for values in steps] == [3, 6, 7]
-    for values in steps:
-        metrics = values["metrics"]
+    steps = of(StepLogged, records)
+    assert [event.index + 1 for event in steps] == [3, 6, 7]
+    for event in steps:
+        metrics = event.metrics
         rates = {name.removeprefix("step/lr/"): rate for name, rate in metrics.items() if name.startswith("step/lr")}
         scales = {"backbone": config.backbone_lr_scale, "linear_proj": 0.5, "dictionary": 0.25, "rest": 1.0}
         assert rates == pytest.approx({name: 1e-3 * scale for name, scale in scales.items()})
@@ -76,10 +74,9 @@ def test_step_record_has_learning_rates_and_time_split(tmp_path: Path) -> None:
         assert metrics["step/clips_skipped"] == 0
         # The optimiser steps every second batch: the norms are those of its latest step.
         assert metrics["step/detr_grad_norm"] > 0 and metrics["step/loss"] > 0
-    json.dumps(steps)
-    epoch = of("epoch", records)[0]["metrics"]
+    epoch = of(EpochDone, records)[0].metrics
     assert {name for name in TIMES if epoch[f"time/{name}"] >= 0} == TIMES
-    assert epoch["device/memory_gib"] == max(values["metrics"]["step/memory_gib"] for values in steps)
+    assert epoch["device/memory_gib"] == max(event.metrics["step/memory_gib"] for event in steps)
     total = sum(epoch[f"time/{name}"] for name in TIMES) * CLIPS
     assert total == pytest.approx(epoch["time/epoch_s"], rel=0.05), "the parts add up"
 
@@ -108,12 +105,12 @@ def test_skipped_clips_are_counted_and_reported_by_objects(tmp_path: Path, monke
 
     monkeypatch.setattr(train_step, "clip_losses", out_of_memory_at_the_second)
     records = _run(config, tmp_path)
-    assert [values["metrics"]["step/clips_skipped"] for values in of("step", records)] == [1, 1, 1]
-    epoch = of("epoch", records)[0]["metrics"]
+    assert [event.metrics["step/clips_skipped"] for event in of(StepLogged, records)] == [1, 1, 1]
+    epoch = of(EpochDone, records)[0].metrics
     assert epoch["clips_skipped"] == 1 and epoch["memory/clips_skipped_objects_0_to_9"] == 1
-    (note,) = of("note", records)
-    assert note["step"] == 2
-    assert "long" in note["text"] and "3 frames, 9 objects, at most 3 in a frame" in note["text"]
+    (note,) = of(Note, records)
+    assert note.step == 2
+    assert "long" in note.text and "3 frames, 9 objects, at most 3 in a frame" in note.text
 
 
 def test_time_split_of_an_epoch_is_resumed() -> None:
@@ -136,15 +133,15 @@ def test_checkpoint_between_two_records_has_the_times_so_far(tmp_path: Path, mon
     config = _config(CHECKPOINT_EVERY_STEPS=4, LOG_EVERY_STEPS=100)
     saved: list[dict[str, float]] = []
 
-    def inspect_event(kind: str, values: dict[str, Any]) -> None:
-        if kind == "step":
+    def inspect_event(event: Event) -> None:
+        if isinstance(event, StepLogged):
             (path,) = (tmp_path / "stage").glob("step_*/*.pth")
             saved.append(load_checkpoint(path)["position"]["meter"]["seconds"])
 
     records = _run(config, tmp_path, inspect_event)
     assert saved == [dict.fromkeys(PARTS, 7.0)]
-    (record,) = of("step", records)
-    assert record["metrics"]["step/time/forward_s"] == 2.0
+    (record,) = of(StepLogged, records)
+    assert record.metrics["step/time/forward_s"] == 2.0
 
 
 class FakeEvent:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,26 +17,28 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import motip.train.loop as loop
-from motip.config import Config
 from motip.errors import MotipError
-from motip.train.batch_sources import LocalBatchSource
+from motip.events import EventLog, Note
+from motip.train.checkpoint_stores import FolderStore
 from motip.train.collectives import SingleProcess, current_process_group
-from motip.train.ray_train import FolderReporter
-from motip.train.run_channel import RunChannel
+from motip.train.run_channel import Heartbeat, RunChannel
+from motip.train.stage_job import StageJob
 from motip.train.state import Run
-from motip.train.watchdog import EXIT_STATUS, Heartbeat, StallTimer, Watchdog, WorkerLost
+from motip.train.watchdog import EXIT_STATUS, STDERR, StallTimer, Watchdog, WorkerLost
 from tests.helpers.small_training import small_config
+from tests.helpers.training_run import CallbackChannel, train_in_process
 from tests.train.test_loop import SETTINGS, job_of, write_video
 
 STATUS = "stage two, validation after epoch 3"
 
 
 class FakeGroup(SingleProcess):
-    """Process group of this rank; `others` has the published heartbeats of the other ranks."""
+    """Process group and channel of this rank; `others` has the heartbeats of the other ranks."""
 
     def __init__(self, world_size: int = 2) -> None:
         self.world_size = world_size
         self.others: dict[int, Heartbeat] = {}
+        self.sent: list[Heartbeat] = []
         self.polled = threading.Semaphore(0)
         self.collectives = 0
 
@@ -46,15 +46,23 @@ class FakeGroup(SingleProcess):
         self.collectives += 1
         return [value, *(self.others[rank].status for rank in range(1, self.world_size))]
 
-    def read_status(self, rank: int) -> str:
+    def heartbeat(self, rank: int, heartbeat: Heartbeat) -> None:
+        self.sent.append(heartbeat)
+
+    def heartbeats(self) -> dict[int, Heartbeat]:
         self.polled.release()
-        return json.dumps(asdict(self.others[rank])) if rank in self.others else ""
+        return dict(self.others)
+
+    def watchdog(self, timeout_s: float = 60, progress_s: float = 0.2) -> Watchdog:
+        return Watchdog(self, cast(RunChannel, self), timeout_s, progress_s)
 
 
-def _hanging(group: FakeGroup, comm: Watchdog) -> MotipError:
+def _hanging(group: FakeGroup) -> MotipError:
+    comm = group.watchdog()
     with pytest.raises(WorkerLost) as lost:
         comm.all_gather("own")
     assert group.collectives == 0, "the collective itself would block"
+    assert group.sent[-1].arrived == 1 and "in all_gather" not in group.sent[-1].code_line
     return lost.value.problem
 
 
@@ -64,7 +72,7 @@ def test_stalled_rank_ends_the_wait_of_its_peers() -> None:
         1: Heartbeat("stage two, after epoch 3", "motip/x.py:1 in x", arrived=1),
         2: Heartbeat(f"{STATUS}, ground/night frame 17 tracked", "motip/data/shards.py:88 in read_frames"),
     }
-    problem = _hanging(group, Watchdog(group, timeout_s=60, progress_s=0.2))
+    problem = _hanging(group)
     assert "rank 2 of 3 has made no progress" in problem.what
     assert problem.where == f"{STATUS}, ground/night frame 17 tracked"
     assert "nothing since 2" in str(problem.found) and "motip/data/shards.py:88 in read_frames" in str(problem.found)
@@ -73,7 +81,7 @@ def test_stalled_rank_ends_the_wait_of_its_peers() -> None:
 
 def test_rank_without_a_status_ends_the_wait() -> None:
     group = FakeGroup()
-    assert _hanging(group, Watchdog(group, timeout_s=60, progress_s=0.2)).where == "no status received"
+    assert _hanging(group).where == "no status received"
 
 
 def test_slow_rank_with_progress_is_waited_for(
@@ -81,7 +89,7 @@ def test_slow_rank_with_progress_is_waited_for(
 ) -> None:
     """Ten times the limit, with progress every few polls; the waiting rank logs it repeatedly."""
     group, progress_s = FakeGroup(), 0.4
-    comm = Watchdog(group, timeout_s=0.5, progress_s=progress_s)
+    comm = group.watchdog(0.5, progress_s)
 
     def track() -> None:
         for frame in range(40):
@@ -121,7 +129,7 @@ def _start(rank: int, directory: str, seconds: float) -> None:
 
 def _does_not_respond(rank: int, directory: str) -> None:
     _start(rank, directory, 4)
-    comm = Watchdog(current_process_group(), 4)
+    comm = Watchdog(current_process_group(), CallbackChannel(directory, lambda event: None), 4, 1800)
     comm.status = lambda: "stage two, epoch 1, step 7/9, ground/video frames 1,2"
     comm.sum_(torch.ones(1))
     if rank == 1:
@@ -146,10 +154,11 @@ def _slow_then_hangs(rank: int, directory: str) -> None:
     """Rank 1 is late but makes progress; the second time it hangs until the other rank has reported it."""
     _start(rank, directory, 120)
     # Rank 1 has a longer limit, so that the other rank ends the wait.
-    comm = Watchdog(current_process_group(120), 120, progress_s=5 if rank == 0 else 40)
+    channel = CallbackChannel(directory, lambda event: None)
+    comm = Watchdog(current_process_group(120), channel, 120, progress_s=5 if rank == 0 else 40)
     frames, over = [0], Path(directory, "message")
     comm.status = lambda: f"{STATUS}, frame {frames[0]}"
-    with comm.monitored(lambda problem: None):
+    with comm.monitored():
         if rank == 1:
             for frames[0] in range(8):
                 time.sleep(1)
@@ -175,23 +184,21 @@ def test_two_ranks_of_which_one_is_slow_and_then_hangs(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- a rank that hangs by itself
 
 
-def _job(folder: Path, **changes: Any) -> tuple[Config, Any]:
-    config = small_config(**SETTINGS, **{"EPOCHS": 1, "PROGRESS_TIMEOUT_S": 2, "LOG_EVERY_STEPS": 1, **changes})
-    return config, job_of(config, folder, [write_video(folder, "v")])
+def _job(folder: Path) -> StageJob:
+    config = small_config(**SETTINGS, EPOCHS=1, PROGRESS_TIMEOUT_S=2, LOG_EVERY_STEPS=1)
+    return job_of(config, folder, [write_video(folder, "v")])
+
+
+def _notes(folder: Path) -> list[str]:
+    return [event.text for event in EventLog(folder) if isinstance(event, Note)]
 
 
 def _train(folder: str, hang: Callable[[], None]) -> None:
     torch.set_num_threads(1)
-    config, job = _job(Path(folder))
+    job = _job(Path(folder))
+    os.dup2(os.open(Path(folder, "stderr"), os.O_WRONLY | os.O_CREAT), STDERR)
     hang()
-    notes = Path(folder, "notes")
-
-    def record(kind: str, values: dict[str, Any]) -> None:
-        if kind == "note":
-            notes.write_text(values["text"])
-
-    reporter = FolderReporter(Path(folder, "out"), record)
-    loop.train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, torch.device("cpu"))
+    train_in_process(job, Path(folder, "out"), lambda event: None)
     os._exit(1)  # not reached: the training hangs
 
 
@@ -208,12 +215,12 @@ class _Video:
 
 
 def _the_storage_hangs() -> None:
-    def folder(self: FolderReporter, name: str) -> Path:
+    def folder(self: FolderStore, name: str) -> Path:
         threading.Event().wait()
         raise AssertionError(name)
 
     loop.validate = lambda run, epoch: {}
-    FolderReporter.folder = folder  # type: ignore[method-assign]
+    FolderStore.folder = folder  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -232,39 +239,38 @@ def test_process_that_hangs_alone_exits_and_reports_where(tmp_path: Path, hang: 
     process.kill()
     assert not alive, "the process does not exit"
     assert process.exitcode == EXIT_STATUS
-    note = (tmp_path / "notes").read_text()
+    (note,) = _notes(tmp_path / "out")
     assert "rank 0 of 1 has made no progress for 2 s" in note and f"where:    {where}" in note
     assert "tests/train" not in note and "it is at motip/train/" in note
+    stacks = (tmp_path / "stderr").read_text()
+    assert "Thread 0x" in stacks and "in train_stage_on_worker" in stacks
 
 
 # ----------------------------------------------------------------------------- reports to the driver
 
 
 def test_channel_keeps_the_first_lost_worker_report_of_an_attempt(tmp_path: Path) -> None:
-    channel = RunChannel()
+    channel = RunChannel(str(tmp_path))
     assert channel.worker_started() and channel.lost() is None
     for rank in (0, 1):
         channel.report_lost(MotipError(f"rank 2 hangs, reported by rank {rank}"))
-    assert [values["text"] for _, values in channel.drain()] == ["rank 2 hangs, reported by rank 0"]
+    assert _notes(tmp_path) == ["rank 2 hangs, reported by rank 0"]
     assert str(channel.lost()) == "rank 2 hangs, reported by rank 0"
     assert channel.worker_started() and channel.lost() is None, "a report of an earlier attempt"
     channel.report_lost(MotipError("again"))
-    assert [values["text"] for _, values in channel.drain()] == ["again"]
+    assert _notes(tmp_path) == ["rank 2 hangs, reported by rank 0", "again"]
 
 
 def test_lost_rank_is_reported_and_ends_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, job = _job(tmp_path)
     lost = MotipError("rank 1 hangs")
 
     def validate(run: Run, epoch: int) -> dict[str, float]:
         raise WorkerLost(lost)
 
     monkeypatch.setattr(loop, "validate", validate)
-    notes: list[str] = []
-    reporter = FolderReporter(tmp_path / "out", lambda kind, values: notes.append(values.get("text", "")))
     with pytest.raises(WorkerLost, match="rank 1 hangs"):
-        loop.train_stage_on_worker(job, SingleProcess(), LocalBatchSource(job, config), reporter, torch.device("cpu"))
-    assert "rank 1 hangs" in notes
+        train_in_process(_job(tmp_path), tmp_path / "out", lambda event: None)
+    assert "rank 1 hangs" in _notes(tmp_path / "out")
 
 
 def test_changing_the_timeouts_does_not_make_a_stage_stale() -> None:
