@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from scipy.special import stdtrit
+
 from motip.config.sweep_file import SweepFile
 from motip.errors import MotipError
-from motip.tune.searcher import TrialResult
-from motip.tune.sweep_records import BASELINE
+from motip.tune.trial_records import BASELINE, Trial
+
+CONFIDENCE = 0.95
+"""One-sided confidence with which the best trial must be better than the baseline."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,18 @@ class SettingScores:
         return statistics.fmean(self.all_values)
 
     @property
+    def unbiased_values(self) -> list[float]:
+        """Values with the further seeds; the search's value if there are none."""
+        return list(self.repeat_values.values()) or [self.search_value]
+
+    @property
     def repeat_mean(self) -> float:
-        """Mean over the further seeds; the search's value if there are none."""
-        return statistics.fmean(self.repeat_values.values() or [self.search_value])
+        return statistics.fmean(self.unbiased_values)
 
     def text(self) -> str:
         """`46.2 (seed 29), 45.1 (seed 30), 46.9 (seed 31): 46.1 ± 0.9`; the last number is the standard deviation."""
-        parts = [
-            f"{self.search_value:.2f} (seed {self.seed})",
-            *(f"{value:.2f} (seed {seed})" for seed, value in self.repeat_values.items()),
-        ]
+        seeds = {self.seed: self.search_value, **self.repeat_values}
+        parts = [f"{value:.2f} (seed {seed})" for seed, value in seeds.items()]
         deviation = f" ± {statistics.stdev(self.all_values):.2f}" if self.repeat_values else ""
         return f"{', '.join(parts)}: {self.mean:.2f}{deviation}"
 
@@ -62,12 +69,20 @@ class SweepDecision:
     Attributes:
         best: the setting of the best trial.
         baseline: the configuration's own values, trained the same way.
-        better: `best` differs from the baseline and is at least as good on the further seeds.
+        margin: difference of the means over the further seeds that `best` must exceed.
     """
 
     best: SettingScores
     baseline: SettingScores
-    better: bool
+    margin: float
+
+    @property
+    def difference(self) -> float:
+        return self.best.repeat_mean - self.baseline.repeat_mean
+
+    @property
+    def better(self) -> bool:
+        return self.best.key != self.baseline.key and self.difference > self.margin
 
     @property
     def values(self) -> dict[str, Any]:
@@ -75,7 +90,7 @@ class SweepDecision:
         return self.best.values if self.better else {}
 
 
-def best_trial(trials: Sequence[TrialResult]) -> TrialResult:
+def best_trial(trials: Sequence[Trial]) -> Trial:
     """The finished trial with the highest value, the earliest of equals.
 
     Raises:
@@ -83,17 +98,22 @@ def best_trial(trials: Sequence[TrialResult]) -> TrialResult:
     """
     finished = [trial for trial in trials if trial.status == "finished" and trial.value is not None]
     if not finished:
-        failures = [f"{trial.spec.key}: {trial.message}" for trial in trials if trial.status == "failed"]
+        failures = [f"{trial.key}: {trial.message}" for trial in trials if trial.status == "failed"]
         raise MotipError(
             "no trial of the sweep was finished",
             found="; ".join(failures[:3]) or "no trial",
             fix="read the messages of the trials; the same command resumes those that were interrupted",
         )
-    return min(finished, key=lambda trial: (-(trial.value or 0.0), trial.spec.key))
+    return min(finished, key=lambda trial: (-(trial.value or 0.0), trial.key))
 
 
-def decide(trials: Sequence[TrialResult], repeats: Sequence[TrialResult], seed: int) -> SweepDecision:
+def decide(trials: Sequence[Trial], repeats: Sequence[Trial], seed: int) -> SweepDecision:
     """Compare the best trial with the baseline on seeds that were not used for selection.
+
+    The best trial replaces the baseline if the difference of their means over the further seeds exceeds what the
+    spread of the seeds explains: Student's t quantile (one-sided, `CONFIDENCE`) times the standard error of the
+    difference, with the variance pooled over the further seeds of both. A single further seed is too few for that; the
+    difference must then exceed the largest one between two values of the same setting, the search's included.
 
     Args:
         repeats: trainings with further seeds, of the best trial and, if configured, of the baseline.
@@ -102,24 +122,33 @@ def decide(trials: Sequence[TrialResult], repeats: Sequence[TrialResult], seed: 
     Raises:
         MotipError: the baseline trial, or all repetitions of the best trial, failed.
     """
-    by_key = {trial.spec.key: trial for trial in trials}
+    by_key = {trial.key: trial for trial in trials}
     best = _setting_scores(best_trial(trials), repeats, seed)
     baseline = _setting_scores(by_key[BASELINE], repeats, seed)
-    if best.key == BASELINE:
-        return SweepDecision(best, baseline, better=False)
-    if not best.repeat_values:
+    if best.key != BASELINE and not best.repeat_values:
         failures = [trial.message for trial in repeats if trial.status == "failed"]
         raise MotipError(
             f"trial {best.key} could not be confirmed: no training with another seed finished",
             found="; ".join(failures) or None,
             fix="run the same command again",
         )
-    return SweepDecision(best, baseline, better=best.repeat_mean >= baseline.repeat_mean)
+    return SweepDecision(best, baseline, _margin(best, baseline))
+
+
+def _margin(best: SettingScores, baseline: SettingScores) -> float:
+    """The largest difference of two settings that the spread of their seeds explains; see :func:`decide`."""
+    if len(best.repeat_values) < 2:
+        return max(max(each.all_values) - min(each.all_values) for each in (best, baseline))
+    samples = [best.unbiased_values, baseline.unbiased_values]
+    freedom = sum(len(sample) - 1 for sample in samples)
+    squares = sum((value - statistics.fmean(sample)) ** 2 for sample in samples for value in sample)
+    error = math.sqrt(squares / freedom * sum(1 / len(sample) for sample in samples))
+    return float(stdtrit(freedom, CONFIDENCE)) * error
 
 
 def report_lines(
     decision: SweepDecision,
-    trials: Sequence[TrialResult],
+    trials: Sequence[Trial],
     sweep: SweepFile,
     *,
     stage: str,
@@ -162,11 +191,16 @@ def report_lines(
     # decision
     if best.key == own.key:
         lines.append("result    the baseline is kept: no trial was better")
-    elif decision.better:
-        difference = best.repeat_mean - own.repeat_mean
-        lines.append(f"result    {difference:+.2f} over the baseline, on seeds not used for selection")
     else:
-        lines.append(f"result    the baseline is kept: trial {best.key} was not better with further seeds")
+        outcome = f"{decision.difference:+.2f} over the baseline"
+        if decision.better:
+            outcome += ", on seeds not used for selection"
+        else:
+            outcome = f"the baseline is kept: trial {best.key} was not better with further seeds ({outcome})"
+        spread = f"{CONFIDENCE:.0%} quantile of t times the standard error from the spread of the seeds"
+        if len(best.repeat_values) < 2:
+            spread = "largest difference between two seeds of one setting"
+        lines += [f"result    {outcome}", f"margin    {decision.margin:.2f} had to be exceeded: {spread}"]
     lines += [f"{name:<9} {digest}" for name, digest in digests.items()]
     if decision.better:
         flags = " ".join(f"--set '{key}={json.dumps(value)}'" for key, value in decision.values.items())
@@ -179,16 +213,16 @@ def setting_text(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {_value_text(value)}" for key, value in values.items()) or "baseline"
 
 
-def _setting_scores(trial: TrialResult, repeats: Sequence[TrialResult], seed: int) -> SettingScores:
+def _setting_scores(trial: Trial, repeats: Sequence[Trial], seed: int) -> SettingScores:
     if trial.value is None:
         raise MotipError(
-            f"trial {trial.spec.key} has no value",
+            f"trial {trial.key} has no value",
             found=trial.message or trial.status,
             fix="run the same command again",
         )
-    own = [each for each in repeats if each.spec.key.partition("-seed")[0] == trial.spec.key]
-    values = {int(each.spec.seed or 0): each.value for each in own if each.value is not None}
-    return SettingScores(trial.spec.key, trial.spec.values, seed, trial.value, dict(sorted(values.items())))
+    finished = [each for each in repeats if each.setting == trial.key and each.status == "finished"]
+    values = {int(each.seed or 0): each.value for each in finished if each.value is not None}
+    return SettingScores(trial.key, trial.values, seed, trial.value, dict(sorted(values.items())))
 
 
 def _value_text(value: Any) -> str:

@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
+import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from motip.cluster import Cluster
 from motip.config import Stage
 from motip.config.curriculum_file import tuned_file
-from motip.config.sweep_file import SweepFile, baseline_values, check_sweep
+from motip.config.sweep_file import Prune, SweepFile, baseline_values, check_sweep
 from motip.config.tuned import overlay_text
 from motip.config.yaml_chain import with_values
 from motip.curriculum.failure import log_exceptions, mark_run_failed
-from motip.curriculum.records import acquire_lock, release_lock
-from motip.curriculum.stage import Session, Ui
+from motip.curriculum.stage import Session
 from motip.curriculum.stage_inputs import NON_IDENTITY_KEYS, stage_job
 from motip.data.manifest import entries_digest
 from motip.errors import MotipError
-from motip.lineage.driver_process import this_driver
 from motip.lineage.provenance import provenance
+from motip.stage_folder import SweepFolder
 from motip.storage.atomic import digest
-from motip.storage.paths import Location, absolute, files_under, location, upload, write_bytes, write_json
+from motip.storage.paths import Location, absolute, location, write_bytes, write_json
 from motip.train.stage_job import EpochPlans, Parent, StageJob
+from motip.tune.concurrency import ConcurrencyPlan, plan_concurrency
 from motip.tune.decision import SweepDecision, best_trial, decide, report_lines, setting_text
-from motip.tune.ray_tune import ConcurrencyPlan, plan_concurrency, search
-from motip.tune.searcher import TrialResult, TrialSpec, suggest
-from motip.tune.sweep_plot import PlottedTrial, trials_figure
-from motip.tune.sweep_records import BASELINE, read_trial, read_trials, repeat_key, trial_key, write_trial
+from motip.tune.sweep_log import SweepLog
+from motip.tune.sweep_plot import trials_figure
 from motip.tune.trial import TrialRunner, drop_weights
+from motip.tune.trial_records import BASELINE, Trial, read_trials
 
 FORMAT = 1
 """Part of every sweep's identity; incremented when the meaning of the search space changes."""
@@ -68,8 +69,8 @@ class SweepResult:
     metric: str
     decision: SweepDecision
     values: dict[str, Any]
-    trials: tuple[TrialResult, ...]
-    repeats: tuple[TrialResult, ...]
+    trials: tuple[Trial, ...]
+    repeats: tuple[Trial, ...]
     folder: Location
     overlay: Location
     figure: Location
@@ -101,7 +102,7 @@ class _SweepRun:
     baseline: dict[str, Any]
     concurrency: ConcurrencyPlan
     runner: TrialRunner
-    folder: Location
+    folder: SweepFolder
     run_id: str
 
 
@@ -123,7 +124,8 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
     job, train = stage_job(session.curriculum, base, parent, session.manifest, session.options)
     EpochPlans(job, base.config, tuning.workers)(0)  # fail here, before the trials start, if no clip can be trained
     identity = _identity(job, sweep, tuning.workers)
-    folder = _folder(session, stage, identity)
+    sweeps = absolute(session.options.storage) / "sweeps" / session.curriculum.name
+    folder = SweepFolder(sweeps / stage.name / identity[:12])
     data = entries_digest([*train, *job.val])
     with _sweep_run(session, stage, sweep, identity, data, folder) as run_id:
         # search and confirmation
@@ -150,6 +152,8 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
 
         # decision, written as an overlay
         decision = decide(trials, repeats, base.config.SEED)
+        git = provenance()["git"]
+        code = f"{git['commit'] or 'unknown'}{' with changes' if git['dirty'] else ''}"
         lines = report_lines(
             decision,
             trials,
@@ -158,14 +162,16 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
             metric=base.best,
             videos=len(job.val),
             baseline=baseline,
-            digests={"sweep": identity, "data": data, "code": _commit()},
+            digests={"sweep": identity, "data": data, "code": code},
         )
         overlay = _overlay_location(session, stage, tuning)
         text = overlay_text(decision.values, lines)
         write_bytes(overlay, text.encode())
-        write_bytes(folder / "tuned.yaml", text.encode())
+        write_bytes(folder.path / "tuned.yaml", text.encode())
 
         # figure and MLflow
+        title, best = f"{stage.name}, sweep", decision.best.key
+        figure = trials_figure(trials, repeats, sweep.space, baseline, title=title, metric=base.best, best=best)
         result = SweepResult(
             stage=stage.name,
             metric=base.best,
@@ -173,13 +179,13 @@ def tune_stage(session: Session, stage: Stage, parent: Parent | None, tuning: Tu
             values=decision.values,
             trials=tuple(trials),
             repeats=tuple(repeats),
-            folder=folder,
+            folder=folder.path,
             overlay=overlay,
-            figure=_save_figure(run, trials, repeats, decision),
+            figure=_save_figure(run, figure),
             run_id=run_id,
         )
         _record_result(run, result, text)
-    _drop_other_weights(folder, decision.best.key)
+    drop_weights(folder.path / "trials", keep=best)
     return result
 
 
@@ -213,167 +219,89 @@ def _identity(job: StageJob, sweep: SweepFile, workers: int) -> str:
     return digest({"format": FORMAT, "stage": job.inputs, "sweep": search_settings, "workers": workers})
 
 
-def _folder(session: Session, stage: Stage, identity: str) -> Location:
-    return absolute(session.options.storage) / "sweeps" / session.curriculum.name / stage.name / identity[:12]
-
-
-def _start_run(session: Session, stage: Stage, sweep: SweepFile, identity: str, data: str) -> str:
-    parent = {"mlflow.parentRunId": session.run_id} if session.run_id else {}
-    return session.lineage.start_curriculum(
-        f"{stage.name} sweep",
-        # By alias: a digest of this identifies the run, also one of version 0.1.
-        {"identity": identity, "stage": stage.name, "sweep": sweep.model_dump(mode="json", by_alias=True)},
-        {**parent, "motip.stage": stage.name, "motip.data.sha256": data, "motip.config": session.options.config_path},
-        reopen_finished=True,
-        kind="sweep",
-    )
-
-
 @contextlib.contextmanager
 def _sweep_run(
-    session: Session, stage: Stage, sweep: SweepFile, identity: str, data: str, folder: Location
+    session: Session, stage: Stage, sweep: SweepFile, identity: str, data: str, folder: SweepFolder
 ) -> Iterator[str]:
     """Lock the sweep for this process and open its MLflow run; an exception in the body ends the run."""
-    acquire_lock(folder / "sweep.json", "sweep", parent_run_id=session.run_id)
+    tags = {"mlflow.parentRunId": session.run_id} if session.run_id else {}
+    tags |= {"motip.stage": stage.name, "motip.data.sha256": data, "motip.config": session.options.config_path}
+    # By alias: a digest of this identifies the run, also one of version 0.1.
+    facts = {"identity": identity, "stage": stage.name, "sweep": sweep.model_dump(mode="json", by_alias=True)}
+    lineage, run_id = session.lineage, ""
+    folder.acquire(session.run_id)
     try:
-        run_id = _start_run(session, stage, sweep, identity, data)
-        try:
-            running = {"status": "running", "identity": identity, "run_id": run_id}
-            owner = {"driver": this_driver(), "curriculum_run": session.run_id}
-            write_json(folder / "sweep.json", {**running, **owner})
-            yield run_id
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                _mark_interrupted(session, folder, error)
-            mark_run_failed(session.lineage, run_id, error)
-            raise
-    except BaseException:
+        run_id = lineage.start_curriculum(f"{stage.name} sweep", facts, tags, reopen_finished=True, kind="sweep")
+        folder.start(run_id, session.run_id, identity=identity)
+        yield run_id
+    except BaseException as error:
+        if run_id and isinstance(error, KeyboardInterrupt):
+            with log_exceptions("the interrupted trials could not be marked in MLflow"):
+                for trial in read_trials(folder):
+                    if trial.status == "running" and trial.run_id:
+                        mark_run_failed(lineage, trial.run_id, error)
+        if run_id:
+            mark_run_failed(lineage, run_id, error)
         with log_exceptions(f"{folder} stays locked until this process exits"):
-            release_lock(folder / "sweep.json")
+            folder.release()
         raise
 
 
 # ---------------------------------------------------------------------------------------- search and confirmation
 
 
-def _search(run: _SweepRun, count: int) -> list[TrialResult]:
+def _search(run: _SweepRun, count: int) -> list[Trial]:
     """Train the baseline and the suggested settings, `count` in all; resumes and returns earlier trials too."""
     # records of earlier attempts
-    written = [trial for trial in read_trials(run.folder) if trial.spec.seed is None]
+    written = [trial for trial in read_trials(run.folder) if trial.seed is None]
     # A failed baseline is repeated too: without it no trial can be compared.
-    repeat = [
-        trial.spec
-        for trial in written
-        if trial.status == "running" or (trial.spec.key == BASELINE and trial.status == "failed")
-    ]
-    earlier = [trial for trial in written if trial.spec not in repeat]
-    ui = run.session.ui
+    repeated = {BASELINE: ("running", "failed")}
+    pending = [trial for trial in written if trial.status in repeated.get(trial.key, ("running",))]
+    earlier = [trial for trial in written if trial not in pending]
     if written:
-        ui.note(f"resuming: {len(earlier)} trials ended, {len(repeat)} were interrupted")
+        run.session.ui.note(f"resuming: {len(earlier)} trials ended, {len(pending)} were interrupted")
 
     # trials
-    def next_trial(trials: Sequence[TrialResult]) -> TrialSpec | None:
-        if any(trial.spec.key == BASELINE and trial.status == "failed" for trial in trials):
-            return None
-        if repeat:
-            return repeat.pop(0)
-        if len(trials) >= count:
-            return None
-        if not trials:
-            return TrialSpec(BASELINE, {})
-        number = 1 + max(int(trial.spec.key) for trial in trials)
-        values = suggest(run.sweep, run.baseline, trials, number)
-        if values is None:
-            ui.note(f"the search space is exhausted after {len(trials)} settings")
-            return None
-        return TrialSpec(trial_key(number), values)
-
-    longest = max((run.stage.config.EPOCHS, *map(int, _searched_epochs(run.sweep))))
-    log = _SweepLog(ui, run.folder, count, len(earlier))
-    trials = search(
-        next_trial, run.runner, run.concurrency, log, earlier=earlier, prune=run.sweep.prune, longest=longest
-    )
-    first = next(trial for trial in trials if trial.spec.key == BASELINE)
+    trials = _run_trials(run, count, pending if written else [Trial(BASELINE)], earlier, run.sweep.prune)
+    first = next(trial for trial in trials if trial.key == BASELINE)
     if first.status == "failed":
         raise MotipError(
             f"the baseline cannot be trained: {first.message}",
             where=f"trial {BASELINE} in {run.folder}",
             fix="train the stage without a sweep first (ray_jobs/train.py), then run the same command again",
         )
-    return sorted(trials, key=lambda trial: trial.spec.key)
+    return sorted(trials, key=lambda trial: trial.key)
 
 
-def _confirm(run: _SweepRun, trials: Sequence[TrialResult]) -> list[TrialResult]:
+def _confirm(run: _SweepRun, trials: Sequence[Trial]) -> list[Trial]:
     """Train the best trial's setting, and if configured the baseline, with further seeds and without pruning."""
     best = best_trial(trials)
-    settings = {best.spec.key: best.spec.values}
-    if run.sweep.confirm.baseline or best.spec.key == BASELINE:
-        settings[BASELINE] = {}
+    settings = [best]
+    if run.sweep.confirm.baseline and best.key != BASELINE:
+        settings.append(Trial(BASELINE))
     seed = run.stage.config.SEED
     seeds = range(seed + 1, seed + 1 + run.sweep.confirm.seeds)
-    specs = [TrialSpec(repeat_key(key, each), values, each) for each in seeds for key, values in settings.items()]
-    written = {trial.spec.key: trial for trial in read_trials(run.folder) if trial.status == "finished"}
-    earlier = [written[spec.key] for spec in specs if spec.key in written]
-    missing = [spec for spec in specs if spec.key not in written]
+    written = {trial.key: trial for trial in read_trials(run.folder)}
+    repeats = [written.get((new := setting.repetition(each)).key, new) for each in seeds for setting in settings]
+    missing = [trial for trial in repeats if trial.status != "finished"]
     if missing:
         run.session.ui.note(
-            f"trial {best.spec.key} is best so far, {best.value:.2f}; repeated with seeds "
+            f"trial {best.key} is best so far, {best.value:.2f}; repeated with seeds "
             f"{', '.join(map(str, seeds))}{', and so is the baseline' if len(settings) > 1 else ''}"
         )
-    log = _SweepLog(run.session.ui, run.folder, len(specs), len(earlier))
-    return search(lambda _: missing.pop(0) if missing else None, run.runner, run.concurrency, log, earlier=earlier)
+    return _run_trials(run, len(repeats), missing, [trial for trial in repeats if trial.status == "finished"])
 
 
-class _SweepLog:
-    """Observer that logs the trials, and writes a record when a trial starts, so that it is repeated after a kill."""
+def _run_trials(
+    run: _SweepRun, count: int, pending: Sequence[Trial], earlier: Sequence[Trial], prune: Prune | None = None
+) -> list[Trial]:
+    """Run the pending trials, then suggested ones until there are `count`; returns the earlier ones too."""
+    from motip.tune import ray_tune  # loads Ray
 
-    def __init__(self, ui: Ui, folder: Location, count: int, ended: int) -> None:
-        self._ui, self._folder, self._count, self._ended = ui, folder, count, ended
-
-    def trial_started(self, result: TrialResult) -> None:
-        spec = result.spec
-        earlier = read_trial(self._folder, spec.key)
-        if not earlier:
-            write_trial(self._folder, result)
-        seed = "" if spec.seed is None else f", seed {spec.seed}"
-        verb = "resumes" if earlier.get("run_id") else "starts"
-        self._ui.note(f"trial {spec.key} {verb}: {setting_text(spec.values)}{seed}")
-
-    def trial_ended(self, result: TrialResult) -> None:
-        self._ended += 1
-        after = max(result.history, default=0)
-        epochs = f"{after} epoch{'s' if after != 1 else ''}"
-        how = {
-            "finished": f"finished after {epochs}",
-            "pruned": f"pruned after {epochs}: others were better by then",
-            "failed": f"failed: {result.message}",
-        }.get(result.status, result.status)
-        value = "" if result.value is None else f", best {result.value:.2f}"
-        self._ui.note(f"trial {result.spec.key} {how}{value} ({self._ended} of {self._count} done)")
-
-    def message(self, text: str) -> None:
-        self._ui.note(text)
-
-    def progress(self, trials: Sequence[TrialResult], running: dict[str, str]) -> None:
-        scored = [trial for trial in trials if trial.value is not None]
-        best = max(scored, key=lambda trial: trial.value or 0, default=None)
-        where = "; ".join(f"trial {key} at {position}" for key, position in sorted(running.items()))
-        so_far = "" if best is None else f"; best so far trial {best.spec.key}, {best.value:.2f}"
-        self._ui.note(f"{self._ended} of {self._count} done; {where or 'workers are starting'}{so_far}")
-
-
-def _searched_epochs(sweep: SweepFile) -> tuple[Any, ...]:
-    searched = sweep.space.get("EPOCHS")
-    return () if searched is None else tuple(searched.values_to_check())
-
-
-def _mark_interrupted(session: Session, folder: Location, error: KeyboardInterrupt) -> None:
-    """Mark the running trials in MLflow; their records stay `running`, by which they are resumed."""
-    with log_exceptions("the interrupted trials could not be marked in MLflow"):
-        for trial in read_trials(folder):
-            own = read_trial(folder, trial.spec.key).get("run_id")
-            if trial.status == "running" and own:
-                mark_run_failed(session.lineage, own, error)
+    log = SweepLog(run.session.ui, run.folder, count, len(earlier), run.stage.config.EPOCHS)
+    space = ray_tune.SearchSpace(run.sweep, run.baseline)
+    searcher = ray_tune.TrialSearch(space, log, count, pending, earlier)
+    return ray_tune.search(searcher, run.runner, run.concurrency, prune)
 
 
 # -------------------------------------------------------------------------------------------------------- result
@@ -384,12 +312,8 @@ def _overlay_location(session: Session, stage: Stage, tuning: Tuning) -> Locatio
 
     In a submitted job a relative path is under the storage, since the job's working directory is temporary.
     """
-    own = (
-        f"{stage.name}.yaml"
-        if session.curriculum.name == stage.name
-        else f"{session.curriculum.name}/{stage.name}.yaml"
-    )
-    named = Path(tuning.overlay or stage.tuned or f"configs/tuned/{own}").expanduser()
+    own = "/".join(dict.fromkeys([session.curriculum.name, stage.name]))  # one name if they are equal
+    named = Path(tuning.overlay or stage.tuned or f"configs/tuned/{own}.yaml").expanduser()
     if named.is_absolute():
         return named
     if "working_dir_files" in Path.cwd().parts:
@@ -399,40 +323,13 @@ def _overlay_location(session: Session, stage: Stage, tuning: Tuning) -> Locatio
     return Path.cwd() / named
 
 
-def _save_figure(
-    run: _SweepRun, trials: Sequence[TrialResult], repeats: Sequence[TrialResult], decision: SweepDecision
-) -> Location:
-    # trials with their repetitions
-    plotted = [
-        PlottedTrial(
-            key=trial.spec.key,
-            values={**run.baseline, **trial.spec.values},
-            value=trial.value,
-            status=trial.status,
-            repeats=tuple(
-                each.value
-                for each in repeats
-                if each.value is not None and each.spec.key.startswith(f"{trial.spec.key}-seed")
-            ),
-        )
-        for trial in trials
-    ]
-
-    # file in the sweep's folder and in MLflow
-    figure = trials_figure(
-        plotted,
-        run.sweep.space,
-        title=f"{run.stage.name}, sweep",
-        metric=run.stage.best,
-        baseline=BASELINE,
-        best=decision.best.key,
-    )
-    with tempfile.TemporaryDirectory(prefix="motip-") as folder:
-        file = Path(folder) / "sweep.png"
-        figure.savefig(file, dpi=110)
-        upload(file, run.folder / "sweep.png")
-        run.session.lineage.log_artifact(run.run_id, file)
-    return run.folder / "sweep.png"
+def _save_figure(run: _SweepRun, figure: Figure) -> Location:
+    """Save the figure in the sweep's folder and in MLflow."""
+    path, png = run.folder.path / "sweep.png", io.BytesIO()
+    figure.savefig(png, dpi=110)
+    write_bytes(path, png.getvalue())
+    run.session.lineage.log_artifact(run.run_id, path)
+    return path
 
 
 def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
@@ -443,19 +340,8 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
     header = ["trial", "status", *run.baseline, "seed", "epochs", result.metric, "run"]
     rows = []
     for trial in (*result.trials, *result.repeats):
-        record = read_trial(result.folder, trial.spec.key)
-        values = run.baseline | trial.spec.values
-        rows.append(
-            [
-                trial.spec.key,
-                trial.status,
-                *(values[key] for key in run.baseline),
-                trial.spec.seed or decision.best.seed,
-                max(trial.history, default=0),
-                trial.value,
-                record.get("run_id", ""),
-            ]
-        )
+        values, seed = (run.baseline | trial.values).values(), trial.seed or decision.best.seed
+        rows.append([trial.key, trial.status, *values, seed, trial.epochs, trial.value, trial.run_id])
     lineage.log_table(run_id, header, rows, "trials.json")
     lineage.log_text(run_id, text, "tuned.yaml")
 
@@ -480,7 +366,7 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
 
     # record on disk
     write_json(
-        result.folder / "sweep.json",
+        run.folder.state_path,
         {
             "status": "finished",
             "run_id": run_id,
@@ -490,19 +376,3 @@ def _record_result(run: _SweepRun, result: SweepResult, text: str) -> None:
             "overlay": str(result.overlay),
         },
     )
-
-
-def _drop_other_weights(folder: Location, best: str) -> None:
-    """Remove the weights of all trials but the best; they are not needed once the trials are scored."""
-    for path in sorted({file.parent.parent for file in _weights(folder)}, key=str):
-        if not path.name.startswith(f"{best}-") or path.name.startswith(f"{best}-seed"):
-            drop_weights(path)
-
-
-def _weights(folder: Location) -> list[Location]:
-    return [path for path in files_under(folder / "trials") if path.name.endswith(".pth")]
-
-
-def _commit() -> str:
-    git = provenance()["git"]
-    return f"{git['commit'] or 'unknown'}{' with changes' if git['dirty'] else ''}"

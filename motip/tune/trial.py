@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from motip.config import Config, Curriculum, Stage
+from motip.config import Curriculum, Stage
 from motip.config.yaml_chain import with_values
 from motip.curriculum.failure import log_exceptions, mark_run_failed
 from motip.curriculum.options import Options
-from motip.curriculum.stage_inputs import RESUMABLE_KEYS, datasets, job_facts, stage_job
-from motip.curriculum.stage_recorder import StageRecorder
-from motip.data.convert_report import ConvertReport
-from motip.data.manifest import Manifest, entries_digest
+from motip.curriculum.stage import start_stage_run
+from motip.curriculum.stage_inputs import stage_job
+from motip.curriculum.stage_readers import StageReaders
+from motip.data.manifest import Manifest
 from motip.errors import MotipError
+from motip.events import EpochDone, Event
 from motip.lineage import Lineage
-from motip.stage_folder import StageRecord
-from motip.storage.paths import Location, files_under, location, size_and_time, write_json
+from motip.stage_folder import StageFolder, SweepFolder
+from motip.storage.paths import Location, files_under
 from motip.train.preemption import Stopped
 from motip.train.ray_train import ResourcePlan, completed, fit
 from motip.train.stage_job import Parent, StageJob
-from motip.tune.ray_tune import TrialReporter
-from motip.tune.searcher import TrialResult, TrialSpec
-from motip.tune.sweep_records import read_trial, write_trial
+from motip.tune.trial_records import Trial, read_trial, write_trial
 
 CHECKPOINT_LIMITS = {"CHECKPOINTS_KEPT": 1, "EPOCH_CHECKPOINTS_KEPT": 1}
 """Of a trial only the newest checkpoint, to resume from, and the best epoch's are needed."""
 
 PRUNED_TAG = "motip.pruned"
 TRIAL_TAG = "motip.trial"
+
+Report = Callable[[int, float, int], None]
+"""Reports the best value after so many of so many epochs to the scheduler; may raise Stopped: the trial is pruned."""
 
 
 @dataclass(frozen=True)
@@ -52,196 +55,137 @@ class TrialRunner:
     folder: str
     resources: ResourcePlan
 
-    def __call__(self, spec: TrialSpec, reporter: TrialReporter) -> TrialResult:
-        """Train with these values; the result is `pruned`, `finished` or `failed`.
+    def channel_name(self, key: str) -> str:
+        """Name of a trial's run channel, through which it is requested to stop."""
+        return f"trial {key} of {self.sweep_run}"
+
+    def __call__(self, key: str, report: Report) -> None:
+        """Train the trial of a record, whose status is `pruned`, `finished` or `failed` afterwards.
 
         Raises:
             Stopped: stopped without being pruned; the record stays `running`.
+            MotipError: the trial failed.
         """
-        # configuration, and the record of an interrupted attempt
-        begin = time.monotonic()
-        sweep_folder = location(self.folder)
-        earlier = read_trial(sweep_folder, spec.key)
-        result = TrialResult(spec, history={int(epoch): value for epoch, value in earlier.get("history", {}).items()})
+        sweep = SweepFolder(self.folder)
+        trial = read_trial(sweep, key)
         try:
-            config = trial_config(self.stage.config, spec)
-            stage = self.stage.model_copy(update={"config": config})
-            job, train = stage_job(self.curriculum, stage, self.parent, self.manifest, self.options)
-        except MotipError as error:
-            result.status, result.message = "failed", " ".join(str(error).split())
-            write_trial(sweep_folder, result)
-            return result
+            self._attempt(sweep, trial, report)
+        except Exception as error:
+            trial.status, trial.message = "failed", " ".join(str(error).split())
+            if not isinstance(error, MotipError):
+                last = " | ".join(map(str.strip, traceback.format_exc().strip().splitlines()[-3:]))
+                # Not its final status: the same command repeats the trial.
+                trial.status, trial.message = "running", f"{type(error).__name__}: {error} ({last})"
+            with log_exceptions(f"the record of trial {key} could not be written"):
+                write_trial(sweep, trial)
+            raise
+
+    def _attempt(self, sweep: SweepFolder, trial: Trial, report: Report) -> None:
+        """Train to the end or until pruned, and write the result."""
+        # job
+        begin = time.monotonic()
+        seed = {} if trial.seed is None else {"SEED": trial.seed}
+        config = with_values(self.stage.config, {**trial.values, **CHECKPOINT_LIMITS, **seed}, f"trial {trial.key}")
+        stage = self.stage.model_copy(update={"config": config})
+        job, train = stage_job(self.curriculum, stage, self.parent, self.manifest, self.options)
 
         # MLflow run and folder
-        parent = None if self.parent is None else self.parent.to_dict()
-        run_id = self.lineage.start_stage(
+        trial.inputs = job.inputs
+        folder = trial.folder(sweep)
+        folder.complete_log()
+        trial.run_id = start_stage_run(
+            self.lineage,
             self.sweep_run,
-            f"{self.stage.name} trial {spec.key}",
-            config.to_dict(),
-            entries_digest([*train, *job.val]),
-            parent,
-            datasets=datasets(train, job.val),
-            tags={"motip.kind": "trial", "motip.stage": self.stage.name, TRIAL_TAG: spec.key},
-            resume_run_id=earlier.get("run_id"),
-            resumable_keys=RESUMABLE_KEYS,
+            stage,
+            job,
+            train,
+            folder,
+            name=f"{stage.name} trial {trial.key}",
+            tags={"motip.kind": "trial", "motip.stage": stage.name, TRIAL_TAG: trial.key},
         )
-        write_trial(sweep_folder, result, run_id=run_id, inputs=job.inputs)
-        folder = sweep_folder / "trials" / f"{spec.key}-{job.inputs[:12]}"
-        write_json(folder / "stage.json", {"status": "running", "inputs": job.inputs, "run_id": run_id})
-        write_json(folder / "config.json", config.to_dict())
-        write_json(folder / "job.json", job_facts(job))
+        write_trial(sweep, trial)
 
         # training
-        recorder = _TrialRecorder(
-            self.lineage,
-            run_id,
-            reporter,
-            folder,
-            result=result,
-            metric=self.stage.best,
-            epochs=config.EPOCHS,
-            sweep_folder=sweep_folder,
-        )
         try:
-            self._train(job, folder, recorder, reporter, result)
+            self._train(job, folder, _EpochReader(sweep, trial, stage, report))
         except BaseException as error:
-            if isinstance(error, MotipError):
-                result.status, result.message = "failed", " ".join(str(error).split())
-                with log_exceptions(f"the record of trial {spec.key} could not be written"):
-                    write_trial(sweep_folder, result, seconds=time.monotonic() - begin)
-            mark_run_failed(self.lineage, run_id, error)
+            self.lineage.catch_up(trial.run_id)
+            mark_run_failed(self.lineage, trial.run_id, error)
             raise
-        self._record_end(run_id, result, config.EPOCHS, folder)
-        seconds = float(earlier.get("seconds", 0.0)) + time.monotonic() - begin
-        write_trial(sweep_folder, result, seconds=seconds)
-        return result
+        self._record_end(trial, config.EPOCHS, folder)
+        trial.seconds += time.monotonic() - begin
+        write_trial(sweep, trial)
 
-    def _train(
-        self, job: StageJob, folder: Location, recorder: _TrialRecorder, reporter: TrialReporter, result: TrialResult
-    ) -> None:
-        """Train to the end or until pruned; fills in the result's status and history."""
+    def _train(self, job: StageJob, folder: StageFolder, epochs: _EpochReader) -> None:
+        """Train and set the status. The events of earlier attempts are reported too, so that ASHA compares other trials
+        with them and may prune this one."""
+        trial = epochs.trial
+        readers = StageReaders(self.lineage, trial.run_id, folder, _NoConsole(), epochs.read)
         try:
-            with recorder.notes_delivered():
-                recorder.backfill(completed(str(folder)))
-                self._report_earlier_epochs(job, folder, reporter, result)
-                fit(job, self.resources, str(folder), recorder)
-            result.status = "finished"
+            fit(job, self.resources, str(folder), readers.catch_up, self.channel_name(trial.key))
         except Stopped:
-            if not reporter.pruned:
+            if not epochs.stopped:
                 raise
-            result.status = "pruned"
-        recorder.dashboard.finish()
-        if self._restore_history(folder, result) == job.config["EPOCHS"]:
-            result.status = "finished"  # the pruning request arrived after the last epoch
-        if result.status == "finished" and result.value is None:
+        readers.finish()
+        # A stop request after the last epoch has no effect.
+        trained = max(completed(str(folder)).epochs, default=-1) + 1
+        trial.status = "finished" if trained == job.config["EPOCHS"] else "pruned"
+        if trial.status == "finished" and trial.value is None:
             raise MotipError(
                 f"no epoch of the trial has the metric {self.stage.best}",
                 where="metric of the sweep file",
                 expected="one that a stage's validation scores have",
             )
 
-    def _report_earlier_epochs(
-        self, job: StageJob, folder: Location, reporter: TrialReporter, result: TrialResult
-    ) -> None:
-        """Report the epochs of an interrupted attempt: ASHA compares other trials with them and may prune this one.
-
-        Raises:
-            Stopped: the trial is pruned.
-        """
-        self._restore_history(folder, result)
-        for epochs, value in result.best_so_far().items():
-            reporter.report_value(epochs, value, job.config["EPOCHS"])
-
-    def _restore_history(self, folder: Location, result: TrialResult) -> int:
-        """Complete the history from the checkpoints, which cover all attempts; returns the number of epochs done."""
-        epochs = completed(str(folder)).epochs
-        for epoch, metrics in epochs.items():
-            if self.stage.best in metrics:
-                result.history[epoch + 1] = metrics[self.stage.best]
-        return max(epochs, default=-1) + 1
-
-    def _record_end(self, run_id: str, result: TrialResult, epochs: int, folder: Location) -> None:
+    def _record_end(self, trial: Trial, epochs: int, folder: StageFolder) -> None:
         """Log the best epoch's metrics and end the run; drops the checkpoints of a pruned trial."""
-        best = next(epoch for epoch, value in sorted(result.history.items()) if value == result.value)
-        metrics = completed(str(folder)).epochs.get(best - 1, {self.stage.best: result.history[best]})
-        self.lineage.log_metrics(run_id, {f"best_{name}": value for name, value in metrics.items()}, best)
-        if result.status == "pruned":
-            after = max(result.history)
-            self.lineage.set_tags(run_id, {PRUNED_TAG: f"after epoch {after} of {epochs}: others were better by then"})
-            drop_weights(folder)
-        self.lineage.finish(run_id, "KILLED" if result.status == "pruned" else "FINISHED")
+        best = next(epoch for epoch, value in sorted(trial.history.items()) if value == trial.value)
+        metrics = completed(str(folder)).epochs.get(best - 1, {self.stage.best: trial.history[best]})
+        self.lineage.log_metrics(trial.run_id, {f"best_{name}": value for name, value in metrics.items()}, best)
+        pruned = trial.status == "pruned"
+        if pruned:
+            after = f"after epoch {trial.epochs} of {epochs}: others were better by then"
+            self.lineage.set_tags(trial.run_id, {PRUNED_TAG: after})
+            drop_weights(folder.path)
+        self.lineage.finish(trial.run_id, "KILLED" if pruned else "FINISHED")
 
 
-def trial_config(config: Config, spec: TrialSpec) -> Config:
-    """The configuration of a trial: the base with the trial's values and seed, and the checkpoint limits."""
-    seed = {} if spec.seed is None else {"SEED": spec.seed}
-    return with_values(config, {**spec.values, **CHECKPOINT_LIMITS, **seed}, f"trial {spec.key}")
-
-
-def drop_weights(folder: Location) -> int:
-    """Remove the checkpoints of an ended trial; its scores stay. Returns bytes freed."""
-    freed = 0
+def drop_weights(folder: Location, keep: str = "") -> None:
+    """Remove the checkpoints of ended trials below a folder, except of the trial with the key `keep`; scores stay."""
     for path in files_under(folder):
-        if path.name.endswith(".pth"):
-            freed += size_and_time(path)[0]
+        if path.name.endswith(".pth") and path.parent.parent.name.rpartition("-")[0] != keep:
             path.unlink(missing_ok=True)
-    return freed
 
 
-class _TrialRecorder(StageRecorder):
-    """Records a stage's events, and reports the value of every validated epoch to the sweep."""
+class _EpochReader:
+    """Reader of a trial's event log: keeps the value of every validated epoch and reports it to the scheduler.
 
-    def __init__(
-        self,
-        lineage: Lineage,
-        run_id: str,
-        reporter: TrialReporter,
-        folder: Location,
-        *,
-        result: TrialResult,
-        metric: str,
-        epochs: int,
-        sweep_folder: Location,
-    ) -> None:
-        super().__init__(lineage, run_id, _TrialUi(reporter), folder)
-        self._reporter, self._result, self._metric, self._epochs = reporter, result, metric, epochs
-        self._sweep_folder = sweep_folder
+    Attributes:
+        stopped: the scheduler pruned the trial.
+    """
 
-    def __call__(self, kind: str, values: dict[str, Any]) -> None:
-        super().__call__(kind, values)
-        if kind == "step":
-            position = f"epoch {values['epoch'] + 1}/{self._epochs}, step {values['index'] + 1}/{values['of']}"
-            self._reporter.report_position(position)
-        elif kind == "epoch" and self._metric in values["metrics"]:
-            trained = values["epoch"] + 1
-            self._result.history[trained] = float(values["metrics"][self._metric])
-            write_trial(self._sweep_folder, self._result)
-            best = self._result.best_so_far().get(trained)
-            if best is not None:
-                self._reporter.report_value(trained, best, self._epochs)
+    def __init__(self, sweep: SweepFolder, trial: Trial, stage: Stage, report: Report) -> None:
+        self.trial = trial
+        self.stopped = False
+        self._sweep, self._stage, self._report = sweep, stage, report
+
+    def read(self, event: Event) -> None:
+        if not isinstance(event, EpochDone) or self._stage.best not in event.metrics:
+            return
+        trained = event.epoch + 1
+        self.trial.history[trained] = event.metrics[self._stage.best]
+        write_trial(self._sweep, self.trial)
+        best = self.trial.best_so_far().get(trained)
+        if best is not None and not self.stopped:
+            try:
+                self._report(trained, best, self._stage.config.EPOCHS)
+            except Stopped:
+                self.stopped = True
+                raise
 
 
-class _TrialUi:
-    """A stage's `Ui` that sends notes to the sweep's driver and ignores the rest."""
+class _NoConsole:
+    """The sweep's driver shows the notes and positions of its trials."""
 
-    def __init__(self, reporter: TrialReporter) -> None:
-        self._reporter = reporter
-
-    def note(self, text: str) -> None:
-        self._reporter.log(text)
-
-    def record(self, kind: str, values: dict[str, Any]) -> None:
-        if kind == "note":
-            self._reporter.log(str(values["text"]))
-
-    def converting(self, phase: str, done: int, total: int) -> None:
-        """Not called: a trial converts nothing."""
-
-    def converted(self, report: ConvertReport) -> None:
-        """Not called: a trial converts nothing."""
-
-    def stage_begins(self, stage: Stage, job: StageJob, folder: str) -> None:
-        """Shown by the sweep instead."""
-
-    def stage_ends(self, record: StageRecord) -> None:
-        """Shown by the sweep instead."""
+    def event(self, event: Event) -> None:
+        """Nothing is shown."""

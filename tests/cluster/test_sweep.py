@@ -66,12 +66,12 @@ def test_killed_sweep_resumes_prunes_one_trial_and_leaves_no_actor(
     finally:
         disconnect()
     assert left == [], left
-    status = {trial.spec.key: trial.status for trial in result.trials}
+    status = {trial.key: trial.status for trial in result.trials}
     assert status == {"000": "finished", "001": "finished", "002": "pruned"}, ui.notes
     again = [(path, path.read_text(), path.stat().st_mtime_ns) for path in kept]
     assert again == before, "finished work is not repeated: the killed trial resumed after its epoch"
     assert result.values == {"DET_THRESH": 0.012} == yaml.safe_load((tmp_path / "tuned.yaml").read_text())
-    assert [trial.spec.key for trial in result.repeats] == ["001-seed30"] and result.repeats[0].status == "finished"
+    assert [trial.key for trial in result.repeats] == ["001-seed30"] and result.repeats[0].status == "finished"
     runs = lineage._find_runs(f"tags.`mlflow.parentRunId` = '{result.run_id}'")
     ends = {run.data.tags["motip.trial"]: run.info.status for run in runs}
     assert ends == {"000": "FINISHED", "001": "FINISHED", "002": "KILLED", "001-seed30": "FINISHED"}

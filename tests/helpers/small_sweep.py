@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from motip.config.sweep_file import Prune
 from motip.train.preemption import Stopped
 from motip.train.ray_train import ResourcePlan
-from motip.tune.ray_tune import ConcurrencyPlan, NextTrial, RunTrial, SweepObserver
-from motip.tune.searcher import TrialResult
+from motip.tune.concurrency import ConcurrencyPlan
+from motip.tune.ray_tune import TrialSearch
+from motip.tune.trial import Report
+from motip.tune.trial_records import Trial
 from tests.helpers.small_curriculum import write_files
 
 SWEEP = """trials: 3
@@ -35,23 +36,6 @@ def write_sweep_files(folder: Path, text: str = SWEEP) -> Path:
     return path
 
 
-class InProcessReporter:
-    """``TrialReporter`` without Ray; `should_prune` takes epochs and value."""
-
-    def __init__(self, should_prune: Callable[[int, float], bool], log: Callable[[str], None]) -> None:
-        self._should_prune = should_prune
-        self.log = log
-        self.pruned = False
-
-    def report_value(self, epochs: int, value: float, of: int) -> None:
-        if epochs < of and self._should_prune(epochs, value):
-            self.pruned = True
-            raise Stopped
-
-    def report_position(self, position: str) -> None:
-        assert position.startswith("epoch ")
-
-
 class InProcessSearch:
     """Replaces ``motip.tune.ray_tune.search``: runs the trials sequentially in this process.
 
@@ -69,29 +53,22 @@ class InProcessSearch:
 
     def __call__(
         self,
-        next_trial: NextTrial,
-        run_trial: RunTrial,
+        searcher: TrialSearch,
+        run_trial: Callable[[str, Report], None],
         concurrency: ConcurrencyPlan,
-        observer: SweepObserver,
-        *,
-        earlier: Sequence[TrialResult] = (),
         prune: Prune | None = None,
-        longest: int = 1,
-    ) -> list[TrialResult]:
-        trials = list(earlier)
-        while (spec := next_trial(trials)) is not None:
-            self.ran.append(spec.key)
-            result = TrialResult(spec)
-            trials.append(result)
-            observer.trial_started(result)
+    ) -> list[Trial]:
+        while searcher.suggest(str(len(self.ran))) != "FINISHED":
+            (tune_id, trial), *_ = searcher.running.items()
+            key = trial.key
+            self.ran.append(key)
 
-            def should_prune(epochs: int, value: float, key: str = spec.key) -> bool:
+            def report(epochs: int, value: float, of: int, key: str = key) -> None:
                 if key in self._interrupt:
                     raise KeyboardInterrupt
-                return prune is not None and key in self._prune
+                if prune is not None and key in self._prune and epochs < of:
+                    raise Stopped
 
-            reporter: Any = InProcessReporter(should_prune, observer.message)
-            final = run_trial(spec, reporter)
-            result.status, result.history, result.message = final.status, final.history, final.message
-            observer.trial_ended(result)
-        return trials
+            run_trial(key, report)
+            searcher.on_trial_complete(tune_id)
+        return list(searcher.trials.values())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from motip.stage_folder import StageFolder
 from motip.storage.atomic import sha256_file
 from motip.tracking.loading import load
 from motip.tune import Tuning, run_sweep
-from motip.tune import sweep as sweep_module
 from motip.weights import load_checkpoint
 from tests.conftest import Motip
 from tests.helpers.small_curriculum import QuietUi, run
@@ -206,11 +204,11 @@ def test_the_report_page_and_a_dashboard_are_written(folder: Path, motip: Motip)
 def test_a_finished_sweep_trains_no_trial(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The overlay is written again from the records of its trials."""
 
-    def no_search(next_trial: Any, *_: Any, earlier: Sequence[Any] = (), **__: Any) -> list[Any]:
-        assert next_trial(list(earlier)) is None
-        return list(earlier)
+    def no_search(searcher: Any, *_: Any, **__: Any) -> list[Any]:
+        assert searcher.is_done()
+        return list(searcher.trials.values())
 
-    monkeypatch.setattr(sweep_module, "search", no_search)
+    monkeypatch.setattr("motip.tune.ray_tune.search", no_search)
     monkeypatch.setattr("motip.curriculum.run.ray_map", lambda: None)
     path, overlay = folder / "curriculum.yaml", folder / "tuned" / "Ground.yaml"
     found = yaml.safe_load(overlay.read_text())

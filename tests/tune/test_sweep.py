@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 from dataclasses import replace
@@ -15,11 +16,12 @@ from motip.cluster import Cluster
 from motip.config import Curriculum, load_curriculum
 from motip.curriculum import Options, run_curriculum
 from motip.errors import MotipError, find_motip_error
+from motip.events import Note
 from motip.lineage import Lineage
+from motip.stage_folder import StageFolder
 from motip.train.preemption import Stopped
 from motip.tune import StageTuner, SweepResult, Tuning, run_sweep, trial
 from motip.tune import sweep as sweep_module
-from motip.tune.searcher import TrialResult, TrialSpec
 from tests.curriculum.test_stage_end import delete_runs
 from tests.helpers.small_curriculum import QuietUi
 from tests.helpers.small_sweep import IN_PROCESS, InProcessSearch, write_sweep_files
@@ -46,7 +48,7 @@ def tuning(folder: Path, trials: int | None = None) -> Tuning:
 def run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, search: InProcessSearch, trials: int | None = None
 ) -> tuple[SweepResult, QuietUi, Lineage]:
-    monkeypatch.setattr(sweep_module, "search", search)
+    monkeypatch.setattr("motip.tune.ray_tune.search", search)
     curriculum: Curriculum = load_curriculum(folder / "curriculum.yaml", tune=True)
     ui, lineage = QuietUi(), Lineage(storage=folder / "storage")
     result = run_sweep(curriculum, curriculum.stages[0], options(folder), TWO_CPUS, lineage, ui, tuning(folder, trials))
@@ -65,9 +67,9 @@ def test_an_interrupted_sweep_resumes_and_writes_an_overlay(folder: Path, monkey
     trained: list[str] = []
     real = trial.fit
 
-    def fit(job: Any, placement: Any, own: str, on_record: Any) -> Any:
+    def fit(job: Any, placement: Any, own: str, *rest: Any) -> Any:
         trained.append(Path(own).name.partition("-")[0])
-        return real(job, placement, own, on_record)
+        return real(job, placement, own, *rest)
 
     monkeypatch.setattr(trial, "fit", fit)
     first = InProcessSearch(interrupt=["001"])
@@ -77,14 +79,14 @@ def test_an_interrupted_sweep_resumes_and_writes_an_overlay(folder: Path, monkey
     second = InProcessSearch(prune=["001"])
     result, ui, lineage = run(folder, monkeypatch, second)
     assert second.ran[:2] == ["001", "002"], "ended trials are not run again, interrupted ones are"
-    assert trained[:3] == ["000", "001", "002"], "pruned by the epochs before the interruption"
+    assert trained[:4] == ["000", "001", "001", "002"], "pruned by the epochs before the interruption"
     assert any("1 trials ended, 1 were interrupted" in note for note in ui.notes)
-    status = {trial.spec.key: trial.status for trial in result.trials}
+    status = {trial.key: trial.status for trial in result.trials}
     assert status == {"000": "finished", "001": "pruned", "002": "finished"}
     assert [sorted(trial.history) for trial in result.trials] == [[1, 2], [1], [1, 2]]
     best = result.decision.best.key
     confirmed = {f"{key}-seed30" for key in {"000", best}}
-    assert {trial.spec.key for trial in result.repeats} == confirmed
+    assert {trial.key for trial in result.repeats} == confirmed
 
     # overlay and figure
     overlay = folder / "tuned" / "one.yaml"
@@ -124,7 +126,7 @@ def test_an_interrupted_sweep_resumes_and_writes_an_overlay(folder: Path, monkey
 def test_a_tuned_curriculum_trains_the_stage_with_the_tuned_values(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_module, "search", InProcessSearch())
+    monkeypatch.setattr("motip.tune.ray_tune.search", InProcessSearch())
     found: list[SweepResult] = []
     real = sweep_module.tune_stage
 
@@ -152,17 +154,17 @@ def test_a_tuned_curriculum_trains_the_stage_with_the_tuned_values(
 def test_a_trial_pruned_after_its_last_epoch_counts_as_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = trial.fit
 
-    def fit(job: Any, placement: Any, own: str, on_record: Any) -> Any:
+    def fit(job: Any, placement: Any, own: str, catch_up: Any, *rest: Any) -> Any:
         """Raise at the end, as with Ray, whose workers continue until the driver has processed an epoch's event."""
         stops: list[Stopped] = []
 
-        def record(kind: str, values: dict[str, Any]) -> None:
+        def late() -> None:
             try:
-                on_record(kind, values)
+                catch_up()
             except Stopped as stopped:
                 stops.append(stopped)
 
-        done = real(job, placement, own, record)
+        done = real(job, placement, own, late, *rest)
         if stops:
             raise stops[0]
         return done
@@ -182,15 +184,12 @@ def test_a_failed_baseline_ends_the_sweep(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("motip.tune.trial.fit", fit)
 
     class FailingSearch(InProcessSearch):
-        def __call__(self, next_trial: Any, run_trial: Any, *rest: Any, **more: Any) -> Any:
-            def run_or_fail(spec: TrialSpec, reporter: Any) -> TrialResult:
-                try:
-                    result: TrialResult = run_trial(spec, reporter)
-                except MotipError as error:
-                    return TrialResult(spec, "failed", message=error.what)
-                return result
+        def __call__(self, searcher: Any, run_trial: Any, *rest: Any, **more: Any) -> Any:
+            def run_or_fail(key: str, report: Any) -> None:
+                with contextlib.suppress(MotipError):
+                    run_trial(key, report)
 
-            return super().__call__(next_trial, run_or_fail, *rest, **more)
+            return super().__call__(searcher, run_or_fail, *rest, **more)
 
     with pytest.raises(MotipError, match="the baseline cannot be trained: the disk is full"):
         run(folder, monkeypatch, FailingSearch())
@@ -207,11 +206,12 @@ def test_a_trials_error_is_raised_although_it_cannot_be_recorded(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def fit(job: Any, placement: Any, own: str, on_record: Any) -> None:
-        on_record("note", {"text": "a worker was lost"})
+    def fit(job: Any, placement: Any, own: str, catch_up: Any, *_: Any) -> None:
+        StageFolder(own).log().send(Note("a worker was lost"))
+        catch_up()
         delete_runs(lineage)
         monkeypatch.setattr(trial, "write_trial", full)
-        monkeypatch.setattr("motip.curriculum.records.write_json", full)
+        monkeypatch.setattr("motip.stage_folder.write_json", full)
         raise failure
 
     monkeypatch.setattr(trial, "fit", fit)
