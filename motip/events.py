@@ -237,8 +237,6 @@ class EventLog:
             TypeError, ValueError: the event has a value that cannot be read again, a defect of the program.
         """
         line = _line(event)
-        if _parse(line) is None:
-            raise ValueError(f"not a valid event: {event}")
         with self._lock:
             self._pending += line
             begin = clock.monotonic()
@@ -362,7 +360,10 @@ def _complete_lines(path: Location, position: int) -> list[bytes]:
 
 
 def _line(event: Event) -> bytes:
-    return json.dumps(redact({"kind": event.kind, **vars(event)})).encode() + b"\n"
+    line = json.dumps(redact({"kind": event.kind, **vars(event)})).encode() + b"\n"
+    if _parse(line) is None:
+        raise ValueError(f"not a valid event: {event}")
+    return line
 
 
 def _parse(line: bytes) -> Event | None:
