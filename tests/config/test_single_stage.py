@@ -89,8 +89,7 @@ def test_gt_folder_is_the_only_validation_source_limited_to_the_seqmap(tmp_path:
 
 
 def test_training_and_validation_sources_differ_with_a_gt_folder(tmp_path: Path, repo_root: Path) -> None:
-    from motip.curriculum.records import Options
-
+    from motip.curriculum.options import Options
     from motip.curriculum.stage_inputs import stage_job
     from motip.data.convert import convert
     from motip.data.manifest import Manifest

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
-from motip.curriculum.records import StageRecord
 
 from motip.config import Source, load_curriculum
 from motip.config.single_stage import KNOWN_DATASETS
 from motip.data.formats.registry import READERS
 from motip.evaluation.protocols import PLAN_CLASSES, find_protocol, protocol_for
+from motip.stage_folder import StageRecord
 from tests.helpers.small_curriculum import write_files
 
 
