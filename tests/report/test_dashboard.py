@@ -1,4 +1,4 @@
-"""The dashboard: every panel, gaps at failed epochs, updates after each epoch, and errors that do not stop training."""
+"""The dashboard: every panel, gaps at failed epochs, and errors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from motip.cli.main import main
-from motip.curriculum.stage_dashboard import StageDashboard
 from motip.errors import MotipError
+from motip.events import EpochDone, StepLogged
 from motip.report.dashboard import COLOURS, LOWEST, dashboard, draw_dashboard
 from motip.report.stage_history import STEPS_KEPT, History
-from tests.helpers.null_lineage import NullLineage
 
 PANELS = {
     "Losses": {"total", "detection", "ID"},
@@ -46,19 +45,18 @@ def metrics(epoch: int, scored: bool = True) -> dict[str, float]:
     return values
 
 
-def step(epoch: int, index: int, of: int = 4, loss: float = 3.0) -> dict[str, Any]:
+def step(epoch: int, index: int, of: int = 4) -> StepLogged:
     rates = {"lr/backbone": 2e-6, "lr/linear_proj": 1e-6, "lr/dictionary": 2e-5, "lr/rest": 2e-5}
-    named = {"loss": loss, "detr_grad_norm": 8.0, "other_grad_norm": 1.0, "memory_gib": 1.0, **rates}
-    return {"epoch": epoch, "index": index, "of": of, "metrics": {f"step/{name}": v for name, v in named.items()}}
+    named = {"loss": 3.0, "detr_grad_norm": 8.0, "other_grad_norm": 1.0, "memory_gib": 1.0, **rates}
+    return StepLogged(epoch, index, of, of * epoch + index + 1, {f"step/{name}": v for name, v in named.items()})
 
 
 def history(*epochs: int, planned: int = 8, unscored: tuple[int, ...] = ()) -> History:
     made = History("Vis-Adaptation", planned)
     for epoch in epochs:
         for index in range(4):
-            values = step(epoch, index)
-            made.add_step(epoch, (index + 1) / 4, values["metrics"])
-        made.add_epoch(epoch, metrics(epoch, scored=epoch not in unscored))
+            made.read(step(epoch, index))
+        made.read(EpochDone(epoch, 4 * epoch + 4, metrics(epoch, scored=epoch not in unscored)))
     return made
 
 
@@ -181,54 +179,6 @@ def test_first_colours_differ_under_colour_blindness(lost: str) -> None:
     assert min(distances) > 0.08
 
 
-def test_dashboard_is_written_after_every_epoch_and_at_the_end_of_the_stage(tmp_path: Path) -> None:
-    folder = stage(tmp_path / "stage")
-    logged: list[Path] = []
-
-    class RecordingLineage(NullLineage):
-        def log_artifact(self, run_id: str, path: Path | str, folder: str = "") -> None:
-            logged.append(Path(path))
-            assert run_id == "r" and width_of(path) == 1500
-
-    notes: list[str] = []
-    recorder = StageDashboard(RecordingLineage(), "r", folder, notes.append)  # type: ignore[arg-type]
-    pictures = []
-    for epoch in range(2):
-        for index in range(4):
-            recorder.step(step(epoch, index))
-        recorder.epoch({"epoch": epoch, "step": 4, "metrics": metrics(epoch)})
-        pictures.append((folder / "dashboard.png").read_bytes())
-    recorder.finish()
-    pictures.append((folder / "dashboard.png").read_bytes())
-    assert len(set(pictures)) == 3 and notes == []
-    assert [path.name for path in logged] == ["dashboard.png"] * 3
-
-    # After a restart the curves continue; steps of the interrupted attempt beyond its checkpoint are replaced.
-    again = StageDashboard(NullLineage(), "r", folder, notes.append)  # type: ignore[arg-type]
-    again.step(step(1, 1, loss=7.0))
-    again.epoch({"epoch": 1, "step": 8, "metrics": metrics(1)})
-    kept = History.load(folder)
-    assert [(epoch, done) for epoch, done, _ in kept.steps] == [
-        (0, 0.25),
-        (0, 0.5),
-        (0, 0.75),
-        (0, 1.0),
-        (1, 0.25),
-        (1, 0.5),
-    ]
-    assert kept.steps[-1][2]["loss"] == 7.0 and sorted(kept.epochs) == [0, 1]
-
-
-def test_unwritable_folder_is_one_note_and_does_not_stop_training(tmp_path: Path) -> None:
-    folder = stage(tmp_path / "stage")
-    (folder / "history.json").mkdir()
-    notes: list[str] = []
-    recorder = StageDashboard(NullLineage(), "r", folder, notes.append)  # type: ignore[arg-type]
-    recorder.epoch({"epoch": 0, "step": 4, "metrics": metrics(0)})
-    recorder.epoch({"epoch": 1, "step": 8, "metrics": metrics(1)})
-    assert len(notes) == 1 and "dashboard is not up to date" in notes[0]
-
-
 def test_stage_is_read_from_its_folder(tmp_path: Path) -> None:
     folder = stage(tmp_path / "stage")
     for epoch in (0, 1, 3):
@@ -250,7 +200,8 @@ def test_folder_without_a_stage_or_an_epoch_is_an_error(tmp_path: Path) -> None:
 def test_many_steps_are_thinned_evenly() -> None:
     made = History("long", 9)
     for number in range(3 * STEPS_KEPT):
-        made.add_step(number // 1000, (number % 1000 + 1) / 1000, {"step/loss": 1.0, "step/time/wait_s": 2.0})
+        named = {"step/loss": 1.0, "step/time/wait_s": 2.0}
+        made.read(StepLogged(number // 1000, number % 1000, 1000, number, named))
     assert STEPS_KEPT / 2 <= len(made.steps) <= STEPS_KEPT
     assert {epoch for epoch, _, _ in made.steps} == set(range(6)) and set(made.steps[0][2]) == {"loss"}
 
