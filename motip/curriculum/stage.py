@@ -67,6 +67,7 @@ def run_stage(session: Session, stage: Stage, parent: Parent | None) -> StageRec
     if done is not None:
         if done.run_id is not None and folder.not_in_mlflow():
             _log_result(session.lineage, done.run_id, done)
+            folder.write_record(done)
         return done
     # training
     begin = time.monotonic()

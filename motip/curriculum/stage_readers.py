@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 from motip.errors import MotipError
-from motip.events import START, Event, Note, Offset, Scored, WeightsTransferred, notes_text
+from motip.events import START, EpochDone, Event, Note, Offset, Scored, WeightsTransferred, notes_text
 from motip.lineage import Lineage
 from motip.report.dashboard import write_dashboard
 from motip.report.stage_history import History
 from motip.stage_folder import StageFolder
-from motip.storage.paths import write_bytes, write_json
+from motip.storage.paths import Location, write_bytes, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Console(Protocol):
 class StageReaders:
     """All readers of a stage's log; `catch_up` is the argument of :func:`motip.train.ray_train.fit`.
 
-    A reader that fails is logged once per reason, and reads the same event again later; training continues.
+    A failure of the storage is logged once per reason and repeated at the next call; training continues.
 
     Args:
         run_id: MLflow run that records the log.
@@ -53,11 +53,11 @@ class StageReaders:
         self._stage = stage
         self._log = stage.log()
         self._interval_s = 0.0 if isinstance(stage.path, Path) else REMOTE_READ_EVERY_S
-        self._read_at = 0.0
-        self._dashboard = _Dashboard(stage)
+        self._read_at = -self._interval_s
+        self._files = _StageFiles(stage)
         now = max((offset for _, offset in self._log.read()), default=START)
-        readers = (_Files(stage).read, self._dashboard.read, *more)
-        self._offsets: dict[Callable[[Event], None], Offset] = {**dict.fromkeys(readers, START), console.event: now}
+        readers = dict.fromkeys((self._files.read, *more), START)
+        self._offsets: dict[Callable[[Event], None], Offset] = {**readers, console.event: now}
         self._failures: dict[object, str] = {}
 
     def catch_up(self) -> None:
@@ -65,71 +65,80 @@ class StageReaders:
         if time.monotonic() - self._read_at < self._interval_s:
             return
         for reader in self._offsets:
-            self._keep_failure(reader, functools.partial(self._feed, reader))
-        self._keep_failure(self._dashboard, self._dashboard.draw)
+            self._succeeds(reader, functools.partial(self._feed, reader))
+        for path, write in list(self._files.due.items()):
+            if self._succeeds(path, write):
+                del self._files.due[path]
         self._lineage.catch_up(self._run_id)
         self._read_at = time.monotonic()
 
     def finish(self) -> None:
         """Read the rest of the log and draw the dashboard of the finished stage."""
         self._read_at = -self._interval_s
-        self._dashboard.finished = True
+        self._files.finish()
         self.catch_up()
 
     def _feed(self, reader: Callable[[Event], None]) -> None:
         for event, offset in self._log.read(self._offsets[reader]):
-            reader(event)
+            try:
+                reader(event)
+            except (MotipError, OSError):
+                raise  # of the storage: the event is read again
+            except Exception:
+                _log.exception("%s: an event is skipped", self._stage)
             self._offsets[reader] = offset
 
-    def _keep_failure(self, reader: object, action: Callable[[], None]) -> None:
+    def _succeeds(self, of: object, action: Callable[[], None]) -> bool:
         try:
             action()
         except Exception as error:
             text = str(error).splitlines()[0] if isinstance(error, MotipError | OSError) else repr(error)
-            if self._failures.get(reader) != text:
-                self._failures[reader] = text
+            if self._failures.get(of) != text:
+                self._failures[of] = text
                 _log.warning("%s: the events are not processed completely yet: %s", self._stage, text)
+            return False
+        return True
 
 
-class _Files:
-    """Writes notes.txt, transfer.json and the scores of each epoch."""
+class _StageFiles:
+    """Files that are derived from a stage's events: notes, weight transfer, scores per epoch, dashboard.
+
+    Attributes:
+        due: path -> what writes the file, for files that changed.
+    """
 
     def __init__(self, stage: StageFolder) -> None:
+        self.due: dict[Location, Callable[[], None]] = {}
         self._stage = stage
         self._notes = ""
-
-    def read(self, event: Event) -> None:
-        match event:
-            case Note():
-                notes = self._notes + notes_text([event])
-                write_bytes(self._stage.notes, notes.encode())
-                self._notes = notes
-            case Scored():
-                write_json(self._stage.scores(event.epoch), event.scores)
-            case WeightsTransferred():
-                write_json(self._stage.transfer, event.report)
-
-
-class _Dashboard:
-    """Draws ``dashboard.png`` after each epoch."""
-
-    def __init__(self, stage: StageFolder) -> None:
-        self._stage = stage
         self._history = History.begin(stage)
-        self._drawn: tuple[int, bool] = (-1, False)
-        self.finished = False
+        self._history.finished = False
 
     def read(self, event: Event) -> None:
         self._history.read(event)
+        match event:
+            case Note():
+                self._notes += notes_text([event])
+                self.due[self._stage.notes] = self._write_notes
+            case Scored():
+                path = self._stage.scores(event.epoch)
+                self.due[path] = functools.partial(write_json, path, event.scores)
+            case WeightsTransferred():
+                self.due[self._stage.transfer] = functools.partial(write_json, self._stage.transfer, event.report)
+            case EpochDone():
+                self.due[self._stage.dashboard] = self._draw
 
-    def draw(self) -> None:
-        """Draw the history if it has a new epoch or the stage is finished."""
-        state = len(self._history.epochs), self.finished
-        if not self._history.epochs or state == self._drawn:
-            return
-        self._history.finished = self.finished
-        write_dashboard(self._history, self._stage.dashboard)
-        self._drawn = state
+    def finish(self) -> None:
+        """Draw the dashboard once more, without the mark of a running stage."""
+        self._history.finished = True
+        self.due[self._stage.dashboard] = self._draw
+
+    def _write_notes(self) -> None:
+        write_bytes(self._stage.notes, self._notes.encode())
+
+    def _draw(self) -> None:
+        if self._history.epochs:
+            write_dashboard(self._history, self._stage.dashboard)
 
 
 def transfer_summary(stage: StageFolder) -> dict[str, object]:

@@ -11,7 +11,7 @@ from motip.config import load_curriculum
 from motip.curriculum import Options, run_curriculum
 from motip.storage.paths import Location, files_under, location, read_json
 from tests.cluster.conftest import QUICK
-from tests.helpers.null_lineage import NullLineage
+from tests.helpers.mlflow_database import lineage_on
 from tests.helpers.object_store import object_store
 from tests.helpers.small_curriculum import QuietUi, write_files
 
@@ -55,7 +55,7 @@ def test_failing_s3_requests_cost_no_step(tmp_path: Path, monkeypatch: pytest.Mo
 
         def train() -> tuple[QuietUi, Location]:
             ui = QuietUi()
-            result = run_curriculum(curriculum, options, cluster, NullLineage(), ui)  # type: ignore[arg-type]
+            result = run_curriculum(curriculum, options, cluster, lineage_on(tmp_path), ui)
             return ui, location(result.records[0].checkpoint).parent
 
         cluster = connect(num_cpus=2)  # a separate Ray: its processes need this store in their environment

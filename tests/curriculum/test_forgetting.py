@@ -25,6 +25,7 @@ from motip.storage.atomic import sha256_file
 from motip.tracking.settings import TrackerSettings
 from motip.train.setup import fresh_model
 from motip.weights import save_checkpoint
+from tests.helpers.mlflow_database import lineage_on
 from tests.helpers.small_curriculum import STAGE, run
 
 SOURCES = """name: small
@@ -78,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
         epoch=0,
         step=0,
     )
-    lineage = Lineage(storage=folder / "storage")
+    lineage = lineage_on(folder / "storage")
     result, ui, _ = run(path, folder / "storage", lineage=lineage)
     return SimpleNamespace(folder=folder, path=path, storage=folder / "storage", lineage=lineage, result=result, ui=ui)
 

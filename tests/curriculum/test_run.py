@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from motip.curriculum import Options
 from motip.curriculum.base_weights import parent_of
 from motip.curriculum.stage_inputs import NON_IDENTITY_KEYS
 from motip.errors import MotipError
-from motip.lineage import Lineage
+from motip.events import EpochDone, Event
 from motip.storage.atomic import sha256_file
 from motip.train.batch_sources import BatchSource
 from motip.train.ray_train import plan_resources
@@ -25,6 +24,7 @@ from motip.train.setup import build_model_for
 from motip.train.stage_job import Parent, StageJob
 from motip.weights import load_checkpoint
 from tests.helpers.config_reads import record_reads
+from tests.helpers.mlflow_database import lineage_on
 from tests.helpers.small_curriculum import QuietUi, run, write_files
 
 STAGES = ["BDD-Foundation", "BDD-Refinement", "Vis-Adaptation", "Vis-Specialist"]
@@ -41,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
     """The small curriculum, run once with an MLflow database, and the configuration keys it read."""
     folder = tmp_path_factory.mktemp("small")
     path = write_files(folder)
-    lineage = Lineage(storage=folder / "storage")
+    lineage = lineage_on(folder / "storage")
     with record_reads() as reads:
         result, ui, curriculum = run(path, folder / "storage", lineage=lineage)
         # Keys read only on a cluster, or by a stage that starts from a given file.
@@ -246,7 +246,7 @@ def test_an_interrupted_stage_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(loop, "train_epoch", real)
     resumed, ui, _ = run(path, tmp_path / "cut", overrides=overrides)
     assert ui.begun == STAGES[1:]
-    epochs = [values["epoch"] for kind, values in ui.records if kind == "epoch"]
+    epochs = [event.epoch for event in ui.events if isinstance(event, EpochDone)]
     assert epochs[0] == 1
     for one, other in zip(undisturbed.records, resumed.records, strict=True):
         a, b = (load_checkpoint(record.checkpoint)["model"] for record in (one, other))
@@ -262,11 +262,11 @@ def test_checkpoint_and_recovery_keys_make_no_stage_stale() -> None:
 
 
 def test_an_interrupted_curriculum_is_marked_as_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(self: QuietUi, kind: str, values: dict[str, Any]) -> None:
+    def interrupt(self: QuietUi, event: Event) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(QuietUi, "record", interrupt)
-    lineage = Lineage(storage=tmp_path / "storage")
+    monkeypatch.setattr(QuietUi, "event", interrupt)
+    lineage = lineage_on(tmp_path / "storage")
     with pytest.raises(KeyboardInterrupt):
         run(write_files(tmp_path), tmp_path / "storage", lineage=lineage)
     client = lineage._store.client()

@@ -1,8 +1,7 @@
-"""Inputs of a stage: protocol of each format, validation sources, and records written by version 0.1."""
+"""Inputs of a stage: protocol of each format, validation sources."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -12,7 +11,6 @@ from motip.config import Source, load_curriculum
 from motip.config.single_stage import KNOWN_DATASETS
 from motip.data.formats.registry import READERS
 from motip.evaluation.protocols import PLAN_CLASSES, find_protocol, protocol_for
-from motip.stage_folder import StageRecord
 from tests.helpers.small_curriculum import write_files
 
 
@@ -60,15 +58,3 @@ def test_validation_sources_default_to_the_sources_of_the_data(tmp_path: Path) -
     twice = stage.model_copy(update={"data": (*stage.data, *stage.data)})
     assert twice.validation_sources == ("ground",)
     assert stage.model_copy(update={"val": ("aerial",)}).validation_sources == ("aerial",)
-
-
-def test_a_stage_record_of_version_0_1_is_read() -> None:
-    """Version 0.1 wrote ``mlflow_synced`` as ``told``."""
-    stored = json.loads(
-        '{"stage": "A", "inputs": "i", "checkpoint": "c", "sha256": "s", "best_epoch": 0, "step": 1, "metrics": {},'
-        ' "run_id": null, "parent_sha256": null, "data_digest": "d", "videos": 1, "frames": 2, "epochs": 1,'
-        ' "seconds": 1.0, "skipped": false, "status": "finished", "format": 1, "transfer": {}, "told": false}'
-    )
-    record = StageRecord.from_json(stored)
-    assert (record.stage, record.mlflow_synced) == ("A", False)
-    assert StageRecord.from_json({**stored, "told": True}).mlflow_synced

@@ -10,7 +10,7 @@ from motip.config import Curriculum, load_curriculum
 from motip.curriculum import CurriculumResult, Options, run_curriculum
 from motip.events import Event
 from motip.lineage import Lineage
-from tests.helpers.null_lineage import NullLineage
+from tests.helpers.mlflow_database import lineage_on
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,12 +102,12 @@ def run(
     *,
     workers: int = 0,
     cluster: Cluster | None = None,
-    lineage: Lineage | NullLineage | None = None,
+    lineage: Lineage | None = None,
     overrides: tuple[str, ...] = (),
 ) -> tuple[CurriculumResult, QuietUi, Curriculum]:
-    """Run a curriculum file; by default in this process and without MLflow."""
+    """Run a curriculum file; by default in this process, with the MLflow database under the storage."""
     curriculum = load_curriculum(path, overrides)
     ui = QuietUi()
     options = Options(data_root=str(path.parent), storage=str(storage), workers=workers, config_path=str(path))
-    result = run_curriculum(curriculum, options, cluster, lineage or NullLineage(), ui)  # type: ignore[arg-type]
+    result = run_curriculum(curriculum, options, cluster, lineage or lineage_on(storage), ui)
     return result, ui, curriculum

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from motip.lineage import Lineage
 from tests.helpers.browser import browser
+from tests.helpers.mlflow_database import lineage_on
 from tests.helpers.mlflow_server import compared, comparison, only_differences, row, serving
 from tests.lineage.test_recorder import CONFIG, record_stage
 
@@ -27,7 +27,7 @@ STAGES = {
 def test_the_comparison_of_four_stages_shows_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     storage = tmp_path / "storage"
-    lineage = Lineage(None, storage)
+    lineage = lineage_on(storage)
     parent = lineage.start_curriculum("demo", {"stages": list(STAGES)})
     start: dict | None = None
     for stage, (rate, words, hota) in STAGES.items():

@@ -1,4 +1,4 @@
-"""The dashboard: every panel, gaps at failed epochs, updates after each epoch, and errors that do not stop training."""
+"""The dashboard: every panel, gaps at failed epochs, and errors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from motip.cli.main import main
-from motip.curriculum.stage_readers import StageReaders
 from motip.errors import MotipError
 from motip.events import EpochDone, StepLogged
 from motip.report.dashboard import COLOURS, LOWEST, dashboard, draw_dashboard
 from motip.report.stage_history import STEPS_KEPT, History
-from motip.stage_folder import StageFolder
 
 PANELS = {
     "Losses": {"total", "detection", "ID"},
@@ -47,10 +45,10 @@ def metrics(epoch: int, scored: bool = True) -> dict[str, float]:
     return values
 
 
-def step(epoch: int, index: int, of: int = 4, loss: float = 3.0) -> StepLogged:
+def step(epoch: int, index: int, of: int = 4) -> StepLogged:
     rates = {"lr/backbone": 2e-6, "lr/linear_proj": 1e-6, "lr/dictionary": 2e-5, "lr/rest": 2e-5}
-    named = {"loss": loss, "detr_grad_norm": 8.0, "other_grad_norm": 1.0, "memory_gib": 1.0, **rates}
-    return StepLogged(epoch, index, of, of * epoch + index, {f"step/{name}": value for name, value in named.items()})
+    named = {"loss": 3.0, "detr_grad_norm": 8.0, "other_grad_norm": 1.0, "memory_gib": 1.0, **rates}
+    return StepLogged(epoch, index, of, of * epoch + index + 1, {f"step/{name}": v for name, v in named.items()})
 
 
 def history(*epochs: int, planned: int = 8, unscored: tuple[int, ...] = ()) -> History:
@@ -58,7 +56,7 @@ def history(*epochs: int, planned: int = 8, unscored: tuple[int, ...] = ()) -> H
     for epoch in epochs:
         for index in range(4):
             made.read(step(epoch, index))
-        made.read(EpochDone(epoch, 0, metrics(epoch, scored=epoch not in unscored)))
+        made.read(EpochDone(epoch, 4 * epoch + 4, metrics(epoch, scored=epoch not in unscored)))
     return made
 
 
@@ -155,7 +153,7 @@ def test_mota_below_the_axis_is_an_arrow_with_its_value() -> None:
 
 def test_history_without_scores_or_steps_is_drawn_with_empty_panels() -> None:
     made = History("only", 3)
-    made.read(EpochDone(0, 0, metrics(0, scored=False)))
+    made.add_epoch(0, metrics(0, scored=False))
     figure = dashboard(made)
     empty = {
         axes.get_title(loc="left")
@@ -181,69 +179,6 @@ def test_first_colours_differ_under_colour_blindness(lost: str) -> None:
     assert min(distances) > 0.08
 
 
-class Recorder:
-    """MLflow recorder and console that keep nothing."""
-
-    def catch_up(self, run_id: str) -> int:
-        return 0
-
-    def event(self, event: object) -> None:
-        return
-
-
-def readers(folder: Path) -> StageReaders:
-    recorder: Any = Recorder()
-    return StageReaders(recorder, "r", StageFolder(folder), recorder)
-
-
-def test_redrawn_after_every_epoch_and_continued_after_a_restart(tmp_path: Path) -> None:
-    folder = stage(tmp_path / "stage")
-    log, pictures = StageFolder(folder).log(), []
-    first = readers(folder)
-    for epoch in range(2):
-        for index in range(4):
-            log.send(step(epoch, index))
-        log.send(EpochDone(epoch, 4, metrics(epoch)))
-        first.catch_up()
-        pictures.append((folder / "dashboard.png").read_bytes())
-        assert width_of(folder / "dashboard.png") == 1500
-    first.finish()
-    pictures.append((folder / "dashboard.png").read_bytes())
-    assert len(set(pictures)) == 3
-
-    # After a restart the curves continue; steps of the interrupted attempt beyond its checkpoint are replaced.
-    log.send(step(1, 1, loss=7.0))
-    log.send(EpochDone(1, 8, metrics(1)))
-    again = readers(folder)
-    again.catch_up()
-    assert (folder / "dashboard.png").read_bytes() != pictures[-1]
-    kept = History.load(folder)
-    assert [(epoch, done) for epoch, done, _ in kept.steps] == [
-        (0, 0.25),
-        (0, 0.5),
-        (0, 0.75),
-        (0, 1.0),
-        (1, 0.25),
-        (1, 0.5),
-    ]
-    assert kept.steps[-1][2]["loss"] == 7.0 and sorted(kept.epochs) == [0, 1]
-
-
-def test_unwritable_dashboard_is_one_warning_and_does_not_stop_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = stage(tmp_path / "stage")
-    (folder / "dashboard.png").mkdir()
-    every, log = readers(folder), StageFolder(folder).log()
-    for epoch in range(2):
-        log.send(EpochDone(epoch, 4, metrics(epoch)))
-        every.catch_up()
-    assert len([text for text in caplog.messages if "not processed completely yet" in text]) == 1
-    (folder / "dashboard.png").rmdir()
-    every.catch_up()
-    assert width_of(folder / "dashboard.png") == 1500, "drawn once it can be"
-
-
 def test_stage_is_read_from_its_folder(tmp_path: Path) -> None:
     folder = stage(tmp_path / "stage")
     for epoch in (0, 1, 3):
@@ -265,7 +200,8 @@ def test_folder_without_a_stage_or_an_epoch_is_an_error(tmp_path: Path) -> None:
 def test_many_steps_are_thinned_evenly() -> None:
     made = History("long", 9)
     for number in range(3 * STEPS_KEPT):
-        made.read(StepLogged(number // 1000, number % 1000, 1000, number, {"step/loss": 1.0, "step/time/wait_s": 2.0}))
+        named = {"step/loss": 1.0, "step/time/wait_s": 2.0}
+        made.read(StepLogged(number // 1000, number % 1000, 1000, number, named))
     assert STEPS_KEPT / 2 <= len(made.steps) <= STEPS_KEPT
     assert {epoch for epoch, _, _ in made.steps} == set(range(6)) and set(made.steps[0][2]) == {"loss"}
 
