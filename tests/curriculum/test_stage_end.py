@@ -11,7 +11,6 @@ from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
-from motip.curriculum.records import InUse
 
 from motip.curriculum import stage as stage_module
 from motip.errors import MotipError, exit_on_error, find_motip_error
