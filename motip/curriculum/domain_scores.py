@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from motip.config import Config, Curriculum
-from motip.curriculum.domain_history import scored_sources
 from motip.curriculum.stage import Session
 from motip.curriculum.stage_inputs import protocol_for
 from motip.data.manifest import Manifest, VideoEntry
@@ -25,6 +26,15 @@ from motip.weights.class_names import canonical_name
 FORMAT = 1
 """Part of every row's identity; incremented when the meaning of a stored row changes."""
 PROGRESS_EVERY_S = 10.0
+
+
+def scored_sources(curriculum: Curriculum) -> dict[str, list[str]]:
+    """Domain -> its sources with a val split, in the order of the curriculum file."""
+    found: dict[str, list[str]] = {}
+    for name, source in curriculum.sources.items():
+        if "val" in source.splits:
+            found.setdefault(source.domain, []).append(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -146,14 +156,13 @@ class DomainScores:
             return None
         scores = {
             domain: {name: Scores.from_json(each) for name, each in own.items()}
-            for domain, own in stored.pop("scores").items()
+            for domain, own in stored["scores"].items()
         }
-        # version 0.1 also stored what of the row was in MLflow
-        values = {key: value for key, value in stored.items() if key not in ("format", "told", "mlflow_synced")}
-        values["classes"], values["notes"] = tuple(values["classes"]), tuple(values["notes"])
-        lacking = values.pop("lacking")
-        values["missing_classes"] = {domain: tuple(names) for domain, names in lacking.items()}
-        return cls(**values, scores=scores, reused=True)
+        # version 0.1 also stored what of the row was in MLflow, which is ignored
+        return _ROW.validate_python({**stored, "missing_classes": stored["lacking"], "scores": scores, "reused": True})
+
+
+_ROW = TypeAdapter(DomainScores)
 
 
 def score_domains(
@@ -198,7 +207,7 @@ def score_domains(
         split="val",
         cluster=session.cluster,
         device=_device(config, session),
-        on_video=_ProgressNotes(session, name),
+        on_video=_progress_notes(session, name),
     )
     done = evaluate_videos(model, work, domains.class_maps, domains.protocols)
     return DomainScores(
@@ -222,15 +231,14 @@ def _device(config: Config, session: Session) -> str:
     return "cuda" if config.DEVICE != "cpu" and session.cluster.gpus >= 1 else "cpu"
 
 
-class _ProgressNotes:
+def _progress_notes(session: Session, name: str) -> Callable[[VideoEntry, int, int], None]:
     """Notes the progress of the tracking every ``PROGRESS_EVERY_S`` seconds."""
+    last = time.monotonic()
 
-    def __init__(self, session: Session, name: str) -> None:
-        self._session = session
-        self._name = name
-        self._last = time.monotonic()
+    def on_video(video: VideoEntry, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_EVERY_S:
+            last = time.monotonic()
+            session.ui.note(f"{name}: tracked {done} of {total} videos, {video.source}/{video.video}")
 
-    def __call__(self, video: VideoEntry, done: int, total: int) -> None:
-        if time.monotonic() - self._last >= PROGRESS_EVERY_S:
-            self._last = time.monotonic()
-            self._session.ui.note(f"{self._name}: tracked {done} of {total} videos, {video.source}/{video.video}")
+    return on_video

@@ -204,15 +204,14 @@ class Store:
             raise translated from error
 
     def _find_experiment(self, client: MlflowClient) -> str:
-        found = client.get_experiment_by_name(self.experiment)
-        if found is None:
+        if client.get_experiment_by_name(self.experiment) is None:
             location = None if self.is_server else self._artifacts.as_uri()
             try:
                 return str(client.create_experiment(self.experiment, artifact_location=location))
             except Exception as error:
                 if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
                     raise
-                found = client.get_experiment_by_name(self.experiment)
+        found = client.get_experiment_by_name(self.experiment)
         if found is None or found.lifecycle_stage != "active":
             raise MotipError(
                 f"the MLflow experiment {self.experiment!r} was deleted",

@@ -14,7 +14,7 @@ import pytest
 import motip.evaluation.evaluator as evaluate_run
 from motip.config import load_config, load_curriculum
 from motip.curriculum import domain_scores
-from motip.curriculum.domain_history import base_domains, learned_in, seen_after
+from motip.curriculum.forgetting import base_domains, learned_in, seen_after
 from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap, TrackRows
 from motip.data.shards import read_labels
