@@ -165,55 +165,59 @@ class DomainScores:
 _ROW = TypeAdapter(DomainScores)
 
 
-def score_domains(
-    session: Session,
-    name: str,
-    config: Config,
-    sha256: str,
-    domains: DomainSet,
-    path: Location,
-    load_model: Callable[[], ModelUnderTest],
-    named: Sequence[str] | None = None,
-) -> DomainScores:
+@dataclass(frozen=True)
+class ScoredModel:
+    """A model to score.
+
+    Attributes:
+        name: of its row.
+        config: configuration of the stage that trained it, or that starts from it.
+        sha256: digest of the weights file.
+        load: loads the model; called only if the row is computed.
+        named: its classes as given by the stage (PRETRAIN_CLASSES), None if the file names them. Part of the row's
+            identity, since the digest of the file does not cover them.
+    """
+
+    name: str
+    config: Config
+    sha256: str
+    load: Callable[[], ModelUnderTest]
+    named: Sequence[str] | None = None
+
+
+def score_domains(session: Session, scored: ScoredModel, domains: DomainSet, path: Location) -> DomainScores:
     """The row of a model: read from ``path`` if up to date, else tracked and scored; the caller saves it.
 
     Tracks share the folder of the evaluation job, so each video is tracked once for both.
 
-    Args:
-        config: configuration of the stage that trained the model, or that starts from it.
-        sha256: digest of the weights file.
-        load_model: loads the model; called only if the row is computed.
-        named: the model's classes as given by the stage (PRETRAIN_CLASSES), None if the file names them. Part of the
-            row's identity, since the digest of the file does not cover them.
-
     Raises:
         MotipError: weights or shards are missing or damaged, or files cannot be written.
     """
-    settings = asdict(TrackerSettings.from_config(config))
+    name, named, settings = scored.name, scored.named, asdict(TrackerSettings.from_config(scored.config))
     # stored row
-    inputs = digest([FORMAT, sha256, settings, domains.identity(), *([] if named is None else [list(named)])])
+    inputs = digest([FORMAT, scored.sha256, settings, domains.identity(), *([] if named is None else [list(named)])])
     stored = DomainScores.load(path, inputs)
     if stored is not None:
         # JSON keys are sorted; restore the curriculum's order of domains.
         return replace(stored, name=name, scores={domain: stored.scores[domain] for domain in domains.sources})
     # new row
     begin = time.monotonic()
-    model = load_model()
+    model = scored.load()
     session.ui.note(f"{name}: scoring {len(domains.videos)} videos of {', '.join(domains.sources)}")
     work = EvalJob(
         videos=domains.videos,
         storage=session.options.storage,
-        folder=evaluation_folder(session.options.storage, sha256),
+        folder=evaluation_folder(session.options.storage, scored.sha256),
         split="val",
         cluster=session.cluster,
-        device=_device(config, session),
+        device=_device(scored.config, session),
         on_video=_progress_notes(session, name),
     )
     done = evaluate_videos(model, work, domains.class_maps, domains.protocols)
     return DomainScores(
         name=name,
         inputs=inputs,
-        sha256=sha256,
+        sha256=scored.sha256,
         classes=model.classes,
         missing_classes=domains.missing_classes(model.classes),
         settings=asdict(model.settings),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
-from motip.config import Config, Curriculum, Stage
+from motip.config import Curriculum, Stage
 from motip.config.curriculum_file import BASE
 from motip.curriculum.domain_report import DomainReport
-from motip.curriculum.domain_scores import DomainScores, domain_set, score_domains, scored_sources
+from motip.curriculum.domain_scores import DomainScores, ScoredModel, domain_set, score_domains, scored_sources
 from motip.curriculum.options import curriculum_folder
 from motip.curriculum.stage import Session
 from motip.errors import MotipError
@@ -52,18 +53,10 @@ class ForgettingTracker:
         name = next((name for name in self._base_of.values() if self._rows[name].sha256 == parent.sha256), "")
         if not name:
             name = f"{BASE} of {stage.name}" if BASE in self._rows else BASE
-            folder = self._folder / BASE / parent.sha256[:12]
+            load = functools.partial(load_base_model, stage, parent)
+            base = ScoredModel(name, stage.config, parent.sha256, load, stage.config.PRETRAIN_CLASSES)
             try:
-                self._add(
-                    name,
-                    stage.config,
-                    parent.sha256,
-                    seen=seen,
-                    before=[],
-                    folder=folder,
-                    load_model=lambda: load_base_model(stage, parent),
-                    named=stage.config.PRETRAIN_CLASSES,
-                )
+                self._add(base, seen, [], self._folder / BASE / parent.sha256[:12])
             except _NoTracker as error:
                 self._session.ui.note(f"{name}: not scored, no stage is compared with it: {error.what}")
         if name in self._rows:
@@ -80,17 +73,9 @@ class ForgettingTracker:
         earlier = [each.name for each in ancestry(self._curriculum, stage)]
         before = [name for name in (self._base_of.get(earlier[0], ""), *earlier[:-1]) if name in self._rows]
         seen = seen_after(self._curriculum, stage)
-        folder = location(record.checkpoint).parent
-        self._add(
-            stage.name,
-            stage.config,
-            record.sha256,
-            seen=seen,
-            before=before,
-            folder=folder,
-            load_model=lambda: load_stage_model(stage, record),
-            run_id=record.run_id,
-        )
+        load = functools.partial(load_stage_model, stage, record)
+        scored = ScoredModel(stage.name, stage.config, record.sha256, load)
+        self._add(scored, seen, before, location(record.checkpoint).parent, record.run_id)
         if stage.name in self._rows:
             self._check_losses(stage)
 
@@ -117,17 +102,7 @@ class ForgettingTracker:
         return matrix.backward_transfer(learned_in(self._curriculum, stage, base), name)
 
     def _add(
-        self,
-        name: str,
-        config: Config,
-        sha256: str,
-        *,
-        seen: frozenset[str],
-        before: list[str],
-        folder: Location,
-        load_model: Callable[[], ModelUnderTest],
-        run_id: str | None = None,
-        named: Sequence[str] | None = None,
+        self, scored: ScoredModel, seen: frozenset[str], before: list[str], folder: Location, run_id: str | None = None
     ) -> None:
         """Score a model on its domains, if any has labelled videos, and record the row on disk and in MLflow.
 
@@ -140,8 +115,8 @@ class ForgettingTracker:
         self._note_unlabelled(domains.unlabelled)
         if not domains.videos:
             return
-        path = StageFolder(folder).domains
-        row = score_domains(self._session, name, config, sha256, domains, path, load_model, named)
+        path, name = StageFolder(folder).domains, scored.name
+        row = score_domains(self._session, scored, domains, path)
         self._rows[name], self._seen[name], self._before[name] = row, seen, before
         report = self.report()
         self._session.ui.note(report.line(name))

@@ -254,7 +254,7 @@ class Store:
 
 
 def local_storage(storage: Path | str) -> Path:
-    """Folder for the database and the spool: ``storage`` itself, or ~/motip if it is a remote URI."""
+    """Folder for the database and the offsets: ``storage`` itself, or ~/motip if it is a remote URI."""
     text = str(storage)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
@@ -265,7 +265,7 @@ def local_storage(storage: Path | str) -> Path:
 
 @contextlib.contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    """No telemetry, short timeouts for an unreachable server (entries are spooled), no log lines of migrations."""
+    """No telemetry, short timeouts for an unreachable server, no log lines of migrations."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
