@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from motip.config import Config, Curriculum
-from motip.curriculum.domain_history import scored_sources
 from motip.curriculum.stage import Session
 from motip.data.manifest import Manifest, VideoEntry
 from motip.data.sequence import ClassMap
@@ -26,6 +27,15 @@ from motip.weights.class_names import canonical_name
 FORMAT = 1
 """Part of every row's identity; incremented when the meaning of a stored row changes."""
 PROGRESS_EVERY_S = 10.0
+
+
+def scored_sources(curriculum: Curriculum) -> dict[str, list[str]]:
+    """Domain -> its sources with a val split, in the order of the curriculum file."""
+    found: dict[str, list[str]] = {}
+    for name, source in curriculum.sources.items():
+        if "val" in source.splits:
+            found.setdefault(source.domain, []).append(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -147,65 +157,68 @@ class DomainScores:
             return None
         scores = {
             domain: {name: Scores.from_json(each) for name, each in own.items()}
-            for domain, own in stored.pop("scores").items()
+            for domain, own in stored["scores"].items()
         }
-        # version 0.1 also stored what of the row was in MLflow
-        values = {key: value for key, value in stored.items() if key not in ("format", "told", "mlflow_synced")}
-        values["classes"], values["notes"] = tuple(values["classes"]), tuple(values["notes"])
-        lacking = values.pop("lacking")
-        values["missing_classes"] = {domain: tuple(names) for domain, names in lacking.items()}
-        return cls(**values, scores=scores, reused=True)
+        # version 0.1 also stored what of the row was in MLflow, which is ignored
+        return _ROW.validate_python({**stored, "missing_classes": stored["lacking"], "scores": scores, "reused": True})
 
 
-def score_domains(
-    session: Session,
-    name: str,
-    config: Config,
-    sha256: str,
-    domains: DomainSet,
-    path: Location,
-    load_model: Callable[[], ModelUnderTest],
-    named: Sequence[str] | None = None,
-) -> DomainScores:
+_ROW = TypeAdapter(DomainScores)
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """A model to score.
+
+    Attributes:
+        name: of its row.
+        config: configuration of the stage that trained it, or that starts from it.
+        sha256: digest of the weights file.
+        load: loads the model; called only if the row is computed.
+        named: its classes as given by the stage (PRETRAIN_CLASSES), None if the file names them. Part of the row's
+            identity, since the digest of the file does not cover them.
+    """
+
+    name: str
+    config: Config
+    sha256: str
+    load: Callable[[], ModelUnderTest]
+    named: Sequence[str] | None = None
+
+
+def score_domains(session: Session, scored: ScoredModel, domains: DomainSet, path: Location) -> DomainScores:
     """The row of a model: read from ``path`` if up to date, else tracked and scored; the caller saves it.
 
     Tracks share the folder of the evaluation job, so each video is tracked once for both.
 
-    Args:
-        config: configuration of the stage that trained the model, or that starts from it.
-        sha256: digest of the weights file.
-        load_model: loads the model; called only if the row is computed.
-        named: the model's classes as given by the stage (PRETRAIN_CLASSES), None if the file names them. Part of the
-            row's identity, since the digest of the file does not cover them.
-
     Raises:
         MotipError: weights or shards are missing or damaged, or files cannot be written.
     """
-    settings = asdict(TrackerSettings.from_config(config))
+    name, named, settings = scored.name, scored.named, asdict(TrackerSettings.from_config(scored.config))
     # stored row
-    inputs = digest([FORMAT, sha256, settings, domains.identity(), *([] if named is None else [list(named)])])
+    inputs = digest([FORMAT, scored.sha256, settings, domains.identity(), *([] if named is None else [list(named)])])
     stored = DomainScores.load(path, inputs)
     if stored is not None:
         # JSON keys are sorted; restore the curriculum's order of domains.
         return replace(stored, name=name, scores={domain: stored.scores[domain] for domain in domains.sources})
     # new row
     begin = time.monotonic()
-    model = load_model()
+    model = scored.load()
     session.ui.note(f"{name}: scoring {len(domains.videos)} videos of {', '.join(domains.sources)}")
     work = EvalJob(
         videos=domains.videos,
         storage=session.options.storage,
-        folder=evaluation_folder(session.options.storage, sha256),
+        folder=evaluation_folder(session.options.storage, scored.sha256),
         split="val",
         cluster=session.cluster,
-        device=_device(config, session),
-        on_video=_ProgressNotes(session, name),
+        device=_device(scored.config, session),
+        on_video=_progress_notes(session, name),
     )
     done = evaluate_videos(model, work, domains.class_maps, domains.protocols)
     return DomainScores(
         name=name,
         inputs=inputs,
-        sha256=sha256,
+        sha256=scored.sha256,
         classes=model.classes,
         missing_classes=domains.missing_classes(model.classes),
         settings=asdict(model.settings),
@@ -223,15 +236,14 @@ def _device(config: Config, session: Session) -> str:
     return "cuda" if config.DEVICE != "cpu" and session.cluster.gpus >= 1 else "cpu"
 
 
-class _ProgressNotes:
+def _progress_notes(session: Session, name: str) -> Callable[[VideoEntry, int, int], None]:
     """Notes the progress of the tracking every ``PROGRESS_EVERY_S`` seconds."""
+    last = time.monotonic()
 
-    def __init__(self, session: Session, name: str) -> None:
-        self._session = session
-        self._name = name
-        self._last = time.monotonic()
+    def on_video(video: VideoEntry, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_EVERY_S:
+            last = time.monotonic()
+            session.ui.note(f"{name}: tracked {done} of {total} videos, {video.source}/{video.video}")
 
-    def __call__(self, video: VideoEntry, done: int, total: int) -> None:
-        if time.monotonic() - self._last >= PROGRESS_EVERY_S:
-            self._last = time.monotonic()
-            self._session.ui.note(f"{self._name}: tracked {done} of {total} videos, {video.source}/{video.video}")
+    return on_video

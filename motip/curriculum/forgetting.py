@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
-from motip.config import Config, Curriculum, Stage
+from motip.config import Curriculum, Stage
 from motip.config.curriculum_file import BASE
-from motip.curriculum.domain_history import (
-    ancestry,
-    base_domains,
-    learned_in,
-    scored_sources,
-    seen_after,
-    starts_from_given_weights,
-)
 from motip.curriculum.domain_report import DomainReport
-from motip.curriculum.domain_scores import DomainScores, domain_set, score_domains
+from motip.curriculum.domain_scores import DomainScores, ScoredModel, domain_set, score_domains, scored_sources
+from motip.curriculum.options import curriculum_folder
 from motip.curriculum.stage import Session
 from motip.errors import MotipError
 from motip.evaluation.domain_matrix import DomainMatrix
 from motip.evaluation.evaluator import ModelUnderTest
 from motip.stage_folder import StageFolder, StageRecord
-from motip.storage.paths import Location, absolute, local_copy, location
+from motip.storage.paths import Location, local_copy, location
 from motip.tracking.settings import TrackerSettings
 from motip.train.stage_job import Parent
 from motip.weights.export import load_for_tracking
@@ -38,7 +32,7 @@ class ForgettingTracker:
         self._session = session
         self._curriculum = session.curriculum
         self._settings = session.curriculum.domains
-        self._folder = absolute(session.options.storage) / "curricula" / session.curriculum.name
+        self._folder = curriculum_folder(session.curriculum, session.options)
         self._rows: dict[str, DomainScores] = {}
         self._seen: dict[str, frozenset[str]] = {}
         self._before: dict[str, list[str]] = {}
@@ -59,18 +53,10 @@ class ForgettingTracker:
         name = next((name for name in self._base_of.values() if self._rows[name].sha256 == parent.sha256), "")
         if not name:
             name = f"{BASE} of {stage.name}" if BASE in self._rows else BASE
-            folder = self._folder / BASE / parent.sha256[:12]
+            load = functools.partial(load_base_model, stage, parent)
+            base = ScoredModel(name, stage.config, parent.sha256, load, stage.config.PRETRAIN_CLASSES)
             try:
-                self._add(
-                    name,
-                    stage.config,
-                    parent.sha256,
-                    seen=seen,
-                    before=[],
-                    folder=folder,
-                    load_model=lambda: load_base_model(stage, parent),
-                    named=stage.config.PRETRAIN_CLASSES,
-                )
+                self._add(base, seen, [], self._folder / BASE / parent.sha256[:12])
             except _NoTracker as error:
                 self._session.ui.note(f"{name}: not scored, no stage is compared with it: {error.what}")
         if name in self._rows:
@@ -87,17 +73,9 @@ class ForgettingTracker:
         earlier = [each.name for each in ancestry(self._curriculum, stage)]
         before = [name for name in (self._base_of.get(earlier[0], ""), *earlier[:-1]) if name in self._rows]
         seen = seen_after(self._curriculum, stage)
-        folder = location(record.checkpoint).parent
-        self._add(
-            stage.name,
-            stage.config,
-            record.sha256,
-            seen=seen,
-            before=before,
-            folder=folder,
-            load_model=lambda: load_stage_model(stage, record),
-            run_id=record.run_id,
-        )
+        load = functools.partial(load_stage_model, stage, record)
+        scored = ScoredModel(stage.name, stage.config, record.sha256, load)
+        self._add(scored, seen, before, location(record.checkpoint).parent, record.run_id)
         if stage.name in self._rows:
             self._check_losses(stage)
 
@@ -105,8 +83,9 @@ class ForgettingTracker:
         """Write the complete matrix if it is not written yet; returns the report, None if nothing was scored."""
         if not self._rows:
             return None
-        self._publish()
-        return self.report()
+        report = self.report()
+        self._publish(report)
+        return report
 
     def report(self) -> DomainReport:
         """Report of the rows so far."""
@@ -123,17 +102,7 @@ class ForgettingTracker:
         return matrix.backward_transfer(learned_in(self._curriculum, stage, base), name)
 
     def _add(
-        self,
-        name: str,
-        config: Config,
-        sha256: str,
-        *,
-        seen: frozenset[str],
-        before: list[str],
-        folder: Location,
-        load_model: Callable[[], ModelUnderTest],
-        run_id: str | None = None,
-        named: Sequence[str] | None = None,
+        self, scored: ScoredModel, seen: frozenset[str], before: list[str], folder: Location, run_id: str | None = None
     ) -> None:
         """Score a model on its domains, if any has labelled videos, and record the row on disk and in MLflow.
 
@@ -146,18 +115,18 @@ class ForgettingTracker:
         self._note_unlabelled(domains.unlabelled)
         if not domains.videos:
             return
-        path = StageFolder(folder).domains
-        row = score_domains(self._session, name, config, sha256, domains, path, load_model, named)
+        path, name = StageFolder(folder).domains, scored.name
+        row = score_domains(self._session, scored, domains, path)
         self._rows[name], self._seen[name], self._before[name] = row, seen, before
         report = self.report()
         self._session.ui.note(report.line(name))
         report.record(self._session.lineage, name, run_id, self._session.run_id)
         if not row.reused:
-            self._publish()
+            self._publish(report)
             row.save(path)
 
-    def _publish(self) -> None:
-        self.report().publish(self._session.lineage, self._session.run_id)
+    def _publish(self, report: DomainReport) -> None:
+        report.publish(self._session.lineage, self._session.run_id)
 
     def _note_unlabelled(self, domains: Sequence[str]) -> None:
         for domain in [name for name in domains if name not in self._noted_unlabelled]:
@@ -178,7 +147,7 @@ class ForgettingTracker:
             self._session.ui.note(f"{stage.name}: against forgetting, {remedy}")
             return
         # stop
-        self._publish()
+        self._publish(report)
         self._session.ui.note(f"domains so far as CSV and heat map: {self._folder}/domains.csv, domains.png")
         raise MotipError(
             f"stage {stage.name} forgot what was learned before: {', '.join(names)}",
@@ -188,6 +157,63 @@ class ForgettingTracker:
             fix=f"{remedy}; or continue with a higher allowed_loss or `on_loss: warn` (the stage stays finished "
             "and is trained again only if its inputs change)",
         )
+
+
+def ancestry(curriculum: Curriculum, stage: Stage) -> list[Stage]:
+    """The stages behind a stage's weights, oldest first, ending with the stage itself."""
+    chain = [stage]
+    while (earlier := curriculum.parent_of(chain[0])) is not None:
+        chain.insert(0, earlier)
+    return chain
+
+
+def starts_from_given_weights(stage: Stage) -> bool:
+    """Whether a stage without a parent stage starts from a trained weights file, not from fresh weights."""
+    return stage.initialise is None and bool(stage.weights or stage.config.DETR_PRETRAIN)
+
+
+def base_domains(curriculum: Curriculum, root: Stage) -> frozenset[str]:
+    """Domains that the base weights of a curriculum were trained on.
+
+    `domains.base` of the file if given. Else the listed domains that no stage trains on as the first entry of its data;
+    further entries may be replay of domains of the base weights. For fresh weights: the domains that no stage trains
+    on at all, which are then scored zero-shot.
+    """
+    if curriculum.domains.base is not None:
+        return frozenset(curriculum.domains.base)
+    entries = 1 if starts_from_given_weights(root) else None
+    trained = {_domain(curriculum, mix.source) for stage in curriculum.stages for mix in stage.data[:entries]}
+    return frozenset(scored_sources(curriculum)) - trained
+
+
+def seen_after(curriculum: Curriculum, stage: Stage) -> frozenset[str]:
+    """Domains that the stage's model has seen: the base weights' and those of every stage up to this one."""
+    chain = ancestry(curriculum, stage)
+    trained = {_domain(curriculum, mix.source) for each in chain for mix in each.data}
+    return base_domains(curriculum, chain[0]) | trained
+
+
+def learned_in(curriculum: Curriculum, stage: Stage, base: str | None) -> dict[str, str]:
+    """Domain -> the last stage, up to this one, that learned it.
+
+    A stage learns the domain of the first entry of its data, and that of a further entry if its model has not seen it
+    before. Replayed domains keep the stage that learned them.
+
+    Args:
+        base: row name of the base weights, None if they have no scores.
+    """
+    chain = ancestry(curriculum, stage)
+    seen = set(base_domains(curriculum, chain[0]))
+    learned = dict.fromkeys(sorted(seen), base) if base is not None else {}
+    for each in chain:
+        trained = list(dict.fromkeys(_domain(curriculum, mix.source) for mix in each.data))
+        learned |= {domain: each.name for number, domain in enumerate(trained) if number == 0 or domain not in seen}
+        seen.update(trained)
+    return {domain: name for domain, name in learned.items() if name is not None}
+
+
+def _domain(curriculum: Curriculum, source: str) -> str:
+    return curriculum.sources[source].domain
 
 
 class _NoTracker(MotipError):

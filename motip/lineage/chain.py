@@ -1,15 +1,17 @@
-"""Reads the chain of steps behind a run back from MLflow: tags, parameters, metrics and inputs."""
+"""Reads runs back from MLflow: the chain of steps behind a run, and the scores of its epochs."""
 
 from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from motip.errors import MotipError
-from motip.lineage.record_file import SUFFIX, parse_record, with_local_path
+from motip.lineage.record_file import SUFFIX, parse_record
 from motip.lineage.steps import CheckpointLocation, DataUsed, LineageStep, changes
 from motip.lineage.tags import Tag, join_params
 
@@ -21,6 +23,21 @@ if TYPE_CHECKING:
 
 DOMAIN_PREFIX = "R/"
 """Prefix of a stage's scores by domain: ``R/<domain>``; a second slash begins a class."""
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """Scores recorded in a stage's run.
+
+    Attributes:
+        files: file name -> JSON of every file under ``scores/``.
+        best: ``best_`` metrics without the prefix; empty while the stage runs.
+    """
+
+    stage: str
+    run_id: str
+    files: dict[str, Any]
+    best: dict[str, float]
 
 
 def checkpoint_location(checkpoint: Path | str, storage: Path) -> CheckpointLocation:
@@ -107,6 +124,31 @@ def stage_run(store: Store, client: MlflowClient, run_id: str) -> Run:
     return children[0]
 
 
+def read_recorded_scores(store: Store, run_id: str) -> RunScores:
+    """Scores of a stage's run, or of the last stage of a curriculum's run.
+
+    Raises:
+        MotipError: no such run, or a run without scored epochs.
+    """
+    client = store.client()
+    run = stage_run(store, client, run_id)
+    own = run.info.run_id
+    names = [each.path for each in client.list_artifacts(own, "scores") if each.path.endswith(".json")]
+    if not names:
+        raise MotipError(
+            "this run has no scores",
+            where=f"run {own}",
+            expected="scores/epoch_<n>.json among its artifacts",
+            fix="wait until its first epoch is scored, or name another run",
+        )
+    files = {}
+    with tempfile.TemporaryDirectory(prefix="motip-") as folder:
+        for name in names:
+            files[Path(name).name] = json.loads(Path(client.download_artifacts(own, name, folder)).read_text())
+    best = {name.removeprefix("best_"): value for name, value in run.data.metrics.items() if name.startswith("best_")}
+    return RunScores(run.data.tags.get(Tag.STAGE, ""), own, files, best)
+
+
 def _run_before(store: Store, client: MlflowClient, run: Run) -> Run | None:
     """The run that wrote the weights this run started from, found by id, else by the digest of the weights."""
     tags = run.data.tags
@@ -137,7 +179,7 @@ def _given_weights(run: Run) -> list[LineageStep]:
     if record:
         name = f"{Path(location.path).stem}{SUFFIX}"
         steps = parse_record(json.loads(record[Tag.FROM_RECORD]), location.sha256, name)
-        return with_local_path(steps, location)
+        return [*steps[:-1], replace(steps[-1], checkpoint=location)]
     return [LineageStep("weights", Path(location.path).stem, checkpoint=location)]
 
 

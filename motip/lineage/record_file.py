@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from motip.errors import MotipError
 from motip.lineage.steps import CheckpointLocation, LineageStep, current_environment, from_json, to_json
@@ -79,9 +79,12 @@ def parse_record(stored: Any, sha256: str, where: Location | str) -> list[Lineag
         )
     try:
         return [from_json(step, name) for step in stored["steps"]]
-    except (TypeError, KeyError, AttributeError) as error:
+    except (ValidationError, TypeError, KeyError) as error:
         raise MotipError(
-            "the lineage record is damaged", where=where, found=str(error), fix="export the weights again"
+            "the lineage record is damaged",
+            where=where,
+            found=str(error).splitlines()[0],
+            fix="export the weights again",
         ) from error
 
 
@@ -112,13 +115,3 @@ def record_export(
     )
     steps = [*before, step]
     return Path(str(write_record(written, steps))), steps
-
-
-def with_local_path(steps: SequenceOf[LineageStep], checkpoint: CheckpointLocation) -> list[LineageStep]:
-    """The steps of a record, the last one with the current location of its file."""
-    return [*steps[:-1], replace(steps[-1], checkpoint=checkpoint)]
-
-
-def record_line(steps: SequenceOf[LineageStep]) -> str:
-    """The content of a record as one line, for a tag."""
-    return json.dumps(record_json(steps), sort_keys=True, separators=(",", ":"))

@@ -17,30 +17,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from motip import events
 from motip.errors import MotipError
 from motip.evaluation.score_table import score_rows
 from motip.evaluation.scores import Scores
-from motip.events import (
-    START,
-    ArtifactWritten,
-    CheckpointChosen,
-    Ended,
-    EpochDone,
-    Event,
-    EventLog,
-    Imported,
-    MetricsLogged,
-    Note,
-    Offset,
-    Resumed,
-    Scored,
-    StepLogged,
-    TableWritten,
-    TagsSet,
-    TextWritten,
-    WeightsTransferred,
-    notes_text,
-)
+from motip.events import START, Event, EventLog, Offset, notes_text
 from motip.lineage.registered_model import find_run, register
 from motip.lineage.store import Store, Unreachable, reason_of
 from motip.lineage.tags import MAX_TAG, Tag
@@ -189,7 +170,7 @@ class MlflowRecorder:
         begin = self._offset()
         entries = list(self.log.read(begin))
         if begin == START:
-            imported = [index for index, (event, _) in enumerate(entries) if isinstance(event, Imported)]
+            imported = [index for index, (event, _) in enumerate(entries) if isinstance(event, events.Imported)]
             entries = entries[max(imported, default=-1) + 1 :]
             self.rejected.unlink(missing_ok=True)
         # Before the offset is saved: a process killed here attaches the files again.
@@ -202,13 +183,13 @@ class MlflowRecorder:
             for outage in self._outages:
                 outage.over()
 
-    def _files_of(self, events: list[Event]) -> Iterator[Event]:
+    def _files_of(self, new: list[Event]) -> Iterator[Event]:
         """Attachments that are derived from the complete log: notes and dashboard."""
-        if any(isinstance(event, Note) for event in events):
-            yield TextWritten("notes.txt", notes_text(self.log))
+        if any(isinstance(event, events.Note) for event in new):
+            yield events.TextWritten("notes.txt", notes_text(self.log))
         dashboard = StageFolder(self.log.folder).dashboard
-        if any(isinstance(event, EpochDone | Ended) for event in events) and dashboard.is_file():
-            yield ArtifactWritten(dashboard.name, dashboard.name)
+        if any(isinstance(event, events.EpochDone | events.Ended) for event in new) and dashboard.is_file():
+            yield events.ArtifactWritten(dashboard.name, dashboard.name)
 
     def _deliver(self, batch: list[Event]) -> None:
         """Deliver one event, or several with metrics; set aside what MLflow refuses.
@@ -244,32 +225,32 @@ class MlflowRecorder:
     def _send(self, batch: list[Event]) -> None:
         client, run_id, event = self._store.client(), self.run_id, batch[0]
         match event:
-            case StepLogged() | EpochDone() | MetricsLogged():
+            case events.StepLogged() | events.EpochDone() | events.MetricsLogged():
                 _log_points(client, run_id, batch)
-            case Scored():
+            case events.Scored():
                 self._attach_json(event.scores, f"scores/epoch_{event.epoch:03d}.json")
                 scores = {source: Scores.from_json(each) for source, each in event.scores.items()}
                 self._attach_table(*score_rows({"": scores}), f"evaluation/epoch_{event.epoch:03d}.json")
-            case WeightsTransferred():
+            case events.WeightsTransferred():
                 self._attach_json(event.report, "transfer.json")
-            case TagsSet():
+            case events.TagsSet():
                 from mlflow.entities import RunTag
 
                 client.log_batch(run_id, tags=[RunTag(key, value) for key, value in event.tags.items()])
-            case TextWritten():
+            case events.TextWritten():
                 client.log_text(run_id, event.text, event.path)
-            case TableWritten():
+            case events.TableWritten():
                 self._attach_table(event.header, event.rows, event.path)
-            case ArtifactWritten():
+            case events.ArtifactWritten():
                 self._attach_file(event)
-            case CheckpointChosen():
+            case events.CheckpointChosen():
                 register(self._store, run_id, event.uri, event.sha256, event.step)
-            case Ended():
+            case events.Ended():
                 client.set_terminated(run_id, event.status, int(event.time * 1000))
-            case Resumed():
+            case events.Resumed():
                 client.update_run(run_id, status="RUNNING")
                 client.set_tag(run_id, Tag.DRIVER, event.driver)
-            case Note() | Imported():
+            case events.Note() | events.Imported():
                 pass  # the notes are one file, attached once per reading
 
     def _attach_json(self, value: Any, path: str) -> None:
@@ -288,7 +269,7 @@ class MlflowRecorder:
         if path not in known and len(text) <= MAX_TAG:
             client.set_tag(self.run_id, Tag.TABLES, text)
 
-    def _attach_file(self, event: ArtifactWritten) -> None:
+    def _attach_file(self, event: events.ArtifactWritten) -> None:
         source = location(event.file)
         if isinstance(source, Path) and not source.is_absolute():
             source = self.log.folder / event.file
@@ -323,7 +304,7 @@ def _content(path: Path) -> dict[str, Any]:
     return {}
 
 
-_WithMetrics = StepLogged | EpochDone | MetricsLogged
+_WithMetrics = events.StepLogged | events.EpochDone | events.MetricsLogged
 
 
 def _batches(entries: Iterable[tuple[Event, Offset]]) -> Iterator[tuple[list[Event], Offset]]:
@@ -345,7 +326,9 @@ def _halves(batch: list[Event]) -> list[list[Event]]:
     """Two halves of refused events, or of the metrics of one; empty for a single point, and for other events."""
     parts = batch
     if len(batch) == 1 and isinstance(event := batch[0], _WithMetrics):
-        parts = [MetricsLogged({name: value}, event.step, time=event.time) for name, value in event.metrics.items()]
+        parts = [
+            events.MetricsLogged({name: value}, event.step, time=event.time) for name, value in event.metrics.items()
+        ]
     middle = len(parts) // 2
     return [parts[:middle], parts[middle:]] if middle else []
 

@@ -59,42 +59,36 @@ def artifact_path(location: str, artifacts: Path) -> Path | None:
 def relocating_client(address: str, resolve: Callable[[str], Path | None]) -> MlflowClient:
     """A client that reads and writes artifacts in the folder that ``resolve`` returns for a recorded location.
 
-    The recorded location is read each time, since another process may rewrite it.
-
     Args:
         resolve: recorded location -> folder; None leaves the location to MLflow.
     """
     from mlflow import MlflowClient
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-    def repository(location: str) -> LocalArtifactRepository | None:
+    def local(location: str) -> LocalArtifactRepository | None:
         path = resolve(location)
         return None if path is None else LocalArtifactRepository(path.as_uri())
 
     class RelocatingClient(MlflowClient):
         def log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
-            files = repository(self.get_run(run_id).info.artifact_uri)
-            if files is None:
-                super().log_artifact(run_id, local_path, artifact_path)
-            else:
-                files.log_artifact(local_path, artifact_path)
+            if files := local(self.get_run(run_id).info.artifact_uri):
+                return files.log_artifact(local_path, artifact_path)
+            return super().log_artifact(run_id, local_path, artifact_path)
 
         def log_model_artifacts(self, model_id: str, local_dir: str, artifact_path: str | None = None) -> None:
-            files = repository(self.get_logged_model(model_id).artifact_location)
-            if files is None:
-                super().log_model_artifacts(model_id, local_dir, artifact_path)
-            else:
-                files.log_artifacts(local_dir, artifact_path)
+            if files := local(self.get_logged_model(model_id).artifact_location):
+                return files.log_artifacts(local_dir, artifact_path)
+            return super().log_model_artifacts(model_id, local_dir, artifact_path)
 
         def list_artifacts(self, run_id: str, path: str | None = None) -> list[Any]:
-            files = repository(self.get_run(run_id).info.artifact_uri)
-            return list(super().list_artifacts(run_id, path) if files is None else files.list_artifacts(path))
+            if files := local(self.get_run(run_id).info.artifact_uri):
+                return files.list_artifacts(path)
+            return super().list_artifacts(run_id, path)
 
         def download_artifacts(self, run_id: str, path: str, dst_path: str | None = None) -> str:
-            files = repository(self.get_run(run_id).info.artifact_uri)
-            if files is None:
-                return str(super().download_artifacts(run_id, path, dst_path))
-            return str(files.download_artifacts(path, dst_path))
+            if files := local(self.get_run(run_id).info.artifact_uri):
+                return files.download_artifacts(path, dst_path)
+            return super().download_artifacts(run_id, path, dst_path)
 
     # Without a registry address MLflow would use its global setting.
     return RelocatingClient(tracking_uri=address, registry_uri=address)

@@ -12,28 +12,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from motip import events
 from motip.errors import MotipError
-from motip.events import (
-    ArtifactWritten,
-    CheckpointChosen,
-    Ended,
-    Event,
-    MetricsLogged,
-    Resumed,
-    TableWritten,
-    TagsSet,
-    TextWritten,
-)
 from motip.lineage import chain as chains
 from motip.lineage.provenance import provenance
-from motip.lineage.record_file import read_record, record_json, record_line
-from motip.lineage.recorded_scores import RunScores, read_recorded_scores
+from motip.lineage.record_file import read_record, record_json
 from motip.lineage.recorder import MlflowRecorder, Outage, json_text
 from motip.lineage.registered_model import find_run, latest_model
 from motip.lineage.spool_v0_1 import import_spool
 from motip.lineage.steps import DataUsed, LineageStep, provenance_tags
 from motip.lineage.store import Store, Unreachable
-from motip.lineage.tags import Tag, clean_tags, join_params, split_params
+from motip.lineage.tags import Tag, join_params, split_params
 from motip.lineage.verify import FileCheck, verify_chain
 from motip.storage.atomic import digest
 from motip.storage.driver_process import driver_is_alive, this_driver
@@ -129,10 +118,10 @@ class Lineage:
                     # Shared with the other process, which alone ends it.
                     self._foreign_runs.add(run.info.run_id)
                 else:
-                    self._send(run.info.run_id, Resumed(this_driver()))
+                    self._send(run.info.run_id, events.Resumed(this_driver()))
                 return str(run.info.run_id)
             facts = {Tag.KIND: kind, Tag.CURRICULUM: name, Tag.INPUTS: inputs, Tag.DRIVER: this_driver()}
-            return self._create_run(name, {**facts, **clean_tags(tags)})
+            return self._create_run(name, {**facts, **redact(tags or {})})
 
         run_id = self._store.retry(start)
         self.log_dict(run_id, config, f"{kind}.json")
@@ -196,10 +185,10 @@ class Lineage:
                     Tag.DATA_SHA256: data_digest,
                     Tag.DRIVER: this_driver(),
                     **self._parent_tags(parent),
-                    **(split_params({Tag.FROM_RECORD: record_line(record)}) if record else {}),
+                    **(split_params({Tag.FROM_RECORD: record_json(record)}) if record else {}),
                     **provenance_tags(),
                     **({Tag.SEED: str(config["SEED"])} if "SEED" in config else {}),
-                    **clean_tags(tags),
+                    **redact(tags or {}),
                 }
                 run_id = self._create_run(stage, tags_at_start)
             recorder = self._recorder(run_id)
@@ -207,7 +196,7 @@ class Lineage:
                 recorder.attach(folder)
             if recorder.log.exists():
                 # Behind the end of the earlier attempt, so that a late delivery of it does not end this one.
-                self._send(run_id, Resumed(this_driver()))
+                self._send(run_id, events.Resumed(this_driver()))
             return run_id
 
         run_id = self._store.retry(start)
@@ -226,7 +215,7 @@ class Lineage:
             raise MotipError("unknown end state of a run", where=run_id, found=status, expected=", ".join(END_STATES))
         if self._is_foreign(run_id):
             return
-        self._send(run_id, Ended(status))
+        self._send(run_id, events.Ended(status))
 
     def mark_interrupted(self, run_id: str) -> None:
         """End an interrupted run as KILLED, with the time in its tag."""
@@ -239,10 +228,10 @@ class Lineage:
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
         """Append a point to each metric, unless the last points are equal."""
-        self._send(run_id, MetricsLogged({name: float(value) for name, value in metrics.items()}, int(step)))
+        self._send(run_id, events.MetricsLogged({name: float(value) for name, value in metrics.items()}, int(step)))
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        self._send(run_id, TagsSet(clean_tags(tags)))
+        self._send(run_id, events.TagsSet(dict(tags)))
 
     def log_stage_result(
         self, run_id: str, checkpoint: Path | str, sha256: str, scores: Mapping[str, float], *, step: int = 0
@@ -268,7 +257,7 @@ class Lineage:
                 Tag.CHECKPOINT_STEP: str(step),
             },
         )
-        self._send(run_id, CheckpointChosen(recorded.path, sha256, int(step)))
+        self._send(run_id, events.CheckpointChosen(recorded.path, sha256, int(step)))
 
     def log_artifact(self, run_id: str, file: Location, path: str = "") -> None:
         """Attach a file that stays where it is, as ``path`` (default: its name) among the run's artifacts."""
@@ -277,13 +266,13 @@ class Lineage:
         recorder = self._recorder(run_id)
         # Relative, so that the storage can be moved.
         address = str(file).removeprefix(f"{recorder.log.folder}/").removeprefix(f"{self._store.storage}/")
-        recorder.log.send(ArtifactWritten(address, path or file.name))  # always: the content may have changed
+        recorder.log.send(events.ArtifactWritten(address, path or file.name))  # always: the content may have changed
         recorder.log.close()
         recorder.catch_up()
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
         """Attach ``text`` as the file ``name``, which may contain folders."""
-        self._send(run_id, TextWritten(name, str(redact(text))))
+        self._send(run_id, events.TextWritten(name, str(redact(text))))
 
     def log_dict(self, run_id: str, value: Mapping[str, Any], name: str) -> None:
         """Attach ``value`` as JSON."""
@@ -294,7 +283,7 @@ class Lineage:
 
         Unlike MLflow's ``log_table`` it replaces an earlier table of that name.
         """
-        self._send(run_id, TableWritten(name, list(header), [list(row) for row in rows]))
+        self._send(run_id, events.TableWritten(name, list(header), [list(row) for row in rows]))
 
     def catch_up(self, run_id: str) -> None:
         """Deliver what is new in a run's event log. Raises nothing."""
@@ -321,7 +310,7 @@ class Lineage:
             )
         return remaining
 
-    def _send(self, run_id: str, event: Event) -> None:
+    def _send(self, run_id: str, event: events.Event) -> None:
         """Append an event of the driver, unless it repeats the last one of its subject, and deliver it."""
         recorder = self._recorder(run_id)
         recorder.log.send_changed(event)
@@ -347,9 +336,9 @@ class Lineage:
         """Name of the curriculum of a run, or of a stage's parent run."""
         return self._store.retry(lambda: chains.curriculum_of(self._store, run_id))
 
-    def scores(self, run_id: str) -> RunScores:
-        """Scores of every epoch of a stage; see ``motip.lineage.recorded_scores``."""
-        return self._store.retry(lambda: read_recorded_scores(self._store, run_id))
+    def scores(self, run_id: str) -> chains.RunScores:
+        """Scores of every epoch of a stage; see :func:`motip.lineage.chain.read_recorded_scores`."""
+        return self._store.retry(lambda: chains.read_recorded_scores(self._store, run_id))
 
     def compare_url_hint(self, run_ids: SequenceOf[str], port: int = 5000) -> tuple[str, str]:
         """Command that starts the MLflow UI here ("" for a server), and URL of the page comparing the runs."""

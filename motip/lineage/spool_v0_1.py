@@ -8,15 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from motip.events import (
-    ArtifactWritten,
-    CheckpointChosen,
-    Ended,
-    Event,
-    EventLog,
-    MetricsLogged,
-    TagsSet,
-)
+from motip import events
+from motip.events import Event, EventLog
 from motip.storage.atomic import write_json_atomic
 
 
@@ -45,15 +38,15 @@ def _events(line: str, spool: Path) -> Iterator[Event]:
     match entry.get("kind"):
         case "metrics":
             for name, value, milliseconds, step in entry["points"]:
-                yield MetricsLogged({name: value}, step, time=milliseconds / 1000)
+                yield events.MetricsLogged({name: value}, step, time=milliseconds / 1000)
         case "tags":
-            yield TagsSet(entry["tags"])
+            yield events.TagsSet(entry["tags"])
         case "artifact":
             recorded = Path(entry["path"])
             kept = spool / "files" / recorded.parent.name / recorded.name
             prefix = f"{entry['folder']}/" if entry["folder"] else ""
-            yield ArtifactWritten(str(kept if kept.is_file() else recorded), prefix + recorded.name)
+            yield events.ArtifactWritten(str(kept if kept.is_file() else recorded), prefix + recorded.name)
         case "model":
-            yield CheckpointChosen(entry["uri"], entry["sha256"], entry["step"])
+            yield events.CheckpointChosen(entry["uri"], entry["sha256"], entry["step"])
         case "status":
-            yield Ended(entry["status"], time=entry["time"] / 1000)
+            yield events.Ended(entry["status"], time=entry["time"] / 1000)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter
 
 from motip.lineage.provenance import provenance
 from motip.lineage.tags import Tag
@@ -105,19 +107,17 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, tu
     return {key: (before.get(key), after.get(key)) for key in keys}
 
 
+_STEP = TypeAdapter(LineageStep)
+
+
 def to_json(step: LineageStep, *, with_config: bool) -> dict[str, Any]:
     """JSON-able values of a step; files by name and digest, without the folders of this machine.
 
     Args:
         with_config: include the configuration; needed for the newest step, which the next step is compared with.
     """
-    values: dict[str, Any] = {
-        "kind": step.kind,
-        "stage": step.stage,
-        "run_id": step.run_id,
-        "status": step.status,
-        "started": step.started,
-        "data_digest": step.data_digest,
+    values = {
+        **{each.name: getattr(step, each.name) for each in fields(step) if each.name != "record"},
         "data": [
             {"name": used.name, "sha256": used.sha256, "context": used.context, "profile": dict(used.profile)}
             for used in step.data
@@ -129,29 +129,23 @@ def to_json(step: LineageStep, *, with_config: bool) -> dict[str, Any]:
             key: [None if value is None else _without_folders(value) for value in pair]
             for key, pair in step.config_changes.items()
         },
-        "seed": step.seed,
-        "git_commit": step.git_commit,
-        "git_dirty": step.git_dirty,
-        "python": step.python,
-        "versions": dict(step.versions),
-        "hardware": dict(step.hardware),
         "scores": {name: step.scores[name] for name in HEADLINES if name in step.scores},
-        "domains": dict(step.domains),
-        "interrupted": step.interrupted,
-        "note": step.note,
     }
     return {key: value for key, value in values.items() if value not in ("", 0, None, [], {})}
 
 
 def from_json(values: Mapping[str, Any], record: str) -> LineageStep:
-    """Inverse of ``to_json``; ``record`` is the name of the file it was read from."""
-    known = dict(values)
-    for key in ("came_from", "checkpoint"):
-        if key in known:
-            known[key] = CheckpointLocation(known[key]["name"], "", known[key]["sha256"])
-    known["data"] = tuple(DataUsed(**each) for each in known.get("data", ()))
-    known["config_changes"] = {key: (pair[0], pair[1]) for key, pair in known.get("config_changes", {}).items()}
-    return LineageStep(**known, record=record)
+    """Inverse of ``to_json``; ``record`` is the name of the file it was read from.
+
+    Raises:
+        ValidationError, KeyError, TypeError: these are not the values of a step.
+    """
+    files = {
+        key: CheckpointLocation(values[key]["name"], "", values[key]["sha256"])
+        for key in ("came_from", "checkpoint")
+        if key in values
+    }
+    return _STEP.validate_python({**values, **files, "record": record})
 
 
 def _named(location: CheckpointLocation | None) -> dict[str, str] | None:

@@ -204,15 +204,14 @@ class Store:
             raise translated from error
 
     def _find_experiment(self, client: MlflowClient) -> str:
-        found = client.get_experiment_by_name(self.experiment)
-        if found is None:
+        if client.get_experiment_by_name(self.experiment) is None:
             location = None if self.is_server else self._artifacts.as_uri()
             try:
                 return str(client.create_experiment(self.experiment, artifact_location=location))
             except Exception as error:
                 if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
                     raise
-                found = client.get_experiment_by_name(self.experiment)
+        found = client.get_experiment_by_name(self.experiment)
         if found is None or found.lifecycle_stage != "active":
             raise MotipError(
                 f"the MLflow experiment {self.experiment!r} was deleted",
@@ -255,7 +254,7 @@ class Store:
 
 
 def local_storage(storage: Path | str) -> Path:
-    """Folder for the database and the spool: ``storage`` itself, or ~/motip if it is a remote URI."""
+    """Folder for the database and the offsets: ``storage`` itself, or ~/motip if it is a remote URI."""
     text = str(storage)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
@@ -266,7 +265,7 @@ def local_storage(storage: Path | str) -> Path:
 
 @contextlib.contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    """No telemetry, short timeouts for an unreachable server (entries are spooled), no log lines of migrations."""
+    """No telemetry, short timeouts for an unreachable server, no log lines of migrations."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from motip.storage.redaction import redact
-
 MAX_VALUE = 6000
 """Maximum characters of a parameter's value; MLflow truncates longer ones without an error."""
 MAX_TAG = 8000
@@ -45,11 +43,6 @@ class Tag:
     INTERRUPTED = "motip.interrupted"
     FORGOTTEN = "motip.forgotten"
     TABLES = "mlflow.loggedArtifacts"
-
-
-def clean_tags(tags: Mapping[str, str] | None) -> dict[str, str]:
-    """Tags without secrets."""
-    return {key: str(redact(value, key.rpartition(".")[2])) for key, value in (tags or {}).items()}
 
 
 def split_params(config: Mapping[str, Any]) -> dict[str, str]:

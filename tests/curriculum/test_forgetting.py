@@ -14,7 +14,7 @@ import pytest
 import motip.evaluation.evaluator as evaluate_run
 from motip.config import load_config, load_curriculum
 from motip.curriculum import domain_scores
-from motip.curriculum.domain_history import base_domains, learned_in, seen_after
+from motip.curriculum.forgetting import base_domains, learned_in, seen_after
 from motip.data.manifest import Manifest, VideoEntry, entry_path
 from motip.data.sequence import ClassMap, TrackRows
 from motip.data.shards import read_labels
@@ -418,7 +418,8 @@ def test_the_row_of_given_weights_depends_on_the_classes_given_by_the_stage(
         subject = SimpleNamespace(classes=named or ("pedestrian",), settings=TrackerSettings())
         config = curriculum.stages[0].config
         path = tmp_path / "domains.json"
-        made = domain_scores.score_domains(session, "base", config, "0" * 64, domains, path, lambda: subject, named)  # type: ignore[arg-type,return-value]
+        scored = domain_scores.ScoredModel("base", config, "0" * 64, lambda: subject, named)  # type: ignore[arg-type,return-value]
+        made = domain_scores.score_domains(session, scored, domains, path)  # type: ignore[arg-type]
         made.save(path)
         return made
 
