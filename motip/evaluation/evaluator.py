@@ -155,6 +155,7 @@ def evaluate_videos(
         >>> from motip.data.sequence import Frame, Sequence as Video
         >>> from motip.data.shards import ShardWriter, header_of, read_header
         >>> from motip.model import ModelSpec, build_model
+        >>> from motip.stage_folder import evaluation_folder
         >>> from motip.storage.atomic import sha256_file
         >>> storage = Path(tempfile.mkdtemp())
         >>> png = cv2.imencode(".png", np.zeros((96, 128, 3), np.uint8))[1].tobytes()

@@ -153,7 +153,7 @@ def test_mota_below_the_axis_is_an_arrow_with_its_value() -> None:
 
 def test_history_without_scores_or_steps_is_drawn_with_empty_panels() -> None:
     made = History("only", 3)
-    made.add_epoch(0, metrics(0, scored=False))
+    made.read(EpochDone(0, 0, metrics(0, scored=False)))
     figure = dashboard(made)
     empty = {
         axes.get_title(loc="left")
