@@ -220,15 +220,15 @@ def test_failed_training_is_reported_without_the_channel_too(
 
 
 @pytest.fixture
-def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], tuple[RunChannel, bool]]:
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], RunChannel]:
     """Runs the readers' thread with a `catch_up` for some of its periods."""
     monkeypatch.setattr(ray_train, "READ_EVERY_S", 0.01)
 
-    def run(catch_up: Callable[[], None]) -> tuple[RunChannel, bool]:
+    def run(catch_up: Callable[[], None]) -> RunChannel:
         channel = RunChannel(str(tmp_path))
-        with ray_train._ReaderThread(channel, catch_up) as readers:  # type: ignore[arg-type]
+        with ray_train._ReaderThread(channel, catch_up):  # type: ignore[arg-type]
             time.sleep(0.1)
-        return channel, readers.stopped
+        return channel
 
     return run
 
@@ -259,8 +259,7 @@ def test_a_reader_requests_a_stop(read: Any) -> None:
     def stop() -> None:
         raise Stopped
 
-    channel, stopped = read(stop)
-    assert stopped and channel.stop_requested()
+    assert read(stop).stop_requested()
 
 
 def test_the_last_events_are_read(read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
