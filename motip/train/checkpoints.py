@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,9 @@ def _write_on_rank_0(run: Run, write: Callable[[], Path]) -> Path | None:
     if run.is_main:
         try:
             folder = write()
-        except (MotipError, OSError) as error:
-            failure = cannot_save(f"at step {run.global_step}", error, f"stage {run.job.stage}")
-        except RuntimeError as error:
+        except (MotipError, OSError, RuntimeError) as error:
             # torch's writer wraps errors of the file system in RuntimeError.
-            if "PytorchStreamWriter" not in str(error) and "write" not in str(error):
+            if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|write", str(error)):
                 raise
             failure = cannot_save(f"at step {run.global_step}", error, f"stage {run.job.stage}")
     # `all_gather` has no fixed timeout: rank 0 may have spent a long time scoring before it writes.

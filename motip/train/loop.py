@@ -76,8 +76,10 @@ def _finish_epoch(run: Run, epoch: int, metrics: dict[str, float]) -> None:
     save = save or _stop_requested(run)
     run.send(EpochDone(epoch, run.global_step, dict(metrics)))
     run.store.epoch_done(epoch, metrics, save_epoch(run, epoch, metrics) if save else None)
-    if save:
-        _stop_if_requested(run, epoch)
+    begin = time.monotonic()
+    if save and _stop_requested(run):  # during validation or saving
+        _log_saved(run, f"stop request (SIGTERM): epoch {epoch + 1} saved", begin)
+        raise Stopped
 
 
 def train_epoch(run: Run, epoch: int) -> dict[str, float]:
@@ -227,18 +229,6 @@ def _save_if_due(run: Run, epoch: int, step: int, meter: Meter) -> None:
     _log_saved(run, f"stop request ({preemption or 'SIGTERM'}): epoch {epoch + 1}, step {step} saved", begin)
     # A preemption alone does not end the training: it continues until the machine is gone.
     if run.comm.sum_(torch.tensor([float(requested)])).item():
-        raise Stopped
-
-
-def _stop_if_requested(run: Run, epoch: int) -> None:
-    """End after a saved epoch if a stop was requested during its validation or saving.
-
-    Raises:
-        Stopped: a stop was requested.
-    """
-    begin = time.monotonic()
-    if _stop_requested(run):
-        _log_saved(run, f"stop request (SIGTERM): epoch {epoch + 1} saved", begin)
         raise Stopped
 
 

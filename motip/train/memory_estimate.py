@@ -64,10 +64,16 @@ def estimate_peak(config: Config, batch: ClipBatch, fallback: OomFallback, devic
         settings = LossSettings.from_config(config, precision_on(device_type, config))
         matcher = _FirstQueriesMatcher(**vars(settings.criterion.matcher))
         settings = replace(settings, criterion=replace(settings.criterion, matcher=matcher))
-        batch = _map_tensors(batch, fake.from_tensor)
+        inputs: list[Tensor] = []
+
+        def faked(tensor: Tensor) -> Tensor:
+            inputs.append(fake.from_tensor(tensor))
+            return inputs[-1]
+
+        batch = _map_tensors(batch, faked)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tracker = LiveStorages()
-        tracker.add([*model.parameters(), *model.buffers(), *_tensors(batch)])
+        tracker.add([*model.parameters(), *model.buffers(), *inputs])
         with tracker:
             order = list(range(batch.images.shape[1]))
             loss = clip_losses(model, batch, order, fallback, settings, BatchCounts(1, 1, 1)).total
@@ -172,15 +178,6 @@ def _float32(value: Any) -> Any:
     return value.float() if half else value
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """All tensors of a batch, including nested ones."""
-    if isinstance(value, Tensor):
-        return [value]
-    if is_dataclass(value):
-        return [tensor for field in fields(value) for tensor in _tensors(getattr(value, field.name))]
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list) else []
-
-
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """The batch with ``function`` applied to every tensor."""
     if isinstance(value, Tensor):
@@ -191,4 +188,4 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -320,12 +321,9 @@ def max_objects_per_frame(batch: ClipBatch) -> list[int]:
 
 def object_bucket(objects: int) -> str:
     """Name of the counter of skipped clips with this many objects in their most crowded frame."""
-    low = 0
-    for bound in OBJECT_BUCKETS:
-        if objects < bound:
-            return f"{low}_to_{bound - 1}"
-        low = bound
-    return f"{low}_or_more"
+    index = bisect_right(OBJECT_BUCKETS, objects)
+    low = (0, *OBJECT_BUCKETS)[index]
+    return f"{low}_to_{OBJECT_BUCKETS[index] - 1}" if index < len(OBJECT_BUCKETS) else f"{low}_or_more"
 
 
 def describe_clips(batch: ClipBatch) -> str:

@@ -125,12 +125,7 @@ def synthetic_clip(objects: int, frames: int, size_hw: tuple[int, int]) -> ClipS
 
 def schedules(config: Config) -> list[ClipSchedule]:
     """The distinct clip schedules of the epochs."""
-    found: list[ClipSchedule] = []
-    for epoch in range(config.EPOCHS):
-        schedule = config.clip_schedule(epoch)
-        if schedule not in found:
-            found.append(schedule)
-    return found
+    return list(dict.fromkeys(map(config.clip_schedule, range(config.EPOCHS))))
 
 
 def worst_clip(
@@ -143,30 +138,36 @@ def worst_clip(
     Raises:
         MotipError: a shard is missing, or no clip fits any video.
     """
-    settings = AugmentSettings.from_config(config)
-    worst: ClipShape | None = None
-    videos = 0
-    for entry in entries:
-        videos += 1
-        frames = read_labels(shard_path(storage, entry.shard)).frames
-        split = [class_maps[entry.source].split(frame) for frame in frames]
-        ids = [tuple(track_ids.tolist()) for _, track_ids, _, _ in split]
-        regions = [len(ignore) for _, _, _, ignore in split]
-        size_hw = largest_size(settings, entry.height, entry.width, single_image=len(frames) == 1)
-        for rows in _windows(len(frames), entry.fps, schedules(config)):
-            name = f"{entry.source}/{entry.video} frames {', '.join(str(frames[row].number) for row in rows)}"
-            clip = ClipShape(name, size_hw, tuple(ids[row] for row in rows), max(regions[row] for row in rows))
-            if worst is None or clip.rank > worst.rank:
-                worst = clip
+    videos = list(entries)
+    settings, plans = AugmentSettings.from_config(config), schedules(config)
+    clips = (clip for entry in videos for clip in _clips(entry, class_maps[entry.source], storage, settings, plans))
+    worst = max(clips, key=lambda clip: clip.rank, default=None)
     if worst is None:
         raise MotipError(
             "no clip of this stage fits its videos",
             where="sampler_lengths, sample_intervals",
-            found=f"{videos} training videos",
+            found=f"{len(videos)} training videos",
             expected="a video as long as the shortest clip",
             fix="use shorter clips or smaller intervals, or give --objects, --frames and --size",
         )
     return worst
+
+
+def _clips(
+    entry: VideoEntry,
+    class_map: ClassMap,
+    storage: Location | str,
+    settings: AugmentSettings,
+    plans: Iterable[ClipSchedule],
+) -> Iterator[ClipShape]:
+    """Every clip that can be sampled from a video."""
+    frames = read_labels(shard_path(storage, entry.shard)).frames
+    split = [class_map.split(frame) for frame in frames]
+    ids = [tuple(track_ids.tolist()) for _, track_ids, _, _ in split]
+    size_hw = largest_size(settings, entry.height, entry.width, single_image=len(frames) == 1)
+    for rows in _windows(len(frames), entry.fps, plans):
+        name = f"{entry.source}/{entry.video} frames {', '.join(str(frames[row].number) for row in rows)}"
+        yield ClipShape(name, size_hw, tuple(ids[row] for row in rows), max(len(split[row][3]) for row in rows))
 
 
 def _windows(frames: int, fps: float, plans: Iterable[ClipSchedule]) -> Iterator[tuple[int, ...]]:
@@ -243,38 +244,23 @@ def estimate_preflight(
     config: Config, clip: ClipShape, device_type: str = "cuda", on_fallback: OnFallback | None = None
 ) -> Preflight:
     """Estimate the memory of each fallback with `motip.train.memory_estimate`; takes some seconds per fallback."""
-    batch = synthetic_batch(clip, config)
-    return _each_fallback(
-        config,
-        clip,
-        False,
-        on_fallback,
-        lambda fallback: FallbackMemory(fallback, estimate_peak(config, batch, fallback, device_type)),
-    )
+    batch, result = synthetic_batch(clip, config), Preflight(clip, measured=False)
+    for fallback in all_fallbacks(config):
+        if on_fallback is not None:
+            on_fallback(fallback)
+        result.fallbacks.append(FallbackMemory(fallback, estimate_peak(config, batch, fallback, device_type)))
+    return result
 
 
 def measure_preflight(
     config: Config, clip: ClipShape, device: torch.device, on_fallback: OnFallback | None = None
 ) -> Preflight:
     """Measure the allocator's peaks on a CUDA device while training the clip with each fallback, with fresh weights."""
-    batch = synthetic_batch(clip, config)
-    return _each_fallback(
-        config, clip, True, on_fallback, lambda fallback: _measured_fallback(config, batch, fallback, device)
-    )
-
-
-def _each_fallback(
-    config: Config,
-    clip: ClipShape,
-    measured: bool,
-    on_fallback: OnFallback | None,
-    memory_of: Callable[[OomFallback], FallbackMemory],
-) -> Preflight:
-    result = Preflight(clip, measured)
+    batch, result = synthetic_batch(clip, config), Preflight(clip, measured=True)
     for fallback in all_fallbacks(config):
         if on_fallback is not None:
             on_fallback(fallback)
-        result.fallbacks.append(memory_of(fallback))
+        result.fallbacks.append(_measured_fallback(config, batch, fallback, device))
     return result
 
 

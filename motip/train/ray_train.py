@@ -153,7 +153,7 @@ def fit(
         channel = RemoteChannel.start(folder, channel_name, ANSWER_S)
         stack.callback(channel.stop_actor)
         sigterm = stack.enter_context(_forward_sigterm(channel))
-        readers = stack.enter_context(_ReaderThread(channel, catch_up))
+        stack.enter_context(_ReaderThread(channel, catch_up))
         stack.enter_context(_closed(channel))
         stack.enter_context(_sigint_as_keyboard_interrupt())
         try:
@@ -163,7 +163,7 @@ def fit(
         failure = channel.failure()
         if failure is not None:
             raise _worker_failure(failure, folder)
-        if sigterm.received or readers.stopped:
+        if sigterm.received or channel.stop_requested():
             raise Stopped
     return completed(folder)
 
@@ -192,13 +192,12 @@ def _closed(channel: Any) -> Iterator[Any]:
 
 def completed(folder: str) -> FitResult:
     """The finished epochs in a stage's folder, of all attempts; `checkpoints` has those whose weights are kept."""
-    result = FitResult()
-    for each in StageFolder(folder).checkpoints().epochs:
-        result.epochs[each.epoch] = each.metrics
-        result.steps[each.epoch] = each.step
-        if each.weights is not None:
-            result.checkpoints[each.epoch] = str(each.weights)
-    return result
+    found = StageFolder(folder).checkpoints().epochs
+    return FitResult(
+        {each.epoch: each.metrics for each in found},
+        {each.epoch: each.step for each in found},
+        {each.epoch: str(each.weights) for each in found if each.weights is not None},
+    )
 
 
 def device_from_config(config: Config) -> torch.device:
@@ -280,12 +279,21 @@ def _trainer(job: StageJob, resources: ResourcePlan, channel: RemoteChannel, fol
     from ray.train.torch import TorchConfig, TorchTrainer
 
     parent, _, name = folder.rpartition("/")
+    minimum, maximum = resources.min_workers, resources.workers
+    # With a range of workers Ray checks at the interval how many fit, and restarts with that number from the newest
+    # checkpoint.
+    scaling: dict[str, Any] = {
+        "num_workers": maximum if minimum is None else (minimum, maximum),
+        "elastic_resize_monitor_interval_s": float(job.config["RESIZE_EVERY_S"]),
+        "use_gpu": resources.gpu,
+        "resources_per_worker": {"CPU": resources.cpus, **({"GPU": 1} if resources.gpu else {})},
+    }
     return TorchTrainer(
         _worker_main,
         train_loop_config={"job": job, "resources": resources, "channel": channel, "folder": folder},
         # By default torch waits half an hour for a rank that does not respond.
         torch_config=TorchConfig(timeout_s=int(job.config["COLLECTIVE_TIMEOUT_S"])),
-        scaling_config=ScalingConfig(**_scaling(resources, int(job.config["RESIZE_EVERY_S"]))),
+        scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name=name,
             # With the package's file system Ray's list of checkpoints is written atomically and with retries.
@@ -295,18 +303,6 @@ def _trainer(job: StageJob, resources: ResourcePlan, channel: RemoteChannel, fol
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
-
-
-def _scaling(resources: ResourcePlan, resize_every_s: int) -> dict[str, Any]:
-    """Arguments of ScalingConfig. With a range of workers Ray checks at the given interval how many fit, and restarts
-    with that number from the newest checkpoint."""
-    minimum = resources.min_workers
-    return {
-        "num_workers": resources.workers if minimum is None else (minimum, resources.workers),
-        "elastic_resize_monitor_interval_s": float(resize_every_s),
-        "use_gpu": resources.gpu,
-        "resources_per_worker": {"CPU": resources.cpus, **({"GPU": 1} if resources.gpu else {})},
-    }
 
 
 def _forward_sigterm(channel: RemoteChannel) -> SigtermForwarder:
@@ -378,10 +374,8 @@ def _training_error(channel: RemoteChannel, job: StageJob, folder: str, error: E
 class _ReaderThread:
     """Thread that lets the readers of the event log catch up every half second; a context manager.
 
-    A failure is logged once per reason. If the last reading fails too, the end of the block raises its error.
-
-    Attributes:
-        stopped: a reader raised `Stopped`, and the workers were requested to stop.
+    If a reader raises `Stopped`, the workers are requested to stop. A failure is logged once per reason; if the last
+    reading fails too, the end of the block raises its error.
     """
 
     def __init__(self, channel: RemoteChannel, catch_up: Callable[[], None]) -> None:
@@ -390,11 +384,9 @@ class _ReaderThread:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="motip-readers", daemon=True)
         self._error: Exception | None = None
-        self.stopped = False
 
-    def __enter__(self) -> _ReaderThread:
+    def __enter__(self) -> None:
         self._thread.start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._over.set()
@@ -418,7 +410,6 @@ class _ReaderThread:
         try:
             self._catch_up()
         except Stopped:
-            self.stopped = True
             self._channel.request_stop()
         for line in self._channel.warnings():
             _log.warning(line)

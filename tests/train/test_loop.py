@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 
+import motip.train.loop as loop
 from motip.config import Config
 from motip.data.batch import ClipBatch
 from motip.data.clip_loader import ClipLoader, local_batches, plan_videos
 from motip.data.clips import PlanVideo, plan_clips
 from motip.data.sequence import UNTRACKED, ClassMap, Frame, Sequence
 from motip.data.shards import shard_path, write_shard
+from motip.model.detector import DeformableDetr
 from motip.train.batch_sources import BatchSource
 from motip.train.collectives import SingleProcess
 from motip.train.loop import train_epoch
 from motip.train.optimizer import LearningRates, build_optimizer
+from motip.train.ray_train import ResourcePlan, fit
 from motip.train.stage_job import EpochPlans, StageJob
 from motip.train.state import Run
 from motip.train.step import TrainStep
@@ -125,6 +129,31 @@ def test_objects_beyond_the_vocabulary_are_epoch_metrics(
     assert clips == batch_source.plan(0).steps == 4
     assert metrics["distractors"] == kept * clips
     assert metrics["objects_without_id_slot"] == dropped * clips
+
+
+def test_few_frames_lie_between_the_start_of_a_training_and_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path from the command to the network's forward pass has at most eleven functions of this package."""
+    monkeypatch.setattr(loop, "validate", lambda run, epoch: {})
+    real, package = DeformableDetr.forward, str(Path(loop.__file__).parents[1])
+    paths: list[list[str]] = []
+
+    def forward(self: DeformableDetr, *arguments: Any) -> Any:
+        paths.append([each.name for each in traceback.extract_stack() if each.filename.startswith(package)])
+        return real(self, *arguments)
+
+    monkeypatch.setattr(DeformableDetr, "forward", forward)
+    config = small_config(**SETTINGS, EPOCHS=1, CLIPS_PER_EPOCH=1)
+    fit(job_of(config, tmp_path, [write_video(tmp_path, "v")]), ResourcePlan(workers=0), str(tmp_path / "stage"))
+    assert paths[0] == [
+        "fit",
+        "train_stage_on_worker",
+        "train_epoch",
+        "accumulate",
+        "clip_losses",
+        "detect_frames",
+    ]
 
 
 def test_intervals_in_seconds_span_the_same_time_in_every_dataset(tmp_path: Path) -> None:

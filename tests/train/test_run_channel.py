@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,15 +219,21 @@ def test_failed_training_is_reported_without_the_channel_too(
 
 
 @pytest.fixture
-def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], tuple[RunChannel, bool]]:
-    """Runs the readers' thread with a `catch_up` for some of its periods."""
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunChannel]:
+    """Runs the readers' thread with a `catch_up` until it was called a number of times."""
     monkeypatch.setattr(ray_train, "READ_EVERY_S", 0.01)
 
-    def run(catch_up: Callable[[], None]) -> tuple[RunChannel, bool]:
-        channel = RunChannel(str(tmp_path))
-        with ray_train._ReaderThread(channel, catch_up) as readers:  # type: ignore[arg-type]
-            time.sleep(0.1)
-        return channel, readers.stopped
+    def run(catch_up: Callable[[], None], times: int = 5) -> RunChannel:
+        channel, called = RunChannel(str(tmp_path)), threading.Semaphore(0)
+
+        def counted() -> None:
+            called.release()
+            catch_up()
+
+        with ray_train._ReaderThread(channel, counted):  # type: ignore[arg-type]
+            for _ in range(times):
+                assert called.acquire(timeout=60)
+        return channel
 
     return run
 
@@ -259,13 +264,12 @@ def test_a_reader_requests_a_stop(read: Any) -> None:
     def stop() -> None:
         raise Stopped
 
-    channel, stopped = read(stop)
-    assert stopped and channel.stop_requested()
+    assert read(stop).stop_requested()
 
 
 def test_the_last_events_are_read(read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_train, "READ_EVERY_S", 60.0)
     found: list[list[str]] = []
     EventLog(tmp_path).send(Note("last"))
-    read(lambda: found.append(notes(tmp_path)))
+    read(lambda: found.append(notes(tmp_path)), times=0)
     assert found == [["last"]]
