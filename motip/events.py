@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -194,18 +194,12 @@ Offset = tuple[str, int]
 START: Offset = ("", 0)
 
 FILE = "events.jsonl"
-SEGMENTS = "events"
+_SEGMENTS = "events"
 """Folder of the log's files on an object store, whose objects cannot be appended to."""
 SEGMENT_BYTES = 256 << 10
 """Size from which on an object store the next event begins a new object."""
 RETRY_AFTER = 4
 """Pause after a failed attempt to write, as a multiple of its duration."""
-
-
-class EventSink(Protocol):
-    """Receiver of events: a log, or the channel of a training."""
-
-    def send(self, event: Event) -> None: ...
 
 
 class EventLog:
@@ -304,7 +298,7 @@ class EventLog:
         if isinstance(self.folder, Path):
             path = self.folder / FILE
             return [(FILE, path)] if path.is_file() else []
-        return sorted((path.name, path) for path in files_under(self.folder / SEGMENTS))
+        return sorted((path.name, path) for path in files_under(self.folder / _SEGMENTS))
 
     def _write(self) -> None:
         if not self._pending:
@@ -323,7 +317,7 @@ class EventLog:
     def _new_segment(self) -> Location:
         """An object whose name is greater than all others, also if this machine's clock is behind."""
         newest = max((int(name.partition("-")[0]) for name, _ in self._files()), default=0)
-        return self.folder / SEGMENTS / f"{max(clock.time_ns(), newest + 1):020d}-{uuid.uuid4().hex[:8]}.jsonl"
+        return self.folder / _SEGMENTS / f"{max(clock.time_ns(), newest + 1):020d}-{uuid.uuid4().hex[:8]}.jsonl"
 
 
 def _append(path: Path, lines: bytes) -> None:

@@ -43,9 +43,9 @@ def run_evaluation(options: EvaluateOptions, *, sweep_thresholds: bool = False, 
 def _evaluate_and_print(options: EvaluateOptions) -> None:
     found = evaluate_checkpoint(options, line)
     done, split = found.evaluation, options.split
-    show_scores(done)
+    _show_scores(done)
     for source, summary in found.outcomes.items():
-        show_errors(source, summary, found.class_names[source])
+        _show_errors(source, summary, found.class_names[source])
     again = f", {done.reused} tracked before" if done.reused else ""
     files = f", scores_{split}.json and errors_{split}.json" if options.errors else f" and scores_{split}.json"
     line(f"{done.videos} videos{again}; tracks{files} are in {found.folder}")
@@ -67,7 +67,7 @@ def sweep_checkpoint(options: EvaluateOptions, thresholds: str | None = None) ->
         done = search_thresholds(subject, job.loaded.settings, job.work)
     # Compare the best setting with the configured one, and write the result.
     folder = job.work.folder
-    differences = compare_with_configured(done)
+    differences = _compare_with_configured(done)
     stored = {
         "checkpoint": str(options.checkpoint),
         "sha256": job.sha256,
@@ -80,13 +80,13 @@ def sweep_checkpoint(options: EvaluateOptions, thresholds: str | None = None) ->
     with atomic_output(folder / "thresholds_val.png") as path:
         threshold_figure(done).savefig(path, dpi=110)
     # Print the tables.
-    show_threshold_search(done, differences)
+    _show_threshold_search(done, differences)
     again = f", {done.reused} tracked before" if done.reused else ""
     line(f"{done.videos} videos{again}; thresholds_val.json and thresholds_val.png are in {folder}")
     return done
 
 
-def compare_with_configured(done: ThresholdSearchResult) -> dict[str, Comparison]:
+def _compare_with_configured(done: ThresholdSearchResult) -> dict[str, Comparison]:
     """Source -> the best setting (B) compared with the configured one (A); empty if they are the same."""
     best, configured = done.candidates[done.best], done.candidates[done.configured]
     if best is configured:
@@ -94,7 +94,7 @@ def compare_with_configured(done: ThresholdSearchResult) -> dict[str, Comparison
     return {source: compare(configured.scores[source], best.scores[source]) for source in best.scores}
 
 
-def show_scores(done: Evaluation) -> None:
+def _show_scores(done: Evaluation) -> None:
     """Print a table and a caption per source, then the notes."""
     for source, scores in done.scores.items():
         table(*scores.table(), title=source)
@@ -105,7 +105,7 @@ def show_scores(done: Evaluation) -> None:
         note(text)
 
 
-def show_errors(source: str, summary: OutcomeSummary, class_names: tuple[str, ...]) -> None:
+def _show_errors(source: str, summary: OutcomeSummary, class_names: tuple[str, ...]) -> None:
     """Print the outcomes of a source's labelled boxes, class by class."""
     for name in class_names:
         table(*summary.table(name), title=f"{source}, {name}: outcomes of the labelled boxes")
@@ -118,7 +118,7 @@ def show_errors(source: str, summary: OutcomeSummary, class_names: tuple[str, ..
         line(f"{source}, frames with most errors (0-based): {', '.join(worst)}")
 
 
-def show_threshold_search(done: ThresholdSearchResult, differences: dict[str, Comparison]) -> None:
+def _show_threshold_search(done: ThresholdSearchResult, differences: dict[str, Comparison]) -> None:
     """Print a threshold search.
 
     Args:

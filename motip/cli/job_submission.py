@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
 MB = 1_000_000
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 """Local end of the tunnel that `ray dashboard cluster.yaml` opens."""
 
-ABSOLUTE_FLAGS = ("--storage", "--data-root")
+_ABSOLUTE_FLAGS = ("--storage", "--data-root")
 """Options whose local paths must be absolute in a submitted job."""
 
 
@@ -147,7 +147,7 @@ def build_entrypoint(command: Sequence[str], storage: str | None = None) -> str:
         words += ["--storage", storage]
     elif storage is not None and own != storage:
         raise MotipError("the storage is given twice", where="--storage", found=f"{storage} and {own}")
-    for flag in ABSOLUTE_FLAGS:
+    for flag in _ABSOLUTE_FLAGS:
         value = _value_of(words, flag)
         if value is not None and "://" not in value and not value.startswith(("/", "~")):
             raise MotipError(
@@ -171,12 +171,12 @@ def connect_to_jobs(address: str | None) -> JobSubmissionClient:
     """A client of the head's job server, authenticated with the token of this machine.
 
     Args:
-        address: of the dashboard; None: RAY_API_SERVER_ADDRESS, else DEFAULT_ADDRESS.
+        address: of the dashboard; None: RAY_API_SERVER_ADDRESS, else _DEFAULT_ADDRESS.
 
     Raises:
         MotipError: no connection, or the token is missing or wrong.
     """
-    url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or _DEFAULT_ADDRESS
     url = url if "://" in url else f"http://{url}"
     _check_reachable(url)
     _set_ray_environment()
@@ -201,7 +201,7 @@ def connect_to_jobs(address: str | None) -> JobSubmissionClient:
         raise MotipError(
             f"not a Ray job server: {str(redact(str(error)))[:300]}",
             where=redact_url(url),
-            expected=f"the dashboard of a head, such as {DEFAULT_ADDRESS}",
+            expected=f"the dashboard of a head, such as {_DEFAULT_ADDRESS}",
             fix="give its address with --address, or open the tunnel with `ray dashboard cluster.yaml`",
         ) from error
 
@@ -263,7 +263,7 @@ def redact_url(url: str) -> str:
 def is_unencrypted(url: str) -> bool:
     """Whether the token would cross a network unencrypted."""
     parts = urlsplit(url)
-    return parts.scheme == "http" and parts.hostname not in LOOPBACK
+    return parts.scheme == "http" and parts.hostname not in _LOOPBACK
 
 
 def _set_ray_environment() -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from motip.lineage import DataUsed, LineageStep
 
 
-HEADER = ["step", "what", "data", "weights from", "weights", "HOTA by domain", "seed", "code"]
+_HEADER = ["step", "what", "data", "weights from", "weights", "HOTA by domain", "seed", "code"]
 KINDS = {
     "initialised": "initialised from the seed",
     "export": "exported",
@@ -63,7 +63,7 @@ def show(
     if json:
         as_json([asdict(step) for step in steps])
         return
-    table(HEADER, [_row(step) for step in steps], title=f"Lineage of {run}")
+    table(_HEADER, [_row(step) for step in steps], title=f"Lineage of {run}")
     for line in [*_details(steps, verbose), *_environments(steps)]:
         print(line)
     last = steps[-1].checkpoint

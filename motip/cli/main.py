@@ -11,7 +11,7 @@ from motip.cli import compare, evaluate, job, lineage, options, report, results,
 from motip.errors import exit_on_error
 from motip.version import __version__
 
-CONTEXT: dict[str, Any] = {
+_CONTEXT: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     # The published MOTIP spells flags with underscores, most tools with hyphens: both work for every verb.
     "token_normalize_func": lambda token: token.replace("-", "_"),
@@ -24,7 +24,7 @@ app = typer.Typer(
     "ray job submit --working-dir . -- python ray_jobs/curriculum.py ...",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings=CONTEXT,
+    context_settings=_CONTEXT,
 )
 app.command("track")(track.track)
 app.command("convert")(shards.convert)
@@ -64,4 +64,4 @@ def run_job(verb: str) -> None:
     """Entry point of ray_jobs/VERB.py: the verb with the arguments of the script, on a cluster by default."""
     group: Any = typer.main.get_command(app)
     with exit_on_error():
-        group.commands[verb].main(sys.argv[1:], f"python ray_jobs/{verb}.py", obj=options.AS_JOB, **CONTEXT)
+        group.commands[verb].main(sys.argv[1:], f"python ray_jobs/{verb}.py", obj=options.AS_JOB, **_CONTEXT)

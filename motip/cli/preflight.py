@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from motip.train.oom import OomFallback
     from motip.train.preflight import ClipShape, FallbackMemory, Preflight
 
-GIB = 2**30
+_GIB = 2**30
 
 
 def preflight(
@@ -59,7 +59,7 @@ def preflight(
         raise MotipError("no such device", where="--device", found=device, expected="cuda or cpu")
     if gpu_mem <= 0:
         raise MotipError("invalid GPU memory", where="--gpu-mem", found=gpu_mem, expected="GiB, more than 0")
-    gpu_bytes = int(gpu_mem * GIB)
+    gpu_bytes = int(gpu_mem * _GIB)
     found: dict[str, Any] = {}
     fits = True
     synthetic = (objects, frames, size) != (None, None, None)
@@ -259,10 +259,10 @@ def _as_dict(result: Preflight, best: FallbackMemory | None, gpu_bytes: int) -> 
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:g} GiB"
+    return f"{size / _GIB:g} GiB"
 
 
 def _bytes(size: int | None) -> str:
     if size is None:
         return "too little memory"
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+    return f"{size / _GIB:.2f} GiB" if size >= _GIB else f"{size / 2**20:.0f} MiB"

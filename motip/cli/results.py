@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Export tracks for the benchmark servers.")
 
-FORMATS = ("bdd100k", "visdrone", "motchallenge")
+_FORMATS = ("bdd100k", "visdrone", "motchallenge")
 
 
 @app.command("export")
@@ -40,7 +40,7 @@ def export(
 
     Example: motip results export --format visdrone evaluations/3f2a/tracks/visdrone/val visdrone_val.zip
     """
-    options.check_known("unknown format", "--format", format, FORMATS)
+    options.check_known("unknown format", "--format", format, _FORMATS)
     names = options.names_in(classes)
     videos = _read(Path(source).expanduser(), names)
     output = Path(target).expanduser()

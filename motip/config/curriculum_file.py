@@ -30,13 +30,13 @@ DEFAULT_CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
 
 BEST_METRICS = ("HOTA", "DetA", "AssA", "DetRe", "DetPr", "AssRe", "AssPr", "LocA", "MOTA", "IDF1", "IDR", "IDP")
 """Percentages that increase as tracking improves. MOTP is excluded: papers define it as an overlap or a distance."""
-BEST_MEANS = ("det_avg", "agnostic")
+_BEST_MEANS = ("det_avg", "agnostic")
 """Means other than that over classes; `det_avg/HOTA`."""
 
 BASE = "base"
 """Row of the base weights in the domain matrix; no stage may have this name."""
 
-DEFAULT_SPLITS = {"train": "train", "val": "val"}
+_DEFAULT_SPLITS = {"train": "train", "val": "val"}
 DEFAULT_FPS = {"bdd100k": 5.0, "visdrone": 30.0}
 """BDD100K box-track labels are at 5 frames per second; VisDrone does not state a rate, its videos have about 30."""
 
@@ -84,7 +84,7 @@ class Source(Block):
     "Folder of the raw dataset, relative to the data root."
     domain: Domain
     "Domain of its sequences."
-    splits: dict[str, str] = DEFAULT_SPLITS
+    splits: dict[str, str] = _DEFAULT_SPLITS
     "Split (train, val, test) to the folder name on disk."
     sequences: dict[str, tuple[str, ...]] = Field({})
     "Split to the subset of its sequences to use; a split without an entry is used completely."
@@ -351,7 +351,7 @@ def _check_best(stage: Stage, curriculum: Curriculum, where: str) -> None:
         for name in (
             metric,
             *(f"{metric}/{label}" for label in classes),
-            *(f"{mean}/{metric}" for mean in BEST_MEANS),
+            *(f"{mean}/{metric}" for mean in _BEST_MEANS),
         )
     }
     if stage.best not in known:

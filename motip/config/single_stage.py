@@ -21,7 +21,7 @@ from motip.config.curriculum_file import (
 from motip.config.keys import Config
 from motip.errors import MotipError
 
-VALIDATION = "validation"
+_VALIDATION = "validation"
 """Name of the source that val_config.GT_FOLDER becomes."""
 
 
@@ -68,11 +68,11 @@ def single_stage(
         sources[source.name] = source
         mixes.append(Mix(source=source.name, videos=videos, frame_budget=None, weight=weight))
     if validation is not None:
-        sources[VALIDATION] = validation
+        sources[_VALIDATION] = validation
 
     # stage
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", config.name).lstrip("_.-") or "stage"
-    stage = Stage(name=name, config=config, data=tuple(mixes), val=None if validation is None else (VALIDATION,))
+    stage = Stage(name=name, config=config, data=tuple(mixes), val=None if validation is None else (_VALIDATION,))
     # No domain matrix: a single stage has no earlier domains to forget.
     return Curriculum(name=name, sources=sources, stages=(stage,), domains=Domains(score="none"))
 
@@ -160,7 +160,7 @@ def _validation(config: Config, data_root: Path, category_names: Sequence[str]) 
         return None
     folder = (data_root / named).resolve()
     return Source(
-        name=VALIDATION,
+        name=_VALIDATION,
         format="motchallenge",
         root=str(folder.parent),
         domain=KNOWN_DATASETS[_datasets(config)[0][0]].domain,

@@ -16,7 +16,7 @@ from motip.config.keys import Config
 from motip.config.yaml_chain import check_is_key, find_relative, read_yaml, with_values
 from motip.errors import MotipError, check_known, did_you_mean
 
-NOT_SEARCHED: dict[str, str] = {
+_NOT_SEARCHED: dict[str, str] = {
     "SEED": "the best trial is confirmed with other seeds, so the seed cannot be part of a setting",
     "val_config": "it defines what is measured",
     "CLASSES": "it defines what is measured",
@@ -264,8 +264,8 @@ def _epochs(sweep: SweepFile, config: Config) -> list[int]:
 def _parameter(key: str, raw: Any, path: Path) -> Range | Choices:
     where = f"{path}, space.{key}"
     check_is_key(key, where)
-    if key in NOT_SEARCHED:
-        raise MotipError(f"{key} cannot be searched: {NOT_SEARCHED[key]}", where=where)
+    if key in _NOT_SEARCHED:
+        raise MotipError(f"{key} cannot be searched: {_NOT_SEARCHED[key]}", where=where)
     if not isinstance(raw, dict):
         raise MotipError(
             "a searched key takes a range or a list of choices",

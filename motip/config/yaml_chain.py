@@ -15,7 +15,7 @@ from motip.config.fields import WITHOUT_EFFECT, ValConfig
 from motip.config.keys import Config
 from motip.errors import MotipError, did_you_mean
 
-EQUIVALENT_KEYS: tuple[tuple[str, str], ...] = (
+_EQUIVALENT_KEYS: tuple[tuple[str, str], ...] = (
     ("LR_DROP", "SCHEDULER_MILESTONES"),
     ("LR_BACKBONE", "LR_BACKBONE_SCALE"),
     ("sampler_lengths", "SAMPLE_LENGTHS"),
@@ -223,7 +223,7 @@ def _merge(
         check_is_key(key, own["val_config"], "val_config.")
 
     # values
-    for pair in EQUIVALENT_KEYS:
+    for pair in _EQUIVALENT_KEYS:
         for key, equivalent in (pair, pair[::-1]):
             if layer.get(key) is not None and layer.get(equivalent) is not None:
                 what = f"{' and '.join(pair)} are the same setting"

@@ -27,7 +27,7 @@ def check_given_weights(curriculum: Curriculum, options: Options) -> None:
         if curriculum.parent_of(stage) is None and not stage.initialise:
             named = stage.weights or stage.config.DETR_PRETRAIN
             if named:
-                path = local_copy(find_weights(named, stage, options))
+                path = local_copy(_find_weights(named, stage, options))
                 weights = read_weights(path, classes=stage.config.PRETRAIN_CLASSES)
                 plan_transfer(
                     weights,
@@ -37,10 +37,10 @@ def check_given_weights(curriculum: Curriculum, options: Options) -> None:
                     allow=stage.config.PRETRAIN_ALLOW,
                     skip=stage.config.PRETRAIN_SKIP,
                 )
-                read_record(find_weights(named, stage, options), weights.sha256)
+                read_record(_find_weights(named, stage, options), weights.sha256)
 
 
-def find_weights(named: str, stage: Stage, options: Options) -> Location:
+def _find_weights(named: str, stage: Stage, options: Options) -> Location:
     """Path of a weights file: absolute, under the data root, beside the curriculum file, or in the working directory.
 
     Raises:
@@ -74,7 +74,7 @@ def parent_of(curriculum: Curriculum, stage: Stage, records: list[StageRecord], 
     if stage.initialise:
         path = fresh_weights(stage, options)
     elif stage.weights or stage.config.DETR_PRETRAIN:
-        path = find_weights(str(stage.weights or stage.config.DETR_PRETRAIN), stage, options)
+        path = _find_weights(str(stage.weights or stage.config.DETR_PRETRAIN), stage, options)
     else:
         return None
     return Parent(str(path), sha256(path))

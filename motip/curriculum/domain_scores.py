@@ -26,7 +26,7 @@ from motip.weights.class_names import canonical_name
 
 FORMAT = 1
 """Part of every row's identity; incremented when the meaning of a stored row changes."""
-PROGRESS_EVERY_S = 10.0
+_PROGRESS_EVERY_S = 10.0
 
 
 def scored_sources(curriculum: Curriculum) -> dict[str, list[str]]:
@@ -237,12 +237,12 @@ def _device(config: Config, session: Session) -> str:
 
 
 def _progress_notes(session: Session, name: str) -> Callable[[VideoEntry, int, int], None]:
-    """Notes the progress of the tracking every ``PROGRESS_EVERY_S`` seconds."""
+    """Notes the progress of the tracking every ``_PROGRESS_EVERY_S`` seconds."""
     last = time.monotonic()
 
     def on_video(video: VideoEntry, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= PROGRESS_EVERY_S:
+        if time.monotonic() - last >= _PROGRESS_EVERY_S:
             last = time.monotonic()
             session.ui.note(f"{name}: tracked {done} of {total} videos, {video.source}/{video.video}")
 

@@ -48,12 +48,12 @@ class ForgettingTracker:
         if self._settings.score == "none" or parent is None or self._curriculum.parent_of(stage) is not None:
             return
         seen = base_domains(self._curriculum, stage)
-        if not starts_from_given_weights(stage):
+        if not _starts_from_given_weights(stage):
             return
         name = next((name for name in self._base_of.values() if self._rows[name].sha256 == parent.sha256), "")
         if not name:
             name = f"{BASE} of {stage.name}" if BASE in self._rows else BASE
-            load = functools.partial(load_base_model, stage, parent)
+            load = functools.partial(_load_base_model, stage, parent)
             base = ScoredModel(name, stage.config, parent.sha256, load, stage.config.PRETRAIN_CLASSES)
             try:
                 self._add(base, seen, [], self._folder / BASE / parent.sha256[:12])
@@ -70,10 +70,10 @@ class ForgettingTracker:
         """
         if self._settings.score == "none":
             return
-        earlier = [each.name for each in ancestry(self._curriculum, stage)]
+        earlier = [each.name for each in _ancestry(self._curriculum, stage)]
         before = [name for name in (self._base_of.get(earlier[0], ""), *earlier[:-1]) if name in self._rows]
         seen = seen_after(self._curriculum, stage)
-        load = functools.partial(load_stage_model, stage, record)
+        load = functools.partial(_load_stage_model, stage, record)
         scored = ScoredModel(stage.name, stage.config, record.sha256, load)
         self._add(scored, seen, before, location(record.checkpoint).parent, record.run_id)
         if stage.name in self._rows:
@@ -98,7 +98,7 @@ class ForgettingTracker:
         stage = next((stage for stage in self._curriculum.stages if stage.name == name), None)
         if stage is None:
             return None
-        base = self._base_of.get(ancestry(self._curriculum, stage)[0].name)
+        base = self._base_of.get(_ancestry(self._curriculum, stage)[0].name)
         return matrix.backward_transfer(learned_in(self._curriculum, stage, base), name)
 
     def _add(
@@ -159,7 +159,7 @@ class ForgettingTracker:
         )
 
 
-def ancestry(curriculum: Curriculum, stage: Stage) -> list[Stage]:
+def _ancestry(curriculum: Curriculum, stage: Stage) -> list[Stage]:
     """The stages behind a stage's weights, oldest first, ending with the stage itself."""
     chain = [stage]
     while (earlier := curriculum.parent_of(chain[0])) is not None:
@@ -167,7 +167,7 @@ def ancestry(curriculum: Curriculum, stage: Stage) -> list[Stage]:
     return chain
 
 
-def starts_from_given_weights(stage: Stage) -> bool:
+def _starts_from_given_weights(stage: Stage) -> bool:
     """Whether a stage without a parent stage starts from a trained weights file, not from fresh weights."""
     return stage.initialise is None and bool(stage.weights or stage.config.DETR_PRETRAIN)
 
@@ -181,14 +181,14 @@ def base_domains(curriculum: Curriculum, root: Stage) -> frozenset[str]:
     """
     if curriculum.domains.base is not None:
         return frozenset(curriculum.domains.base)
-    entries = 1 if starts_from_given_weights(root) else None
+    entries = 1 if _starts_from_given_weights(root) else None
     trained = {_domain(curriculum, mix.source) for stage in curriculum.stages for mix in stage.data[:entries]}
     return frozenset(scored_sources(curriculum)) - trained
 
 
 def seen_after(curriculum: Curriculum, stage: Stage) -> frozenset[str]:
     """Domains that the stage's model has seen: the base weights' and those of every stage up to this one."""
-    chain = ancestry(curriculum, stage)
+    chain = _ancestry(curriculum, stage)
     trained = {_domain(curriculum, mix.source) for each in chain for mix in each.data}
     return base_domains(curriculum, chain[0]) | trained
 
@@ -202,7 +202,7 @@ def learned_in(curriculum: Curriculum, stage: Stage, base: str | None) -> dict[s
     Args:
         base: row name of the base weights, None if they have no scores.
     """
-    chain = ancestry(curriculum, stage)
+    chain = _ancestry(curriculum, stage)
     seen = set(base_domains(curriculum, chain[0]))
     learned = dict.fromkeys(sorted(seen), base) if base is not None else {}
     for each in chain:
@@ -220,13 +220,13 @@ class _NoTracker(MotipError):
     """Base weights without a complete tracker, or without classes or architecture in the file."""
 
 
-def load_stage_model(stage: Stage, record: StageRecord) -> ModelUnderTest:
+def _load_stage_model(stage: Stage, record: StageRecord) -> ModelUnderTest:
     """The best checkpoint of a stage, with the stage's tracker settings."""
     model, classes, _ = load_for_tracking(local_copy(location(record.checkpoint)))
     return ModelUnderTest(model, record.sha256, TrackerSettings.from_config(stage.config), classes)
 
 
-def load_base_model(stage: Stage, parent: Parent) -> ModelUnderTest:
+def _load_base_model(stage: Stage, parent: Parent) -> ModelUnderTest:
     """Given weights, with the tracker settings stored in the file, else with those of the stage that starts from them.
 
     Raises:

@@ -106,7 +106,7 @@ def resize_size(height: int, width: int, short: int, longest: int | None) -> tup
     return (short, long) if height <= width else (long, short)
 
 
-def resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+def _resize_image(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) uint8 -> (*size_hw, 3). Bilinear; area averaging from a shrink factor of 2 on.
 
     Below a factor of 2 bilinear sampling skips no source pixel and takes a sixth of the time of averaging. The
@@ -211,7 +211,7 @@ def render_frame(
     if out is None:
         out = np.empty((3, *augmentation.size_hw), dtype=np.uint8)
     x0, y0, x1, y1 = (-(-int(value) // augmentation.reduction) for value in augmentation.windows_xyxy[frame])
-    image = resize_image(decoded[y0:y1, x0:x1], augmentation.size_hw)
+    image = _resize_image(decoded[y0:y1, x0:x1], augmentation.size_hw)
     if augmentation.flip:
         image = cv2.flip(image, 1)
     if augmentation.jitter is not None:

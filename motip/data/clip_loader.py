@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from motip.data.batch import ClipBatch
     from motip.data.manifest import VideoEntry
 
-REMOTE_READERS = 24
+_REMOTE_READERS = 24
 """Videos whose labels are read concurrently from an object store; pyarrow's client keeps 25 connections."""
 IMAGE_STREAM, LABEL_STREAM = 0, 1
 """Independent random streams of a clip, so that a change of the image augmentation does not change its ID labels."""
@@ -140,7 +140,7 @@ def plan_videos(
 
     if not isinstance(location(storage), RemotePath):
         return [planned(entry) for entry in entries]
-    with ThreadPoolExecutor(REMOTE_READERS) as pool:
+    with ThreadPoolExecutor(_REMOTE_READERS) as pool:
         return list(pool.map(planned, entries))
 
 

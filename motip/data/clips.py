@@ -15,8 +15,8 @@ from motip.errors import MotipError
 if TYPE_CHECKING:
     from motip.config import ClipSchedule, Config
 
-ROW_STRIDE = 1 << 32
-"""Start frames are encoded as video index * ROW_STRIDE + row; larger than the number of rows of any video."""
+_ROW_STRIDE = 1 << 32
+"""Start frames are encoded as video index * _ROW_STRIDE + row; larger than the number of rows of any video."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def plan_clips(
 
     # Lengths and intervals; steps of one length; seeds.
     drafts = [
-        _sample_clip(ordered[start // ROW_STRIDE], start % ROW_STRIDE, choices[start // ROW_STRIDE], schedule, draw)
+        _sample_clip(ordered[start // _ROW_STRIDE], start % _ROW_STRIDE, choices[start // _ROW_STRIDE], schedule, draw)
         for start in map(int, starts)
     ]
     drafts = _batch_by_length(drafts, schedule.lengths, global_batch, draw, counts)
@@ -179,7 +179,7 @@ def pad_to(plan: ClipPlan, multiple: int) -> ClipPlan:
     return replace(plan, clips=plan.clips + padding, counts=counts)
 
 
-def divided_among(plan: ClipPlan, world_size: int) -> ClipPlan:
+def _divided_among(plan: ClipPlan, world_size: int) -> ClipPlan:
     """The same steps of the same clips for another number of ranks; uneven shares are padded with weight-0 repeats."""
     per_rank = -(-plan.global_batch // world_size)
     if per_rank * world_size == plan.global_batch:
@@ -219,7 +219,7 @@ def plan_epoch(
         max_clips=config.CLIPS_PER_EPOCH,
         length_per_iteration=config.LENGTH_PER_ITERATION,
     )
-    return divided_among(pad_to(plan, global_batch), world_size)
+    return _divided_among(pad_to(plan, global_batch), world_size)
 
 
 def rank_rows(plan: ClipPlan, world_size: int, rank: int, batch_size: int) -> list[ClipRef]:
@@ -257,7 +257,7 @@ def _intervals(video: PlanVideo, schedule: ClipSchedule) -> tuple[int, ...] | No
 def _start_frames(
     ordered: Sequence[PlanVideo], choices: Sequence[tuple[int, ...] | None], shortest: int, counts: Counter[str]
 ) -> np.ndarray:
-    """(n,) int64 encoded start frames (see ROW_STRIDE) where the shortest clip fits at the smallest interval.
+    """(n,) int64 encoded start frames (see _ROW_STRIDE) where the shortest clip fits at the smallest interval.
 
     One integer each, since every worker keeps tens of millions of them in memory.
     """
@@ -268,7 +268,7 @@ def _start_frames(
         fitting = frames if frames == 1 else max(0, frames - span)
         counts["starts_too_near_the_end"] += frames - fitting
         counts["videos_too_short"] += fitting == 0
-        starts.append(index * ROW_STRIDE + np.arange(fitting, dtype=np.int64))
+        starts.append(index * _ROW_STRIDE + np.arange(fitting, dtype=np.int64))
     return np.concatenate(starts) if starts else np.empty(0, np.int64)
 
 
@@ -282,7 +282,7 @@ def _apply_weights(
     """Repeat or subsample the start frames of each source by its weight."""
     names = sorted({video.source for video in ordered})
     source_of_video = np.array([names.index(video.source) for video in ordered])
-    source_of_start = source_of_video[starts // ROW_STRIDE]
+    source_of_start = source_of_video[starts // _ROW_STRIDE]
     by_source = {name: starts[source_of_start == names.index(name)] for name in names}
     unknown = sorted(set(weights) - {video.source for video in ordered})
     if unknown:

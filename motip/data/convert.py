@@ -41,11 +41,11 @@ from motip.storage.paths import (
 if TYPE_CHECKING:
     from motip.config import Curriculum, Mix, Source
 
-MapFn = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
+_MapFn = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
 """Applies a function to jobs and yields the results, in any order."""
 Progress = Callable[[str, int, int], None]
 """Called with the name of the phase, the number of finished jobs and the number of all jobs."""
-RunJobs = Callable[[Callable[[Any], Any], list[SequenceJob], str], list[Any]]
+_RunJobs = Callable[[Callable[[Any], Any], list[SequenceJob], str], list[Any]]
 """Applies a function to the jobs of a phase and returns the results, in any order."""
 
 
@@ -57,7 +57,7 @@ def convert(
     strict: bool = False,
     seed: int | None = None,
     allow_fewer: bool = False,
-    map_fn: MapFn | None = None,
+    map_fn: _MapFn | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Write shards of the training videos that a curriculum's stages need and of all its val and test sequences.
@@ -260,7 +260,7 @@ class _SourcePlan:
             self.found[role] = len(by_name)
             self.jobs += [self.job(by_name[name], role, None) for name in self.locked[role]]
 
-    def add_training_jobs(self, mixes: list[Mix], seed: int, allow_fewer: bool, run: RunJobs) -> None:
+    def add_training_jobs(self, mixes: list[Mix], seed: int, allow_fewer: bool, run: _RunJobs) -> None:
         """Segments of the training sequences, as many as the largest request of a stage."""
         if not mixes:
             return
@@ -309,7 +309,7 @@ class _SourcePlan:
             self.jobs.append(self.job(raws[name], "train", [s for s in selected if s.sequence == name]))
 
     def lengths(
-        self, raws: list[RawSequence], requested: int, budget: int, everything: bool, run: RunJobs
+        self, raws: list[RawSequence], requested: int, budget: int, everything: bool, run: _RunJobs
     ) -> dict[str, int]:
         """Frames by sequence in selection order; reads no more sequences than the request can need."""
         lengths: dict[str, int] = {}
@@ -422,7 +422,7 @@ def _check_requests(curriculum: Curriculum, manifest: Manifest, allow_fewer: boo
             )
 
 
-def process_map(workers: int) -> MapFn:
+def process_map(workers: int) -> _MapFn:
     """A ``map_fn`` that runs jobs in ``workers`` local processes."""
 
     def run(function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:
@@ -441,7 +441,7 @@ def process_map(workers: int) -> MapFn:
     return run
 
 
-def ray_map() -> MapFn:
+def ray_map() -> _MapFn:
     """A ``map_fn`` that runs jobs as Ray tasks on the connected cluster, one CPU each."""
 
     def run(function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:

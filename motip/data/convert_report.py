@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY_S = 10.0
 """Seconds between progress lines when the output is not a terminal."""
-MAX_NAMES = 5
+_MAX_NAMES = 5
 """Names listed in a note; the others are only counted."""
 
 
@@ -89,7 +89,7 @@ def build_report(
             for sequence in chosen:
                 rows.add(sequence.rows)
             rows.check(f"all label files of {name}/{split}")
-            counts = describe_split(manifest.of(name, split), source.classes, rows)
+            counts = _describe_split(manifest.of(name, split), source.classes, rows)
             counts["sequences_read"] = len(chosen)
             counts["sequences_not_selected"] = found[name][split] - len(chosen)
             splits.setdefault(name, {})[split] = counts
@@ -97,7 +97,7 @@ def build_report(
     return ConvertReport(manifest, splits, notes, written, overlays)
 
 
-def describe_split(
+def _describe_split(
     entries: SequenceOf[VideoEntry], classes: Mapping[str, SequenceOf[str]], rows: ReadReport
 ) -> dict[str, Any]:
     """Counts of one split of a source.
@@ -221,10 +221,10 @@ def check_leakage(manifest: Manifest, sources: SequenceOf[str], *, strict: bool)
         )
     if not pairs:
         return []
-    shown = "; ".join(f"{ours} ~ {theirs}" for ours, theirs, _ in pairs[:MAX_NAMES])
+    shown = "; ".join(f"{ours} ~ {theirs}" for ours, theirs, _ in pairs[:_MAX_NAMES])
     return [
         f"{len(pairs)} pairs of training and evaluation videos have frames that look the same "
-        f"(the same scene filmed twice, or a leak?): {shown}{' ...' if len(pairs) > MAX_NAMES else ''}"
+        f"(the same scene filmed twice, or a leak?): {shown}{' ...' if len(pairs) > _MAX_NAMES else ''}"
     ]
 
 
@@ -269,7 +269,7 @@ class ConversionUi:
             self.console.print(f"{phase}: {'' if begins else f'{done} of '}{total} sequences", highlight=False)
 
     def show(self, report: ConvertReport) -> None:
-        self.console.print(report_table(report.splits))
+        self.console.print(_report_table(report.splits))
         for note in report.notes:
             self.console.print(f"note: {note}", highlight=False)
         for source, path in report.overlays.items():
@@ -277,7 +277,7 @@ class ConversionUi:
         self.console.print(report.summary_line(), highlight=False)
 
 
-def report_table(splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+def _report_table(splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     """One row per source and split."""
     from rich.table import Table
 
@@ -325,5 +325,5 @@ def inspect_shards(manifest: Manifest, classes: Mapping[str, Mapping[str, Sequen
             if (sequence.source, sequence.split) == (source, split):
                 rows.add(sequence.rows)
         raw = {name: (name,) for entry in entries for name in entry.boxes}
-        splits.setdefault(source, {})[split] = describe_split(entries, (classes or {}).get(source, raw), rows)
-    return report_table(splits)
+        splits.setdefault(source, {})[split] = _describe_split(entries, (classes or {}).get(source, raw), rows)
+    return _report_table(splits)

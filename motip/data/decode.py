@@ -9,7 +9,7 @@ import numpy as np
 
 from motip.errors import MotipError
 
-REDUCED_FLAGS = {
+_REDUCED_FLAGS = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
@@ -46,7 +46,7 @@ def image_height_width(encoded: bytes, where: object = None, *, complete: bool =
 
 def reduction_for(window_hw: tuple[int, int], target_hw: tuple[int, int]) -> int:
     """Largest reduction (1, 2, 4 or 8) at which a decoded window still has at least the target's (H, W) pixels."""
-    fitting = [k for k in REDUCED_FLAGS if all(w // k >= t for w, t in zip(window_hw, target_hw, strict=True))]
+    fitting = [k for k in _REDUCED_FLAGS if all(w // k >= t for w, t in zip(window_hw, target_hw, strict=True))]
     return max(fitting, default=1)
 
 
@@ -67,7 +67,9 @@ def decode_rgb(encoded: bytes, reduction: int = 1, where: object = None) -> np.n
     if encoded[:2] == b"\xff\xd8":
         image_height_width(encoded, where)  # OpenCV fills a missing part with grey and only prints a warning
     try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), REDUCED_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(
+            np.frombuffer(encoded, np.uint8), _REDUCED_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+        )
     except cv2.error:  # an empty buffer raises instead of returning None
         image = None
     if image is None:

@@ -12,7 +12,7 @@ import numpy as np
 from motip.data.decode import image_height_width
 from motip.errors import MotipError
 
-NEAR_BITS = 3
+_NEAR_BITS = 3
 """Two images whose 64-bit difference hashes differ in at most this many bits are near-duplicates."""
 
 
@@ -35,12 +35,12 @@ def image_problem(data: bytes, size: tuple[int, int]) -> str | None:
         return f"is {width}x{height}, the sequence is {size[0]}x{size[1]}"
     if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-64:]:
         return "truncated JPEG"
-    if decode_small(data) is None:
+    if _decode_small(data) is None:
         return "does not decode"
     return None
 
 
-def decode_small(data: bytes) -> np.ndarray | None:
+def _decode_small(data: bytes) -> np.ndarray | None:
     """(H/8, W/8) uint8 grey image, or None if OpenCV cannot decode it."""
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
 
@@ -54,7 +54,7 @@ def image_hash(data: bytes) -> str:
     Raises:
         MotipError: the image does not decode.
     """
-    grey = decode_small(data)
+    grey = _decode_small(data)
     if grey is None:
         raise MotipError("the image does not decode", fix="check it with image_problem first")
     cells = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
@@ -85,7 +85,7 @@ def near_duplicates(
     pairs: dict[tuple[str, str], bool] = {}
     for name, value, exact in first:
         distance = np.bitwise_count(hashes ^ np.uint64(value))
-        for index in np.flatnonzero(distance <= NEAR_BITS):
+        for index in np.flatnonzero(distance <= _NEAR_BITS):
             other, _, other_exact = second[int(index)]
             pairs[name, other] = pairs.get((name, other), False) or exact == other_exact
     return sorted((name, other, equal) for (name, other), equal in pairs.items())

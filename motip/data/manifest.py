@@ -17,7 +17,7 @@ from motip.errors import MotipError
 from motip.storage.atomic import digest
 from motip.storage.paths import Location, read_json, write_json
 
-MANIFEST_VERSION = 1
+_MANIFEST_VERSION = 1
 WINDOW_FRAMES = 30
 """Window, in consecutive frames, over which distinct track ids are counted (the longest published clip)."""
 
@@ -177,17 +177,17 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         ordered = replace(self, videos=tuple(sorted(self.videos, key=lambda entry: entry.identity)))
-        return {"version": MANIFEST_VERSION, "digest": self.digest(), **_MANIFEST.dump_python(ordered)}
+        return {"version": _MANIFEST_VERSION, "digest": self.digest(), **_MANIFEST.dump_python(ordered)}
 
     @staticmethod
     def from_dict(values: Any, where: object = "manifest.json") -> Manifest:
         """Parse a manifest; raises MotipError for another version, missing fields or a wrong digest."""
-        if not isinstance(values, dict) or values.get("version") != MANIFEST_VERSION:
+        if not isinstance(values, dict) or values.get("version") != _MANIFEST_VERSION:
             raise MotipError(
                 "not a manifest of this version",
                 where=where,
                 found=values.get("version") if isinstance(values, dict) else type(values).__name__,
-                expected=MANIFEST_VERSION,
+                expected=_MANIFEST_VERSION,
                 fix="delete it and run the conversion again (up-to-date shards are kept)",
             )
         try:

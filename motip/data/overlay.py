@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 TILES = 20
 COLUMNS = 4
 TILE_WIDTH = 640
-CAPTION_HEIGHT = 22
+_CAPTION_HEIGHT = 22
 IGNORED = (110, 110, 110)
 """Grey: regions that are neither object nor background."""
-CLASS_COLOURS = ((60, 200, 255), (255, 170, 60), (120, 230, 120), (230, 120, 230), (90, 90, 255), (230, 230, 90))
+_CLASS_COLOURS = ((60, 200, 255), (255, 170, 60), (120, 230, 120), (230, 120, 230), (90, 90, 255), (230, 230, 90))
 """BGR, by class id."""
 
 
@@ -36,13 +36,13 @@ def write_overlays(manifest: Manifest, curriculum: Curriculum, storage: Location
             continue
         class_map = ClassMap(tuple(source.classes), source.classes)
         path = storage / "shards" / f"{name}_overlay.png"
-        tiles = [_tile(storage, *chosen, class_map) for chosen in evenly_spaced_frames(entries, TILES)]
-        write_bytes(path, tile_png(tiles))
+        tiles = [_tile(storage, *chosen, class_map) for chosen in _evenly_spaced_frames(entries, TILES)]
+        write_bytes(path, _tile_png(tiles))
         written[name] = str(path)
     return written
 
 
-def evenly_spaced_frames(entries: SequenceOf[VideoEntry], count: int) -> list[tuple[VideoEntry, int]]:
+def _evenly_spaced_frames(entries: SequenceOf[VideoEntry], count: int) -> list[tuple[VideoEntry, int]]:
     """``count`` (video, position) pairs spaced evenly over all frames of all videos; deterministic."""
     ends = np.cumsum([entry.frames for entry in entries])
     total = int(ends[-1])
@@ -52,7 +52,7 @@ def evenly_spaced_frames(entries: SequenceOf[VideoEntry], count: int) -> list[tu
     return [(entries[v], int(p - (ends[v] - entries[v].frames))) for v, p in zip(videos, positions, strict=True)]
 
 
-def draw_labels(image: np.ndarray, frame: Frame, class_map: ClassMap, scale: float) -> None:
+def _draw_labels(image: np.ndarray, frame: Frame, class_map: ClassMap, scale: float) -> None:
     """Draw a frame's labels in place on ``image`` ((H, W, 3) uint8 BGR, ``scale`` times the labelled image's size)."""
     class_ids = class_map.class_ids(frame.categories)
     boxes = np.round(frame.boxes_xyxy * scale).astype(int)
@@ -63,7 +63,7 @@ def draw_labels(image: np.ndarray, frame: Frame, class_map: ClassMap, scale: flo
     cv2.addWeighted(shade, 0.5, image, 0.5, 0, dst=image)
     for index, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         if trained[index]:
-            colour = CLASS_COLOURS[int(class_ids[index]) % len(CLASS_COLOURS)]
+            colour = _CLASS_COLOURS[int(class_ids[index]) % len(_CLASS_COLOURS)]
             text = f"{class_map.names[int(class_ids[index])][:4]} {int(frame.track_ids[index])}"
         else:
             colour, text = IGNORED, f"ignore: {frame.categories[index]}"
@@ -83,14 +83,14 @@ def _tile(storage: Location, entry: VideoEntry, position: int, class_map: ClassM
         )
     scale = TILE_WIDTH / decoded.shape[1]
     image = cv2.resize(decoded, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    draw_labels(image, frame, class_map, scale)
-    caption = np.zeros((CAPTION_HEIGHT, image.shape[1], 3), np.uint8)
+    _draw_labels(image, frame, class_map, scale)
+    caption = np.zeros((_CAPTION_HEIGHT, image.shape[1], 3), np.uint8)
     text = f"{entry.split}/{entry.sequence} frame {frame.number}: {len(frame.categories)} boxes"
     cv2.putText(caption, text, (6, 16), cv2.FONT_HERSHEY_PLAIN, 1.0, (255, 255, 255), 1, cv2.LINE_AA)
     return np.concatenate([caption, image])
 
 
-def tile_png(tiles: SequenceOf[np.ndarray]) -> bytes:
+def _tile_png(tiles: SequenceOf[np.ndarray]) -> bytes:
     """PNG of tiles in rows of ``COLUMNS``, each row as high as its highest tile."""
     rows = []
     for start in range(0, len(tiles), COLUMNS):

@@ -34,12 +34,12 @@ ROWS_PER_GROUP = 8
 """Frames per row group. Measured on 200 frames of 1280x720 (155 kB each), page cache: groups of 1, 8 and 32 open in
 1.8, 0.4 and 0.2 ms, and read 5 frames at interval 3 in 0.5, 0.6 and 1.0 ms; 8 also keeps what S3 transfers small."""
 
-METADATA_KEY = b"motip"
-IMAGE = "image"
-LABEL_DTYPES = {"boxes_xyxy": "<f4", "track_ids": "<i8", "ignore": "?", "occlusion": "i1", "truncation": "i1"}
+_METADATA_KEY = b"motip"
+_IMAGE = "image"
+_LABEL_DTYPES = {"boxes_xyxy": "<f4", "track_ids": "<i8", "ignore": "?", "occlusion": "i1", "truncation": "i1"}
 """Numeric label columns, in the order of the digest."""
-LABEL_COLUMNS = ("frame_number", "categories", *LABEL_DTYPES)
-FRAME_COLUMNS = (*LABEL_COLUMNS, IMAGE)
+_LABEL_COLUMNS = ("frame_number", "categories", *_LABEL_DTYPES)
+_FRAME_COLUMNS = (*_LABEL_COLUMNS, _IMAGE)
 
 SCHEMA = pa.schema(
     [
@@ -53,7 +53,7 @@ SCHEMA = pa.schema(
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("fps", pa.float32(), nullable=False),
-        pa.field(IMAGE, pa.binary()),  # the encoded file; null where only labels exist
+        pa.field(_IMAGE, pa.binary()),  # the encoded file; null where only labels exist
         pa.field("boxes_xyxy", pa.list_(pa.float32())),  # 4 values per object, pixels
         pa.field("track_ids", pa.list_(pa.int64())),
         pa.field("categories", pa.list_(pa.string())),
@@ -62,7 +62,7 @@ SCHEMA = pa.schema(
         pa.field("truncation", pa.list_(pa.int8())),
     ]
 )
-_SMALL_COLUMNS = [name for name in SCHEMA.names if name != IMAGE]
+_SMALL_COLUMNS = [name for name in SCHEMA.names if name != _IMAGE]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def labels_digest(frames: Iterable[Frame]) -> str:
     total = hashlib.sha256()
     for frame in frames:
         total.update(json.dumps([int(frame.number), len(frame.categories), *frame.categories]).encode())
-        for name, dtype in LABEL_DTYPES.items():
+        for name, dtype in _LABEL_DTYPES.items():
             total.update(np.ascontiguousarray(getattr(frame, name), dtype).tobytes())
     return total.hexdigest()
 
@@ -148,7 +148,7 @@ class ShardWriter:
             writer = pq.ParquetWriter(
                 temporary,
                 SCHEMA,
-                compression={name: "none" if name == IMAGE else "snappy" for name in SCHEMA.names},
+                compression={name: "none" if name == _IMAGE else "snappy" for name in SCHEMA.names},
                 use_dictionary=[name for name in _SMALL_COLUMNS if pa.types.is_string(SCHEMA.field(name).type)],
                 write_statistics=["frame_number", "position"],
                 store_schema=True,
@@ -193,7 +193,7 @@ class ShardWriter:
         if kind is None:
             self._flush()
             text = json.dumps(asdict(self.finished_header()), sort_keys=True)
-            self._writer.add_key_value_metadata({METADATA_KEY: text.encode()})
+            self._writer.add_key_value_metadata({_METADATA_KEY: text.encode()})
 
 
 def write_shard(
@@ -221,9 +221,9 @@ def _table(header: ShardHeader, frames: SequenceOf[Frame], first_position: int) 
     }
     columns["frame_number"] = [int(frame.number) for frame in frames]
     columns["position"] = list(range(first_position, first_position + count))
-    columns[IMAGE] = [frame.image for frame in frames]
+    columns[_IMAGE] = [frame.image for frame in frames]
     columns["categories"] = [list(frame.categories) for frame in frames]
-    for name, dtype in LABEL_DTYPES.items():
+    for name, dtype in _LABEL_DTYPES.items():
         columns[name] = [np.asarray(getattr(frame, name), dtype).reshape(-1) for frame in frames]
     return pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
@@ -241,7 +241,7 @@ class Shard:
 
     def read_frames(self, positions: Iterable[int]) -> list[Frame]:
         """Frames with image bytes at 0-based ``positions``, in that order; raises MotipError outside the video."""
-        return self._frames(list(positions), FRAME_COLUMNS)
+        return self._frames(list(positions), _FRAME_COLUMNS)
 
     def __iter__(self) -> Iterator[Frame]:
         """All frames with image bytes, in order, one row group in memory."""
@@ -259,7 +259,7 @@ class Shard:
             fps=header.fps,
             width=header.width,
             height=header.height,
-            frames=tuple(self._frames(range(len(self)), LABEL_COLUMNS)),
+            frames=tuple(self._frames(range(len(self)), _LABEL_COLUMNS)),
             track_names=header.track_names,
         )
 
@@ -293,18 +293,18 @@ def _decode(table: pa.Table) -> list[Frame]:
         values = np.array(lists.values)
         return [values[begin:end] for begin, end in itertools.pairwise(lists.offsets.tolist())]
 
-    images = table.column(IMAGE).to_pylist() if IMAGE in table.column_names else [None] * len(table)
+    images = table.column(_IMAGE).to_pylist() if _IMAGE in table.column_names else [None] * len(table)
     columns = [table.column("frame_number").to_pylist(), images, table.column("categories").to_pylist()]
     return [
         Frame(number, image, boxes.reshape(-1, 4), track_ids, tuple(categories), *flags)
         for number, image, categories, boxes, track_ids, *flags in zip(
-            *columns, *map(arrays, LABEL_DTYPES), strict=True
+            *columns, *map(arrays, _LABEL_DTYPES), strict=True
         )
     ]
 
 
 def _header(file: pq.ParquetFile, path: Location) -> ShardHeader:
-    raw = (file.metadata.metadata or {}).get(METADATA_KEY)
+    raw = (file.metadata.metadata or {}).get(_METADATA_KEY)
     if raw is None:
         raise MotipError(
             "a Parquet file, but not a shard of this project",

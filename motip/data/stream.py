@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
     from motip.data.batch import ClipBatch
 
-BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES = 64 << 20
 """Pixels of the clips of one block, decoded by one actor task. Larger blocks mean fewer of them (1 to 3 ms each in Ray
 before the first batch), smaller ones mean less data waiting in the object store."""
-MAX_CLIPS_PER_BLOCK = 16
-YIELD_BYTES = 24 << 20
+_MAX_CLIPS_PER_BLOCK = 16
+_YIELD_BYTES = 24 << 20
 """Pixels that an actor collects before it yields a table; each yield costs Ray a few milliseconds of CPU."""
-MIN_CPU_SHARE = 0.1
+_MIN_CPU_SHARE = 0.1
 """Minimum CPUs per process; more than ten processes per core only queue."""
 
 
@@ -74,12 +74,12 @@ def data_resources(
     processes = workers * (1 + actors_per_worker)
     even = _floor_hundredths((total_cpus - headroom) / processes)
     share = min(even, _share_per_node(node_cpus or [total_cpus], processes))
-    if share < MIN_CPU_SHARE:
+    if share < _MIN_CPU_SHARE:
         raise MotipError(
             "the cluster has too few CPUs: training would never start",
             found=f"{total_cpus:g} CPUs, of which {headroom:g} stay free for short tasks",
-            expected=f"{workers} workers x ({MIN_CPU_SHARE} CPU + {actors_per_worker} decoding actors x at least "
-            f"{MIN_CPU_SHARE} CPU)",
+            expected=f"{workers} workers x ({_MIN_CPU_SHARE} CPU + {actors_per_worker} decoding actors x at least "
+            f"{_MIN_CPU_SHARE} CPU)",
             fix="lower NUM_WORKERS (decoding actors per training worker) or --workers, or add nodes",
         )
     return DataResources(share, share if actors_per_worker else 0.0, actors_per_worker)
@@ -99,11 +99,11 @@ def clip_dataset(rows: Sequence[ClipRef], loader: ClipLoader, *, actors: int, ac
 
     # Limits of the execution.
     pixels = loader.clip_bytes(max(len(clip.positions) for clip in rows))
-    per_block = int(np.clip(BLOCK_BYTES // pixels, 1, MAX_CLIPS_PER_BLOCK))
+    per_block = int(np.clip(_BLOCK_BYTES // pixels, 1, _MAX_CLIPS_PER_BLOCK))
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    context.target_max_block_size = YIELD_BYTES  # pass each table on unchanged and immediately
+    context.target_max_block_size = _YIELD_BYTES  # pass each table on unchanged and immediately
     limits = context.execution_options.resource_limits
     context.execution_options.resource_limits = limits.copy(
         object_store_memory=max(256 << 20, 4 * actors * per_block * pixels)  # several blocks per actor
@@ -241,7 +241,7 @@ class _DecodeActor:
         ready: list[tuple[int, np.ndarray, np.ndarray]] = []
         for row in block["row"].to_pylist():
             ready.append((row, *pack(self.loader.load(self.rows[row]))))
-            if sum(pixels.nbytes for _, pixels, _ in ready) >= YIELD_BYTES:
+            if sum(pixels.nbytes for _, pixels, _ in ready) >= _YIELD_BYTES:
                 yield _clip_table(ready)
                 ready = []
         if ready:

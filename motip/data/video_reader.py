@@ -16,7 +16,7 @@ from motip.data.decode import decode_rgb
 from motip.data.formats.common import IMAGE_SUFFIXES, read_seqinfo, trailing_number
 from motip.errors import MotipError
 
-IMAGE_FPS = Fraction(30)
+_IMAGE_FPS = Fraction(30)
 """Default frame rate of numbered images, without seqinfo.ini and --fps."""
 _PATTERN = re.compile(r"%(0\d+)?d")
 
@@ -151,8 +151,8 @@ class _ImageSource(VideoSource):
                 expected=f"some of {first + 1}..{'' if last is None else last + 1}",
             )
         stated = rate or _stated_rate(files[0][1].parent)
-        notes = () if stated else (f"the images state no frame rate, {IMAGE_FPS} is assumed (--fps overrides it)",)
-        super().__init__(path, stated or IMAGE_FPS, len(chosen), notes)
+        notes = () if stated else (f"the images state no frame rate, {_IMAGE_FPS} is assumed (--fps overrides it)",)
+        super().__init__(path, stated or _IMAGE_FPS, len(chosen), notes)
         self._files = chosen
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:

@@ -12,8 +12,8 @@ from motip.demo.sprites import Costume, car_above, hsv, person_above, tree_above
 
 FPS = 15.0
 POSES = 6
-VEHICLES = ("car", "van", "truck", "bus")
-SPREAD = 1.1
+_VEHICLES = ("car", "van", "truck", "bus")
+_SPREAD = 1.1
 """Extra size of the terrain on each axis, in frame sizes, for the motion of the camera."""
 
 
@@ -48,7 +48,7 @@ class AerialScene:
         """``size`` is (H, W); ``crowd`` puts 20 to 38 objects in view, most of them people."""
         self._height, self._width = size
         self._unit = min(size[0] / 128, size[1] / 224)
-        self._span = (round(size[1] * (1 + SPREAD)), round(size[0] * (1 + SPREAD)))
+        self._span = (round(size[1] * (1 + _SPREAD)), round(size[0] * (1 + _SPREAD)))
         self._lighting = Lighting(rng, size, gain=(0.75, 1.25), contrast=0.15, flicker=0.02, noise=3)
         self._fly(rng, frames)
         self._roads = self._lay_roads(rng)
@@ -64,7 +64,7 @@ class AerialScene:
         """Camera motion: terrain point, rotation and zoom per frame."""
         time = np.arange(frames) / FPS
         width, height = self._span
-        reach = 0.42 * SPREAD * np.array([self._width, self._height])
+        reach = 0.42 * _SPREAD * np.array([self._width, self._height])
         rate = rng.uniform(0.01, 0.05, 2)
         self._centre = np.array([width, height]) / 2 + reach * np.sin(
             time[:, None] * 2 * np.pi * rate + rng.uniform(0, 6, 2)
@@ -208,8 +208,8 @@ class AerialScene:
         low, high = (20, 38) if crowd else (7, 14)
         target = rng.uniform(23, 31) if crowd else rng.uniform(8, 12)
         vehicle_share = rng.uniform(0.15, 0.3) if crowd else rng.uniform(0.35, 0.65)
-        vehicles = [mover for mover in movers if mover.category in VEHICLES]
-        walkers = [mover for mover in movers if mover.category not in VEHICLES]
+        vehicles = [mover for mover in movers if mover.category in _VEHICLES]
+        walkers = [mover for mover in movers if mover.category not in _VEHICLES]
         in_view = np.zeros(len(self._zoom), np.int64)
         chosen: list[_Mover] = []
         # Pedestrians keep their order, so that groups stay together.

@@ -30,11 +30,11 @@ from motip.demo.writers import Bdd100kWriter, DanceTrackWriter, SequenceWriter, 
 from motip.errors import MotipError
 from motip.storage.atomic import digest, write_json_atomic
 
-DRAWING_VERSION = 2
+_DRAWING_VERSION = 2
 """Version of the rendering; increase it when the same seed gives other images, so that old folders are replaced."""
-MARKER = "world.json"
+_MARKER = "world.json"
 JPEG_QUALITY = 92
-SMALLEST_SIDE = 64
+_SMALLEST_SIDE = 64
 
 
 class Scene(Protocol):
@@ -54,7 +54,7 @@ class _Domain:
     fps: float
 
 
-DOMAINS: Mapping[str, _Domain] = {
+_DOMAINS: Mapping[str, _Domain] = {
     "dance": _Domain(DanceScene, DanceTrackWriter, "dancetrack", "motchallenge", DANCE_FPS),
     "ground": _Domain(GroundScene, Bdd100kWriter, "bdd100k", "bdd100k", GROUND_FPS),
     "aerial": _Domain(AerialScene, VisDroneWriter, "visdrone", "visdrone", AERIAL_FPS),
@@ -122,7 +122,7 @@ class DatasetReport:
 
     def source(self, domain: str) -> dict[str, Any]:
         """Root, format, fps and domain of a domain's data, for the source of a curriculum."""
-        spec = DOMAINS[domain]
+        spec = _DOMAINS[domain]
         return {"root": str(self.root / spec.folder), "format": spec.format, "fps": spec.fps, "domain": domain}
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def write_demo_dataset(
             started = time.perf_counter()
             splits = _render(temporary, seed, plan, size, progress)
             report = DatasetReport(target, key, settings, splits, True, time.perf_counter() - started)
-            write_json_atomic(temporary / MARKER, report.to_dict())
+            write_json_atomic(temporary / _MARKER, report.to_dict())
             _replace(temporary, target)
         except OSError as error:
             raise MotipError(
@@ -192,7 +192,7 @@ def write_demo_dataset(
     return report
 
 
-def scene_rng(seed: int, domain: str, split: str, index: int) -> np.random.Generator:
+def _scene_rng(seed: int, domain: str, split: str, index: int) -> np.random.Generator:
     """Random generator of a sequence."""
     return np.random.default_rng(int(digest([seed, domain, split, index])[:16], 16))
 
@@ -209,14 +209,14 @@ def _render(
     done = 0
     reports: dict[str, dict[str, SplitReport]] = {}
     for domain, splits in plan.items():
-        spec = DOMAINS[domain]
+        spec = _DOMAINS[domain]
         reports[domain] = {}
         for split, settings in splits.items():
             report = reports[domain][split] = SplitReport()
             for index in range(settings.sequences):
                 crowded = settings.crowded(index)
                 name = f"{domain}-{split}-{index:04d}" + ("-crowd" if crowded else "")
-                scene = spec.scene(scene_rng(seed, domain, split, index), size, settings.frames, crowded)
+                scene = spec.scene(_scene_rng(seed, domain, split, index), size, settings.frames, crowded)
                 writer = spec.writer(root / spec.folder, split, name, spec.fps, JPEG_QUALITY)
                 _write_sequence(scene, writer, settings.frames, report)
                 report.crowded += crowded
@@ -249,12 +249,12 @@ def _plan(
     domains: Mapping[str, Mapping[str, int | Mapping[str, float]]], frames: int
 ) -> dict[str, dict[str, SplitSettings]]:
     if not domains:
-        raise _bad("a synthetic dataset needs at least one domain", "domains", "none", ", ".join(DOMAINS))
+        raise _bad("a synthetic dataset needs at least one domain", "domains", "none", ", ".join(_DOMAINS))
     plan: dict[str, dict[str, SplitSettings]] = {}
     # Sorted, so that the order of the domains in a file does not change the digest.
     for domain in sorted(domains):
-        if domain not in DOMAINS:
-            raise _bad("the synthetic dataset has no such domain", "domains", domain, f"one of {', '.join(DOMAINS)}")
+        if domain not in _DOMAINS:
+            raise _bad("the synthetic dataset has no such domain", "domains", domain, f"one of {', '.join(_DOMAINS)}")
         splits = domains[domain]
         if not isinstance(splits, Mapping) or not splits:
             raise _bad("a synthetic domain needs splits", domain, splits, "{train: 20, val: 15}")
@@ -285,11 +285,11 @@ def _split_settings(value: int | Mapping[str, float], frames: int, where: str) -
 def _settings(seed: int, plan: Mapping[str, Mapping[str, SplitSettings]], size: tuple[int, int]) -> dict[str, Any]:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise _bad("the seed of the synthetic dataset is out of range", "seed", seed, "an integer >= 0")
-    if len(size) != 2 or any(not isinstance(side, int) or not SMALLEST_SIDE <= side <= 8192 for side in size):
-        expected = f"(height, width), {SMALLEST_SIDE} to 8192"
+    if len(size) != 2 or any(not isinstance(side, int) or not _SMALLEST_SIDE <= side <= 8192 for side in size):
+        expected = f"(height, width), {_SMALLEST_SIDE} to 8192"
         raise _bad("the size of the synthetic frames is out of range", "size", size, expected)
     return {
-        "drawing": DRAWING_VERSION,
+        "drawing": _DRAWING_VERSION,
         "seed": seed,
         "size": list(size),
         "domains": {
@@ -330,7 +330,7 @@ def _read_marker(target: Path) -> DatasetReport | None:
     """The dataset at ``target``, or None for an absent or empty folder; MotipError for other contents."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
-    marker = target / MARKER
+    marker = target / _MARKER
     try:
         raw = json.loads(marker.read_text())
         splits = {
@@ -342,7 +342,7 @@ def _read_marker(target: Path) -> DatasetReport | None:
         raise MotipError(
             "the folder for the synthetic dataset has other contents",
             where=target,
-            found=f"no readable {MARKER} ({type(error).__name__})",
+            found=f"no readable {_MARKER} ({type(error).__name__})",
             expected="an absent or empty folder, or a synthetic dataset written earlier",
             fix="choose another folder, or remove this one if it is not needed",
         ) from error
@@ -351,7 +351,7 @@ def _read_marker(target: Path) -> DatasetReport | None:
 def _is_complete(report: DatasetReport) -> bool:
     """Whether the sequences exist with all their frames."""
     for domain, splits in report.splits.items():
-        spec = DOMAINS[domain]
+        spec = _DOMAINS[domain]
         for split, written in splits.items():
             frames = 0
             for name in written.names:

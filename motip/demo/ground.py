@@ -11,14 +11,14 @@ from motip.demo.rendering import Canvas, Label, Lighting, Sprite, blotches
 from motip.demo.sprites import Costume, car_ground, hsv, person_side, post
 
 FPS = 5.0
-CAMERA_HEIGHT = 1.5
+_CAMERA_HEIGHT = 1.5
 """Metres above the road."""
 NEAR, FAR = 4.0, 18.0
 """Range in which objects exist, in metres; beyond it they are too small to label."""
-PERIOD = 24.0
+_PERIOD = 24.0
 """Metres after which the road's texture repeats."""
-PIXELS_PER_METRE = 10
-STREET_HALF = 10.0
+_PIXELS_PER_METRE = 10
+_STREET_HALF = 10.0
 """Half the width of the street texture, in metres."""
 POSES = 8
 
@@ -66,7 +66,7 @@ class GroundScene:
 
     def _draw_street(self, rng: np.random.Generator) -> np.ndarray:
         """One period of the ground from above: road, markings, pavements and verge."""
-        height, width = round(PERIOD * PIXELS_PER_METRE), round(2 * STREET_HALF * PIXELS_PER_METRE)
+        height, width = round(_PERIOD * _PIXELS_PER_METRE), round(2 * _STREET_HALF * _PIXELS_PER_METRE)
         hue = rng.uniform(0.1, 0.4)
         verge = np.array([hsv(hue + rng.normal(0, 0.04), rng.uniform(0.2, 0.5), rng.uniform(0.3, 0.6)) for _ in "1234"])
         street = blotches(rng, height, width, 12, verge)
@@ -74,17 +74,17 @@ class GroundScene:
         asphalt = blotches(rng, height, width, 9, np.array([[grey, grey, grey], [grey + 14, grey + 12, grey + 10]]))
 
         def columns(left: float, right: float) -> slice:
-            return slice(*(round((STREET_HALF + metres) * PIXELS_PER_METRE) for metres in (left, right)))
+            return slice(*(round((_STREET_HALF + metres) * _PIXELS_PER_METRE) for metres in (left, right)))
 
         street[:, columns(-7.6, 6.6)] = np.clip(asphalt[:, columns(-7.6, 6.6)].astype(np.int16) + 45, 0, 255)
         street[:, columns(-5.6, 4.6)] = asphalt[:, columns(-5.6, 4.6)]
         for edge in (-5.6, 4.6):
             street[:, columns(edge - 0.1, edge + 0.1)] = 200
-        for start in range(0, height, 6 * PIXELS_PER_METRE):
-            street[start : start + 3 * PIXELS_PER_METRE, columns(-1.8, -1.6)] = 225
+        for start in range(0, height, 6 * _PIXELS_PER_METRE):
+            street[start : start + 3 * _PIXELS_PER_METRE, columns(-1.8, -1.6)] = 225
         if rng.random() < 0.4:
             for left in np.arange(-5.2, 4.4, 1.0):
-                street[: 3 * PIXELS_PER_METRE, columns(left, left + 0.5)] = 215
+                street[: 3 * _PIXELS_PER_METRE, columns(left, left + 0.5)] = 215
         return street
 
     def _draw_panorama(self, rng: np.random.Generator) -> np.ndarray:
@@ -110,7 +110,7 @@ class GroundScene:
         posts, tall = [], 100 * self._unit
         for side in (-5.9, 4.9):
             position = rng.uniform(0, 8)
-            while position < 2 * PERIOD:
+            while position < 2 * _PERIOD:
                 breadth = rng.choice([0.18, 0.3, 0.55])
                 colour = hsv(rng.uniform(0.05, 0.12), 0.4, rng.uniform(0.2, 0.4))
                 posts.append((side, position, post(breadth / 5 * tall, tall, colour)))
@@ -228,12 +228,12 @@ class GroundScene:
             (z, x, thing, thing.poses[pose % len(thing.poses)]) for thing, x, z, pose in self._states[frame]
         ]
         for x, position, sprite in self._posts:
-            z = (position - self._travelled[frame]) % (2 * PERIOD) + 3
+            z = (position - self._travelled[frame]) % (2 * _PERIOD) + 3
             if z < FAR:
                 queue.append((z, x, None, sprite))
         for z, x, thing, sprite in sorted(queue, key=lambda entry: -entry[0]):
             pixels_per_metre = self._focal / z
-            canvas_x, canvas_y = centre + x * pixels_per_metre, horizon + CAMERA_HEIGHT * pixels_per_metre
+            canvas_x, canvas_y = centre + x * pixels_per_metre, horizon + _CAMERA_HEIGHT * pixels_per_metre
             if thing is None:
                 canvas.paint(sprite, canvas_x, canvas_y, scale=5 * pixels_per_metre / sprite.levels[0].shape[0])
                 continue
@@ -257,12 +257,12 @@ class GroundScene:
         left = min(max(left, 0), 2 * self._margin)
         image[:edge] = self._panorama[-edge:, left : left + width]
         rows = np.arange(edge, height, dtype=np.float32)[:, None]
-        ahead = CAMERA_HEIGHT * self._focal / np.maximum(rows - horizon, 0.6)
+        ahead = _CAMERA_HEIGHT * self._focal / np.maximum(rows - horizon, 0.6)
         across = (np.arange(width, dtype=np.float32)[None] - centre) * ahead / self._focal
-        map_x = ((across + STREET_HALF) * PIXELS_PER_METRE).astype(np.float32)
+        map_x = ((across + _STREET_HALF) * _PIXELS_PER_METRE).astype(np.float32)
         map_x = np.clip(map_x, 0, self._street.shape[1] - 1)
         # Rows of the texture run away from the camera, so travel adds to the distance.
-        map_y = np.broadcast_to((ahead + self._travelled[frame]) % PERIOD * PIXELS_PER_METRE, map_x.shape)
+        map_y = np.broadcast_to((ahead + self._travelled[frame]) % _PERIOD * _PIXELS_PER_METRE, map_x.shape)
         image[edge:] = cv2.remap(
             self._street, map_x, np.ascontiguousarray(map_y, np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP
         )

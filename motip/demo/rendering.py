@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-MIN_VISIBLE = 0.4
+_MIN_VISIBLE = 0.4
 """An object with less than this share of its pixels visible has no box in that frame (a gap in its track)."""
-MIN_INSIDE = 0.35
+_MIN_INSIDE = 0.35
 """An object with less than this share of its pixels inside the frame counts as outside."""
-MIN_SIDE = 3
+_MIN_SIDE = 3
 """Boxes narrower or lower than this many pixels are not labelled."""
 
 
@@ -158,10 +158,10 @@ class Canvas:
         labels, hidden = list(self._regions), 0
         for owner, placed in enumerate(self._placed, start=1):
             box = self._clip(placed.box)
-            if box is None or placed.inside < MIN_INSIDE * placed.total:
+            if box is None or placed.inside < _MIN_INSIDE * placed.total:
                 continue
             visible = float(shown[owner]) / placed.inside
-            if visible < MIN_VISIBLE:
+            if visible < _MIN_VISIBLE:
                 hidden += 1
                 continue
             labels.append(
@@ -172,7 +172,7 @@ class Canvas:
     def _clip(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int] | None:
         height, width = self._owner.shape
         x1, y1, x2, y2 = max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)
-        return (x1, y1, x2, y2) if x2 - x1 >= MIN_SIDE and y2 - y1 >= MIN_SIDE else None
+        return (x1, y1, x2, y2) if x2 - x1 >= _MIN_SIDE and y2 - y1 >= _MIN_SIDE else None
 
 
 def blotches(rng: np.random.Generator, height: int, width: int, cell: float, colours: np.ndarray) -> np.ndarray:

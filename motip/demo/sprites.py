@@ -10,22 +10,22 @@ import numpy as np
 
 from motip.demo.rendering import Sprite, make_sprite
 
-SUPERSAMPLE = 3
+_SUPERSAMPLE = 3
 Colour = tuple[int, int, int]
-SKINS: tuple[Colour, ...] = ((150, 185, 225), (110, 150, 205), (70, 105, 160), (50, 75, 115))
+_SKINS: tuple[Colour, ...] = ((150, 185, 225), (110, 150, 205), (70, 105, 160), (50, 75, 115))
 
 
 class Pencil:
-    """Draws colour and mask of a sprite, in sprite pixels, enlarged ``SUPERSAMPLE`` times."""
+    """Draws colour and mask of a sprite, in sprite pixels, enlarged ``_SUPERSAMPLE`` times."""
 
     def __init__(self, width: float, height: float) -> None:
         self._width, self._height = width, height
-        shape = (int(np.ceil(height * SUPERSAMPLE)), int(np.ceil(width * SUPERSAMPLE)))
+        shape = (int(np.ceil(height * _SUPERSAMPLE)), int(np.ceil(width * _SUPERSAMPLE)))
         self._bgr = np.zeros((*shape, 3), np.uint8)
         self._mask = np.zeros(shape, np.uint8)
 
     def _points(self, points: list[tuple[float, float]]) -> np.ndarray:
-        return np.round(np.array(points) * SUPERSAMPLE).astype(np.int32)
+        return np.round(np.array(points) * _SUPERSAMPLE).astype(np.int32)
 
     def polygon(self, points: list[tuple[float, float]], colour: Colour) -> None:
         for target, value in ((self._bgr, colour), (self._mask, (255,))):
@@ -36,17 +36,17 @@ class Pencil:
 
     def ellipse(self, x: float, y: float, radius_x: float, radius_y: float, colour: Colour) -> None:
         centre = tuple(int(value) for value in self._points([(x, y)])[0])
-        axes = (max(1, round(radius_x * SUPERSAMPLE)), max(1, round(radius_y * SUPERSAMPLE)))
+        axes = (max(1, round(radius_x * _SUPERSAMPLE)), max(1, round(radius_y * _SUPERSAMPLE)))
         for target, value in ((self._bgr, colour), (self._mask, (255,))):
             cv2.ellipse(target, centre, axes, 0, 0, 360, value, -1)
 
     def limb(self, start: tuple[float, float], end: tuple[float, float], width: float, colour: Colour) -> None:
         first, last = (tuple(int(value) for value in point) for point in self._points([start, end]))
         for target, value in ((self._bgr, colour), (self._mask, (255,))):
-            cv2.line(target, first, last, value, max(1, round(width * SUPERSAMPLE)))
+            cv2.line(target, first, last, value, max(1, round(width * _SUPERSAMPLE)))
 
     def sprite(self, anchor: tuple[float, float]) -> Sprite:
-        return make_sprite(self._bgr, self._mask, (anchor[0] * SUPERSAMPLE, anchor[1] * SUPERSAMPLE), SUPERSAMPLE)
+        return make_sprite(self._bgr, self._mask, (anchor[0] * _SUPERSAMPLE, anchor[1] * _SUPERSAMPLE), _SUPERSAMPLE)
 
 
 def hsv(hue: float, saturation: float, value: float) -> Colour:
@@ -69,7 +69,7 @@ class Costume:
         return Costume(
             hsv(rng.random(), rng.uniform(0.3, 1), rng.uniform(0.3, 1)),
             hsv(rng.random(), rng.uniform(0.1, 0.8), rng.uniform(0.1, 0.8)),
-            SKINS[rng.integers(len(SKINS))],
+            _SKINS[rng.integers(len(_SKINS))],
             hsv(0.08, 0.6, rng.uniform(0.05, 0.5)),
         )
 
@@ -80,7 +80,7 @@ class Costume:
             blue, green, red = (int(np.clip(value + rng.normal(0, spread), 0, 255)) for value in colour)
             return blue, green, red
 
-        return Costume(shift(self.top), shift(self.trousers), SKINS[rng.integers(len(SKINS))], shift(self.hair))
+        return Costume(shift(self.top), shift(self.trousers), _SKINS[rng.integers(len(_SKINS))], shift(self.hair))
 
 
 def person_side(height: float, costume: Costume, phase: float, arms: float = 0.4, build: float = 1.0) -> Sprite:

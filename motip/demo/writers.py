@@ -14,7 +14,7 @@ import numpy as np
 from motip.demo.rendering import Label
 from motip.errors import MotipError
 
-VISDRONE_CATEGORIES = {
+_VISDRONE_CATEGORIES = {
     "ignored": 0,
     "pedestrian": 1,
     "people": 2,
@@ -26,9 +26,9 @@ VISDRONE_CATEGORIES = {
 }
 """Category numbers of the VisDrone toolkit for the categories of the demo dataset."""
 
-OCCLUDED_BELOW = 0.9
+_OCCLUDED_BELOW = 0.9
 """An object with less than this share visible counts as occluded (BDD100K) or partially occluded (VisDrone)."""
-TRUNCATED_BELOW = 0.98
+_TRUNCATED_BELOW = 0.98
 """An object with less than this share inside the frame counts as truncated."""
 
 
@@ -110,8 +110,8 @@ class Bdd100kWriter(SequenceWriter):
                     "id": f"{track:08d}",
                     "category": label.category,
                     "attributes": {
-                        "occluded": label.visible < OCCLUDED_BELOW,
-                        "truncated": label.inside < TRUNCATED_BELOW,
+                        "occluded": label.visible < _OCCLUDED_BELOW,
+                        "truncated": label.inside < _TRUNCATED_BELOW,
                         "crowd": label.region,
                     },
                     "box2d": {"x1": x1, "y1": y1, "x2": x2, "y2": y2},
@@ -139,12 +139,12 @@ class VisDroneWriter(SequenceWriter):
         for label in labels:
             x1, y1, x2, y2 = label.box_xyxy
             ignored = label.region
-            occlusion = 0 if label.visible >= OCCLUDED_BELOW else 1 if label.visible >= 0.5 else 2
+            occlusion = 0 if label.visible >= _OCCLUDED_BELOW else 1 if label.visible >= 0.5 else 2
             self._rows.append(
                 (
                     *(self._count, label.track_id, x1, y1, x2 - x1, y2 - y1),
-                    *(0 if ignored else 1, VISDRONE_CATEGORIES[label.category]),
-                    *(0 if ignored or label.inside >= TRUNCATED_BELOW else 1, 0 if ignored else occlusion),
+                    *(0 if ignored else 1, _VISDRONE_CATEGORIES[label.category]),
+                    *(0 if ignored or label.inside >= _TRUNCATED_BELOW else 1, 0 if ignored else occlusion),
                 )
             )
 

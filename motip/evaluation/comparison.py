@@ -19,7 +19,7 @@ from motip.evaluation.metrics import SequenceCounts
 from motip.evaluation.scores import COUNTS, PERCENTAGES, Scores, Values, check_comparable
 
 RESAMPLES = 2000
-FEW_SEQUENCES = 10
+_FEW_SEQUENCES = 10
 """Below this number of sequences a note marks the interval as uncertain."""
 COVERAGE = 95.0
 """Percent of the resamples inside the interval."""
@@ -219,7 +219,7 @@ def _notes(a: Scores, b: Scores) -> tuple[str, ...]:
     notes = []
     if number == 1:
         notes.append("one sequence: no interval, the bootstrap needs at least two")
-    elif number < FEW_SEQUENCES:
+    elif number < _FEW_SEQUENCES:
         notes.append(
             f"only {number} sequences: the interval is wide and uncertain (with few sequences rather too narrow)"
         )

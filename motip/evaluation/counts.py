@@ -13,7 +13,7 @@ import numpy as np
 Counts = dict[str, dict[str, Any]]
 """Raw results of one cell: metric family -> TrackEval field -> number or array over thresholds."""
 
-ALPHAS = 19
+_ALPHAS = 19
 """Localisation thresholds of HOTA, 0.05 to 0.95 (Luiten et al., IJCV 2021)."""
 
 HOTA_COUNTS = ("HOTA_TP", "HOTA_FN", "HOTA_FP")
@@ -26,7 +26,7 @@ FIELDS = {"HOTA": (*HOTA_COUNTS, *HOTA_SHARES), "CLEAR": CLEAR_FIELDS, "Identity
 
 _FLOATS = {*HOTA_SHARES, "MOTP_sum"}
 _EMPTY: Counts = {
-    family: dict.fromkeys(fields, [0] * ALPHAS if family == "HOTA" else 0) for family, fields in FIELDS.items()
+    family: dict.fromkeys(fields, [0] * _ALPHAS if family == "HOTA" else 0) for family, fields in FIELDS.items()
 }
 
 StoredCell = dict[str, dict[str, Any]] | None
@@ -54,5 +54,5 @@ def from_stored(stored: Mapping[str, Mapping[str, Any]] | None) -> Counts:
     """
     given = _EMPTY if stored is None else stored
     cell = {family: {field: given[family][field] for field in fields} for family, fields in FIELDS.items()}
-    cell["HOTA"] = {field: np.asarray(value, np.float64).reshape(ALPHAS) for field, value in cell["HOTA"].items()}
+    cell["HOTA"] = {field: np.asarray(value, np.float64).reshape(_ALPHAS) for field, value in cell["HOTA"].items()}
     return cell

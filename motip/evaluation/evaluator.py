@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Part of the digest of stored tracks; raised when the meaning of tracks changes."""
-MAX_WORKER_DEATHS = 3
+_MAX_WORKER_DEATHS = 3
 """Worker deaths on one video (or at start-up) after which the evaluation fails."""
 
-OnVideo = Callable[[VideoEntry, int, int], None]
+_OnVideo = Callable[[VideoEntry, int, int], None]
 """Called with a finished video, the number of finished videos, and their total."""
 
-ResultT = TypeVar("ResultT")
+_ResultT = TypeVar("_ResultT")
 
 
 class HasModel(Protocol):
@@ -49,7 +49,7 @@ class HasModel(Protocol):
         """The network, in eval mode on the CPU."""
 
 
-SubjectT = TypeVar("SubjectT", bound=HasModel)
+_SubjectT = TypeVar("_SubjectT", bound=HasModel)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class EvalJob:
     cluster: Cluster | None = None
     workers: int | None = None
     device: str = "cpu"
-    on_video: OnVideo | None = None
+    on_video: _OnVideo | None = None
 
 
 def evaluate_videos(
@@ -266,17 +266,17 @@ def remap_classes(rows: TrackRows, source: Sequence[str], target: Sequence[str])
     return TrackRows(rows.frames[keep], rows.track_ids[keep], rows.boxes_xyxy[keep], rows.scores[keep], class_ids[keep])
 
 
-class VideoWorker(Generic[SubjectT, ResultT]):
+class VideoWorker(Generic[_SubjectT, _ResultT]):
     """Worker of ``map_videos``: one video per call, in this process or as a Ray actor."""
 
-    def __init__(self, subject: SubjectT, storage: str, device: str, threads: int | None = None) -> None:
+    def __init__(self, subject: _SubjectT, storage: str, device: str, threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self._subject = subject
         self._model = subject.model.to(torch.device(device))
         self._storage = storage
 
-    def track(self, video: VideoEntry) -> tuple[ResultT, dict[str, Any]]:
+    def track(self, video: VideoEntry) -> tuple[_ResultT, dict[str, Any]]:
         """Result of one video, and JSON-serialisable facts about it."""
         raise NotImplementedError
 
@@ -297,14 +297,14 @@ class VideoTracker(VideoWorker[ModelUnderTest, TrackRows]):
 
 
 def map_videos(
-    worker: type[VideoWorker[SubjectT, ResultT]], subject: SubjectT, videos: Sequence[VideoEntry], job: EvalJob
-) -> Iterator[tuple[VideoEntry, ResultT, dict[str, Any]]]:
+    worker: type[VideoWorker[_SubjectT, _ResultT]], subject: _SubjectT, videos: Sequence[VideoEntry], job: EvalJob
+) -> Iterator[tuple[VideoEntry, _ResultT, dict[str, Any]]]:
     """Run a worker over some videos of a job; yields one result per video in order of completion.
 
     On Ray a worker whose process or node dies is replaced, and its video is tracked by another.
 
     Raises:
-        MotipError: more workers than CPUs or GPUs, or workers die ``MAX_WORKER_DEATHS`` times on one video.
+        MotipError: more workers than CPUs or GPUs, or workers die ``_MAX_WORKER_DEATHS`` times on one video.
     """
     if job.cluster is not None:
         yield from _map_on_ray(worker, subject, videos, job, job.cluster)
@@ -315,12 +315,12 @@ def map_videos(
 
 
 def _map_on_ray(
-    worker: type[VideoWorker[SubjectT, ResultT]],
-    subject: SubjectT,
+    worker: type[VideoWorker[_SubjectT, _ResultT]],
+    subject: _SubjectT,
     videos: Sequence[VideoEntry],
     job: EvalJob,
     cluster: Cluster,
-) -> Iterator[tuple[VideoEntry, ResultT, dict[str, Any]]]:
+) -> Iterator[tuple[VideoEntry, _ResultT, dict[str, Any]]]:
     import ray
 
     # number of actors
@@ -381,13 +381,13 @@ def _map_on_ray(
 
 
 def _count_death(deaths: Counter[str], video: VideoEntry | None, error: Exception) -> None:
-    """Count a worker death; raise MotipError at ``MAX_WORKER_DEATHS`` on one video or at start-up."""
+    """Count a worker death; raise MotipError at ``_MAX_WORKER_DEATHS`` on one video or at start-up."""
     place = "worker start-up" if video is None else f"{video.source}/{video.video}"
     deaths[place] += 1
     reason = str(error).strip().splitlines()[0]
-    if deaths[place] >= MAX_WORKER_DEATHS:
+    if deaths[place] >= _MAX_WORKER_DEATHS:
         raise MotipError(
-            f"{MAX_WORKER_DEATHS} workers died" + (" while starting" if video is None else " on the same video"),
+            f"{_MAX_WORKER_DEATHS} workers died" + (" while starting" if video is None else " on the same video"),
             where=place,
             found=reason,
             expected="a worker that stays alive",

@@ -14,19 +14,19 @@ from motip.evaluation.outcomes import SIZE_BINS, ClassOutcomes, box_outcomes
 from motip.evaluation.protocols import ScoredSequence
 from motip.evaluation.regions import areas, distance_to_border
 
-OCCLUSION = ("not occluded", "partly occluded", "heavily occluded", "unknown")
-TRUNCATION = ("not truncated", "truncated", "unknown")
-BORDER = {"at the border": 1.0, "within 50 px of it": 50.0, "farther inside": np.inf}
+_OCCLUSION = ("not occluded", "partly occluded", "heavily occluded", "unknown")
+_TRUNCATION = ("not truncated", "truncated", "unknown")
+_BORDER = {"at the border": 1.0, "within 50 px of it": 50.0, "farther inside": np.inf}
 """Upper bounds of the distance to the nearest image border, in pixels."""
 CROWD = {"up to 4 in the frame": 4.0, "5 to 9": 9.0, "10 to 19": 19.0, "20 to 49": 49.0, "50 and more": np.inf}
 """Upper bounds of the number of labelled boxes of the class in the frame, inclusive."""
-GAPS = {"next frame": 1.0, "2 to 10 frames": 10.0, "11 to 30 frames": 30.0, "more than 30 frames": np.inf}
+_GAPS = {"next frame": 1.0, "2 to 10 frames": 10.0, "11 to 30 frames": 30.0, "more than 30 frames": np.inf}
 """Upper bounds of the frames between an object's last match and its identity switch, inclusive."""
 
-HAS_BOTH_ATTRIBUTES = ("bdd100k", "visdrone")
+_HAS_BOTH_ATTRIBUTES = ("bdd100k", "visdrone")
 """Formats with occlusion and truncation of each box."""
 
-WORST_FRAMES = 20
+_WORST_FRAMES = 20
 """Number of frames listed by ``worst_frames``."""
 
 Group = Counter[str]
@@ -73,7 +73,7 @@ class OutcomeSummary:
             rows += [_row("" if index else dimension, *each) for index, each in enumerate(filled)]
         return ["", "", "boxes", "missed", "missed %", "ID switches", "fragments", "false pos.", "ignored"], rows
 
-    def worst_frames(self, number: int = WORST_FRAMES) -> list[dict[str, Any]]:
+    def worst_frames(self, number: int = _WORST_FRAMES) -> list[dict[str, Any]]:
         """The frames with the most errors: sequence, frame (0-based), errors."""
         most = sorted(self.frames.items(), key=lambda item: (-item[1], item[0]))[:number]
         return [{"sequence": name, "frame": frame, "errors": errors} for (name, frame), errors in most]
@@ -116,7 +116,7 @@ def summarise_outcomes(
         }
         switches = errors.switches()
         gaps = np.array([each["gap"] for each in switches], np.float64)
-        summary.gaps[name] = Counter({group: int(mask.sum()) for group, mask in _binned(gaps, GAPS).items()})
+        summary.gaps[name] = Counter({group: int(mask.sum()) for group, mask in _binned(gaps, _GAPS).items()})
         summary.switches += [{"sequence": scored.name, "class": name, **each} for each in switches]
         summary.frames.update({(scored.name, frame): number for frame, number in errors.errors_per_frame().items()})
     return summary
@@ -132,8 +132,8 @@ def _groupings(
     """Dimension -> group -> mask, for the labels and for the predictions."""
     occlusion, truncation = _attributes(errors, labels, class_map, class_id)
     attributes = {
-        "occlusion": {name: occlusion == level for level, name in enumerate(OCCLUSION)},
-        "truncation": {name: truncation == level for level, name in enumerate(TRUNCATION)},
+        "occlusion": {name: occlusion == level for level, name in enumerate(_OCCLUSION)},
+        "truncation": {name: truncation == level for level, name in enumerate(_TRUNCATION)},
     }
 
     def grouped(rows: TrackRows, attributes: dict[str, Masks]) -> dict[str, Masks]:
@@ -141,7 +141,7 @@ def _groupings(
         return {
             "size": _binned(areas(rows.boxes_xyxy.astype(np.float64)), SIZE_BINS, inclusive=False),
             **attributes,
-            "border": _binned(distances, BORDER, inclusive=False),
+            "border": _binned(distances, _BORDER, inclusive=False),
             "crowd": _binned(errors.density(rows.frames), CROWD),
         }
 
@@ -156,7 +156,7 @@ def _attributes(
     MOTChallenge files have no truncation, and a visibility that DanceTrack and older files set to 1 throughout: a video
     without any occlusion counts as unannotated.
     """
-    has_truncation = labels.dataset in HAS_BOTH_ATTRIBUTES
+    has_truncation = labels.dataset in _HAS_BOTH_ATTRIBUTES
     has_occlusion = has_truncation or any(frame.occlusion.any() for frame in labels.frames)
     found: dict[tuple[int, bytes], list[tuple[int, int]]] = defaultdict(list)
     for frame in labels.frames:
@@ -169,7 +169,7 @@ def _attributes(
         if same := found[number, _key(box)]:
             levels[row] = same.pop(0)
     known = (levels >= 0) & np.array([has_occlusion, has_truncation])
-    unknown = np.array([OCCLUSION.index("unknown"), TRUNCATION.index("unknown")])
+    unknown = np.array([_OCCLUSION.index("unknown"), _TRUNCATION.index("unknown")])
     occlusion, truncation = np.where(known, levels, unknown).T
     return occlusion, truncation
 

@@ -33,10 +33,10 @@ from motip.errors import MotipError
 PLAN_CLASSES = ("pedestrian", "car")
 BDD100K_CLASSES = ("pedestrian", "rider", "car", "bus", "truck", "train", "motorcycle", "bicycle")
 BDD100K_DISTRACTORS = frozenset({"other person", "trailer", "other vehicle"})
-MOTCHALLENGE_DISTRACTORS = frozenset({"person on vehicle", "static person", "distractor", "reflection"})
+_MOTCHALLENGE_DISTRACTORS = frozenset({"person on vehicle", "static person", "distractor", "reflection"})
 VISDRONE_CLASSES = ("car", "bus", "truck", "pedestrian", "van")
 
-RegionRule = Literal["unmatched in one", "unmatched in union", "before matching", "matched one-to-one"]
+_RegionRule = Literal["unmatched in one", "unmatched in union", "before matching", "matched one-to-one"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class EvaluationProtocol:
 
     name: str
     class_lists: tuple[tuple[str, ...], ...] = ()
-    region_rule: RegionRule = "unmatched in union"
+    region_rule: _RegionRule = "unmatched in union"
     region_overlap: float = 0.5
     strict: bool = False
     split_class_flips: bool = False
@@ -161,7 +161,7 @@ def scored_sequence(
         region |= _is_any_of(categories, BDD100K_DISTRACTORS)
     removes = np.ones(len(ids), bool)
     if rules.name == "motchallenge":
-        removes = _is_any_of(categories, MOTCHALLENGE_DISTRACTORS)
+        removes = _is_any_of(categories, _MOTCHALLENGE_DISTRACTORS)
     # ground truth
     keep = (class_ids >= 0) & ~region
     gt = TrackRows(box_frames[keep], ids[keep], boxes[keep], np.ones(int(keep.sum()), np.float32), class_ids[keep])

@@ -24,7 +24,7 @@ def distance_to_border(boxes_xyxy: np.ndarray, width: int, height: int) -> np.nd
     return np.maximum(sides.min(axis=1), 0.0)
 
 
-def intersections(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
+def _intersections(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
     """(N, M) areas shared by (N, 4) and (M, 4) xyxy boxes."""
     low = np.maximum(boxes_a[:, None, :2], boxes_b[None, :, :2])
     high = np.minimum(boxes_a[:, None, 2:], boxes_b[None, :, 2:])
@@ -34,7 +34,7 @@ def intersections(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
 
 def box_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
     """(N, M) IoU of (N, 4) and (M, 4) xyxy boxes; 0 for a box without area."""
-    shared = intersections(boxes_a, boxes_b)
+    shared = _intersections(boxes_a, boxes_b)
     area_a, area_b = areas(boxes_a), areas(boxes_b)
     union = area_a[:, None] + area_b[None, :] - shared
     valid = (area_a[:, None] > EPS) & (area_b[None, :] > EPS) & (union > EPS)
@@ -43,7 +43,7 @@ def box_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
 
 def share_in_one(boxes_xyxy: np.ndarray, regions_xyxy: np.ndarray) -> np.ndarray:
     """(N,) largest share of each box's own area inside a single region."""
-    return _share_of_area(intersections(boxes_xyxy, regions_xyxy).max(axis=1, initial=0.0), boxes_xyxy)
+    return _share_of_area(_intersections(boxes_xyxy, regions_xyxy).max(axis=1, initial=0.0), boxes_xyxy)
 
 
 def share_in_union(boxes_xyxy: np.ndarray, regions_xyxy: np.ndarray) -> np.ndarray:

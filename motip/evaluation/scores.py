@@ -16,7 +16,7 @@ Values = dict[str, float | int | None]
 _HOTA_METRICS = ("HOTA", "DetA", "AssA", "DetRe", "DetPr", "AssRe", "AssPr", "LocA")
 PERCENTAGES = (*_HOTA_METRICS, "MOTA", "MOTP", "IDF1", "IDR", "IDP")
 COUNTS = ("IDSW", "FP", "FN", "TP", "Frag", "MT", "ML", "GT")
-TABLE_METRICS = ("HOTA", "DetA", "AssA", "DetRe", "DetPr", "LocA", "MOTA", "IDF1", "IDSW", "FP", "FN")
+_TABLE_METRICS = ("HOTA", "DetA", "AssA", "DetRe", "DetPr", "LocA", "MOTA", "IDF1", "IDSW", "FP", "FN")
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class Scores:
         rows.append((f"mean of {averaged} {plural}{excluded}", self.class_averaged))
         rows.append(("all boxes", self.detection_averaged))
         rows.append(("class-agnostic", self.class_agnostic))
-        return ["", *TABLE_METRICS], [
-            [name, *(_cell(values, metric) for metric in TABLE_METRICS)] for name, values in rows
+        return ["", *_TABLE_METRICS], [
+            [name, *(_cell(values, metric) for metric in _TABLE_METRICS)] for name, values in rows
         ]
 
     def caption(self) -> str:

@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 GRID = tuple(round(0.05 * step, 2) for step in range(2, 19))
 """Default candidates of DET_THRESH: 0.1 to 0.9."""
 
-FLOOR = 0.05
+_FLOOR = 0.05
 """Lowest confidence in the histogram, unless a candidate is lower."""
 
 
@@ -87,7 +87,7 @@ class ThresholdSearchInput:
     @property
     def floor(self) -> float:
         """Lowest confidence in the histogram."""
-        return min(FLOOR, *(each.det_thresh for each in self.variants))
+        return min(_FLOOR, *(each.det_thresh for each in self.variants))
 
     def result_digest(self, video: VideoEntry) -> str:
         """Hex digest of everything the result of a video depends on."""

@@ -97,14 +97,14 @@ def run_arms(
         stored = {"format": FORMAT, "inputs": _inputs(curriculum), "stages": stages}
         write_json(_result_path(folder, arm, seed), stored)
         log(f"arm {arm.name}, seed {seed}: done")
-    return read_results(experiment, options, log)
+    return _read_results(experiment, options, log)
 
 
 def experiment_folder(experiment: Experiment, options: Options) -> Location:
     return location(options.storage) / "experiments" / experiment.name
 
 
-def read_results(experiment: Experiment, options: Options, log: Callable[[str], None]) -> list[ArmResult]:
+def _read_results(experiment: Experiment, options: Options, log: Callable[[str], None]) -> list[ArmResult]:
     """The stored results, in the order of the file; results of arms that were changed since are skipped and logged."""
     folder = experiment_folder(experiment, options)
     results = []

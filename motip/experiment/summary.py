@@ -103,7 +103,7 @@ def _against(findings: Findings) -> tuple[list[str], list[list[str]]]:
     for arm in findings.arms[1:]:
         last, own = findings.stages(first)[-1], findings.stages(arm.name)[-1]
         gain = findings.gain((first, last), (arm.name, own), target)
-        rows.append([arm.name, arm.about, _text(gain, sign=True), significance(gain)])
+        rows.append([arm.name, arm.about, _text(gain, sign=True), _significance(gain)])
     return ["arm", "what differs", f"difference on {target}", ""], rows
 
 
@@ -121,7 +121,7 @@ def _stages(findings: Findings, arm: str) -> tuple[list[str], list[list[str]]]:
     return ["after", *domains, "change by this stage"], rows
 
 
-def significance(gain: Estimate | None) -> str:
+def _significance(gain: Estimate | None) -> str:
     """`better` or `worse` if the interval of the difference excludes 0, else `within noise`."""
     if gain is None:
         return "not run"

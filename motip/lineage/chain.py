@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from motip.lineage.store import Store
 
-DOMAIN_PREFIX = "R/"
+_DOMAIN_PREFIX = "R/"
 """Prefix of a stage's scores by domain: ``R/<domain>``; a second slash begins a class."""
 
 
@@ -186,7 +186,7 @@ def _given_weights(run: Run) -> list[LineageStep]:
 def _step(run: Run, config_before: Mapping[str, str]) -> LineageStep:
     tags, metrics = run.data.tags, run.data.metrics
     scores = {name.removeprefix("best_"): value for name, value in metrics.items() if name.startswith("best_")}
-    domains = {name.removeprefix(DOMAIN_PREFIX): value for name, value in metrics.items() if _is_domain(name)}
+    domains = {name.removeprefix(_DOMAIN_PREFIX): value for name, value in metrics.items() if _is_domain(name)}
     config = _own_params(run.data.params)
     return LineageStep(
         kind=tags.get(Tag.KIND, "run"),
@@ -213,7 +213,7 @@ def _step(run: Run, config_before: Mapping[str, str]) -> LineageStep:
 
 
 def _is_domain(metric: str) -> bool:
-    return metric.startswith(DOMAIN_PREFIX) and metric.count("/") == 1
+    return metric.startswith(_DOMAIN_PREFIX) and metric.count("/") == 1
 
 
 def _own_params(params: Mapping[str, str]) -> dict[str, str]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BATCH_POINTS = 1000
+_BATCH_POINTS = 1000
 """Maximum number of metric values in one request to MLflow."""
 
 
@@ -312,8 +312,8 @@ def _batches(entries: Iterable[tuple[Event, Offset]]) -> Iterator[tuple[list[Eve
     batch: list[Event] = []
     points, end = 0, START
     for event, offset in entries:
-        own = len(event.metrics) if isinstance(event, _WithMetrics) else BATCH_POINTS
-        if batch and points + own > BATCH_POINTS:
+        own = len(event.metrics) if isinstance(event, _WithMetrics) else _BATCH_POINTS
+        if batch and points + own > _BATCH_POINTS:
             yield batch, end
             batch, points = [], 0
         batch.append(event)
@@ -342,5 +342,5 @@ def _log_points(client: MlflowClient, run_id: str, batch: list[Event]) -> None:
         if isinstance(event, _WithMetrics)
         for name, value in event.metrics.items()
     ]
-    for begin in range(0, len(points), BATCH_POINTS):
-        client.log_batch(run_id, metrics=points[begin : begin + BATCH_POINTS])
+    for begin in range(0, len(points), _BATCH_POINTS):
+        client.log_batch(run_id, metrics=points[begin : begin + _BATCH_POINTS])

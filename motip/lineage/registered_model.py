@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
 
-REGISTERED = "motip-curriculum"
+_REGISTERED = "motip-curriculum"
 """Name in the model registry; each stage has an alias."""
 
 
@@ -83,16 +83,16 @@ def _complete(client: MlflowClient, model: LoggedModel) -> None:
 
 def _set_alias(store: Store, client: MlflowClient, run_id: str, stage: str, model: LoggedModel, sha256: str) -> None:
     try:
-        client.create_registered_model(REGISTERED, description="Best checkpoint of every stage, by alias")
+        client.create_registered_model(_REGISTERED, description="Best checkpoint of every stage, by alias")
     except Exception as error:
         if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
             raise
-    versions = client.search_model_versions(f"name = '{REGISTERED}' and run_id = '{run_id}'")
+    versions = client.search_model_versions(f"name = '{_REGISTERED}' and run_id = '{run_id}'")
     version = next((each for each in versions if each.tags.get("sha256") == sha256), None)
     if version is None:
         # Without a server, MLflow resolves models:/ through its global address, which is never set here.
         source = f"models:/{model.model_id}" if store.is_server else model.artifact_location
         version = client.create_model_version(
-            REGISTERED, source, run_id, tags={"stage": stage, "sha256": sha256}, model_id=model.model_id
+            _REGISTERED, source, run_id, tags={"stage": stage, "sha256": sha256}, model_id=model.model_id
         )
-    client.set_registered_model_alias(REGISTERED, alias_of(stage), version.version)
+    client.set_registered_model_alias(_REGISTERED, alias_of(stage), version.version)

@@ -31,8 +31,8 @@ from motip.storage.redaction import redact
 
 logger = logging.getLogger(__name__)
 
-BATCH_PARAMS = 100
-END_STATES = ("FINISHED", "FAILED", "KILLED")
+_BATCH_PARAMS = 100
+_END_STATES = ("FINISHED", "FAILED", "KILLED")
 
 
 class Lineage:
@@ -211,8 +211,8 @@ class Lineage:
 
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
         """End a run as FINISHED, FAILED or KILLED."""
-        if status not in END_STATES:
-            raise MotipError("unknown end state of a run", where=run_id, found=status, expected=", ".join(END_STATES))
+        if status not in _END_STATES:
+            raise MotipError("unknown end state of a run", where=run_id, found=status, expected=", ".join(_END_STATES))
         if self._is_foreign(run_id):
             return
         self._send(run_id, events.Ended(status))
@@ -426,8 +426,8 @@ class Lineage:
         kept = {key for key in resumable_keys if key in logged}
         named = {key: value for key, value in config.items() if not key.startswith("_") and key not in kept}
         params = [Param(key, value) for key, value in split_params(named).items() if key not in logged]
-        for start in range(0, len(params), BATCH_PARAMS):
-            client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
+        for start in range(0, len(params), _BATCH_PARAMS):
+            client.log_batch(run_id, params=params[start : start + _BATCH_PARAMS])
 
     def _log_inputs(self, run_id: str, used: SequenceOf[DataUsed], parent: Mapping[str, str | None]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput

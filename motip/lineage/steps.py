@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from motip.lineage.provenance import provenance
 from motip.lineage.tags import Tag
 
-HEADLINES = ("HOTA", "DetA", "AssA", "MOTA", "IDF1", "IDSW")
+_HEADLINES = ("HOTA", "DetA", "AssA", "MOTA", "IDF1", "IDSW")
 """Scores stored in a lineage record; the MLflow run has all."""
 
 _PATH_OR_URI = re.compile(r"^(/|~|[A-Za-z]:\\|[A-Za-z][A-Za-z0-9+.\-]*://)")
@@ -129,7 +129,7 @@ def to_json(step: LineageStep, *, with_config: bool) -> dict[str, Any]:
             key: [None if value is None else _without_folders(value) for value in pair]
             for key, pair in step.config_changes.items()
         },
-        "scores": {name: step.scores[name] for name in HEADLINES if name in step.scores},
+        "scores": {name: step.scores[name] for name in _HEADLINES if name in step.scores},
     }
     return {key: value for key, value in values.items() if value not in ("", 0, None, [], {})}
 

@@ -112,7 +112,7 @@ class Store:
             MotipError: the address is invalid, or access is refused.
         """
         if self._client is None:
-            with quiet_mlflow(), self._creation_lock(), self.errors():
+            with _quiet_mlflow(), self._creation_lock(), self.errors():
                 client = relocating_client(self.uri, self._artifact_path)
                 self._experiment_id = self._find_experiment(client)
                 self._client = client
@@ -264,7 +264,7 @@ def local_storage(storage: Path | str) -> Path:
 
 
 @contextlib.contextmanager
-def quiet_mlflow() -> Iterator[None]:
+def _quiet_mlflow() -> Iterator[None]:
     """No telemetry, short timeouts for an unreachable server, no log lines of migrations."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

@@ -16,7 +16,7 @@ def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     return torch.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), dim=-1)
 
 
-def box_area(boxes_xyxy: Tensor) -> Tensor:
+def _box_area(boxes_xyxy: Tensor) -> Tensor:
     """(..., 4) xyxy to (...) area; negative sides count as 0."""
     sides = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0)
     return sides[..., 0] * sides[..., 1]
@@ -35,9 +35,9 @@ def generalised_iou(first_xyxy: Tensor, second_xyxy: Tensor) -> Tensor:
     smallest = torch.finfo(first_xyxy.dtype).tiny
     overlap = _corners(torch.maximum, torch.minimum, first_xyxy, second_xyxy)
     hull = _corners(torch.minimum, torch.maximum, first_xyxy, second_xyxy)
-    intersection = box_area(overlap)
-    union = box_area(first_xyxy) + box_area(second_xyxy) - intersection
-    hull_area = box_area(hull)
+    intersection = _box_area(overlap)
+    union = _box_area(first_xyxy) + _box_area(second_xyxy) - intersection
+    hull_area = _box_area(hull)
     return intersection / union.clamp(min=smallest) - (hull_area - union) / hull_area.clamp(min=smallest)
 
 
@@ -72,7 +72,7 @@ def covered_share(boxes_xyxy: Tensor, regions_xyxy: Tensor) -> Tensor:
     widths = (torch.minimum(x2, xs[:, None, 1:]) - torch.maximum(x1, xs[:, None, :-1])).clamp(min=0)
     heights = (torch.minimum(y2, ys[:, None, 1:]) - torch.maximum(y1, ys[:, None, :-1])).clamp(min=0)
     covered = (torch.matmul(widths, in_union) * heights).sum(-1)
-    area = box_area(boxes_xyxy)
+    area = _box_area(boxes_xyxy)
     return torch.where(area > 0, covered / area.clamp(min=torch.finfo(area.dtype).tiny), torch.zeros_like(area))
 
 

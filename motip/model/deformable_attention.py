@@ -25,18 +25,18 @@ from motip.errors import MotipError
 from motip.model.ops import Linear
 
 SpatialShapes = Sequence[tuple[int, int]]
-Implementation = Callable[[Tensor, SpatialShapes, Tensor, Tensor], Tensor]
+_Implementation = Callable[[Tensor, SpatialShapes, Tensor, Tensor], Tensor]
 
-VARIABLE = "MOTIP_DEFORMABLE_ATTENTION"
+_VARIABLE = "MOTIP_DEFORMABLE_ATTENTION"
 
 _logger = logging.getLogger(__name__)
-_implementations: dict[str, Implementation] = {}
-_chosen: str = os.environ.get(VARIABLE) or "auto"
+_implementations: dict[str, _Implementation] = {}
+_chosen: str = os.environ.get(_VARIABLE) or "auto"
 _logged: set[str] = set()
 _preferred: Callable[[torch.device], str] = lambda device: "grid_sample"  # noqa: E731 - replaced at run time
 
 
-def register_implementation(name: str, implementation: Implementation) -> None:
+def register_implementation(name: str, implementation: _Implementation) -> None:
     """Make `implementation` selectable under `name`; it must follow ``deformable_attention``'s contract."""
     _implementations[name] = implementation
 
@@ -65,14 +65,14 @@ def log_implementation() -> str:
     Raises:
         MotipError: MOTIP_DEFORMABLE_ATTENTION is not a known name.
     """
-    _named(_chosen, VARIABLE)
+    _named(_chosen, _VARIABLE)
     if _chosen not in _logged:
         _logged.add(_chosen)
         _logger.info("deformable attention: %s implementation", _chosen)
     return _chosen
 
 
-def _named(name: str, where: str | None = None) -> Implementation:
+def _named(name: str, where: str | None = None) -> _Implementation:
     if name not in _implementations:
         raise MotipError(
             "unknown implementation of deformable attention",
@@ -98,7 +98,7 @@ def deformable_attention(
     Returns:
         (B, Q, heads * d), in the type of `value`. Q may be 0.
     """
-    return _named(_chosen, VARIABLE)(value, spatial_shapes, sampling_locations, attention_weights)
+    return _named(_chosen, _VARIABLE)(value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def _grid_sample_attention(

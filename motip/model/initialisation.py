@@ -14,7 +14,7 @@ from motip.model.deformable_attention import DeformableAttention
 from motip.model.motip import MOTIP
 
 # Initial probability of a positive in the class heads (RetinaNet, section 4.1).
-PRIOR_PROBABILITY = 0.01
+_PRIOR_PROBABILITY = 0.01
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def init_parameters(model: MOTIP) -> None:
             nn.init.zeros_(convolution.bias)
     for name, parameter in model.detr.class_embed.named_parameters():
         if name.endswith("bias"):
-            nn.init.constant_(parameter, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+            nn.init.constant_(parameter, -math.log((1 - _PRIOR_PROBABILITY) / _PRIOR_PROBABILITY))
     for name, parameter in model.detr.bbox_embed.named_parameters():
         if ".layers.2." in name:
             nn.init.zeros_(parameter)

@@ -12,7 +12,7 @@ from typing import Any
 
 from motip.errors import MotipError
 
-BACKBONES = ("resnet50", "tiny_gn")
+_BACKBONES = ("resnet50", "tiny_gn")
 
 # Architecture switches of the published configuration with one supported value, and the reason.
 _FIXED_KEYS: dict[str, tuple[Any, str]] = {
@@ -93,7 +93,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         # Detector.
-        _check_choice("BACKBONE", self.backbone, BACKBONES)
+        _check_choice("BACKBONE", self.backbone, _BACKBONES)
         for name in ("num_classes", "num_queries", "dec_layers", "hidden_dim", "num_heads", "dim_feedforward"):
             _check_at_least(_CONFIG_KEYS[name], getattr(self, name), 1)
         for name in ("enc_points", "dec_points", "enc_layers"):

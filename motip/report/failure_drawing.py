@@ -18,7 +18,7 @@ COLOURS: dict[str, Colour] = {
     FALSE: (230, 20, 60),
     IGNORED: (160, 160, 160),
 }
-LEGEND = {MISSED: "missed (dashed)", SWITCH: "identity switch: id before -> after"}
+_LEGEND = {MISSED: "missed (dashed)", SWITCH: "identity switch: id before -> after"}
 GROUND: Colour = (24, 24, 24)
 LEGEND_HEIGHT = 34
 
@@ -114,7 +114,7 @@ def draw_annotations(image: np.ndarray, annotations: Sequence[BoxAnnotation], vi
 def legend(width: int, height: int = LEGEND_HEIGHT) -> np.ndarray:
     """(height, width, 3) uint8 RGB: a sample box and the name of each kind."""
     strip = np.full((height, width, 3), GROUND, np.uint8)
-    texts = {kind: LEGEND.get(kind, kind) for kind in KINDS}
+    texts = {kind: _LEGEND.get(kind, kind) for kind in KINDS}
     box, gap, scale = round(height * 0.9), 26, height / 62
     sizes = {kind: cv2.getTextSize(text, FONT, scale, 1)[0][0] for kind, text in texts.items()}
     needed = sum(sizes.values()) + len(KINDS) * (box + 8 + gap)

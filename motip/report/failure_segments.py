@@ -17,10 +17,10 @@ KINDS = (TRACKED, MISSED, SWITCH, FALSE, IGNORED)
 
 SWITCH_WEIGHT = 5
 """Weight of a switch: it counts in one frame although the track stays wrong, a miss counts in every frame it lasts."""
-SEGMENT_S = 4.0
-SEGMENT_FRAMES = (8, 120)
+_SEGMENT_S = 4.0
+_SEGMENT_FRAMES = (8, 120)
 """Shortest and longest segment in frames."""
-SWITCH_SHOWN_S = 0.6
+_SWITCH_SHOWN_S = 0.6
 """Seconds a switched box stays orange in a video: a single frame is too short to see."""
 
 Images = Callable[[Sequence[int]], Iterator[np.ndarray]]
@@ -122,11 +122,11 @@ class MatchedVideo:
         """Boxes to draw at a position; errors come last, so that they are on top.
 
         Args:
-            repeat_switches: show a switch for SWITCH_SHOWN_S seconds.
+            repeat_switches: show a switch for _SWITCH_SHOWN_S seconds.
         """
         frame = int(self.frames[position])
         found = [BoxAnnotation(IGNORED, box) for box in self.ignore_xyxy[self.ignore_frames == frame]]
-        repeats = round(SWITCH_SHOWN_S * self.fps) if repeat_switches else 0
+        repeats = round(_SWITCH_SHOWN_S * self.fps) if repeat_switches else 0
         for name, own in self.errors.items():
             found += _class_annotations(own, name, frame, repeats)
         return sorted(found, key=lambda each: _ORDER.index(each.kind))
@@ -251,5 +251,5 @@ def _heaviest(sums: np.ndarray, begin: int, end: int, length: int) -> tuple[int,
 
 def _length(video: MatchedVideo) -> int:
     """Length of the video's segments in frames."""
-    low, high = SEGMENT_FRAMES
-    return min(max(round(SEGMENT_S * video.fps), low), high)
+    low, high = _SEGMENT_FRAMES
+    return min(max(round(_SEGMENT_S * video.fps), low), high)

@@ -37,12 +37,12 @@ from motip.report.failure_segments import (
 from motip.report.video_writer import VideoWriter
 from motip.storage.paths import Location, RemotePath, read_json, upload, write_bytes, write_json
 
-SHEET = "contact_sheet.png"
-INDEX = "errors.json"
+_SHEET = "contact_sheet.png"
+_INDEX = "errors.json"
 ROWS, COLUMNS = 5, 3
 TILE = (500, 282)
 """Width and height of a frame on the contact sheet, in pixels."""
-CAPTION = 22
+_CAPTION = 22
 CRF = 18
 """Finer than that of other videos, so that thin dashes survive the compression."""
 
@@ -99,12 +99,12 @@ def write_failures(videos: Iterable[MatchedVideo], folder: Location, title: str,
     names = [_name(rank, segment) for rank, segment in enumerate(segments, start=1)]
     _remove_earlier(folder)
     if sequences:
-        _write_picture(folder / SHEET, contact_sheet(sequences, title, len(matched)))
+        _write_picture(folder / _SHEET, contact_sheet(sequences, title, len(matched)))
     for rank, (segment, name) in enumerate(zip(segments, names, strict=True), start=1):
-        write_clip(segment, folder / name, f"{rank}/{len(segments)}")
-    files = [*([SHEET] if sequences else []), INDEX, *names]
+        _write_clip(segment, folder / name, f"{rank}/{len(segments)}")
+    files = [*([_SHEET] if sequences else []), _INDEX, *names]
     found = Failures(sequences, segments, files, len(matched) - len(sequences))
-    write_json(folder / INDEX, _index(found, title, names))
+    write_json(folder / _INDEX, _index(found, title, names))
     return found
 
 
@@ -125,7 +125,7 @@ def contact_sheet(sequences: Sequence[MatchedVideo], title: str, of: int) -> np.
     return np.concatenate([*parts, np.full((8, width, 3), GROUND, np.uint8)])
 
 
-def write_clip(segment: FailureSegment, path: Path, rank: str = "") -> None:
+def _write_clip(segment: FailureSegment, path: Path, rank: str = "") -> None:
     """Write a segment as H.264 at the video's own frame rate, with a legend below the picture.
 
     Raises:
@@ -144,7 +144,7 @@ def write_clip(segment: FailureSegment, path: Path, rank: str = "") -> None:
 
 def _row(video: MatchedVideo, width: int) -> np.ndarray:
     """The worst frames of a video side by side, each below its caption."""
-    row = np.full((CAPTION + TILE[1] + 6, width, 3), GROUND, np.uint8)
+    row = np.full((_CAPTION + TILE[1] + 6, width, 3), GROUND, np.uint8)
     positions = worst_frames(video, COLUMNS)
     for column, (position, image) in enumerate(zip(positions, video.images(positions), strict=True)):
         annotations = video.annotations(position)
@@ -152,9 +152,9 @@ def _row(video: MatchedVideo, width: int) -> np.ndarray:
         enlarged = view.width < image.shape[1] or view.height < image.shape[0]
         caption = _frame_caption(video, position) + (" (part of the picture)" if enlarged else "")
         x = 6 + column * (TILE[0] + 6)
-        row[:CAPTION, x : x + TILE[0]] = caption_bar(caption, TILE[0], CAPTION, 0.48, (190, 190, 190))
+        row[:_CAPTION, x : x + TILE[0]] = caption_bar(caption, TILE[0], _CAPTION, 0.48, (190, 190, 190))
         tile = centred(draw_annotations(image, annotations, view), *TILE)
-        row[CAPTION : CAPTION + TILE[1], x : x + TILE[0]] = tile
+        row[_CAPTION : _CAPTION + TILE[1], x : x + TILE[0]] = tile
     return row
 
 
@@ -189,11 +189,11 @@ def _write_picture(path: Path, picture: np.ndarray) -> None:
 
 def _remove_earlier(folder: Location) -> None:
     """Remove the files listed in the index of an earlier call, whose videos have other names than the new ones."""
-    if not (folder / INDEX).is_file():
+    if not (folder / _INDEX).is_file():
         return
-    for name in read_json(folder / INDEX).get("files", []):
+    for name in read_json(folder / _INDEX).get("files", []):
         path = folder / Path(name).name
-        if path.name == SHEET or path.suffix == ".mp4":
+        if path.name == _SHEET or path.suffix == ".mp4":
             path.unlink(missing_ok=True)
 
 

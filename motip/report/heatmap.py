@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from motip.evaluation.domain_matrix import Column, DomainMatrix
 
-CELL_INCHES = (1.15, 0.5)
+_CELL_INCHES = (1.15, 0.5)
 DARK = 60.0
 """Below this value a cell is dark and its number is white."""
 
@@ -24,7 +24,7 @@ def heat_map(matrix: DomainMatrix, allowed: float = 5.0, each_class: bool = True
         each_class: frame losses of single classes too, not only those of a domain's mean.
     """
     columns = matrix.columns(classes=True)
-    width, height = 2.4 + CELL_INCHES[0] * len(columns), 1.5 + CELL_INCHES[1] * len(matrix.stages)
+    width, height = 2.4 + _CELL_INCHES[0] * len(columns), 1.5 + _CELL_INCHES[1] * len(matrix.stages)
     # No pyplot: it keeps every figure in memory and chooses a backend by the display.
     figure = Figure(figsize=(max(width, 5.0), height), dpi=120, layout="constrained")
     axes = figure.add_subplot()

@@ -108,7 +108,7 @@ def write_page(
         missing = [*facts.missing_parts]
         shown = _videos(facts, tracking or TrackingOptions(), work / FILES, log, missing)
         videos = [Path(video.file).name for video in shown if video.file]
-        (work / PAGE).write_text(page_html(facts, shown, missing), encoding="utf-8")
+        (work / PAGE).write_text(_page_html(facts, shown, missing), encoding="utf-8")
         # Videos before the page that refers to them.
         for name in videos:
             upload(work / FILES / name, target / FILES / name)
@@ -121,7 +121,7 @@ def write_page(
     return Page(target / PAGE, tuple(videos), tuple(missing))
 
 
-def page_html(facts: PageFacts, videos: Sequence[PageVideo], missing: Sequence[str]) -> str:
+def _page_html(facts: PageFacts, videos: Sequence[PageVideo], missing: Sequence[str]) -> str:
     """The complete HTML document."""
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return TEMPLATES.get_template("page.html.j2").render(page=facts, videos=videos, missing=missing, made=made)

@@ -12,9 +12,9 @@ from motip.storage.paths import Location
 
 INLINE_BYTES = 400_000
 """Larger images are embedded as JPEG, which makes sheets of photographs several times smaller."""
-INLINE_WIDTH = 1800
+_INLINE_WIDTH = 1800
 """Largest width in pixels of an image embedded as JPEG; wider ones are reduced."""
-POSTER_WIDTH = 960
+_POSTER_WIDTH = 960
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ def embed(path: Location) -> EmbeddedImage | None:
     if pixels is None:
         return None
     if len(content) > INLINE_BYTES:
-        return _jpeg(pixels, INLINE_WIDTH, 88)
+        return _jpeg(pixels, _INLINE_WIDTH, 88)
     height, width = pixels.shape[:2]
     return EmbeddedImage(_data_uri(content, "png"), width, height)
 
 
 def poster(pixels: np.ndarray) -> str:
-    """Data URI of an (H, W, 3) uint8 RGB image, reduced to POSTER_WIDTH."""
-    return _jpeg(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), POSTER_WIDTH, 80).uri
+    """Data URI of an (H, W, 3) uint8 RGB image, reduced to _POSTER_WIDTH."""
+    return _jpeg(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), _POSTER_WIDTH, 80).uri
 
 
 def _jpeg(pixels: np.ndarray, widest: int, quality: int) -> EmbeddedImage:

@@ -19,7 +19,7 @@ from motip.report.video_writer import VideoWriter
 
 TILE_WIDTH = 640
 """Pixels; a video of two such tiles side by side plays smoothly in a browser."""
-TRAIL = 30
+_TRAIL = 30
 STRIP = 30
 """Height in pixels of the caption above each tile."""
 CRF = 26
@@ -72,7 +72,7 @@ def write_side_by_side(
     """
     if not tiles:
         raise MotipError("there are no tracks to show side by side")
-    painters = [Painter(tile.class_names, TRAIL) for tile in tiles]
+    painters = [Painter(tile.class_names, _TRAIL) for tile in tiles]
     columns = columns_of(len(tiles))
     most_boxes, poster = -1, np.zeros((1, 1, 3), np.uint8)
     with VideoWriter(output, Fraction(fps).limit_denominator(1001), CRF) as writer:

@@ -10,7 +10,7 @@ from motip.events import EpochDone, Event, StepLogged
 from motip.stage_folder import STAGE, StageFolder, best_first
 from motip.storage.paths import Location
 
-STEP_NAMES = ("loss", "detr_grad_norm", "other_grad_norm")
+_STEP_NAMES = ("loss", "detr_grad_norm", "other_grad_norm")
 """Step metrics that are stored, in addition to the learning rates."""
 STEPS_KEPT = 2000
 """Maximum number of step records; beyond it every second one is dropped."""
@@ -66,7 +66,7 @@ class History:
             self.epochs[event.epoch] = event.metrics
         elif isinstance(event, StepLogged):
             values = {name.removeprefix("step/"): float(value) for name, value in event.metrics.items()}
-            kept = {name: value for name, value in values.items() if name in STEP_NAMES or name.startswith("lr/")}
+            kept = {name: value for name, value in values.items() if name in _STEP_NAMES or name.startswith("lr/")}
             while self.steps and self.steps[-1][:2] >= (event.epoch, event.done):
                 self.steps.pop()
             self.steps.append((event.epoch, event.done, kept))

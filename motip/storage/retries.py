@@ -17,8 +17,8 @@ _jitter = random.Random()
 Result = TypeVar("Result")
 
 FIRST_DELAY_S = 0.5
-MAX_DELAY_S = 16.0
-RETRY_FOR_S = 60.0
+_MAX_DELAY_S = 16.0
+_RETRY_FOR_S = 60.0
 """Default number of seconds after the first attempt within which another one may start."""
 
 _TRANSIENT = re.compile(
@@ -35,7 +35,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def with_retries(
-    action: Callable[[], Result], what: str, for_s: float = RETRY_FOR_S, log: Callable[[str], None] = _log.warning
+    action: Callable[[], Result], what: str, for_s: float = _RETRY_FOR_S, log: Callable[[str], None] = _log.warning
 ) -> Result:
     """Run ``action``; on transient errors run it again after delays of 0.5 s doubling to 16 s.
 
@@ -56,4 +56,4 @@ def with_retries(
                 raise
             log(f"{what} failed (try {attempt}), again in {pause:.1f} s: {str(error).splitlines()[0]}")
         time.sleep(pause)
-        attempt, delay = attempt + 1, min(2 * delay, MAX_DELAY_S)
+        attempt, delay = attempt + 1, min(2 * delay, _MAX_DELAY_S)

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from motip.config import Config
     from motip.data.video_reader import VideoSource
 
-OnDetections = Callable[[int, tuple[int, int], Tensor, Tensor], None]
+_OnDetections = Callable[[int, tuple[int, int], Tensor, Tensor], None]
 """Frame number, (height, width) of the frame in pixels, (Q, C) logits, (Q, 4) boxes as cxcywh in 0..1."""
 
-NumberedFrames = Iterable[tuple[int, np.ndarray]]
+_NumberedFrames = Iterable[tuple[int, np.ndarray]]
 """(0-based frame number, (H, W, 3) uint8 RGB image), numbers ascending."""
 
-SourceT = TypeVar("SourceT", bound=NumberedFrames)
+_SourceT = TypeVar("_SourceT", bound=_NumberedFrames)
 
 _AUTOCAST = {"FP16": torch.float16, "BF16": torch.bfloat16}
 
@@ -65,7 +65,7 @@ class TrackResult:
         return self.num_frames / self.seconds if self.seconds > 0 else 0.0
 
 
-class TrackIterator(Iterator[Detections], Generic[SourceT]):
+class TrackIterator(Iterator[Detections], Generic[_SourceT]):
     """Iterator over the frames of a video; each step reads, detects and tracks one frame.
 
     Args:
@@ -78,7 +78,7 @@ class TrackIterator(Iterator[Detections], Generic[SourceT]):
         MotipError: while iterating, as ``track_sequence``.
     """
 
-    def __init__(self, model: MOTIP, source: SourceT, settings: TrackerSettings, class_names: Sequence[str]) -> None:
+    def __init__(self, model: MOTIP, source: _SourceT, settings: TrackerSettings, class_names: Sequence[str]) -> None:
         self.source = source
         self.settings = settings
         self.class_names = tuple(class_names)
@@ -138,7 +138,7 @@ def track(
     end_frame: None = None,
     fps: None = None,
     **settings: float | int | str | None,
-) -> TrackIterator[NumberedFrames]: ...
+) -> TrackIterator[_NumberedFrames]: ...
 
 
 def track(
@@ -185,7 +185,7 @@ def track(
         0 (5, 4) {'car'}
         1 (5, 4) {'car'}
     """
-    source: NumberedFrames
+    source: _NumberedFrames
     if isinstance(video, (str, Path)):
         from motip.data.video_reader import open_source  # imports the video codecs
 
@@ -209,7 +209,7 @@ def _check_unused(reason: str, **arguments: object) -> None:
 
 def track_sequence(
     model: MOTIP,
-    frames: NumberedFrames,
+    frames: _NumberedFrames,
     settings: TrackerSettings,
     on_frame: Callable[[int, FrameTracks], None] | None = None,
 ) -> TrackResult:
@@ -242,9 +242,9 @@ def track_sequence(
 
 def track_variants(
     model: MOTIP,
-    frames: NumberedFrames,
+    frames: _NumberedFrames,
     variants: Sequence[TrackerSettings],
-    on_detections: OnDetections | None = None,
+    on_detections: _OnDetections | None = None,
 ) -> list[TrackResult]:
     """Track one sequence under several settings in one detector pass (the detector takes nearly all the time).
 
@@ -279,7 +279,7 @@ class _TrackingLoop:
     """Frame loop: runs the detector and each variant's tracker per frame, and collects the tracks."""
 
     def __init__(
-        self, model: MOTIP, variants: Sequence[TrackerSettings], on_detections: OnDetections | None = None
+        self, model: MOTIP, variants: Sequence[TrackerSettings], on_detections: _OnDetections | None = None
     ) -> None:
         self._model = model
         self._variants = variants
@@ -290,7 +290,7 @@ class _TrackingLoop:
         self._tracked: list[tuple[int, list[FrameTracks]]] = []
         self._seconds = 0.0
 
-    def steps(self, frames: NumberedFrames) -> Iterator[tuple[int, np.ndarray, list[FrameTracks]]]:
+    def steps(self, frames: _NumberedFrames) -> Iterator[tuple[int, np.ndarray, list[FrameTracks]]]:
         """Yield frame number, image, and the tracks of each variant."""
         self._model.eval()
         started = time.perf_counter()
@@ -373,7 +373,7 @@ def _detect(
     return output.pred_logits[0], output.pred_boxes[0], output.outputs[0]
 
 
-def _checked(frames: NumberedFrames) -> Iterator[tuple[int, np.ndarray]]:
+def _checked(frames: _NumberedFrames) -> Iterator[tuple[int, np.ndarray]]:
     """Pass frames on; raise MotipError at the first invalid one."""
     size: tuple[int, ...] | None = None
     previous: int | None = None

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from motip.errors import MotipError
 
-MOMENTUM = 0.9
+_MOMENTUM = 0.9
 """Weight of the old feature in the running mean of a track's unit features."""
 
 
@@ -55,7 +55,7 @@ class LongTermMemory:
         """Update the running features of the (n,) tracks of this frame with their (n, D) features."""
         for track_id, feature in zip(track_ids.tolist(), _unit(features), strict=True):
             old = self._seen.get(track_id)
-            mixed = feature if old is None else MOMENTUM * old + (1.0 - MOMENTUM) * feature
+            mixed = feature if old is None else _MOMENTUM * old + (1.0 - _MOMENTUM) * feature
             self._seen[track_id] = _unit(mixed[None])[0]
 
     def lose(self, track_ids: np.ndarray, frame: int) -> None:

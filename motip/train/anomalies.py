@@ -8,7 +8,7 @@ from statistics import median
 
 from motip.errors import MotipError
 
-SPIKE_FACTOR = 10.0
+_SPIKE_FACTOR = 10.0
 """A gradient norm above this multiple of the running median is logged."""
 
 _WINDOW = 100
@@ -56,11 +56,11 @@ class GradNormMonitor:
         self._norms: dict[str, deque[float]] = {}
 
     def update(self, norms: Mapping[str, float]) -> list[str]:
-        """Record the norms of a step; returns one line for each norm above `SPIKE_FACTOR` times its median."""
+        """Record the norms of a step; returns one line for each norm above `_SPIKE_FACTOR` times its median."""
         spikes = []
         for name, norm in norms.items():
             recent = self._norms.setdefault(name, deque(maxlen=_WINDOW))
-            if len(recent) >= _MIN_NORMS and norm > SPIKE_FACTOR * (usual := median(recent)) > 0:
+            if len(recent) >= _MIN_NORMS and norm > _SPIKE_FACTOR * (usual := median(recent)) > 0:
                 spikes.append(f"{name} is {norm:.3g}, usually {usual:.3g}")
             recent.append(norm)
         return spikes

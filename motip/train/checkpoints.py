@@ -87,10 +87,10 @@ def store_folder(source: Path, target: Location, log_retry: Callable[[str], None
             file = target / path.name
             with_retries(functools.partial(upload, path, file), f"storing {file}", STORE_FOR_S, log_retry)
     except (MotipError, OSError) as error:
-        raise cannot_save(target.name, error, target) from error
+        raise _cannot_save(target.name, error, target) from error
 
 
-def cannot_save(what: str, error: Exception, where: object) -> MotipError:
+def _cannot_save(what: str, error: Exception, where: object) -> MotipError:
     """The error shown when a checkpoint cannot be written."""
     # "AWS Error" is replaced because Ray restarts the entire upload on that text.
     reason = str(error).splitlines()[0].replace("AWS Error", "error")
@@ -114,7 +114,7 @@ def _write_on_rank_0(run: Run, write: Callable[[], Path]) -> Path | None:
             # torch's writer wraps errors of the file system in RuntimeError.
             if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|write", str(error)):
                 raise
-            failure = cannot_save(f"at step {run.global_step}", error, f"stage {run.job.stage}")
+            failure = _cannot_save(f"at step {run.global_step}", error, f"stage {run.job.stage}")
     # `all_gather` has no fixed timeout: rank 0 may have spent a long time scoring before it writes.
     if not all(run.comm.all_gather(failure is None)):
         raise failure or MotipError(

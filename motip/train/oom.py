@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-REDUCED_SCALE = 0.75
+_REDUCED_SCALE = 0.75
 """Side of the image in the last fallback, as a fraction of the configured one."""
 
-OBJECT_BUCKETS = (10, 25, 50, 100)
+_OBJECT_BUCKETS = (10, 25, 50, 100)
 """Bounds of the buckets in which skipped clips are counted, in objects of a clip's most crowded frame."""
 
 _HISTORY_LENGTH = 32
@@ -82,7 +82,7 @@ def oom_fallbacks(config: Config) -> tuple[OomFallback, ...]:
         before = fallbacks[-1]
         if (fallback.plan, fallback.recompute_decoder) != (before.plan, before.recompute_decoder):
             fallbacks.append(fallback)
-    return (*fallbacks, replace(decoder, name=f"image at {REDUCED_SCALE:.0%}", scale=REDUCED_SCALE))
+    return (*fallbacks, replace(decoder, name=f"image at {_REDUCED_SCALE:.0%}", scale=_REDUCED_SCALE))
 
 
 class OomHistory:
@@ -107,7 +107,7 @@ class OomHistory:
         self._failed[fallback] = [*self._failed[fallback], size][-_HISTORY_LENGTH:]
 
 
-def pixels_and_slots(batch: ClipBatch) -> tuple[int, int]:
+def _pixels_and_slots(batch: ClipBatch) -> tuple[int, int]:
     """Number of pixels and of ID slots of a batch; its memory grows with both."""
     slots = 0 if batch.slots is None else batch.slots.trajectory_ann.numel()
     return batch.masks.numel(), slots
@@ -205,7 +205,7 @@ class OomRetry:
         self._fallbacks = fallbacks
         self._history = history
         self._batch = batch
-        self._size = pixels_and_slots(batch)
+        self._size = _pixels_and_slots(batch)
         self._device = next(model.parameters()).device
         self._comm = comm
         self._index = history.first_fallback(self._size)
@@ -321,9 +321,9 @@ def max_objects_per_frame(batch: ClipBatch) -> list[int]:
 
 def object_bucket(objects: int) -> str:
     """Name of the counter of skipped clips with this many objects in their most crowded frame."""
-    index = bisect_right(OBJECT_BUCKETS, objects)
-    low = (0, *OBJECT_BUCKETS)[index]
-    return f"{low}_to_{OBJECT_BUCKETS[index] - 1}" if index < len(OBJECT_BUCKETS) else f"{low}_or_more"
+    index = bisect_right(_OBJECT_BUCKETS, objects)
+    low = (0, *_OBJECT_BUCKETS)[index]
+    return f"{low}_to_{_OBJECT_BUCKETS[index] - 1}" if index < len(_OBJECT_BUCKETS) else f"{low}_or_more"
 
 
 def describe_clips(batch: ClipBatch) -> str:

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from motip.data.batch import ClipBatch
     from motip.data.manifest import VideoEntry
 
-MEMORY_MARGIN = 0.1
+_MEMORY_MARGIN = 0.1
 """Fraction of the GPU's memory that a fallback must leave free."""
 
-OnFallback = Callable[[OomFallback], object]
+_OnFallback = Callable[[OomFallback], object]
 """Called with each fallback before it is measured or estimated."""
 
 
@@ -90,7 +90,7 @@ class FallbackMemory:
 
     def fits(self, gpu_bytes: int) -> bool:
         """Whether the fallback leaves a tenth of a GPU with this many bytes free."""
-        return self.needed is not None and self.needed <= (1 - MEMORY_MARGIN) * gpu_bytes
+        return self.needed is not None and self.needed <= (1 - _MEMORY_MARGIN) * gpu_bytes
 
 
 @dataclass
@@ -241,7 +241,7 @@ def _boxes(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def estimate_preflight(
-    config: Config, clip: ClipShape, device_type: str = "cuda", on_fallback: OnFallback | None = None
+    config: Config, clip: ClipShape, device_type: str = "cuda", on_fallback: _OnFallback | None = None
 ) -> Preflight:
     """Estimate the memory of each fallback with `motip.train.memory_estimate`; takes some seconds per fallback."""
     batch, result = synthetic_batch(clip, config), Preflight(clip, measured=False)
@@ -253,7 +253,7 @@ def estimate_preflight(
 
 
 def measure_preflight(
-    config: Config, clip: ClipShape, device: torch.device, on_fallback: OnFallback | None = None
+    config: Config, clip: ClipShape, device: torch.device, on_fallback: _OnFallback | None = None
 ) -> Preflight:
     """Measure the allocator's peaks on a CUDA device while training the clip with each fallback, with fresh weights."""
     batch, result = synthetic_batch(clip, config), Preflight(clip, measured=True)

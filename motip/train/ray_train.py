@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 READ_EVERY_S = 0.5
 """Seconds between two readings of the event log."""
-ANSWER_S = 120.0
+_ANSWER_S = 120.0
 """Time for which the driver waits for an answer of the run channel, which may wait for a slow storage."""
 
 
@@ -150,7 +150,7 @@ def fit(
         return completed(folder)
     with contextlib.ExitStack() as stack:
         # Training, with events and signals handled in this process.
-        channel = RemoteChannel.start(folder, channel_name, ANSWER_S)
+        channel = RemoteChannel.start(folder, channel_name, _ANSWER_S)
         stack.callback(channel.stop_actor)
         sigterm = stack.enter_context(_forward_sigterm(channel))
         stack.enter_context(_ReaderThread(channel, catch_up))
@@ -173,7 +173,7 @@ def request_stop(channel_name: str) -> None:
     import ray
 
     with contextlib.suppress(ValueError, MotipError):
-        RemoteChannel(ray.get_actor(channel_name), ANSWER_S).request_stop()
+        RemoteChannel(ray.get_actor(channel_name), _ANSWER_S).request_stop()
 
 
 @contextlib.contextmanager
@@ -213,7 +213,7 @@ def _retention(job: StageJob, config: Config) -> Retention:
 # ------------------------------------------------------------------------------------------------ on Ray
 
 
-PERMANENT_ERRORS: tuple[type[Exception], ...] = (
+_PERMANENT_ERRORS: tuple[type[Exception], ...] = (
     MotipError,
     ArithmeticError,
     AssertionError,
@@ -246,7 +246,7 @@ def _worker_main(settings: dict[str, Any]) -> None:
     except Stopped:
         # Every rank returns, its position saved; an error would make Ray restart the workers.
         channel.worker_stopped()
-    except PERMANENT_ERRORS as error:
+    except _PERMANENT_ERRORS as error:
         problem = error if isinstance(error, MotipError) else MotipError(f"{type(error).__name__}: {error}")
         channel.report_failure(problem, traceback.format_exc())
         raise

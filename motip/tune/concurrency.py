@@ -10,7 +10,7 @@ from motip.config import Config
 from motip.errors import MotipError
 from motip.train.ray_train import ResourcePlan, plan_resources
 
-DECODER_CPUS = 0.5
+_DECODER_CPUS = 0.5
 """CPUs that a decoding actor should have if trials run concurrently."""
 
 
@@ -53,9 +53,9 @@ def plan_concurrency(workers: int, config: Config, cluster: Cluster, requested: 
         ) from None
 
     # trials that fit, by CPUs and by GPUs
-    cpus = workers * (1 + DECODER_CPUS * alone.decoders)
+    cpus = workers * (1 + _DECODER_CPUS * alone.decoders)
     fitting = math.floor(cluster.cpus / cpus + 1e-9)
-    parts = [f"{cluster.cpus:g} CPUs / ({workers} x (1 + {alone.decoders} x {DECODER_CPUS:g}) per trial) = {fitting}"]
+    parts = [f"{cluster.cpus:g} CPUs / ({workers} x (1 + {alone.decoders} x {_DECODER_CPUS:g}) per trial) = {fitting}"]
     if alone.gpu:
         fit_gpus = math.floor(cluster.gpus / workers)
         parts.append(f"{cluster.gpus:g} GPUs / ({workers} x 1 per trial) = {fit_gpus}")

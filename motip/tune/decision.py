@@ -17,7 +17,7 @@ from motip.config.sweep_file import SweepFile
 from motip.errors import MotipError
 from motip.tune.trial_records import BASELINE, Trial
 
-CONFIDENCE = 0.95
+_CONFIDENCE = 0.95
 """One-sided confidence with which the best trial must be better than the baseline."""
 
 
@@ -111,7 +111,7 @@ def decide(trials: Sequence[Trial], repeats: Sequence[Trial], seed: int) -> Swee
     """Compare the best trial with the baseline on seeds that were not used for selection.
 
     The best trial replaces the baseline if the difference of their means over the further seeds exceeds what the
-    spread of the seeds explains: Student's t quantile (one-sided, `CONFIDENCE`) times the standard error of the
+    spread of the seeds explains: Student's t quantile (one-sided, `_CONFIDENCE`) times the standard error of the
     difference, with the variance pooled over the further seeds of both. A single further seed is too few for that; the
     difference must then exceed the largest one between two values of the same setting, the search's included.
 
@@ -143,7 +143,7 @@ def _margin(best: SettingScores, baseline: SettingScores) -> float:
     freedom = sum(len(sample) - 1 for sample in samples)
     squares = sum((value - statistics.fmean(sample)) ** 2 for sample in samples for value in sample)
     error = math.sqrt(squares / freedom * sum(1 / len(sample) for sample in samples))
-    return float(stdtrit(freedom, CONFIDENCE)) * error
+    return float(stdtrit(freedom, _CONFIDENCE)) * error
 
 
 def report_lines(
@@ -197,7 +197,7 @@ def report_lines(
             outcome += ", on seeds not used for selection"
         else:
             outcome = f"the baseline is kept: trial {best.key} was not better with further seeds ({outcome})"
-        spread = f"{CONFIDENCE:.0%} quantile of t times the standard error from the spread of the seeds"
+        spread = f"{_CONFIDENCE:.0%} quantile of t times the standard error from the spread of the seeds"
         if len(best.repeat_values) < 2:
             spread = "largest difference between two seeds of one setting"
         lines += [f"result    {outcome}", f"margin    {decision.margin:.2f} had to be exceeded: {spread}"]

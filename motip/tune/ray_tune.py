@@ -37,9 +37,9 @@ from motip.tune.trial_records import BASELINE, Trial
 
 _log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 200
+_MAX_ATTEMPTS = 200
 """Samples per suggestion; if all of them were tried before, the space counts as exhausted."""
-MAX_EPOCHS = 1_000_000
+_MAX_EPOCHS = 1_000_000
 """Upper bound of ASHA's epochs, more than any training has."""
 
 _TUNE_ENVIRONMENT = {
@@ -212,7 +212,7 @@ class TrialSearch(_InDriver, Searcher):
             return trial
         number = 1 + max(int(trial.key) for trial in self.trials.values())
         tried = self._tried()
-        for attempt in range(MAX_ATTEMPTS):
+        for attempt in range(_MAX_ATTEMPTS):
             in_study = f"{trial_id}-{attempt}"
             values = self._space.values(self._study.suggest(in_study) or {})
             if self._space.parameters(values) not in tried:
@@ -265,7 +265,7 @@ class CooperativeASHA(_InDriver, AsyncHyperBandScheduler):
             time_attr="epochs",
             metric="value",
             mode="max",
-            max_t=MAX_EPOCHS,
+            max_t=_MAX_EPOCHS,
             grace_period=prune.first,
             reduction_factor=prune.reduction,
             stop_last_trials=False,

@@ -19,7 +19,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
 from motip.config.sweep_file import Choices, Range, SweepFile, as_integer
 
-DIGITS = 3
+_DIGITS = 3
 """Significant digits of a sampled float: differences below that are noise, and the result stays readable."""
 
 
@@ -70,14 +70,14 @@ class SearchSpace:
         return next(_text(choice) for choice in space.choices if Choices(choices=(choice,)).contains(value))
 
     def values(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """Configuration values of Optuna's parameters; continuous ones are rounded to `DIGITS`, within their range."""
+        """Configuration values of Optuna's parameters; continuous ones are rounded to `_DIGITS`, within their range."""
         found = {}
         for key, space in self.sweep.space.items():
             value = parameters[key]
             if isinstance(space, Choices):
                 value = json.loads(value)
             elif isinstance(value, float) and space.step is None:
-                value = min(space.high, max(space.low, float(f"{value:.{DIGITS - 1}e}")))
+                value = min(space.high, max(space.low, float(f"{value:.{_DIGITS - 1}e}")))
             found[key] = as_integer(self.sweep, key, value)
         return found
 

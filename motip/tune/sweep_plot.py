@@ -18,10 +18,10 @@ from motip.config.sweep_file import Choices, Range
 from motip.tune.trial_records import BASELINE, Trial
 
 MAP = "viridis"
-RATE = "LR"
+_RATE = "LR"
 """Key of the right panel's x axis; the first searched range if it is not searched."""
 BASELINE_COLOUR, BEST_COLOUR = "#c00000", "#d9730d"
-QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _BOX = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
 _LABEL: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "va": "center", "color": "0.2", "bbox": _BOX}
 
@@ -84,7 +84,7 @@ class _Plot:
             for key, values in self.space.items()
         }
         labels = [scale.ticks() for scale in scales.values()]
-        labels.append([(height, f"{float(self.norm.inverse(height)):.1f}") for height in QUARTERS])
+        labels.append([(height, f"{float(self.norm.inverse(height)):.1f}") for height in _QUARTERS])
         for x, ticks in enumerate(labels):
             axes.axvline(x, color="0.75", lw=1, zorder=0)
             for height, text in ticks:
@@ -108,7 +108,7 @@ class _Plot:
         """The score over RATE, with a dash for each further seed."""
         # a dot per trial
         ranges = {key: values for key, values in self.space.items() if isinstance(values, Range)}
-        key = RATE if RATE in ranges else next(iter(ranges), None)
+        key = _RATE if _RATE in ranges else next(iter(ranges), None)
         for number, trial in enumerate(self.trials):
             x = number if key is None else self._value(trial, key)
             if x is None:
@@ -176,7 +176,7 @@ class _Scale:
     def ticks(self) -> list[tuple[float, str]]:
         """Height and text of each tick."""
         if self._ticks is None:
-            return [(height, f"{self._norm.inverse(height):.3g}") for height in QUARTERS]
+            return [(height, f"{self._norm.inverse(height):.3g}") for height in _QUARTERS]
         return [(float(self._norm(tick)), self._texts[tick] if self._texts else f"{tick}") for tick in self._ticks]
 
 

@@ -25,11 +25,11 @@ from motip.train.ray_train import ResourcePlan, completed, fit
 from motip.train.stage_job import Parent, StageJob
 from motip.tune.trial_records import Trial, read_trial, write_trial
 
-CHECKPOINT_LIMITS = {"CHECKPOINTS_KEPT": 1, "EPOCH_CHECKPOINTS_KEPT": 1}
+_CHECKPOINT_LIMITS = {"CHECKPOINTS_KEPT": 1, "EPOCH_CHECKPOINTS_KEPT": 1}
 """Of a trial only the newest checkpoint, to resume from, and the best epoch's are needed."""
 
-PRUNED_TAG = "motip.pruned"
-TRIAL_TAG = "motip.trial"
+_PRUNED_TAG = "motip.pruned"
+_TRIAL_TAG = "motip.trial"
 
 Report = Callable[[int, float, int], None]
 """Reports the best value after so many of so many epochs to the scheduler; may raise Stopped: the trial is pruned."""
@@ -85,7 +85,7 @@ class TrialRunner:
         # job
         begin = time.monotonic()
         seed = {} if trial.seed is None else {"SEED": trial.seed}
-        config = with_values(self.stage.config, {**trial.values, **CHECKPOINT_LIMITS, **seed}, f"trial {trial.key}")
+        config = with_values(self.stage.config, {**trial.values, **_CHECKPOINT_LIMITS, **seed}, f"trial {trial.key}")
         stage = self.stage.model_copy(update={"config": config})
         job, train = stage_job(self.curriculum, stage, self.parent, self.manifest, self.options)
 
@@ -101,7 +101,7 @@ class TrialRunner:
             train,
             folder,
             name=f"{stage.name} trial {trial.key}",
-            tags={"motip.kind": "trial", "motip.stage": stage.name, TRIAL_TAG: trial.key},
+            tags={"motip.kind": "trial", "motip.stage": stage.name, _TRIAL_TAG: trial.key},
         )
         write_trial(sweep, trial)
 
@@ -145,7 +145,7 @@ class TrialRunner:
         pruned = trial.status == "pruned"
         if pruned:
             after = f"after epoch {trial.epochs} of {epochs}: others were better by then"
-            self.lineage.set_tags(trial.run_id, {PRUNED_TAG: after})
+            self.lineage.set_tags(trial.run_id, {_PRUNED_TAG: after})
             drop_weights(folder.path)
         self.lineage.finish(trial.run_id, "KILLED" if pruned else "FINISHED")
 

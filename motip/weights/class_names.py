@@ -17,7 +17,7 @@ COCO_ROWS = 91
 UNUSED_ROW = ""
 """Name of an unused head row (row 0 and the ten unused ids of COCO)."""
 
-PRIOR = "prior"
+_PRIOR = "prior"
 
 # Dataset-specific name of a class -> canonical name.
 _ALIASES = {
@@ -65,14 +65,14 @@ def coco_row_names() -> tuple[str, ...]:
     return tuple(UNUSED_ROW if name in ("__background__", "N/A") else name for name in names)
 
 
-def normalise_name(name: str) -> str:
+def _normalise_name(name: str) -> str:
     """Lower case, with ``-``, ``_`` and runs of spaces as one space: ``Traffic_Light`` -> ``traffic light``."""
     return re.sub(r"[\s_-]+", " ", name.strip().lower())
 
 
 def canonical_name(name: str) -> str:
     """Canonical name of a class: ``person`` and ``people`` -> ``pedestrian``."""
-    plain = normalise_name(name)
+    plain = _normalise_name(name)
     return _ALIASES.get(plain, plain)
 
 
@@ -92,7 +92,7 @@ def check_class_list(names: Sequence[str], rows: int, where: object) -> tuple[st
             expected=f"{rows} names, one per row of class_embed",
             fix="correct the class list (CLASSES in the configuration, PRETRAIN_CLASSES for a file without names)",
         )
-    plain = [normalise_name(name) for name in names if name != UNUSED_ROW]
+    plain = [_normalise_name(name) for name in names if name != UNUSED_ROW]
     twice = sorted({name for name in plain if plain.count(name) > 1})
     if twice:
         raise MotipError("a class is named twice", where=where, found=", ".join(twice), expected="each name once")
@@ -115,7 +115,7 @@ def match_classes(
     Raises:
         MotipError: an unknown relative, a cycle of relatives, an alias that matches two rows.
     """
-    inits = {normalise_name(name): source for name, source in (class_init or {}).items()}
+    inits = {_normalise_name(name): source for name, source in (class_init or {}).items()}
     resolver = _Resolver(tuple(file_classes), tuple(classes), inits, coco)
     return tuple(resolver.move(name) for name in classes)
 
@@ -128,14 +128,14 @@ class _Resolver:
     coco: bool
 
     def move(self, name: str) -> ClassMove:
-        init = self.inits.get(normalise_name(name), PRIOR)
+        init = self.inits.get(_normalise_name(name), _PRIOR)
         if init.startswith("row:"):
             return self._from_row(name, "row", self._row_number(init, name))
         row = self._find(name)
         if row is not None:
-            same = normalise_name(self.file_classes[row]) == normalise_name(name)
+            same = _normalise_name(self.file_classes[row]) == _normalise_name(name)
             return self._from_row(name, "name" if same else "alias", row)
-        return self._relative(name, init, path=(normalise_name(name),))
+        return self._relative(name, init, path=(_normalise_name(name),))
 
     def _from_row(self, name: str, how: str, row: int) -> ClassMove:
         return ClassMove(name, how, row, self.file_classes[row])
@@ -143,7 +143,7 @@ class _Resolver:
     def _find(self, name: str) -> int | None:
         named = [row for row, own in enumerate(self.file_classes) if own != UNUSED_ROW]
         for row in named:
-            if normalise_name(self.file_classes[row]) == normalise_name(name):
+            if _normalise_name(self.file_classes[row]) == _normalise_name(name):
                 return row
         rows = [row for row in named if canonical_name(self.file_classes[row]) == canonical_name(name)]
         if len(rows) > 1:
@@ -155,17 +155,17 @@ class _Resolver:
         return rows[0] if rows else None
 
     def _relative(self, name: str, init: str, path: tuple[str, ...]) -> ClassMove:
-        if init == PRIOR:
+        if init == _PRIOR:
             return ClassMove(name, "prior", None, "no class of this name in the file")
         if init.startswith("coco:"):
             return self._coco_relative(name, init)
         row = self._row_number(init, name) if init.startswith("row:") else self._find(init)
         if row is not None:
             return self._from_row(name, "relative", row)
-        following = normalise_name(init)
+        following = _normalise_name(init)
         if following in path:
             raise MotipError("CLASS_INIT is cyclic", where="CLASS_INIT", found=" <- ".join((*path, following)))
-        if following not in self.inits and following not in map(normalise_name, self.classes):
+        if following not in self.inits and following not in map(_normalise_name, self.classes):
             raise MotipError(
                 f"CLASS_INIT starts '{name}' from '{init}', which is neither a class of the file nor a new class",
                 where="CLASS_INIT",
@@ -173,11 +173,11 @@ class _Resolver:
                 expected=", ".join(own for own in self.file_classes if own != UNUSED_ROW),
                 fix=f"name a class of the file, or set {name}: prior",
             )
-        return self._relative(name, self.inits.get(following, PRIOR), (*path, following))
+        return self._relative(name, self.inits.get(following, _PRIOR), (*path, following))
 
     def _coco_relative(self, name: str, init: str) -> ClassMove:
         coco_name = init.removeprefix("coco:")
-        plain, rows = normalise_name(coco_name), coco_row_names()
+        plain, rows = _normalise_name(coco_name), coco_row_names()
         if plain == UNUSED_ROW or plain not in rows:
             raise MotipError(
                 f"CLASS_INIT starts '{name}' from '{init}', which is not a COCO class",

@@ -23,7 +23,7 @@ from motip.errors import MotipError
 from motip.storage.atomic import sha256_file
 from motip.weights.class_names import COCO_ROWS, check_class_list, coco_row_names
 
-DETECTOR_PREFIX = "detr."
+_DETECTOR_PREFIX = "detr."
 IDENTITY_PREFIXES = ("trajectory_modeling.", "id_decoder.")
 HEADER_KEY = "motip"
 """Key of the JSON description in the header of an exported safetensors file."""
@@ -245,8 +245,8 @@ def _full_keys(raw: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
         if all(key.startswith(wrapper) for key in tensors):
             tensors = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}
             notes.append(f"the prefix {wrapper} of every key was removed")
-    if not any(key.startswith((DETECTOR_PREFIX, *IDENTITY_PREFIXES)) for key in tensors):
-        tensors = {DETECTOR_PREFIX + key: tensor for key, tensor in tensors.items()}
+    if not any(key.startswith((_DETECTOR_PREFIX, *IDENTITY_PREFIXES)) for key in tensors):
+        tensors = {_DETECTOR_PREFIX + key: tensor for key, tensor in tensors.items()}
     if not any(_CLASS_WEIGHT.match(key) for key in tensors):
         raise MotipError(
             "the weights are those of another model",
@@ -260,7 +260,7 @@ def _full_keys(raw: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
 
 def _first_foreign(tensors: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> str:
     for key, written in zip(tensors, raw, strict=True):
-        known = key.startswith(IDENTITY_PREFIXES) or _DETECTOR_KEY.match(key.removeprefix(DETECTOR_PREFIX))
+        known = key.startswith(IDENTITY_PREFIXES) or _DETECTOR_KEY.match(key.removeprefix(_DETECTOR_PREFIX))
         if not known:
             return written
     return "none, but class_embed.0.weight is missing"

@@ -28,12 +28,12 @@ from motip.weights.files import IDENTITY_PREFIXES, WeightFile, read_weights
 from motip.weights.transfer_report import COPIED, DROPPED, GROWN, INITIALISED, ROWS_MOVED, TensorStatus, TransferReport
 from motip.weights.vocabulary import resize_positions, resize_words
 
-PRIOR_BIAS = -math.log(99.0)
+_PRIOR_BIAS = -math.log(99.0)
 """Bias of a class head with score 0.01 (RetinaNet, section 4.1)."""
 
 WORDS_KEY = "id_decoder.word_to_embed.weight"
 POSITIONS_KEY = "id_decoder.rel_pos_embeds"
-SKIPPED = "skipped by PRETRAIN_SKIP"
+_SKIPPED = "skipped by PRETRAIN_SKIP"
 _CLASS_HEAD = re.compile(r"detr\.class_embed\.\d+\.(weight|bias)$")
 _LABEL_HEAD = re.compile(r"id_decoder\.embed_to_word_layers\.\d+\.weight$")
 _BATCH_COUNTER = ".num_batches_tracked"
@@ -180,9 +180,9 @@ class _Planner:
             hits = [key for key in self.file.tensors if fnmatchcase(key, pattern)]
             for key in hits:
                 self.tensors.pop(key, None)
-                self._drop(key, SKIPPED)
+                self._drop(key, _SKIPPED)
             self.notes.append(
-                f"{len(hits)} tensors are {SKIPPED}: {pattern}"
+                f"{len(hits)} tensors are {_SKIPPED}: {pattern}"
                 if hits
                 else f"PRETRAIN_SKIP has no effect: no tensor of the file matches {pattern}"
             )
@@ -297,7 +297,7 @@ class _Planner:
     def _why_missing(self, names: list[str]) -> str:
         """Why the file has no value of a model tensor; a problem unless skipped, allowed or of a detector-only file."""
         if any(name in self.file.tensors for name in names):
-            return SKIPPED
+            return _SKIPPED
         if names[0].startswith(IDENTITY_PREFIXES) and not self.file.has_identity:
             return ""
         if not self._allowed(*names):
@@ -420,7 +420,7 @@ def _move_rows(file: WeightFile, key: str, moves: Sequence[ClassMove]) -> Tensor
     old = file.tensors[key].float()
     named = [row for row, name in enumerate(file.classes or ()) if name != UNUSED_ROW]
     mean = old[named].mean(0)
-    prior = mean if key.endswith("weight") else torch.minimum(mean - 1.0, torch.tensor(PRIOR_BIAS))
+    prior = mean if key.endswith("weight") else torch.minimum(mean - 1.0, torch.tensor(_PRIOR_BIAS))
     return torch.stack([prior if move.row is None else old[move.row] for move in moves])
 
 

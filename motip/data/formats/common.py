@@ -245,7 +245,7 @@ def count(report: ReadReport, what: str, times: int = 1) -> None:
         report.repaired[what] += times
 
 
-def check_rows(rows: Rows, size: tuple[int, int], report: ReadReport) -> Rows:
+def _check_rows(rows: Rows, size: tuple[int, int], report: ReadReport) -> Rows:
     """Drop invalid boxes and duplicates, count unusual rows; ``size`` is (width, height) or (0, 0) if unknown."""
     with np.errstate(over="ignore"):
         # Checked at the stored precision, so that no box loses its area by the conversion.
@@ -338,7 +338,7 @@ def build_sequence(
     Args:
         size: (width, height) in pixels, (0, 0) if unknown.
     """
-    rows = check_rows(rows, size, report)
+    rows = _check_rows(rows, size, report)
     report.kept = len(rows)
     report.check(raw.labels)
     order = np.argsort(rows.frames, kind="stable")
