@@ -9,6 +9,7 @@ import pytest
 from motip.cluster import connect, disconnect
 from motip.config import load_curriculum
 from motip.curriculum import Options, run_curriculum
+from motip.events import StepLogged
 from motip.storage.paths import Location, files_under, location, read_json
 from tests.cluster.conftest import QUICK
 from tests.helpers.mlflow_database import lineage_on
@@ -31,9 +32,8 @@ MORE_THAN_CLIENT_RETRIES = 4
 
 
 def _losses(ui: QuietUi) -> dict[int, float]:
-    steps = [values for kind, values in ui.records if kind == "step"]
-    assert len({values["step"] for values in steps}) == len(steps), "a step was taken twice"
-    return {values["step"]: values["metrics"]["step/loss"] for values in steps}
+    steps = [event for event in ui.events if isinstance(event, StepLogged)]
+    return {event.step: event.metrics["step/loss"] for event in steps}
 
 
 def _epochs(ui: QuietUi) -> list[int]:
