@@ -9,7 +9,7 @@ import pytest
 from motip.cluster import connect, disconnect
 from motip.config import load_curriculum
 from motip.curriculum import Options, run_curriculum
-from motip.events import StepLogged
+from motip.events import EpochDone, StepLogged
 from motip.storage.paths import Location, files_under, location, read_json
 from tests.cluster.conftest import QUICK
 from tests.helpers.mlflow_database import lineage_on
@@ -33,11 +33,12 @@ MORE_THAN_CLIENT_RETRIES = 4
 
 def _losses(ui: QuietUi) -> dict[int, float]:
     steps = [event for event in ui.events if isinstance(event, StepLogged)]
+    assert len({event.step for event in steps}) == len(steps), "a step was taken twice"
     return {event.step: event.metrics["step/loss"] for event in steps}
 
 
 def _epochs(ui: QuietUi) -> list[int]:
-    return [values["epoch"] for kind, values in ui.records if kind == "epoch"]
+    return [event.epoch for event in ui.events if isinstance(event, EpochDone)]
 
 
 def _weights(folder: Location) -> set[str]:
