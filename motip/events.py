@@ -247,7 +247,8 @@ class EventLog:
         """Append an event unless the last one of the same subject has the same values."""
         for each, offset in self.read(self._indexed):
             self._last[_subject(each)], self._indexed = _values(each), offset
-        if self._last.get(_subject(event)) != redact(_values(event)):
+        # As text, because NaN differs from itself.
+        if _text(self._last.get(_subject(event))) != _text(redact(_values(event))):
             self.send(event)
 
     def create(self, events: Iterable[Event]) -> None:
@@ -395,3 +396,7 @@ def notes_text(events: Iterable[Event]) -> str:
             step = "" if event.step is None else f" step {event.step}"
             lines.append(f"{when}{step}: {' '.join(event.text.split())}\n")
     return "".join(lines)
+
+
+def _text(values: Any) -> str:
+    return json.dumps(values, sort_keys=True)

@@ -10,7 +10,7 @@ import typer
 from motip.cli import options
 from motip.cli.preflight import preflight
 
-train_app = typer.Typer(no_args_is_help=True)
+train_app = typer.Typer()
 train_app.command("preflight")(preflight)
 
 

@@ -65,6 +65,8 @@ def run_stage(session: Session, stage: Stage, parent: Parent | None) -> StageRec
         resources = _resources(stage.config, session)
         done = folder.acquire_unless_finished(job.inputs, session.run_id)
     if done is not None:
+        if done.run_id is not None and folder.log().exists():
+            session.lineage.catch_up(done.run_id, folder.path)
         if done.run_id is not None and folder.not_in_mlflow():
             _log_result(session.lineage, done.run_id, done)
             folder.write_record(done)
@@ -77,7 +79,10 @@ def run_stage(session: Session, stage: Stage, parent: Parent | None) -> StageRec
         run_id = start_stage_run(session.lineage, session.run_id, stage, job, train, folder)
         session.ui.stage_begins(stage, job, str(folder))
         readers = StageReaders(session.lineage, run_id, folder, session.ui)
-        result = fit(replace(job, run_id=run_id), resources, str(folder), readers.catch_up)
+        try:
+            result = fit(replace(job, run_id=run_id), resources, str(folder), readers.catch_up)
+        finally:
+            readers.flush()
         readers.finish()
         record = _record(stage, replace(job, run_id=run_id), folder, result, train, time.monotonic() - begin)
         _log_result(session.lineage, run_id, record)

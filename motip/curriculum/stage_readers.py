@@ -72,6 +72,12 @@ class StageReaders:
         self._lineage.catch_up(self._run_id)
         self._read_at = time.monotonic()
 
+    def flush(self) -> None:
+        """Read the rest of a log on an object store, also after a failure; any other log has been read."""
+        if self._interval_s:
+            self._read_at = -self._interval_s
+            self.catch_up()
+
     def finish(self) -> None:
         """Read the rest of the log and draw the dashboard of the finished stage."""
         self._read_at = -self._interval_s

@@ -98,9 +98,10 @@ class MlflowRecorder:
 
     @staticmethod
     def attached(store: Store) -> list[str]:
-        """Ids of all runs whose log is delivered."""
-        own_logs = (store.folder / "logs").glob("*")  # also those of which nothing was delivered yet
-        return sorted({path.stem for path in [*_readers(store).glob("*.json"), *own_logs]})
+        """Ids of all runs whose log may have events that are not delivered."""
+        stored = {path.stem: _content(path) for path in _readers(store).glob("*.json")}
+        own_logs = {path.name for path in (store.folder / "logs").glob("*")}  # some without any delivered event
+        return sorted(run for run in own_logs | set(stored) if not stored.get(run, {}).get("ended"))
 
     @property
     def rejected(self) -> Path:
@@ -121,6 +122,16 @@ class MlflowRecorder:
         for path in _readers(self._store).glob("*.json"):
             if path != self._state and _content(path).get("folder") == self._stored()["folder"]:
                 path.unlink(missing_ok=True)
+
+    def ended(self) -> bool:
+        """Whether the last attempt in the log has ended."""
+        attempts = [event for event in self.log if isinstance(event, events.Resumed | events.Ended)]
+        return bool(attempts) and isinstance(attempts[-1], events.Ended)
+
+    def open(self) -> None:
+        """Expect further events of a run that has ended."""
+        if self._stored().get("ended"):
+            self._save(self._offset())
 
     def catch_up(self) -> None:
         """Deliver the events behind the offset, if MLflow accepts them now. Raises nothing."""
@@ -160,9 +171,9 @@ class MlflowRecorder:
         stored = self._stored()
         return stored.get("file", ""), stored.get("position", 0)
 
-    def _save(self, offset: Offset) -> None:
+    def _save(self, offset: Offset, *, ended: bool = False) -> None:
         folder = str(self.log.folder).removeprefix(f"{self._store.storage}/")
-        write_json_atomic(self._state, {"folder": folder, "file": offset[0], "position": offset[1]})
+        write_json_atomic(self._state, {"folder": folder, "file": offset[0], "position": offset[1], "ended": ended})
 
     # ---- delivery
 
@@ -178,7 +189,7 @@ class MlflowRecorder:
             self._deliver([event])
         for batch, offset in _batches(entries):
             self._deliver(batch)
-            self._save(offset)
+            self._save(offset, ended=isinstance(batch[-1], events.Ended))
         if entries:
             for outage in self._outages:
                 outage.over()

@@ -110,7 +110,7 @@ def link_previous(old: Path, new: Path) -> Path:
         raise MotipError("no storage with an MLflow database", where=new, expected="a folder with mlflow/mlflow.db")
     if os.path.exists(old) and os.path.samefile(old, new):
         return old
-    if old.is_symlink():
+    if old.is_symlink() and not old.exists():
         old.unlink()  # of an earlier move
     try:
         old.parent.mkdir(parents=True, exist_ok=True)

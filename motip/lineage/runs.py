@@ -26,7 +26,7 @@ from motip.lineage.tags import Tag, join_params, split_params
 from motip.lineage.verify import FileCheck, verify_chain
 from motip.storage.atomic import digest
 from motip.storage.driver_process import driver_is_alive, this_driver
-from motip.storage.paths import Location
+from motip.storage.paths import Location, download, sha256
 from motip.storage.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,9 @@ class Lineage:
                 if run.info.status == "FINISHED" and not reopen_finished:
                     continue
                 for child in self._find_runs(f"tags.`{Tag.PARENT_RUN}` = '{run.info.run_id}'"):
-                    if child.info.status == "RUNNING" and not _driven_by_another(child):
-                        self.mark_interrupted(child.info.run_id)
+                    child_id, running = child.info.run_id, child.info.status == "RUNNING"
+                    if running and not _driven_by_another(child) and not self._recorder(child_id).ended():
+                        self.mark_interrupted(child_id)
                 if _driven_by_another(run):
                     # Shared with the other process, which alone ends it.
                     self._foreign_runs.add(run.info.run_id)
@@ -266,9 +267,15 @@ class Lineage:
         recorder = self._recorder(run_id)
         # Relative, so that the storage can be moved.
         address = str(file).removeprefix(f"{recorder.log.folder}/").removeprefix(f"{self._store.storage}/")
+        recorder.open()
         recorder.log.send(events.ArtifactWritten(address, path or file.name))  # always: the content may have changed
         recorder.log.close()
         recorder.catch_up()
+        if recorder.remaining():
+            # Not delivered yet: a later run may replace the file, so its present content is kept.
+            kept = self._store.folder / "logs" / run_id / "files" / sha256(file)[:12] / file.name
+            recorder.log.send(events.ArtifactWritten(str(download(file, kept)), path or file.name))
+            recorder.log.close()
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
         """Attach ``text`` as the file ``name``, which may contain folders."""
@@ -285,9 +292,12 @@ class Lineage:
         """
         self._send(run_id, events.TableWritten(name, list(header), [list(row) for row in rows]))
 
-    def catch_up(self, run_id: str) -> None:
-        """Deliver what is new in a run's event log. Raises nothing."""
-        self._recorder(run_id).catch_up()
+    def catch_up(self, run_id: str, folder: Location | None = None) -> None:
+        """Deliver what is new in a run's event log, which is in `folder` if given. Raises nothing of MLflow."""
+        recorder = self._recorder(run_id)
+        if folder is not None:
+            recorder.attach(folder)
+        recorder.catch_up()
 
     def deliver_all(self) -> int:
         """Deliver the remaining events of all runs of this storage; returns how many remain.
@@ -313,6 +323,7 @@ class Lineage:
     def _send(self, run_id: str, event: events.Event) -> None:
         """Append an event of the driver, unless it repeats the last one of its subject, and deliver it."""
         recorder = self._recorder(run_id)
+        recorder.open()
         recorder.log.send_changed(event)
         recorder.log.close()  # an event of the driver that cannot be written is an error
         recorder.catch_up()

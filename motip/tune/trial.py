@@ -72,7 +72,9 @@ class TrialRunner:
             self._attempt(sweep, trial, report)
         except Exception as error:
             trial.status, trial.message = "failed", " ".join(str(error).split())
-            if not isinstance(error, MotipError):
+            if trial.inputs and not trial.run_id:
+                trial.status = "running"  # not started, such as while MLflow is away: the same command repeats it
+            elif not isinstance(error, MotipError):
                 last = " | ".join(map(str.strip, traceback.format_exc().strip().splitlines()[-3:]))
                 # Not its final status: the same command repeats the trial.
                 trial.status, trial.message = "running", f"{type(error).__name__}: {error} ({last})"
@@ -90,7 +92,7 @@ class TrialRunner:
         job, train = stage_job(self.curriculum, stage, self.parent, self.manifest, self.options)
 
         # MLflow run and folder
-        trial.inputs = job.inputs
+        trial.inputs, trial.run_id = job.inputs, ""
         folder = trial.folder(sweep)
         folder.complete_log()
         trial.run_id = start_stage_run(
@@ -126,9 +128,15 @@ class TrialRunner:
         except Stopped:
             if not epochs.stopped:
                 raise
+        finally:
+            readers.flush()
         readers.finish()
+        done = completed(str(folder)).epochs
+        for epoch, metrics in done.items():
+            if self.stage.best in metrics:  # of an event that could not be read
+                trial.history.setdefault(epoch + 1, metrics[self.stage.best])
         # A stop request after the last epoch has no effect.
-        trained = max(completed(str(folder)).epochs, default=-1) + 1
+        trained = max(done, default=-1) + 1
         trial.status = "finished" if trained == job.config["EPOCHS"] else "pruned"
         if trial.status == "finished" and trial.value is None:
             raise MotipError(
