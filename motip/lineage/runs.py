@@ -273,8 +273,9 @@ class Lineage:
         recorder.catch_up()
         if recorder.remaining():
             # Not delivered yet: a later run may replace the file, so its present content is kept.
-            kept = self._store.folder / "logs" / run_id / "files" / sha256(file)[:12] / file.name
-            recorder.log.send(events.ArtifactWritten(str(download(file, kept)), path or file.name))
+            kept = f"mlflow/logs/{run_id}/files/{sha256(file)[:12]}/{file.name}"
+            download(file, self._store.storage / kept)
+            recorder.log.send(events.ArtifactWritten(kept, path or file.name))
             recorder.log.close()
 
     def log_text(self, run_id: str, text: str, name: str) -> None:

@@ -93,7 +93,7 @@ def test_a_moved_storage_is_continued_and_can_be_linked(old: Path, caplog: pytes
     caplog.clear()
     Lineage(None, new).start_curriculum("demo", {}, reopen_finished=True)
     assert not [message for message in caplog.messages if "was moved" in message]
-    # A second move replaces the link of the first.
+    # A second move replaces the link of the first, which leads nowhere.
     newer = new.rename(new.with_name("newer"))
     assert link_previous(old, newer) == old and old.resolve() == newer
 
@@ -105,6 +105,15 @@ def test_an_impossible_link_is_an_error(old: Path, tmp_path: Path) -> None:
     with pytest.raises(MotipError, match="cannot link the old place"):
         link_previous(old, copy)
     assert ids(old) == ids(copy) and not old.is_symlink()
+
+
+def test_a_link_to_another_storage_is_kept(old: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(old, tmp_path / "other"))
+    new = move(old)
+    old.symlink_to(other)
+    with pytest.raises(MotipError, match="cannot link the old place"):
+        link_previous(old, new)
+    assert old.resolve() == other
 
 
 def test_a_storage_at_two_paths_is_used_by_two_hosts(old: Path) -> None:
