@@ -7,18 +7,21 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from motip.errors import MotipError
 from motip.events import Event, EventLog, Note, StepLogged
-from motip.storage.paths import location
+from motip.storage.paths import RemotePath, location
 from motip.train.preemption import Stopped
 
 _log = logging.getLogger(__name__)
 
 _THREADS = 16
 """Calls that the actor handles at a time: a stop request does not wait for an event that a slow storage holds."""
+_WRITE_S = 10.0
+"""Time for which a worker waits until its event is in an object store."""
 _NAME_TAKEN_S = 30.0
 """Time for which the start of an actor waits until the one of an earlier attempt with the same name has ended."""
 
@@ -41,7 +44,8 @@ class Heartbeat:
 class RunChannel:
     """Channel of one training, of a stage or of a trial; an actor on Ray, a plain object without.
 
-    An event is in the log of the run's folder when `send` returns, so a kill at any later moment does not lose it.
+    An event is in the log of the run's folder when `send` returns, so a kill at any later moment does not lose it. If an
+    object store answers late, `send` returns earlier; the events are written in order.
 
     Args:
         folder: of the run; on Ray, reachable from the driver's node.
@@ -50,6 +54,8 @@ class RunChannel:
     def __init__(self, folder: str) -> None:
         self._warnings: list[str] = []
         self._log = EventLog(location(folder), self._warn)
+        remote = isinstance(self._log.folder, RemotePath)
+        self._writer = ThreadPoolExecutor(1) if remote else None
         self._lock = threading.Lock()
         self._failure: tuple[MotipError, str] | None = None
         self._lost: MotipError | None = None
@@ -75,7 +81,7 @@ class RunChannel:
         """Append an event to the log."""
         if isinstance(event, StepLogged):
             self._progress = f"the last step that the workers reported was {event.position}"
-        self._log.send(event)
+        self._write(event)
 
     def heartbeat(self, rank: int, heartbeat: Heartbeat) -> None:
         self._heartbeats[rank] = heartbeat
@@ -128,7 +134,18 @@ class RunChannel:
 
     def close(self) -> None:
         """Write events that could not be written before; raises MotipError if that fails again."""
-        self._log.close()
+        if self._writer is None:
+            self._log.close()
+        else:
+            self._writer.submit(self._log.close).result()
+
+    def _write(self, event: Event) -> None:
+        if self._writer is None:
+            self._log.send(event)
+            return
+        # The other ranks wait in a collective meanwhile, which ends the training if it takes too long.
+        with contextlib.suppress(TimeoutError):
+            self._writer.submit(self._log.send, event).result(_WRITE_S)
 
     def _warn(self, text: str) -> None:
         with self._lock:

@@ -16,7 +16,7 @@ import motip.train.loop as loop
 from motip import events
 from motip.errors import MotipError
 from motip.events import EventLog, Note, StepLogged
-from motip.train import ray_train
+from motip.train import ray_train, run_channel
 from motip.train.preemption import Stopped
 from motip.train.ray_train import ResourcePlan, fit
 from motip.train.run_channel import LocalChannel, RemoteChannel, RunChannel
@@ -43,6 +43,25 @@ def test_event_is_on_disk_when_send_returns(tmp_path: Path) -> None:
     channel.send(Note("a"))
     assert notes(tmp_path) == ["a"]
     assert channel.progress() == "the last step that the workers reported was epoch 1, step 3/9"
+
+
+def test_an_object_store_without_an_answer_does_not_hold_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, written = threading.Event(), list[bytes]()
+
+    def late(log: EventLog) -> None:
+        answers.wait(60)
+        written.append(log._pending)
+        log._pending = b""
+
+    monkeypatch.setattr(EventLog, "_write", late)
+    monkeypatch.setattr(run_channel, "_WRITE_S", 0.01)
+    channel = RunChannel("s3://bucket/stage")
+    for text in ("a", "b"):
+        channel.send(Note(text))
+    assert written == [], "both calls returned before the answer"
+    answers.set()
+    channel.close()
+    assert [text for text in ("a", "b") if f'"{text}"'.encode() in b"".join(written)] == ["a", "b"]
 
 
 def test_first_failure_is_kept_and_ends_later_attempts(tmp_path: Path) -> None:
