@@ -44,8 +44,8 @@ class Heartbeat:
 class RunChannel:
     """Channel of one training, of a stage or of a trial; an actor on Ray, a plain object without.
 
-    An event is in the log of the run's folder when `send` returns, so a kill at any later moment does not lose it. If an
-    object store answers late, `send` returns earlier; the events are written in order.
+    An event is in the log of the run's folder when `send` returns, so a kill at any later moment does not lose it. If
+    an object store answers late, `send` returns earlier; the events are written in order.
 
     Args:
         folder: of the run; on Ray, reachable from the driver's node.
