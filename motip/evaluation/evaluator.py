@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -266,7 +267,7 @@ def remap_classes(rows: TrackRows, source: Sequence[str], target: Sequence[str])
     return TrackRows(rows.frames[keep], rows.track_ids[keep], rows.boxes_xyxy[keep], rows.scores[keep], class_ids[keep])
 
 
-class VideoWorker(Generic[_SubjectT, _ResultT]):
+class VideoWorker(ABC, Generic[_SubjectT, _ResultT]):
     """Worker of ``map_videos``: one video per call, in this process or as a Ray actor."""
 
     def __init__(self, subject: _SubjectT, storage: str, device: str, threads: int | None = None) -> None:
@@ -276,9 +277,9 @@ class VideoWorker(Generic[_SubjectT, _ResultT]):
         self._model = subject.model.to(torch.device(device))
         self._storage = storage
 
+    @abstractmethod
     def track(self, video: VideoEntry) -> tuple[_ResultT, dict[str, Any]]:
         """Result of one video, and JSON-serialisable facts about it."""
-        raise NotImplementedError
 
 
 class VideoTracker(VideoWorker[ModelUnderTest, TrackRows]):
