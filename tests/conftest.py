@@ -7,9 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+
+from motip.storage.paths import Location, location
+
+if TYPE_CHECKING:
+    from tests.helpers.object_store import ObjectStore
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,3 +81,20 @@ def other_driver() -> Iterator[str]:
         assert process.stdout is not None
         yield process.stdout.readline().strip()
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    """An S3-compatible object store on loopback."""
+    from tests.helpers.object_store import object_store
+
+    with object_store() as running:
+        yield running
+
+
+@pytest.fixture(params=["disk", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """The folder of a stage, on a disk and in an object store."""
+    if request.param == "disk":
+        return tmp_path / "stage"
+    return location(f"{request.getfixturevalue('store').uri}/{request.node.name.split('[')[0]}/stage")

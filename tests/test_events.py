@@ -37,20 +37,7 @@ from motip.events import (
 )
 from motip.storage import retries
 from motip.storage.paths import Location, files_under, location
-from tests.helpers.object_store import ObjectStore, object_store
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[ObjectStore]:
-    with object_store() as running:
-        yield running
-
-
-@pytest.fixture(params=["disk", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
-    if request.param == "disk":
-        return tmp_path / "run"
-    return location(f"{request.getfixturevalue('store').uri}/{request.node.name.split('[')[0]}/run")
+from tests.helpers.object_store import ObjectStore
 
 
 def texts(log: EventLog) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -25,21 +24,7 @@ from motip.stage_folder import (
     stage_folders,
 )
 from motip.storage.driver_process import this_driver
-from motip.storage.paths import Location, location, sha256, write_bytes, write_json
-from tests.helpers.object_store import ObjectStore, object_store
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[ObjectStore]:
-    with object_store() as running:
-        yield running
-
-
-@pytest.fixture(params=["disk", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
-    if request.param == "disk":
-        return tmp_path / "stage"
-    return location(f"{request.getfixturevalue('store').uri}/{request.node.name.split('[')[0]}/stage")
+from motip.storage.paths import Location, sha256, write_bytes, write_json
 
 
 def record(folder: Location, content: bytes = b"weights") -> StageRecord:

@@ -29,7 +29,7 @@ from motip.train.checkpoints import store_folder
 from motip.train.ray_train import RayStore, completed
 from motip.train.run_channel import RunChannel
 from motip.weights import load_checkpoint
-from tests.helpers.object_store import ObjectStore, object_store
+from tests.helpers.object_store import ObjectStore
 from tests.helpers.small_training import small_config
 from tests.helpers.training_run import folder_store, train_in_process
 from tests.train.test_loop import SETTINGS
@@ -37,19 +37,6 @@ from tests.train.test_resume import Records, _job
 
 HOTA = {0: 10.0, 1: 40.0, 2: 30.0, 3: 40.0, 4: 20.0}
 """HOTA by epoch; the second and the fourth are equal."""
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[ObjectStore]:
-    with object_store() as running:
-        yield running
-
-
-@pytest.fixture(params=["disk", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
-    if request.param == "disk":
-        return tmp_path / "stage"
-    return location(f"{request.getfixturevalue('store').uri}/{request.node.name.split('[')[0]}/stage")
 
 
 def _write_epoch(folder: Location, epoch: int, metrics: dict[str, float], step: int | None = None) -> None:
